@@ -1,0 +1,144 @@
+"""Hesse beside its peers: the same model, the same calibration tokens, the same bits, one table.
+
+    make bench        or        python bench/run.py [--peers llmcompressor,autoround] [--repeats 2]
+
+Each peer runs in a virtual environment of its own, made from `bench/peers/requirements-*.txt` on the first run. All
+checkpoints are evaluated by `hesse.evaluate` on the held-out text, in float32. Results go to `bench/results.json` and,
+as a table with ratios, to `docs/benchmarks.md`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import limits
+from table import markdown
+
+import hesse
+from hesse.data import read_samples
+from hesse.models.locate import DEFAULT_FOLDER
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = HERE.parent / ".bench"
+SAMPLES, LENGTH = 128, 256
+HELD_OUT_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is asked of every program."""
+
+    name: str
+    method: str  # hesse's name for it
+    peer_method: str
+    bits: int | None = None
+    group_size: int | None = None
+    sparsity: str | None = None
+
+
+CASES = (
+    Case("4 bit, group 64, round to nearest", "rtn", "rtn", 4, 64),
+    Case("3 bit, group 64, round to nearest", "rtn", "rtn", 3, 64),
+    Case("4 bit, group 64, GPTQ", "gptq", "gptq", 4, 64),
+    Case("3 bit, group 64, GPTQ", "gptq", "gptq", 3, 64),
+    Case("2 bit, group 32, GPTQ", "gptq", "gptq", 2, 32),
+    Case("50 %, SparseGPT", "sparsegpt", "sparsegpt", sparsity="0.5"),
+    Case("2:4, SparseGPT", "sparsegpt", "sparsegpt", sparsity="2:4"),
+)
+
+
+def peer_python(peer: str) -> Path:
+    """The interpreter of a peer's environment, which is made if it is not there."""
+    folder = ENVIRONMENTS / peer
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        requirements = HERE / "peers" / f"requirements-{peer}.txt"
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "torch==2.13.0"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
+    """Run a peer's script; its last line is its own account."""
+    method = "autoround" if peer == "autoround" else case.peer_method
+    command = [str(peer_python(peer)), str(HERE / "peers" / f"run_{peer}.py")]
+    command += ["--model", str(model), "--ids", str(ids), "--out", str(out), "--method", method]
+    for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
+        command += [option, str(value)] if value is not None else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    account: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return account
+
+
+def run_hesse(case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
+    """Run the command line in a process of its own, as a person would."""
+    command = [sys.executable, "-m", "hesse", "compress", str(model), str(out), "--json", "--data", str(ids)]
+    command += ["--method", case.method]
+    for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
+        command += [option, str(value)] if value is not None else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    return {
+        "seconds": report["seconds"]["total"],
+        "seconds_with_io": report["seconds"]["total"],
+        "phases": report["seconds"],
+        "peak_rss_bytes": report["peak_rss_bytes"],
+        "predicted": report["predicted_loss_increase"],
+        "version": hesse.__version__,
+    }
+
+
+def measure(case: Case, program: str, model: Path, ids: Path, repeats: int) -> dict[str, Any]:
+    """One row for one program: the fastest of `repeats` runs, and the quality of the last one's checkpoint."""
+    best: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        for repeat in range(repeats):
+            out = Path(scratch) / str(repeat)
+            account = (
+                run_hesse(case, model, ids, out) if program == "hesse" else run_peer(program, case, model, ids, out)
+            )
+            if "error" in account:
+                return {"case": case.name, "program": program, **account}
+            if not best or account["seconds_with_io"] < best["seconds_with_io"]:
+                best = account
+        quality = hesse.evaluate(out, reference=model, length=HELD_OUT_LENGTH)
+    return {"case": case.name, "program": program, **best, **{f"eval_{k}": v for k, v in asdict(quality).items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default="llmcompressor,autoround")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
+    arguments = parser.parse_args()
+    samples, _ = read_samples(
+        None, arguments.model, count=SAMPLES, length=LENGTH, seed=0, purpose="calibration", limit=None
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        ids = Path(scratch) / "calibration.jsonl"
+        ids.write_text("".join(json.dumps({"input_ids": sample.tolist()}) + "\n" for sample in samples.ids))
+        machine = limits()
+        for case in CASES:
+            for program in ("hesse", *filter(None, arguments.peers.split(","))):
+                if program == "autoround" and case.peer_method != "gptq":
+                    continue
+                rows.append(measure(case, program, arguments.model, ids, arguments.repeats))
+                print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
+    results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "rows": rows}
+    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (HERE.parent / "docs" / "benchmarks.md").write_text(markdown(results, arguments.model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Hesse: change the weights of a trained network with the local quadratic model of its loss.
+
+L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hesse.constraints import Grid, LowRank, Sparse
+from hesse.curvature import Diagonal, Gram, Identity, Kronecker
+from hesse.errors import HesseError
+from hesse.methods import METHODS, Options, Recipe, load_recipe
+from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
+from hesse.version import __version__
+
+if TYPE_CHECKING:
+    from hesse.api import compress, evaluate
+
+__all__ = [
+    "METHODS",
+    "Diagonal",
+    "ErrorFeedback",
+    "Gram",
+    "Grid",
+    "HesseError",
+    "Identity",
+    "Kronecker",
+    "LowRank",
+    "Nearest",
+    "Options",
+    "Recipe",
+    "Solution",
+    "Sparse",
+    "WhitenedSVD",
+    "__version__",
+    "compress",
+    "evaluate",
+    "load_recipe",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`compress` and `evaluate` on first use: they need transformers, which takes seconds that tensors do not need."""
+    if name in ("compress", "evaluate"):
+        from hesse import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'hesse' has no attribute {name!r}")

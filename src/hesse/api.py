@@ -1,0 +1,155 @@
+"""`hesse.compress` and `hesse.evaluate`: what the command line does, from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hesse.compression import Calibration, CompressionReport, compress_checkpoint
+from hesse.compression.compress import sample_length
+from hesse.data import read_samples
+from hesse.errors import OptionError
+from hesse.evaluation import Evaluation, evaluate_checkpoint
+from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.formats import open_checkpoint
+from hesse.methods import Options, Recipe, find_method
+from hesse.models.locate import locate
+from hesse.models.network import Network
+from hesse.progress import Progress, Silence
+from hesse.version import __version__
+
+Data = str | Path | list[list[int]] | None
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "gptq",
+    recipe: Recipe | None = None,
+    options: Options | None = None,
+    ignore: Sequence[str] = (),
+    data: Data = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress a language model or encoder on disk into a new folder that other programs load.
+
+    Args:
+        model: a model folder, `default`, or a hub id.
+        out: the folder to write; it must not exist unless `overwrite`.
+        method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
+        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
+        ignore: patterns of layer names to leave as they are.
+        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        samples: calibration samples.
+        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        seed: of the choice of samples and of sampled labels.
+        batch_size: samples that go through the model together; it changes memory and time, not the result.
+        device: `auto`, `cpu`, or `cuda`.
+        format: `auto`, `pack-quantized`, `dense` or `low-rank`.
+        overwrite: whether a model folder at `out` may be replaced.
+        progress: told how far the run is.
+
+    Returns:
+        What was done to each layer, sizes in bytes, seconds by phase, and losses in nats per token.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    chosen = recipe
+    if chosen is None:
+        chosen = find_method(method).recipe(options or Options(), tuple(ignore))
+    elif options is not None or ignore:
+        raise OptionError("a recipe says everything itself: leave out options and ignore")
+    _at_least("--samples", samples, 1)
+    _at_least("--length", length, 2)
+    _at_least("--batch-size", batch_size, 1)
+    return compress_checkpoint(
+        locate(model),
+        Path(out),
+        chosen,
+        Calibration(data, samples, length, seed, batch_size),
+        format=format,
+        device=find_device(device),
+        overwrite=overwrite,
+        progress=progress or Silence(),
+        version=__version__,
+    )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    data: Data = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Loss, perplexity and size of a model on disk, and its divergence from a reference.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        reference: the dense model to compare with.
+        data: as for `compress`; None for the shipped held-out text.
+        samples: windows of text, from the first on; None for all.
+        length: tokens a window; None for 2048, or as many as the model has positions for.
+        batch_size: windows that go through the model together.
+        device: `auto`, `cpu`, or `cuda`.
+        progress: told how far the run is.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    _at_least("--samples", samples, 1)
+    _at_least("--length", length, 2)
+    _at_least("--batch-size", batch_size, 1)
+    place = find_device(device)
+    folder = locate(model)
+    checkpoint = open_checkpoint(folder)
+    network = Network(checkpoint, torch.float32, place)
+    tokens = sample_length(network, length)
+    chosen, _ = read_samples(
+        data,
+        folder,
+        count=samples,
+        length=tokens,
+        seed=0,
+        purpose="evaluation",
+        limit=network.input_limit,
+    )
+    longest = max(len(ids) for ids in chosen.ids)
+    batches = chosen.batches(batch_size or evaluation_batch(vocabulary(network), longest))
+    dense = None if reference is None else open_checkpoint(locate(reference))
+    return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one.
+
+    Raises:
+        OptionError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise OptionError(f"there is no device {name!r} here: use auto, cpu or cuda") from None
+    return device
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise OptionError(f"{option} is {value}, but must be at least {least}")

@@ -1,0 +1,5 @@
+"""`hesse ...`."""
+
+from hesse.cli.app import main
+
+__all__ = ["main"]

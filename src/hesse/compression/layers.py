@@ -1,0 +1,122 @@
+"""One layer: from its rule and the Gram of its inputs to a solution, with every departure from the rule by name."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint
+from hesse.curvature import Curvature, Gram, Identity, Kronecker
+from hesse.errors import ConditioningError, HesseError
+from hesse.methods.recipe import Rule
+from hesse.solvers import Nearest, Solution, Solver
+from hesse.solvers.base import solve_with
+
+DAMPING_STEPS = (10.0, 100.0, 1000.0)  # what a damping is multiplied by when the Gram cannot be factorised
+
+
+@dataclass
+class Solved:
+    """A solution and how it came about."""
+
+    solution: Solution
+    curvature: Curvature
+    damping: float
+    notes: list[str] = field(default_factory=list)
+
+
+class LayerSolver:
+    """Solves the layers of one input in turn, factoring that input's Gram once for each solver."""
+
+    def __init__(self) -> None:
+        self._gram: Gram | None = None
+        self._states: dict[tuple[str, Solver, float], tuple[Curvature, Any]] = {}
+
+    def solve(self, name: str, weight: Tensor, gram: Gram, rule: Rule, constraint: Constraint) -> Solved:
+        """The solution for `weight` (out, in) of the layer `name`.
+
+        Raises:
+            HesseError: the layer cannot be solved; the message begins with its name.
+        """
+        if gram is not self._gram:
+            self._gram, self._states = gram, {}
+        notes = []
+        try:
+            if rule.curvature == "identity":
+                return self._solved(weight, gram, rule, constraint, Nearest(), 0.0, notes)
+            if gram.tokens == 0:
+                notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
+                identity = rule.model_copy(update={"curvature": "identity"})
+                return self._solved(weight, gram, identity, constraint, Nearest(), 0.0, notes)
+            notes += _gaps(name, gram, rule)
+            solver = rule.solver.build()
+            damping = 0.0 if rule.solver.name == "nearest" else rule.solver.damping
+            for attempt in (damping, *(max(damping, 1e-4) * step for step in DAMPING_STEPS)):
+                if attempt > damping:
+                    notes.append(f"{name}: the Gram could not be factorised; damping was raised to {attempt:g}")
+                try:
+                    return self._solved(weight, gram, rule, constraint, solver, attempt, notes)
+                except ConditioningError:
+                    continue
+            raise ConditioningError("the Gram could not be factorised at any damping: use more calibration tokens")
+        except HesseError as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    def _solved(
+        self,
+        weight: Tensor,
+        gram: Gram,
+        rule: Rule,
+        constraint: Constraint,
+        solver: Solver,
+        damping: float,
+        notes: list[str],
+    ) -> Solved:
+        key = (rule.curvature, solver, damping)
+        if key not in self._states:
+            curvature = _curvature(gram, rule, damping)
+            self._states[key] = (curvature, solver.init(curvature))
+        curvature, state = self._states[key]
+        return Solved(solve_with(weight, curvature, constraint, solver, state), curvature, damping, notes)
+
+
+def _curvature(gram: Gram, rule: Rule, damping: float) -> Curvature:
+    if rule.curvature == "identity":
+        return Identity()
+    return gram.diagonal_part() if rule.curvature == "gram_diagonal" else gram.damped(damping)
+
+
+def _gaps(name: str, gram: Gram, rule: Rule) -> list[str]:
+    """What the Gram does not know, and what that means for the solution."""
+    notes = []
+    width = gram.shape[0]
+    dead = int((gram.diagonal() == 0).sum())
+    if dead:
+        effect = "rounded to nearest" if rule.constraint.sparse is None else "judged to cost nothing"
+        notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
+    if rule.curvature == "gram" and gram.tokens < width:
+        notes.append(
+            f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
+        )
+    return notes
+
+
+def predicted_increase(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> float | None:
+    """½ dᵀ(diag(E[g²]) ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without a sensitivity."""
+    if sensitivity is None:
+        return None
+    return Kronecker(output_factor=sensitivity, input_factor=gram.second_moment).quadratic(change)
+
+
+def relative_error(change: Tensor, weight: Tensor, gram: Gram) -> float | None:
+    """E‖d x‖² / E‖W x‖²: the share of the layer's output that the change is."""
+    whole = gram.quadratic(weight)
+    return gram.quadratic(change) / whole if whole > 0 else None
+
+
+def digest(weight: Tensor) -> str:
+    """A fingerprint of a weight's exact float32 values, for comparing with what is read back from disk."""
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

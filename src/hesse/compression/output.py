@@ -1,0 +1,103 @@
+"""The output folder: written under a temporary name, and given its own only when everything in it is right."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hesse.errors import OutputError
+from hesse.models.writer import disk_reason
+
+# What a loader needs besides weights and config.
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "calibration.txt", "held_out.txt", "training.json")
+
+
+def check_output(out: Path, model: Path, overwrite: bool) -> None:
+    """Refuse an output folder that must not be written.
+
+    Raises:
+        OutputError: it exists, it lies inside the model's folder or the other way round, or its parent cannot be
+            written.
+    """
+    target, source = out.absolute(), model.absolute()
+    target, source = target.resolve(), source.resolve()
+    if target == source or source in target.parents:
+        raise OutputError(f"OUT {out} lies inside the model's folder {model}: give a folder outside it")
+    if target in source.parents:
+        raise OutputError(f"the model {model} lies inside OUT {out}, which would be replaced: give another OUT")
+    if out.is_symlink() or out.exists():
+        if not overwrite:
+            raise OutputError(f"OUT {out} exists: give another name, or --overwrite to replace it")
+        if not out.is_dir() or out.is_symlink():
+            raise OutputError(f"OUT {out} is not a folder: remove it, or give another name")
+        if any(out.iterdir()) and not (out / "config.json").is_file():
+            raise OutputError(f"OUT {out} is not a model folder, so --overwrite does not replace it: give another name")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} cannot be written: give an OUT elsewhere")
+
+
+@contextmanager
+def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, and vanishes if anything goes wrong before.
+
+    Raises:
+        OutputError: there is not enough room for `needed_bytes`, or the folder cannot be made.
+    """
+    made = [p for p in (out.absolute().parent, *out.absolute().parent.parents) if not p.exists()]
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
+    finished = False
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed_bytes:
+            raise OutputError(
+                f"the disk of {out} is full: about {needed_bytes:,} bytes are needed and {free:,} are free; "
+                "give an OUT on another disk"
+            )
+        folder.chmod(0o755)
+        yield folder
+        _take_name(folder, out)
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def copy_companions(model: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config, model code and the like.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    for pattern in COPIED:
+        for path in sorted(model.glob(pattern)):
+            if path.is_file() and path.name not in NOT_COPIED:
+                try:
+                    shutil.copyfile(path, folder / path.name)
+                except OSError as error:
+                    raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
+
+
+def _take_name(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an `out` that is there is set aside first and removed last."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    aside = folder.with_name(folder.name + ".replaced")
+    out.rename(aside)
+    try:
+        folder.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,53 @@
+"""The protocol of a constraint: a set S of allowed weight matrices, and how a member is stored."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=True)
+class Constraint(ABC):
+    """A set of weight matrices (out, in), with a stored form (`encode`) that `decode` turns back exactly.
+
+    `dtype` is what scales and unrounded values are stored in, so that a member decodes to the very numbers that a
+    loader will see.
+    """
+
+    dtype: torch.dtype = field(default=torch.float32, kw_only=True)
+
+    @property
+    @abstractmethod
+    def rows_are_independent(self) -> bool:
+        """Whether each row of a member may be chosen without looking at the others."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
+        """The stored form of the nearest member found in Σ metric · difference²; `metric` broadcasts to (out, in)."""
+
+    @abstractmethod
+    def decode(self, encoded: Any) -> Tensor:
+        """The weight (out, in) of a stored form, in float32 or wider."""
+
+    @abstractmethod
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        """Bits to store a member of `shape` (out, in), scales, zero points and masks included, per weight."""
+
+    @abstractmethod
+    def check(self, shape: torch.Size) -> None:
+        """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
+
+    def nearest(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """The member that `encode` stores, as a weight (out, in)."""
+        return self.decode(self.encode(weight, metric)).to(weight.dtype)
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        """The same set with scales and values stored in `dtype`."""
+        return replace(self, dtype=dtype)
+
+
+def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` rounded to `dtype` and back, in float32 or wider."""
+    return value.to(dtype).to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,57 @@
+"""S = matrices of a given rank, stored as two thin factors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.constraints.base import Constraint, round_to
+from hesse.errors import OptionError, UnsupportedProduct
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankCode:
+    """weight = left @ right."""
+
+    left: Tensor  # (out, rank)
+    right: Tensor  # (rank, in)
+
+
+@dataclass(frozen=True, eq=True)
+class LowRank(Constraint):
+    """Matrices (out, in) of rank at most `rank`."""
+
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise OptionError(f"rank is {self.rank}, but must be at least 1")
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return False
+
+    def check(self, shape: torch.Size) -> None:
+        if self.rank > min(shape):
+            raise OptionError(
+                f"rank {self.rank} is above the smaller side of a weight {shape[0]} x {shape[1]}: "
+                f"use at most {min(shape)}, or leave the layer out with --ignore"
+            )
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> LowRankCode:
+        """Truncated SVD (Eckart and Young, 1936), the singular values shared evenly between the factors."""
+        if metric is not None:
+            raise UnsupportedProduct("LowRank has no weighted nearest member; use WhitenedSVD with a Gram")
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        root = values[: self.rank].sqrt()
+        return self.encode_factors(left[:, : self.rank] * root, root[:, None] * right[: self.rank])
+
+    def encode_factors(self, left: Tensor, right: Tensor) -> LowRankCode:
+        """The stored form of left (out, rank) @ right (rank, in)."""
+        return LowRankCode(round_to(left, self.dtype), round_to(right, self.dtype))
+
+    def decode(self, encoded: LowRankCode) -> Tensor:
+        return encoded.left @ encoded.right
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return torch.finfo(self.dtype).bits * self.rank * (shape[0] + shape[1]) / shape.numel()

@@ -1,0 +1,118 @@
+"""S = matrices with a given share of zeros, anywhere or N kept of every M."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.grid import Grid, GridCode
+from hesse.errors import OptionError
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """A sparse matrix as its mask (out, in) of kept weights and their values in row-major order."""
+
+    mask: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=True)
+class Sparse(Constraint):
+    """`Sparse(0.5)`: half of the weights are zero. `Sparse(2, 4)`: of every 4 columns in a row at most 2 are not.
+
+    `scope` says where an unstructured share is counted: over the whole matrix ("layer") or in each row ("row").
+    """
+
+    amount: float = 0.5
+    of: int | None = None
+    scope: Literal["layer", "row"] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.of is None and not 0 <= self.amount < 1:
+            raise OptionError(f"sparsity is {self.amount}, but must be at least 0 and below 1, such as 0.5")
+        if self.of is not None and not (self.amount == int(self.amount) and 1 <= self.amount < self.of):
+            raise OptionError(f"sparsity {self.amount:g}:{self.of} must keep N of M with 1 <= N < M, such as 2:4")
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return self.of is not None or self.scope == "row"
+
+    def check(self, shape: torch.Size) -> None:
+        if self.of is not None and shape[1] % self.of:
+            raise OptionError(
+                f"sparsity {self.amount:g}:{self.of} needs a width divisible by {self.of}, and this one is {shape[1]}: "
+                "leave the layer out with --ignore, or choose another pattern"
+            )
+
+    def mask(self, scores: Tensor, decided: int = 0) -> Tensor:
+        """True at the weights to keep (out, in): those of the highest scores. Exactly the asked number is dropped.
+
+        `scores` may be a block of a matrix's columns, with `decided` columns before it: an unstructured share is then
+        rounded over all columns so far, so that the blocks together drop the asked number too.
+        """
+        if self.of is not None:
+            grouped = scores.reshape(scores.shape[0], -1, self.of)
+            drop = self.of - int(self.amount)
+        elif self.scope == "row":
+            grouped, drop = scores, self._dropped(decided + scores.shape[1]) - self._dropped(decided)
+        else:
+            rows, columns = scores.shape
+            grouped = scores.reshape(1, -1)
+            drop = self._dropped(rows * (decided + columns)) - self._dropped(rows * decided)
+        mask = torch.ones_like(grouped, dtype=torch.bool)
+        return mask.scatter(-1, grouped.topk(drop, dim=-1, largest=False).indices, False).view(scores.shape)
+
+    def _dropped(self, weights: int) -> int:
+        return round(self.amount * weights)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> SparseCode:
+        scores = weight.square() if metric is None else weight.square() * metric
+        return self.encode_masked(weight, self.mask(scores))
+
+    def encode_masked(self, weight: Tensor, mask: Tensor) -> SparseCode:
+        """The stored form of `weight` (out, in) where `mask` is true."""
+        return SparseCode(mask, round_to(weight[mask], self.dtype))
+
+    def decode(self, encoded: SparseCode) -> Tensor:
+        return torch.zeros_like(encoded.mask, dtype=encoded.values.dtype).masked_scatter(encoded.mask, encoded.values)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        kept = self.amount / self.of if self.of is not None else 1 - self.amount
+        return kept * torch.finfo(self.dtype).bits + 1
+
+    def __and__(self, other: Grid) -> "SparseGrid":
+        if not isinstance(other, Grid):
+            raise OptionError(f"Sparse can be joined with a Grid, not with {type(other).__name__}")
+        return SparseGrid(self, other, dtype=other.dtype)
+
+
+@dataclass(frozen=True, eq=True)
+class SparseGrid(Constraint):
+    """Sparse *and* on a grid: pruned weights have the code of zero. Written `Sparse(2, 4) & Grid(4, 128)`."""
+
+    sparse: Sparse
+    grid: Grid
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return self.sparse.rows_are_independent
+
+    def check(self, shape: torch.Size) -> None:
+        self.sparse.check(shape)
+        self.grid.check(shape)
+
+    def stored_as(self, dtype: torch.dtype) -> "SparseGrid":
+        return SparseGrid(self.sparse.stored_as(dtype), self.grid.stored_as(dtype), dtype=dtype)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
+        return self.grid.encode(self.sparse.decode(self.sparse.encode(weight, metric)), metric)
+
+    def decode(self, encoded: GridCode) -> Tensor:
+        return self.grid.decode(encoded)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        """Zeros are stored as codes, so they cost what other codes cost."""
+        return self.grid.bits_per_weight(shape)

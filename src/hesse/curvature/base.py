@@ -1,0 +1,67 @@
+"""The protocol of a curvature: a symmetric operator H on tensors of a parameter's shape."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from hesse.errors import OptionError, UnsupportedProduct
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Curvature(ABC):
+    """A symmetric positive semi-definite approximation H of the second derivative of a loss, plus λI.
+
+    H acts on tensors whose trailing dimensions are `shape`; any leading dimensions are independent right-hand
+    sides. `damping` is the absolute λ; only `solve` and `inverse_diagonal` see it. Units: `quadratic` is in the
+    unit of the loss that H was estimated from, which each curvature states.
+    """
+
+    damping: float = 0.0
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Trailing dimensions of the tensors that H acts on."""
+
+    @abstractmethod
+    def matvec(self, vector: Tensor) -> Tensor:
+        """H v, of the shape of `vector` (..., *shape); without damping."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """diag(H), of shape `shape`; without damping."""
+
+    def solve(self, vector: Tensor) -> Tensor:
+        """(H + λI)⁻¹ v, of the shape of `vector` (..., *shape)."""
+        raise UnsupportedProduct(f"{type(self).__name__} has no inverse product; use Gram or Kronecker")
+
+    def inverse_diagonal(self) -> Tensor:
+        """diag((H + λI)⁻¹), of shape `shape`."""
+        raise UnsupportedProduct(f"{type(self).__name__} has no inverse diagonal; use Gram or Kronecker")
+
+    def rank(self) -> int:
+        """Rank of H to working precision."""
+        return int(torch.count_nonzero(self.diagonal()))
+
+    def quadratic(self, change: Tensor) -> float:
+        """½ dᵀHd, summed over leading dimensions of `change` (..., *shape)."""
+        return 0.5 * float((change.double() * self.matvec(change).double()).sum())
+
+    def trace(self) -> float:
+        """Sum of the diagonal of H."""
+        return float(self.diagonal().double().sum())
+
+    def damped(self, amount: float, of: Literal["space", "range"] = "space") -> Self:
+        """The same curvature with λ = `amount` times a mean eigenvalue of H.
+
+        `of="space"` takes trace / dimension (the custom of GPTQ and SparseGPT), `of="range"` trace / rank. The two
+        differ by dimension / rank, which is large when there are fewer samples than dimensions.
+        """
+        if not (math.isfinite(amount) and amount >= 0):
+            raise OptionError(f"damping is {amount}, but must be a finite number that is not negative; try 0.01")
+        size = self.shape.numel() if of == "space" else max(self.rank(), 1)
+        return replace(self, damping=amount * self.trace() / size)

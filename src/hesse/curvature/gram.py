@@ -1,0 +1,103 @@
+"""H = I ⊗ E[xxᵀ]: the squared error of a linear layer's output (OBS, GPTQ, SparseGPT)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hesse.curvature.base import Curvature
+from hesse.curvature.diagonal import Diagonal
+from hesse.errors import ConditioningError, DataError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gram(Curvature):
+    """The second moment A = E[xxᵀ] of a linear layer's inputs, the same for each row of its weight (out, in).
+
+    `quadratic(d)` = ½ tr(d A dᵀ) = ½ E‖d x‖², half the squared change of the layer's output per token. That is the
+    Hessian of the layer-wise loss ½‖Wx - W₀x‖² exactly; it knows nothing of how the output is used later.
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), per layer: Optimal Brain Compression (Frantar and
+    Alistarh, 2022).
+    """
+
+    second_moment: Tensor  # (in, in)
+    tokens: int
+
+    @classmethod
+    def from_inputs(cls, inputs: Tensor) -> Self:
+        """The Gram of `inputs` (..., tokens, in), accumulated in float32 at least.
+
+        Raises:
+            DataError: there are no tokens, or an input is not finite.
+        """
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if flat.shape[0] == 0:
+            raise DataError("a Gram needs at least one token of inputs")
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        second_moment = flat.T @ flat / flat.shape[0]
+        if not bool(torch.isfinite(second_moment).all()):
+            raise DataError("the inputs hold NaN or infinity")
+        return cls(second_moment=second_moment, tokens=flat.shape[0])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.second_moment.shape[:1]
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factor L of A + λI (in, in).
+
+        Raises:
+            ConditioningError: A + λI is not positive definite to working precision.
+        """
+        damped = self.second_moment + self.damping * torch.eye(self.shape[0]).to(self.second_moment)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        # A leading minor that passes by rounding alone leaves a pivot near nothing and an inverse of noise.
+        pivots = factor.diagonal()
+        limit = torch.finfo(factor.dtype).eps * self.shape[0] * damped.diagonal().amax()
+        if int(failed) or not bool((pivots.square() > limit).all()):
+            raise self.singular()
+        if not self.resolves(torch.cholesky_inverse(factor).diagonal()):
+            raise self.singular()
+        return factor
+
+    def resolves(self, inverse_diagonal: Tensor) -> bool:
+        """Whether an inverse with the diagonal `inverse_diagonal` (in,) is more than the rounding noise of A.
+
+        A_jj [A⁻¹]_jj is 1 / (1 - R²) of input j on the others, whatever the inputs' scales; noise in a direction that
+        no token has takes it to 1 / (in · eps) or above. With damping such a direction is λ, which is known exactly.
+        """
+        if self.damping > 0:
+            return True
+        noise = torch.finfo(self.second_moment.dtype).eps * self.shape[0]
+        return bool((inverse_diagonal * self.diagonal() * noise < 1).all())
+
+    def singular(self) -> ConditioningError:
+        """The error to raise where A + λI cannot be inverted."""
+        return ConditioningError(
+            f"the Gram of {self.tokens} tokens in {self.shape[0]} dimensions is singular at damping "
+            f"{self.damping:.3g}: use more damping (.damped(0.01)) or more tokens"
+        )
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return vector @ self.second_moment.to(vector.dtype)
+
+    def solve(self, vector: Tensor) -> Tensor:
+        flat = vector.reshape(-1, self.shape[0]).to(self.factor.dtype)
+        return torch.cholesky_solve(flat.T, self.factor).T.reshape(vector.shape).to(vector.dtype)
+
+    def diagonal(self) -> Tensor:
+        return self.second_moment.diagonal()
+
+    def inverse_diagonal(self) -> Tensor:
+        return torch.cholesky_inverse(self.factor).diagonal()
+
+    def rank(self) -> int:
+        return int(torch.linalg.matrix_rank(self.second_moment, hermitian=True))
+
+    def diagonal_part(self) -> Diagonal:
+        """Only E[x²] per input, which is what Wanda uses."""
+        return Diagonal(values=self.diagonal(), damping=self.damping)

@@ -1,0 +1,29 @@
+"""H = I: every weight matters the same (magnitude pruning, round to nearest)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.curvature.base import Curvature
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Identity(Curvature):
+    """The identity on single weights, so of every shape; `quadratic` is half the squared change, without a unit."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(())
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def diagonal(self) -> Tensor:
+        return torch.ones(())
+
+    def solve(self, vector: Tensor) -> Tensor:
+        return vector / (1 + self.damping)
+
+    def inverse_diagonal(self) -> Tensor:
+        return torch.full((), 1 / (1 + self.damping))

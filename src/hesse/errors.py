@@ -1,0 +1,37 @@
+"""Every error that Hesse raises on purpose: one line that names the thing and says what to do."""
+
+
+class HesseError(Exception):
+    """Base of all errors below; the command line prints its message and exits with 1."""
+
+
+class OptionError(HesseError):
+    """An option, or a combination of options, that has no meaning."""
+
+
+class DataError(HesseError):
+    """Calibration or evaluation data that cannot be used."""
+
+
+class CheckpointError(HesseError):
+    """A checkpoint folder that is missing something, or holds something that cannot be read."""
+
+
+class UnsupportedModelError(HesseError):
+    """An architecture that is not a list of blocks of linear layers."""
+
+
+class OutputError(HesseError):
+    """An output folder that must not, or cannot, be written."""
+
+
+class VerificationError(HesseError):
+    """A written checkpoint that differs from what was solved, or is worse than predicted beyond all proportion."""
+
+
+class UnsupportedProduct(HesseError):
+    """A product that a curvature, constraint or solver does not offer."""
+
+
+class ConditioningError(HesseError):
+    """A curvature that cannot be factorised: singular, indefinite or not finite."""

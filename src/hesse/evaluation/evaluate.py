@@ -1,0 +1,152 @@
+"""What a checkpoint predicts, streamed from disk a block at a time, beside the dense model it came from."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.errors import DataError, OptionError
+from hesse.evaluation.metrics import HiddenTotals, Totals
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.network import Network
+from hesse.models.stream import Flow, advance, finish, start
+from hesse.progress import Progress
+
+# Logits of one batch: at most so many numbers, 128 MB in float32.
+LOGITS_LIMIT = 1 << 25
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality and size of a checkpoint; what needs a reference, or a language model, is None without it.
+
+    Losses and divergences are nats per token, over all tokens but the first of each sample.
+    """
+
+    kind: str
+    samples: int
+    tokens: int
+    loss: float | None
+    perplexity: float | None
+    reference_loss: float | None
+    loss_increase: float | None
+    kl: float | None  # mean KL(reference || model)
+    kl_standard_error: float | None
+    top1_agreement: float | None  # share of tokens whose most likely next token is the reference's
+    hidden_error: float | None  # encoders: ½‖h - h_ref‖² per token
+    hidden_relative_error: float | None  # encoders: ‖h - h_ref‖² / ‖h_ref‖²
+    hidden_cosine: float | None
+    parameters: int
+    bytes: int
+    bits_per_weight: float  # 8 · bytes of all stored tensors / parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    batches: list[Tensor],
+    reference: Checkpoint | None,
+    device: torch.device,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate `checkpoint` on batches of token ids (samples, tokens), in float32 whatever the checkpoint's type.
+
+    Raises:
+        DataError: a token is outside the vocabulary, or an encoder is evaluated without a reference.
+        OptionError: model and reference are of different kinds or vocabularies.
+    """
+    network = Network(checkpoint, torch.float32, device)
+    if network.kind == "encoder" and reference is None:
+        raise OptionError("an encoder has no loss of its own: give --reference, the dense model to compare with")
+    other = None if reference is None else Network(reference, torch.float32, device)
+    if other is not None and (other.kind != network.kind or vocabulary(other) != vocabulary(network)):
+        raise OptionError("model and reference have different kinds or vocabularies, so they cannot be compared")
+    check_ids(network, batches)
+    flows = pass_through(network, batches, progress, "evaluate")
+    dense = None if other is None else pass_through(other, batches, progress, "evaluate reference")
+    return compare(network, flows, other, dense)
+
+
+def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[Flow]:
+    """Take all batches through all blocks."""
+    progress.begin(phase, len(network.blocks))
+    flows = start(network, batches)
+    for index, block in enumerate(network.blocks):
+        with network.loaded(block) as module:
+            advance(flows, module, index)
+        progress.advance()
+    return flows
+
+
+def compare(network: Network, flows: list[Flow], other: Network | None, dense: list[Flow] | None) -> Evaluation:
+    """The evaluation of `flows` that have passed all blocks of `network`, beside `dense` ones of `other`."""
+    totals, hidden = Totals(), HiddenTotals()
+    with network.surroundings() as model, torch.no_grad():
+        if other is None or dense is None:
+            for flow in flows:
+                totals.add(finish(network, model, flow), flow.ids, None)
+        else:
+            with other.surroundings() as reference_model:
+                for flow, dense_flow in zip(flows, dense, strict=True):
+                    result, wanted = finish(network, model, flow), finish(other, reference_model, dense_flow)
+                    if network.kind == "encoder":
+                        hidden.add(result, wanted)
+                    else:
+                        totals.add(result, flow.ids, wanted)
+    samples = sum(len(flow.ids) for flow in flows)
+    return _evaluation(network, samples, totals, hidden, compared=other is not None)
+
+
+def _evaluation(network: Network, samples: int, totals: Totals, hidden: HiddenTotals, compared: bool) -> Evaluation:
+    checkpoint = network.checkpoint
+    parameters = sum(p.numel() for p in network.model.parameters())
+    encoder = network.kind == "encoder"
+    n = hidden.tokens if encoder else totals.tokens
+    loss = None if encoder else totals.loss / n
+    kl = totals.divergence / n if compared and not encoder else None
+    variance = max(totals.divergence_square / n - (totals.divergence / n) ** 2, 0.0)
+    reference_loss = totals.reference_loss / n if compared and not encoder else None
+    return Evaluation(
+        kind=network.kind,
+        samples=samples,
+        tokens=n,
+        loss=loss,
+        perplexity=None if loss is None else math.exp(min(loss, 700.0)),
+        reference_loss=reference_loss,
+        loss_increase=None if loss is None or reference_loss is None else loss - reference_loss,
+        kl=kl,
+        kl_standard_error=None if kl is None else math.sqrt(variance / n),
+        top1_agreement=totals.agreement / n if compared and not encoder else None,
+        hidden_error=hidden.half_square / n if encoder else None,
+        hidden_relative_error=2 * hidden.half_square / hidden.reference_square if encoder else None,
+        hidden_cosine=hidden.cosine / n if encoder else None,
+        parameters=parameters,
+        bytes=checkpoint.file_bytes,
+        bits_per_weight=8 * checkpoint.stored_bytes / parameters,
+    )
+
+
+def vocabulary(network: Network) -> int:
+    """The number of token ids the network knows."""
+    embeddings = network.model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])  # type: ignore[union-attr,arg-type]
+
+
+def check_ids(network: Network, batches: list[Tensor]) -> None:
+    """Raise DataError for a token id that the network does not know."""
+    largest = max(int(ids.max()) for ids in batches)
+    if largest >= vocabulary(network):
+        raise DataError(
+            f"the data holds the token id {largest}, but the model knows {vocabulary(network)}: "
+            "the tokens were made by another tokenizer"
+        )
+
+
+def evaluation_batch(network_vocabulary: int, length: int) -> int:
+    """Samples a batch such that their logits stay within `LOGITS_LIMIT`."""
+    return max(LOGITS_LIMIT // (network_vocabulary * length), 1)

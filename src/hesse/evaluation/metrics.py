@@ -1,0 +1,51 @@
+"""How far a model's predictions are from the text, and from another model's."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Totals:
+    """Sums over tokens of the losses, divergences and agreements that an evaluation averages."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    divergence: float = 0.0
+    divergence_square: float = 0.0
+    agreement: int = 0
+
+    def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        """Add the predictions `logits` (samples, tokens, vocabulary) of each next token of `ids` (samples, tokens)."""
+        logs = logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+        labels = ids[:, 1:].flatten()
+        self.tokens += len(labels)
+        self.loss += nn.functional.nll_loss(logs, labels, reduction="sum").item()
+        if reference is None:
+            return
+        dense = reference[:, :-1].float().flatten(0, 1).log_softmax(-1)
+        self.reference_loss += nn.functional.nll_loss(dense, labels, reduction="sum").item()
+        self.agreement += int((dense.argmax(-1) == logs.argmax(-1)).sum())
+        divergence = (dense.exp() * (dense - logs)).sum(-1).double()
+        self.divergence += divergence.sum().item()
+        self.divergence_square += divergence.square().sum().item()
+
+
+@dataclass
+class HiddenTotals:
+    """Sums over tokens of the differences between two encoders' last hidden states."""
+
+    tokens: int = 0
+    half_square: float = 0.0
+    reference_square: float = 0.0
+    cosine: float = 0.0
+
+    def add(self, hidden: Tensor, reference: Tensor) -> None:
+        """Add `hidden` and `reference` (samples, tokens, width)."""
+        h, r = (t.double().flatten(0, 1) for t in (hidden, reference))
+        self.tokens += len(h)
+        self.half_square += 0.5 * (h - r).square().sum().item()
+        self.reference_square += r.square().sum().item()
+        self.cosine += torch.nn.functional.cosine_similarity(h, r).sum().item()

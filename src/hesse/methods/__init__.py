@@ -1,0 +1,21 @@
+"""Named triples curvature × constraint × solver, and recipes that say them per layer."""
+
+from hesse.errors import OptionError
+from hesse.methods import low_rank, pruning, rounding
+from hesse.methods.method import Method, Options
+from hesse.methods.recipe import Recipe, Rule, load_recipe
+
+METHODS: dict[str, Method] = {m.name: m for family in (rounding, pruning, low_rank) for m in family.METHODS}
+
+__all__ = ["METHODS", "Method", "Options", "Recipe", "Rule", "find_method", "load_recipe"]
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name not in METHODS:
+        raise OptionError(f"there is no method {name!r}; there are {', '.join(METHODS)} (see `hesse methods`)")
+    return METHODS[name]

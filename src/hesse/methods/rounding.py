@@ -1,0 +1,25 @@
+"""Methods that put weights on a grid."""
+
+from hesse.methods.method import Method, Options
+
+METHODS = (
+    Method(
+        name="rtn",
+        curvature="identity",
+        constraints=("grid",),
+        solver="nearest",
+        source="round to nearest",
+        needs="nothing",
+        defaults=Options(bits=4, group_size=128, symmetric=True),
+    ),
+    Method(
+        name="gptq",
+        curvature="gram",
+        constraints=("grid",),
+        optional=("sparse",),
+        solver="error_feedback",
+        source="Frantar et al., 2022, arXiv:2210.17323",
+        needs="calibration text",
+        defaults=Options(bits=4, group_size=128, symmetric=True, scale="search", act_order=True, damping=0.01),
+    ),
+)

@@ -1,0 +1,250 @@
+"""A network as a list of blocks, with no weights in memory until a block is loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.experts import unfuse
+
+Kind = Literal["causal-lm", "encoder"]
+# Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer inside a block; `name` is what its tensors are called in the checkpoint, without `.weight`."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is kept as (in, out), as GPT-2 does."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (out, in)."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+    def replace(self, weight: Tensor) -> None:
+        """Put `weight` (out, in) in the place of the present one, in its type."""
+        present = self.module.weight
+        assert isinstance(present, Tensor)
+        changed = (weight.T if self.transposed else weight).to(present)
+        self.module.weight = nn.Parameter(changed.contiguous(), requires_grad=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One of the repeated blocks of a network."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+
+
+class Network:
+    """A model's modules on the meta device, its blocks in order, and where each parameter lies in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: the architecture is unknown to transformers, or not a list of blocks of linear layers.
+        CheckpointError: the checkpoint lacks tensors that the architecture needs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.model = _build(checkpoint)
+        self.kind: Kind = _kind(self.model)
+        self.blocks_return_tuples = False  # found out by the first run
+        stored = checkpoint.names()
+        unfuse(self.model, set(stored))
+        self.sources = _sources(self.model, stored)
+        name, blocks = _find_blocks(self.model)
+        self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+        self._check_complete(name)
+
+    def _block(self, name: str, module: nn.Module) -> Block:
+        layers = [
+            Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
+            for child, linear in module.named_modules()
+            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTERS
+        ]
+        return Block(name, module, tuple(layers))
+
+    def _check_complete(self, blocks: str) -> None:
+        for name, _ in self.model.named_parameters():
+            if name not in self.sources and name.startswith(f"{blocks}."):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
+                    "incomplete, or transformers converts this architecture in a way that Hesse does not know"
+                )
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All linear layers of all blocks."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def input_limit(self) -> int | None:
+        """The most tokens a sample may have, where the architecture has positions for so many only."""
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+            limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
+        return limit
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[nn.Module]:
+        """The block with its weights in memory; they are forgotten afterwards."""
+        self._fill(block.module, block.name)
+        try:
+            yield block.module
+        finally:
+            _forget(block.module)
+
+    @contextmanager
+    def surroundings(self) -> Iterator[PreTrainedModel]:
+        """The model with everything but its blocks in memory: embeddings, last norm, head."""
+        inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+        outside = self.model if self.kind == "causal-lm" else self.model.base_model
+        prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
+        self._fill(outside, prefix, leave=inside)
+        try:
+            yield self.model
+        finally:
+            _forget(outside)
+
+    def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
+        """Give the parameters and buffers below `module` their values from the checkpoint."""
+        places: dict[str, tuple[nn.Module, str]] = {}
+        for path, child in module.named_modules(remove_duplicate=False):
+            for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+                full = ".".join(part for part in (prefix, path, name) if part)
+                if tensor is not None and id(tensor) not in leave and full in self.sources:
+                    places[full] = (child, name)
+        tensors = self.checkpoint.read(dict.fromkeys(self.sources[full] for full in places))
+        shared: dict[str, nn.Parameter] = {}
+        for full, (child, name) in places.items():
+            source = self.sources[full]
+            value = tensors[source]
+            expected = (child._buffers.get(name) if name in child._buffers else child._parameters[name]).shape
+            if value.shape != expected:
+                raise CheckpointError(
+                    f"{source} has shape {tuple(value.shape)}, but config.json asks for {tuple(expected)}: "
+                    "config and weights do not belong together"
+                )
+            if value.is_floating_point():
+                if not bool(torch.isfinite(value).all()):
+                    raise DataError(f"the weight {source} holds NaN or infinity: the model is damaged")
+                value = value.to(self.dtype)
+            value = value.to(self.device)
+            if name in child._buffers:
+                child._buffers[name] = value
+            else:
+                child._parameters[name] = shared.setdefault(source, nn.Parameter(value, requires_grad=False))
+        for path, child in module.named_modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None and parameter.is_meta and id(parameter) not in leave:
+                    full = ".".join(part for part in (prefix, path, name) if part)
+                    raise CheckpointError(f"{self.checkpoint.folder} has no tensor for {full}: copy the folder again")
+            for name, buffer in child._buffers.items():
+                if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
+                    child._buffers[name] = buffer.to(self.device)
+
+
+def _forget(module: nn.Module) -> None:
+    """Drop the weights below `module`; buffers, which are small and may be computed, stay."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _build(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The architecture that config.json names, its parameters on the meta device, its computed buffers real."""
+    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    model_type = settings.get("model_type")
+    try:
+        config = AutoConfig.for_model(**settings) if model_type else None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{checkpoint.folder}/config.json cannot be used: {reason}") from None
+    if config is None:
+        raise UnsupportedModelError(f"{checkpoint.folder}/config.json names no model_type: it is no transformers model")
+    architecture = (settings.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)])[0]
+    factory = getattr(transformers, str(architecture), None)
+    if not (isinstance(factory, type) and issubclass(factory, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}/config.json names the architecture {architecture}, which transformers "
+            f"{transformers.__version__} does not have: a newer transformers may"
+        )
+    with torch.device("meta"):
+        model = factory._from_config(config, attn_implementation="sdpa" if factory._supports_sdpa else None)
+    model.eval()
+    for module in model.modules():
+        computed = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            model._init_weights(module)
+    return model
+
+
+def _kind(model: PreTrainedModel) -> Kind:
+    return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The ModuleList with the most parameters: the blocks. Lists inside it (experts) have fewer."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    sized = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists]
+    if not sized or max(size for size, _, _ in sized) == 0:
+        raise UnsupportedModelError(f"{type(model).__name__} is not a list of blocks of linear layers")
+    _, name, blocks = max(sized, key=lambda entry: entry[0])
+    if not any(isinstance(m, nn.Linear | Conv1D) for m in blocks.modules()):
+        raise UnsupportedModelError(f"the blocks {name} of {type(model).__name__} hold no linear layers")
+    return name, blocks
+
+
+def _sources(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
+    """The checkpoint's name for each parameter and buffer of `model` that it holds, tied ones included."""
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted |= {name for name, _ in model.named_buffers()}
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+    sources = {}
+    for key in stored:
+        renamed = apply_renamings(key, renamings)
+        for name in (key, renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            if name in wanted:
+                sources.setdefault(name, key)
+                break
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, original in tied.items():
+        if name not in sources and original in sources:
+            sources[name] = sources[original]
+        elif original not in sources and name in sources:
+            sources[original] = sources[name]
+    return sources
+
+
+def _prefix_of(model: nn.Module, child: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is child), "")

@@ -1,0 +1,127 @@
+"""The tables a person reads in a terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hesse.methods import METHODS
+
+if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
+    from hesse.compression import CompressionReport
+    from hesse.evaluation import Evaluation
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits, or a dash."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def cost_table(report: "CompressionReport", before: "Evaluation | None", after: "Evaluation | None") -> Table:
+    """What a compression did and cost, dense beside compressed; evaluations add what was measured on other text."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{report.model} by {report.method}", title_justify="left")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("compressed", justify="right")
+    table.add_row("method", "-", report.layers[0].method if report.layers else report.method)
+    table.add_row("bytes", f"{report.bytes_before:,}", f"{report.bytes_after:,}")
+    table.add_row("bits per weight, compressed layers", "-", number(report.bits_per_weight))
+    table.add_row(
+        "bits per weight, whole model",
+        "-" if before is None else number(before.bits_per_weight),
+        number(report.bits_per_weight_model),
+    )
+    table.add_row("seconds", "-", f"{report.seconds['total']:.1f}")
+    table.add_row("peak memory", "-", size(report.peak_rss_bytes))
+    for row in _quality_rows(before, after):
+        table.add_row(*row)
+    check = report.verification
+    table.add_section()
+    table.add_row("loss increase predicted, nats per token", "-", number(report.predicted_loss_increase))
+    where = "held-out" if check.held_out else "calibration"
+    measured = number(check.measured) + ("" if check.standard_error is None else f" ± {check.standard_error:.1g}")
+    table.add_row(f"{check.loss_name}, {check.samples} {where} samples", "-", measured)
+    if after is not None and after.loss_increase is not None:
+        table.add_row("loss increase measured on the evaluation text", "-", number(after.loss_increase))
+    return table
+
+
+def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> list[tuple[str, str, str]]:
+    if before is None or after is None:
+        return []
+    rows = [
+        ("loss, nats per token", number(before.loss, 5), number(after.loss, 5)),
+        ("perplexity", number(before.perplexity, 5), number(after.perplexity, 5)),
+        ("KL(dense || compressed), nats per token", "0", number(after.kl)),
+    ]
+    if after.top1_agreement is not None:
+        rows.append(("top-1 agreement", "100 %", f"{100 * after.top1_agreement:.2f} %"))
+    return rows
+
+
+def compression_summary(report: "CompressionReport") -> RenderableType:
+    """The table of costs, what departed from the recipe, and where the prediction lies."""
+    parts: list[RenderableType] = [cost_table(report, None, None)]
+    if report.fallbacks:
+        parts.append(Text(f"{len(report.fallbacks)} fallbacks:", style="bold yellow"))
+        parts += [Text(f"  {note}") for note in report.fallbacks[:20]]
+        if len(report.fallbacks) > 20:
+            parts.append(Text(f"  and {len(report.fallbacks) - 20} more in compression.json"))
+    worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
+    names = ", ".join(f"{layer.name} ({number(layer.predicted_loss_increase, 2)})" for layer in worst)
+    parts.append(Text(f"most of the predicted increase: {names}"))
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items() if phase != "total")
+    parts.append(Text(f"seconds: {seconds}"))
+    parts.append(Text(f"read back: {report.verification.tensors_equal} tensors equal what was solved or copied"))
+    parts.append(Text(f"written to {report.out}", style="bold"))
+    return Group(*parts)
+
+
+def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
+    """One evaluation."""
+    table = Table(box=box.SIMPLE_HEAD, title=name, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    rows = (
+        ("samples", str(evaluation.samples)),
+        ("tokens", f"{evaluation.tokens:,}"),
+        ("loss, nats per token", number(evaluation.loss, 5)),
+        ("perplexity", number(evaluation.perplexity, 5)),
+        ("reference's loss, nats per token", number(evaluation.reference_loss, 5)),
+        ("loss increase, nats per token", number(evaluation.loss_increase)),
+        ("KL(reference || model), nats per token", number(evaluation.kl)),
+        ("  its standard error", number(evaluation.kl_standard_error, 2)),
+        ("top-1 agreement", number(evaluation.top1_agreement)),
+        ("hidden states: half squared error per token", number(evaluation.hidden_error)),
+        ("hidden states: relative squared error", number(evaluation.hidden_relative_error)),
+        ("hidden states: cosine", number(evaluation.hidden_cosine, 5)),
+        ("bytes", f"{evaluation.bytes:,}"),
+        ("bits per weight, whole model", number(evaluation.bits_per_weight)),
+    )
+    for label, value in rows:
+        if value != "-":
+            table.add_row(label, value)
+    return table
+
+
+def methods_table() -> Table:
+    """The methods as triples."""
+    table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
+    for heading in ("method", "curvature", "constraint", "solver", "needs", "source"):
+        table.add_column(heading, overflow="fold")
+    for method in METHODS.values():
+        extra = "".join(f" (& {name})" for name in method.optional)
+        table.add_row(
+            method.name, method.curvature, " & ".join(method.constraints) + extra, method.solver, method.needs, method.source
+        )
+    return table

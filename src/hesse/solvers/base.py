@@ -1,0 +1,67 @@
+"""The join of the three nouns: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint
+from hesse.curvature import Curvature
+from hesse.errors import DataError, OptionError
+
+
+class Solver(Protocol):
+    """Two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
+
+    def init(self, curvature: Curvature) -> Any:
+        """Whatever depends on the curvature alone.
+
+        Raises:
+            UnsupportedProduct: this solver cannot use that curvature.
+            ConditioningError: the curvature cannot be factorised at its damping.
+        """
+
+    def compute(self, state: Any, weight: Tensor, constraint: Constraint) -> Any:
+        """The stored form of the cheapest member found for `weight` (out, in)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Allowed weights and what they cost.
+
+    `predicted_loss_increase` is ½ dᵀHd in the curvature's unit: for a Gram half the squared output error per token,
+    for a Kronecker nats per token.
+    """
+
+    weight: Tensor  # (out, in), exactly what `encoded` decodes to
+    encoded: Any
+    predicted_loss_increase: float
+
+
+def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver) -> Solution:
+    """The member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
+
+    Raises:
+        OptionError: the shapes do not fit each other or the constraint.
+        DataError: the weight holds NaN or infinity.
+        UnsupportedProduct: the solver needs something that the curvature or the constraint does not offer.
+        ConditioningError: the curvature cannot be factorised at its damping.
+    """
+    return solve_with(weight, curvature, constraint, solver, solver.init(curvature))
+
+
+def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver, state: Any) -> Solution:
+    """As `solve`, with the state that `solver.init(curvature)` gave before."""
+    if weight.ndim != 2:
+        raise OptionError(f"a weight must be a matrix (out, in), but this one has shape {tuple(weight.shape)}")
+    dimensions = len(curvature.shape)
+    if dimensions and weight.shape[-dimensions:] != curvature.shape:
+        raise OptionError(f"a weight {tuple(weight.shape)} does not fit a curvature of shape {tuple(curvature.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise DataError("the weight holds NaN or infinity")
+    constraint.check(weight.shape)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    encoded = solver.compute(state, wide, constraint)
+    solved = constraint.decode(encoded)
+    return Solution(solved.to(wide.dtype), encoded, curvature.quadratic(solved - wide))

@@ -1,0 +1,192 @@
+"""One column at a time, each column's error made good by the columns after it (OBS; GPTQ, LDLQ, SparseGPT)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, SparseCode, SparseGrid
+from hesse.curvature import Curvature, Gram
+from hesse.errors import ConditioningError, UnsupportedProduct
+
+
+@dataclass(frozen=True, eq=False)
+class FeedbackState:
+    """A Gram, the order in which its columns are taken, and its inverse in that order as (A + λI)⁻¹ = UᵀU."""
+
+    curvature: Gram
+    order: Tensor | None  # (in,) column indices; None for the given order
+    factor: Tensor  # U (in, in), upper triangular
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """Optimal Brain Surgeon's update with all rows sharing one order of columns.
+
+    For column j: d = nearest allowed value, e = (w_j - d) / U_jj, and every later column k gets w_k -= e U_jk. Which
+    weights an unstructured Sparse drops is decided block by block, by (w_j / U_jj)². `order="descending"` takes the
+    columns with the largest E[x²] first; the scales of a Grid are then fitted beforehand, so that groups stay
+    contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and mask. Needs a
+    Gram, with damping where it is singular.
+
+    Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
+    et al., 2023).
+    """
+
+    order: Literal["given", "descending"] = "given"
+    block_size: int = 128
+
+    def init(self, curvature: Curvature) -> FeedbackState:
+        if not isinstance(curvature, Gram):
+            raise UnsupportedProduct(f"ErrorFeedback needs a Gram, not a {type(curvature).__name__}")
+        order = None
+        if self.order == "descending":
+            order = torch.argsort(curvature.diagonal(), descending=True, stable=True)
+        return FeedbackState(curvature, order, inverse_factor(curvature, order))
+
+    def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
+        grid, sparse = _parts(constraint)
+        if sparse is not None and sparse.of is not None and state.order is not None:
+            raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
+        metric = state.curvature.diagonal().to(weight.dtype)
+        order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
+        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse, metric)
+        if grid is not None and state.order is not None:
+            sweep.set_scales(0, grid, grid.fit(weight, metric), order)
+        sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
+
+        back = torch.argsort(order)
+        solved, kept = sweep.work[back].T, sweep.kept[back].T
+        if grid is None:
+            assert sparse is not None
+            rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
+            return sparse.encode_masked(torch.where(rows, weight, solved), kept)
+        scales = sweep.scales(grid, back)
+        solved_code = grid.round(solved, scales)
+        plain_code = grid.round(weight * kept, scales)
+        rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
+        return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
+
+    def _block_size(self, columns: int, grid: Grid | None, sparse: Sparse | None) -> int:
+        """Columns a block, such that no group of columns lies across two blocks."""
+        unit = 1
+        if grid is not None and grid.group_width(columns) < columns:
+            unit = grid.group_width(columns)
+        if sparse is not None and sparse.of is not None:
+            unit = math.lcm(unit, sparse.of)
+        return max(self.block_size // unit, 1) * unit
+
+
+class _Sweep:
+    """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
+
+    def __init__(self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None, metric: Tensor) -> None:
+        self.work = work.contiguous()
+        self.factor = factor
+        self.grid = grid
+        self.sparse = sparse
+        self.metric = metric
+        self.kept = torch.ones_like(self.work, dtype=torch.bool)
+        self.scale = torch.empty_like(self.work) if grid is not None else None
+        self.zero_point = torch.empty_like(self.work) if grid is not None and not grid.symmetric else None
+
+    def set_scales(self, start: int, grid: Grid, scales: Scales, order: Tensor | None = None) -> None:
+        """Spread scales per group over the columns from `start` on, taken in `order`."""
+        for target, source in ((self.scale, scales.scale), (self.zero_point, scales.zero_point)):
+            if target is not None and source is not None:
+                columns = len(self.work) if order is not None else grid.group_width(len(self.work))
+                spread = grid.expand(source, columns).T if order is not None else source.T
+                stop = min(start + columns, len(self.work))
+                target[start:stop] = spread if order is None else spread[order]
+
+    def scales(self, grid: Grid, back: Tensor) -> Scales:
+        """The scales used, one a group (out, groups), `back` giving the columns' own order."""
+        assert self.scale is not None
+        step = grid.group_width(len(self.work))
+        zero_point = None if self.zero_point is None else self.zero_point[back][::step].T
+        return Scales(self.scale[back][::step].T, zero_point)
+
+    def run(self, block_size: int, fit_scales: bool) -> None:
+        """Replace `work` by allowed values, column after column."""
+        columns, pivots = len(self.work), self.factor.diagonal()
+        errors = torch.empty_like(self.work[:block_size])
+        group = self.grid.group_width(columns) if self.grid is not None else columns
+        for start in range(0, columns, block_size):
+            stop = min(start + block_size, columns)
+            if self.sparse is not None and self.sparse.of is None:
+                self._choose(start, stop)
+            for j in range(start, stop):
+                if self.grid is not None and fit_scales and j % group == 0:
+                    end = min(j + group, columns)
+                    self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T, self.metric[j:end]))
+                if self.sparse is not None and self.sparse.of is not None and j % self.sparse.of == 0:
+                    self._choose(j, j + self.sparse.of)
+                allowed = self._allowed(j)
+                error = errors[j - start]
+                torch.sub(self.work[j], allowed, out=error).div_(pivots[j])
+                self.work[j] = allowed
+                self.work[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], error, alpha=-1)
+            self.work[stop:].addmm_(self.factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+
+    def _choose(self, start: int, stop: int) -> None:
+        """Keep the weights of the columns [start, stop) whose removal costs most."""
+        assert self.sparse is not None
+        scores = (self.work[start:stop] / self.factor.diagonal()[start:stop, None]).square()
+        self.kept[start:stop] = self.sparse.mask(scores.T, decided=start).T
+
+    def _allowed(self, j: int) -> Tensor:
+        """The nearest allowed values for column j."""
+        column = self.work[j]
+        if self.grid is not None:
+            assert self.scale is not None
+            zero_point = None if self.zero_point is None else self.zero_point[j]
+            codes = self.grid.codes(column, self.scale[j], zero_point)
+            column = self.grid.values(codes, self.scale[j], zero_point)
+        return column if self.sparse is None else column * self.kept[j]
+
+
+def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
+    if isinstance(constraint, Grid):
+        return constraint, None
+    if isinstance(constraint, Sparse):
+        return None, constraint
+    if isinstance(constraint, SparseGrid):
+        return constraint.grid, constraint.sparse
+    raise UnsupportedProduct(f"ErrorFeedback solves Grid, Sparse and Sparse & Grid, not {type(constraint).__name__}")
+
+
+def _cheaper_rows(curvature: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:
+    """True (out, 1) where the plain member costs less than the solved one."""
+
+    def cost(member: Tensor) -> Tensor:
+        change = member - weight
+        return (curvature.matvec(change) * change).sum(1, keepdim=True)
+
+    return cost(plain) < cost(solved)
+
+
+def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
+    """Upper triangular U (in, in) with (A + λI)⁻¹ = UᵀU, rows and columns taken in `order`.
+
+    From the Cholesky factor L of A in reverse order, whose inverse read backwards is U: one factorisation instead of
+    three, and better conditioned. In float32, and again in float64 where that fails.
+
+    Raises:
+        ConditioningError: A + λI is not positive definite to working precision.
+    """
+    moment = gram.second_moment
+    if order is not None:
+        moment = moment[order][:, order]
+    backwards = Gram(second_moment=moment.flip(0, 1), tokens=gram.tokens, damping=gram.damping)
+    try:
+        lower = backwards.factor
+    except ConditioningError:
+        lower = Gram(second_moment=moment.flip(0, 1).double(), tokens=gram.tokens, damping=gram.damping).factor
+    identity = torch.eye(len(lower)).to(lower)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # float64 factorises what float32 merely rounded, so what A itself resolves is asked again.
+    if not backwards.resolves(inverse.square().sum(0)):
+        raise gram.singular()
+    return inverse.flip(0, 1).to(moment.dtype)

@@ -1,0 +1,31 @@
+"""Each weight on its own: round to nearest, magnitude pruning, Wanda, plain SVD."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hesse.constraints import Constraint
+from hesse.curvature import Curvature, Diagonal, Identity
+from hesse.errors import UnsupportedProduct
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest member in the metric of an Identity or a Diagonal: exact for these, since they have no interactions.
+
+    Use it as the baseline, where there is no calibration data, or where time matters most.
+    """
+
+    def init(self, curvature: Curvature) -> Tensor | None:
+        if isinstance(curvature, Identity):
+            return None
+        if isinstance(curvature, Diagonal):
+            return curvature.diagonal()
+        raise UnsupportedProduct(
+            f"Nearest cannot use the interactions of a {type(curvature).__name__}: "
+            "pass its diagonal_part(), or use ErrorFeedback"
+        )
+
+    def compute(self, state: Tensor | None, weight: Tensor, constraint: Constraint) -> Any:
+        return constraint.encode(weight, state)

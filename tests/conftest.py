@@ -1,0 +1,26 @@
+"""Shared fixtures: quiet libraries, no network, tiny models."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family's name to the folder of its tiny model, made once a session."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
