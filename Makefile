@@ -1,4 +1,4 @@
-# `make help` lists the targets. They need git, make and a python3 of 3.11 or newer, and nothing else.
+# `make help` lists the targets. They need git, make and a python3 of 3.10 or newer, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,8 @@ venv: $(STAMP) ## build .venv with everything that the other targets need
 
 # PyTorch goes first and by its exact version, so that the largest download is neither repeated nor replaced.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Hesse needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Hesse needs Python 3.10 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch==2.13.0
 	$(PIP_INSTALL) -e '.[dev,data]'

@@ -116,6 +116,7 @@ def measure(case: Case, program: str, model: Path, ids: Path, repeats: int) -> d
 
 
 def main() -> None:
+    """Run every case for every program, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="llmcompressor,autoround")
     parser.add_argument("--repeats", type=int, default=2)

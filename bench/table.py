@@ -34,9 +34,9 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "KL(dense || compressed) in nats per token on the held-out text, in float32, by `hesse evaluate`. Symmetric "
         "integers, weights only, `lm_head` left alone.",
         "",
-        "Seconds: for the peers, from the model in memory to compressed weights in memory; for Hesse the whole run, from "
-        "the model on disk to the verified checkpoint on disk, with the probing of the loss that the prediction needs. "
-        "Imports are left out for all. The faster of the runs made is shown.",
+        "Seconds: for the peers, from the model in memory to compressed weights in memory; for Hesse the whole "
+        "run, from the model on disk to the verified checkpoint on disk, with the probing of the loss that the "
+        "prediction needs. Imports are left out for all. The faster of the runs made is shown.",
         "",
         "| case | program | KL | ± | ratio of KL | seconds | ratio of seconds | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|",

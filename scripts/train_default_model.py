@@ -134,9 +134,7 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     total = 0.0
     for batch in windows.split(BATCH):
         logits = model(batch).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / (windows.shape[0] * (LENGTH - 1))
 
 
@@ -184,7 +182,8 @@ def train(tokens: np.ndarray, budget: int, minutes: float, resume: Path | None) 
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             seen = (step + 1) * BATCH * LENGTH
-            print(f"step {step}/{steps} {progress:.0%} loss {loss.item():.4f} {seen / (time.time() - start):.0f} tokens/s", flush=True)
+            rate = seen / (time.time() - start)
+            print(f"step {step}/{steps} {progress:.0%} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
         step += 1
         progress = max(step / steps, (time.time() - start) / (60 * minutes))
     return model, step * BATCH * LENGTH

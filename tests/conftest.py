@@ -10,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
 import tiny_models
+
+# The tensors of the tests are tiny: a second thread costs far more than it gives, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

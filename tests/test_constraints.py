@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesse.constraints import Constraint, Grid, LowRank, Scales, Sparse, SparseGrid
+from hesse.constraints import Constraint, Grid, GridCode, LowRank, Sparse, SparseGrid
 from hesse.errors import OptionError, UnsupportedProduct
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,7 +29,6 @@ def grids(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> G
         bits=draw(st.integers(2, 8)),
         group_size=draw(st.sampled_from([-1, 1, 3, 8, 16, 64])),
         symmetric=draw(st.booleans()),
-        scale=draw(st.sampled_from(["minmax", "search"])),
         dtype=draw(st.sampled_from(dtypes)),
     )
 
@@ -53,14 +52,29 @@ def is_stored_in(tensor: Tensor, dtype: torch.dtype) -> bool:
 # Grid
 
 
-@laws
+def assert_codes_come_back(grid: Grid, encoded: GridCode) -> None:
+    """decode(round(decode(code), scales)) == code."""
+    again = grid.round(grid.decode(encoded), encoded.scales)
+    if grid.bits == 8 and not grid.symmetric and grid.dtype == torch.bfloat16:
+        # More than 128 steps from zero the steps are finer than bfloat16, so neighbours can be the same number.
+        assert int((again.codes.int() - encoded.codes.int()).abs().max()) <= 1
+        return
+    assert torch.equal(again.codes, encoded.codes)
+    assert torch.equal(grid.decode(again), grid.decode(encoded))
+
+
+@settings(max_examples=300, deadline=None)
 @given(grid=grids(), weight=weights())
 def test_grid_members_keep_their_codes(grid: Grid, weight: Tensor) -> None:
-    encoded = grid.encode(weight)
-    member = grid.decode(encoded)
-    again = grid.round(member, encoded.scales)
-    assert torch.equal(again.codes, encoded.codes)
-    assert torch.equal(grid.decode(again), member)
+    assert_codes_come_back(grid, grid.encode(weight))
+
+
+@settings(max_examples=300, deadline=None)
+@given(grid=grids(), weight=weights())
+def test_every_code_of_a_grid_comes_back(grid: Grid, weight: Tensor) -> None:
+    scales = grid.fit(weight)
+    for code in range(grid.lowest, grid.highest + 1, max(1, 2**grid.bits // 32)):
+        assert_codes_come_back(grid, GridCode(torch.full(weight.shape, code, dtype=torch.int8), scales))
 
 
 @laws
@@ -108,13 +122,13 @@ def test_grid_codes_are_the_nearest_of_all_codes(grid: Grid, weight: Tensor) -> 
     error = (grid.decode(encoded) - weight).abs()
     scale = grid.expand(encoded.scales.scale, weight.shape[1])
     for code in range(grid.lowest, grid.highest + 1):
-        other = grid.decode(type(encoded)(torch.full_like(encoded.codes, code), encoded.scales))
+        other = grid.decode(GridCode(torch.full_like(encoded.codes, code), encoded.scales))
         assert bool((error <= (other - weight).abs() + 1e-4 * scale).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_minmax_scales_by_hand(bits: int, dtype: torch.dtype) -> None:
+def test_scales_by_hand(bits: int, dtype: torch.dtype) -> None:
     # Groups of 3 columns, the last with one column: ranges [-2, 1], [0.5, 3] widened to 0, and [-0.25, 0].
     weight = torch.tensor([[-2.0, 0.5, 1.0, 0.5, 3.0, 2.0, -0.25]])
     levels = 2**bits - 1
@@ -126,9 +140,9 @@ def test_minmax_scales_by_hand(bits: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(asymmetric.scale, expected.to(dtype).float())
     assert asymmetric.zero_point is not None
     lowest = -(2 ** (bits - 1))
-    assert asymmetric.zero_point[0, 1:].tolist() == [lowest, lowest + levels]
-    # The stored scale is a rounded one, so the zero point may be one code from that of the exact scale.
-    assert abs(asymmetric.zero_point[0, 0] - (lowest + levels * 2 / 3)) <= 1
+    # The stored scale is a rounded one, so a zero point may be one code from that of the exact scale.
+    expected = lowest + levels * torch.tensor([[2 / 3, 0.0, 1.0]])
+    assert bool(((asymmetric.zero_point - expected).abs() <= 1).all())
 
 
 def test_grid_of_a_row_by_hand() -> None:
@@ -148,57 +162,19 @@ def test_group_widths() -> None:
     assert Grid(group_size=-1).groups(4096) == 1
 
 
-def group_costs(grid: Grid, weight: Tensor, scales: Scales, metric: Tensor) -> list[Tensor]:
-    """The weighted squared error of rounding to given scales, for each group the errors of all rows (out,)."""
-    errors = (grid.decode(grid.round(weight, scales)) - weight).double().square() * metric
-    return [group.sum(1) for group in errors.split(grid.group_width(weight.shape[1]), dim=1)]
+def test_nearest_codes_are_the_same_in_every_metric() -> None:
+    weight = normal(0, 6, 16)
+    for metric in (torch.tensor(2.0), normal(1, 16).square(), normal(2, 6, 16).square()):
+        assert torch.equal(Grid(3, 8).nearest(weight, metric), Grid(3, 8).nearest(weight))
 
 
-@laws
-@given(
-    grid=grids(dtypes=(torch.float32,)),
-    weight=weights(least_exponent=-3),
-    seed=seeds,
-    metric_is=st.sampled_from(["absent", "scalar", "by column", "by row", "by weight"]),
-)
-def test_searched_scales_are_never_worse_than_minmax_in_the_metric(
-    grid: Grid, weight: Tensor, seed: int, metric_is: str
-) -> None:
-    rows, columns = weight.shape
-    metric = {
-        "absent": None,
-        "scalar": torch.tensor(2.0),
-        "by column": normal(seed, columns).square(),
-        "by row": normal(seed, rows, 1).square(),
-        "by weight": normal(seed, rows, columns).square(),
-    }[metric_is]
-    plain = Grid(grid.bits, grid.group_size, grid.symmetric)
-    searched = Grid(grid.bits, grid.group_size, grid.symmetric, scale="search")
-    weighed = torch.ones(rows, columns) if metric is None else metric.expand(rows, columns)
-    found = group_costs(searched, weight, searched.encode(weight, metric).scales, weighed)
-    usual = group_costs(plain, weight, plain.encode(weight, metric).scales, weighed)
-    for least, most in zip(found, usual, strict=True):
-        assert bool((least <= most * (1 + 1e-5)).all())
-
-
-def test_searched_scales_follow_the_metric_of_their_own_row() -> None:
-    # Two equal rows; the first cares for the outlier alone, the second for everything but the outlier.
-    weight = torch.tensor([[0.1, 0.2, -0.3, 0.15, 2.0]]).repeat(2, 1)
-    metric = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0, 0.0]])
-    scale = Grid(bits=3, group_size=-1, scale="search").encode(weight, metric).scales.scale
-    assert float(scale[0]) > float(scale[1])
-
-
-@pytest.mark.parametrize("scale", ["minmax", "search"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1e-10, -1e-10, 1e-38, 1e-44])
-def test_groups_of_zeros_and_of_what_underflows_are_zeros(
-    value: float, dtype: torch.dtype, symmetric: bool, scale: str
-) -> None:
+def test_groups_of_zeros_and_of_what_underflows_are_zeros(value: float, dtype: torch.dtype, symmetric: bool) -> None:
     weight = torch.ones(2, 8)
     weight[:, :4] = value
-    grid = Grid(4, 4, symmetric, "search" if scale == "search" else "minmax", dtype=dtype)
+    grid = Grid(4, 4, symmetric, dtype=dtype)
     member = grid.nearest(weight)
     assert bool(torch.isfinite(member).all())
     assert bool(((member[:, :4] - value).abs() <= abs(value)).all())
@@ -316,13 +292,13 @@ def test_sparse_grid_has_zeros_where_pruned(weight: Tensor, grid: Grid, sparse: 
     encoded = joint.encode(weight)
     member, mask = joint.decode(encoded), sparse.encode(weight).mask
     assert not member[~mask].any()
-    assert torch.equal(grid.decode(grid.round(member, encoded.scales)), member)
+    assert_codes_come_back(grid, encoded)
     assert is_stored_in(member, grid.dtype)
 
 
 def test_sparse_grid_is_the_grid_of_the_pruned_weight() -> None:
     weight, metric = normal(0, 4, 16), normal(1, 16).square()
-    sparse, grid = Sparse(2, 4), Grid(3, 8, scale="search")
+    sparse, grid = Sparse(2, 4), Grid(3, 8)
     expected = grid.nearest(sparse.nearest(weight, metric), metric)
     assert torch.equal((sparse & grid).nearest(weight, metric), expected)
 
@@ -377,19 +353,8 @@ def test_low_rank_has_no_weighted_nearest_member() -> None:
 
 # All constraints
 
-EVERY_CONSTRAINT = pytest.mark.parametrize(
-    "constraint",
-    [
-        Grid(),
-        Grid(group_size=-1),
-        Sparse(0.5),
-        Sparse(0.5, scope="row"),
-        Sparse(2, 4),
-        Sparse(2, 4) & Grid(),
-        LowRank(4),
-    ],
-    ids=str,
-)
+SPARSE: list[Constraint] = [Sparse(0.5), Sparse(0.5, scope="row"), Sparse(2, 4), Sparse(2, 4) & Grid()]
+EVERY_CONSTRAINT = pytest.mark.parametrize("constraint", [Grid(), Grid(group_size=-1), *SPARSE, LowRank(4)], ids=str)
 
 
 @pytest.mark.parametrize(
@@ -426,8 +391,8 @@ def test_stored_as_changes_the_dtype_and_nothing_else(constraint: Constraint, dt
 
 @EVERY_CONSTRAINT
 def test_nearest_keeps_shape_and_precision(constraint: Constraint) -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        weight = normal(0, 8, 12).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    for dtype in (torch.float64, torch.float32):
+        weight = normal(0, 8, 12).to(dtype)
         assert constraint.nearest(weight).dtype == weight.dtype
         assert constraint.nearest(weight).shape == weight.shape
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
@@ -105,7 +105,8 @@ def test_unknown_architecture_is_named(family_folder: FolderOf, tmp_path: Path) 
 
 
 def test_config_and_weights_that_do_not_belong_together(family_folder: FolderOf, tmp_path: Path) -> None:
-    text = (family_folder("llama") / "config.json").read_text().replace('"intermediate_size": 96', '"intermediate_size": 80')
+    text = (family_folder("llama") / "config.json").read_text()
+    text = text.replace('"intermediate_size": 96', '"intermediate_size": 80')
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.safetensors").write_bytes((family_folder("llama") / "model.safetensors").read_bytes())
     network = Network(Checkpoint(tmp_path), torch.float32, CPU)
@@ -121,7 +122,7 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     network = Network(Checkpoint(tmp_path), torch.float32, CPU)
-    with pytest.raises(DataError, match="model.layers.1.mlp.up_proj.weight"), network.loaded(network.blocks[1]):
+    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"), network.loaded(network.blocks[1]):
         pass
 
 

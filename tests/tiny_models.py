@@ -64,7 +64,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", COMMON),
     "falcon": ("FalconForCausalLM", "FalconConfig", FALCON),
-    "falcon-new": ("FalconForCausalLM", "FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
     "falcon-alibi": ("FalconForCausalLM", "FalconConfig", {**FALCON, "alibi": True}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (

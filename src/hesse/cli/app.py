@@ -31,7 +31,7 @@ ModelArgument = Annotated[str, typer.Argument(help="A model folder, `default`, o
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="Text: .txt, .jsonl with `text` or ready `input_ids`, .parquet, or a datasets id. The shipped text if absent."
+        help="Text: .txt, .jsonl with `text` or `input_ids`, .parquet, or a datasets id. The shipped text if absent."
     ),
 ]
 LengthOption = Annotated[
@@ -39,7 +39,7 @@ LengthOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchOption = Annotated[int | None, typer.Option(help="Samples that go through the model together.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else, on standard output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 class _Interrupted(Exception):
@@ -68,8 +68,8 @@ def compress(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero, or not.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or kept of each group: 2:4.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")

@@ -32,7 +32,7 @@ from hesse.progress import Clock, Progress
 REPORT_FILE = "compression.json"
 BATCH_TOKENS = 8192
 DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 4096  # for the sensitivities, and again for the check; at least two samples each
+PROBE_TOKENS = 2048  # for the sensitivities, and again for the check; at least two samples each
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,9 @@ class _Run:
             )
         )
         bias_name = f"{layer.name}.bias"
-        bias = self.checkpoint.read_stored([bias_name]).get(bias_name) if bias_name in self.checkpoint.shard_of else None
+        bias = (
+            self.checkpoint.read_stored([bias_name]).get(bias_name) if bias_name in self.checkpoint.shard_of else None
+        )
         return self.format.tensors(layer.name, solution.encoded, solution.weight, bias)
 
     def _stored_names(self, block: Block) -> list[str]:

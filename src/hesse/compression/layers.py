@@ -42,7 +42,7 @@ class LayerSolver:
         """
         if gram is not self._gram:
             self._gram, self._states = gram, {}
-        notes = []
+        notes: list[str] = []
         try:
             if rule.curvature == "identity":
                 return self._solved(weight, gram, rule, constraint, Nearest(), 0.0, notes)

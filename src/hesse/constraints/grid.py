@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hesse.constraints.base import Constraint, round_to
 from hesse.errors import OptionError
-
-# Fractions of the full range that `scale="search"` tries; clipping below half has not been seen to pay at 2 bits.
-SEARCHED_FRACTIONS = tuple(1 - 0.5 * step / 24 for step in range(25))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +31,12 @@ class Grid(Constraint):
     """`bits`-bit integers with one scale for every `group_size` columns of a row (-1: for the whole row).
 
     Symmetric scales are max|w| / ((2^bits - 1) / 2), asymmetric ones (max - min) / (2^bits - 1) over a range that
-    includes 0; `scale="search"` then takes the fraction of that range with the least weighted squared error. Scales
-    are rounded to `dtype` before codes are chosen. A last group may be narrower than the others.
+    includes 0. Scales are rounded to `dtype` before codes are chosen. A last group may be narrower than the others.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    scale: Literal["minmax", "search"] = "minmax"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -75,37 +69,13 @@ class Grid(Constraint):
         """Scales in a row of `columns` columns."""
         return math.ceil(columns / self.group_width(columns))
 
-    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
-        """Scales for `weight` (out, in); `metric`, (in,) or (out, in), weighs the squared errors of a search."""
+    def fit(self, weight: Tensor) -> Scales:
+        """Scales that span the range of each row and group of `weight` (out, in)."""
         rows, columns = weight.shape
         width = self.group_width(columns)
-        missing = self.groups(columns) * width - columns
-        # Padding by zeros changes neither the range, which includes 0, nor the error, which is 0 there.
-        padded = torch.nn.functional.pad(weight, (0, missing)).view(rows, -1, width)
-        top = padded.amax(-1).clamp(min=0)
-        bottom = padded.amin(-1).clamp(max=0)
-        full = self._scales(bottom, top)
-        if self.scale == "minmax":
-            return full
-        if metric is None:
-            metric = torch.ones(columns).to(weight)
-        by_row = metric.expand(-1 if metric.ndim == 2 else 1, columns)
-        grouped_metric = torch.nn.functional.pad(by_row, (0, missing)).reshape(len(by_row), -1, width)
-        best = full
-        least = torch.full_like(top, torch.inf)
-        for fraction in SEARCHED_FRACTIONS:
-            tried = self._scales(bottom * fraction, top * fraction)
-            error = self._rounded(padded, tried.scale[..., None], _last(tried.zero_point)).sub_(padded)
-            cost = torch.einsum("rgw,rgw->rg", error.square_(), grouped_metric)
-            better = cost < least
-            least = torch.where(better, cost, least)
-            best = Scales(
-                torch.where(better, tried.scale, best.scale),
-                None
-                if tried.zero_point is None or best.zero_point is None
-                else torch.where(better, tried.zero_point, best.zero_point),
-            )
-        return best
+        # Padding by zeros does not change the range, which includes 0.
+        padded = torch.nn.functional.pad(weight, (0, self.groups(columns) * width - columns)).view(rows, -1, width)
+        return self._scales(padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0))
 
     def _scales(self, bottom: Tensor, top: Tensor) -> Scales:
         """Scales whose range is [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
@@ -117,11 +87,6 @@ class Grid(Constraint):
         if self.symmetric:
             return Scales(scale, None)
         return Scales(scale, (self.lowest - bottom / scale).round().clamp(self.lowest, self.highest))
-
-    def _rounded(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """The nearest multiples of `scale`, before the rounding of the product to the stored dtype."""
-        codes = self.codes(weight, scale, zero_point)
-        return codes.mul_(scale) if zero_point is None else codes.sub_(zero_point).mul_(scale)
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Nearest codes as whole floating point numbers; all arguments broadcast."""
@@ -146,7 +111,8 @@ class Grid(Constraint):
         return GridCode(codes.to(torch.int8), scales)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
-        return self.round(weight, self.fit(weight, metric))
+        # A weight's nearest code is the same in every diagonal metric.
+        return self.round(weight, self.fit(weight))
 
     def decode(self, encoded: GridCode) -> Tensor:
         columns = encoded.codes.shape[1]
@@ -157,7 +123,3 @@ class Grid(Constraint):
     def bits_per_weight(self, shape: torch.Size) -> float:
         scale_bits = torch.finfo(self.dtype).bits + (0 if self.symmetric else self.bits)
         return self.bits + scale_bits * self.groups(shape[1]) / shape[1]
-
-
-def _last(zero_point: Tensor | None) -> Tensor | None:
-    return None if zero_point is None else zero_point[..., None]

@@ -3,10 +3,11 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from hesse.errors import OptionError, UnsupportedProduct
 

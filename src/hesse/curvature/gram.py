@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.curvature.diagonal import Diagonal

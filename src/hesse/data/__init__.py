@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: from text or ready tokens to samples."""
+"""Text, or ready token ids, from where a person points to; and the samples that are cut from them."""
 
 from hesse.data.samples import Samples, read_samples
 

@@ -71,7 +71,7 @@ def _through(
     def watch(name: str, module: nn.Module, arguments: object, output: Tensor) -> None:
         # A hook on the tensor, not on the module: some blocks go on to change the output in place.
         if output.requires_grad:
-            output.register_hook(partial(note, name))
+            output.register_hook(partial(note, name))  # type: ignore[no-untyped-call]
 
     hooks = [layer.module.register_forward_hook(partial(watch, layer.name)) for layer in block.layers]
     try:

@@ -133,8 +133,9 @@ def _evaluation(network: Network, samples: int, totals: Totals, hidden: HiddenTo
 
 def vocabulary(network: Network) -> int:
     """The number of token ids the network knows."""
-    embeddings = network.model.get_input_embeddings()
-    return int(embeddings.weight.shape[0])  # type: ignore[union-attr,arg-type]
+    weight = network.model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def check_ids(network: Network, batches: list[Tensor]) -> None:

@@ -1,13 +1,16 @@
 """The pack-quantized layout of compressed-tensors: integers packed into words, read by transformers and vLLM."""
 
+import inspect
 import math
 import re
 from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import Tensor, nn
+from transformers import CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
@@ -23,6 +26,9 @@ NO_EXPERTS = {
 }
 WHOLE_COLUMN = 1 << 20  # a block height above any width: one scale for the whole column
 SMALLEST_COMMON_GROUP = 32  # what the kernels of vLLM serve
+
+# Older versions load such files without a word, and with wrong weights.
+LOADER_UNPACKS = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
 
 Scheme = dict[str, Any]
 
@@ -78,6 +84,11 @@ class PackedFormat(Format):
 
     def _refuse(self) -> None:
         """Refuse what no loader takes."""
+        if self.unpacks_while_loading and not LOADER_UNPACKS:
+            raise OptionError(
+                f"{self.packed[0].name}: asymmetric grids, and this architecture's layers, load from transformers 5.23 "
+                f"on, and this is {transformers.__version__}: update it, or use --format dense"
+            )
         experts = [layer for layer in self.packed if layer.is_expert]
         others = [layer for layer in self.packed if not layer.is_expert]
         all_experts = [layer for layer in self.layers.values() if layer.is_expert]
@@ -191,7 +202,9 @@ class PackedFormat(Format):
 
 def _grid(layer: StoredLayer) -> Grid | None:
     constraint = layer.constraint
-    return constraint.grid if isinstance(constraint, SparseGrid) else constraint if isinstance(constraint, Grid) else None
+    return (
+        constraint.grid if isinstance(constraint, SparseGrid) else constraint if isinstance(constraint, Grid) else None
+    )
 
 
 def _grid_of(layer: StoredLayer) -> Grid:

@@ -3,9 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from pydantic import ValidationError
@@ -54,8 +52,12 @@ class CompressedCheckpoint(Checkpoint):
                 for group in quantization.get("config_groups", {}).values()
             ]
         except (ValidationError, ValueError) as error:
-            raise CheckpointError(f"{folder}/config.json has a quantization_config that is not known: {error}") from None
-        self._quantised = {name.removesuffix(".weight_scale") for name in self.shard_of if name.endswith(".weight_scale")}
+            raise CheckpointError(
+                f"{folder}/config.json has a quantization_config that is not known: {error}"
+            ) from None
+        self._quantised = {
+            name.removesuffix(".weight_scale") for name in self.shard_of if name.endswith(".weight_scale")
+        }
 
     def names(self) -> list[str]:
         names: dict[str, None] = {}
@@ -101,7 +103,7 @@ class CompressedCheckpoint(Checkpoint):
 
     def _is_transposed(self, layer: str) -> bool:
         """Whether the dense weight is (in, out) in this architecture."""
-        return self.config["model_type"] == "gpt2"
+        return bool(self.config["model_type"] == "gpt2")
 
     def _scheme(self, layer: str) -> tuple[QuantizationScheme, str]:
         """The scheme whose targets name the layer, else the first that names a class of layers."""

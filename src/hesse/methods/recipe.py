@@ -1,4 +1,4 @@
-"""A recipe: for each layer, which curvature, constraint and solver. What `--recipe` reads and `--print-recipe` writes."""
+"""A recipe: which curvature, constraint and solver for each layer; what `--recipe` reads, `--print-recipe` writes."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,6 @@ class GridOptions(_Strict):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    scale: Literal["minmax", "search"] = "minmax"
 
 
 class SparseOptions(_Strict):

@@ -20,6 +20,6 @@ METHODS = (
         solver="error_feedback",
         source="Frantar et al., 2022, arXiv:2210.17323",
         needs="calibration text",
-        defaults=Options(bits=4, group_size=128, symmetric=True, scale="search", act_order=True, damping=0.01),
+        defaults=Options(bits=4, group_size=128, symmetric=True, act_order=True, damping=0.01),
     ),
 )

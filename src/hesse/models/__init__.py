@@ -1,0 +1,1 @@
+"""A network as a stream of blocks, and checkpoints on disk."""

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -145,7 +145,9 @@ class Network:
         for full, (child, name) in places.items():
             source = self.sources[full]
             value = tensors[source]
-            expected = (child._buffers.get(name) if name in child._buffers else child._parameters[name]).shape
+            present = getattr(child, name)
+            assert isinstance(present, Tensor)
+            expected = present.shape
             if value.shape != expected:
                 raise CheckpointError(
                     f"{source} has shape {tuple(value.shape)}, but config.json asks for {tuple(expected)}: "
@@ -189,7 +191,7 @@ def _build(checkpoint: Checkpoint) -> PreTrainedModel:
         raise UnsupportedModelError(f"{checkpoint.folder}/config.json cannot be used: {reason}") from None
     if config is None:
         raise UnsupportedModelError(f"{checkpoint.folder}/config.json names no model_type: it is no transformers model")
-    architecture = (settings.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)])[0]
+    architecture = (settings.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))])[0]
     factory = getattr(transformers, str(architecture), None)
     if not (isinstance(factory, type) and issubclass(factory, PreTrainedModel)):
         raise UnsupportedModelError(
@@ -197,14 +199,15 @@ def _build(checkpoint: Checkpoint) -> PreTrainedModel:
             f"{transformers.__version__} does not have: a newer transformers may"
         )
     with torch.device("meta"):
-        model = factory._from_config(config, attn_implementation="sdpa" if factory._supports_sdpa else None)
-    model.eval()
+        attention = "sdpa" if factory._supports_sdpa else None
+        model: PreTrainedModel = factory._from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
+    model.eval()  # type: ignore[no-untyped-call]
     for module in model.modules():
-        computed = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for name in computed:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        computed = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+        for name, buffer in computed.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if computed:
-            model._init_weights(module)
+            model._init_weights(module)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -230,9 +233,11 @@ def _sources(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
     wanted |= {name for name, _ in model.named_buffers()}
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     prefix = f"{model.base_model_prefix}."
-    sources = {}
+    sources: dict[str, str] = {}
     for key in stored:
-        renamed = apply_renamings(key, renamings)
+        renamed = key
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
         for name in (key, renamed, prefix + renamed, renamed.removeprefix(prefix)):
             if name in wanted:
                 sources.setdefault(name, key)

@@ -26,7 +26,8 @@ class Flow:
     def through(self, module: nn.Module, index: int) -> Tensor:
         """The output (samples, tokens, width) of block number `index`, which is `module`."""
         result = module(self.hidden, **self.calls[index])
-        return result[0] if isinstance(result, tuple) else result
+        hidden: Tensor = result[0] if isinstance(result, tuple) else result
+        return hidden
 
 
 def start(network: Network, batches: Iterable[Tensor]) -> list[Flow]:
@@ -53,7 +54,7 @@ def finish(network: Network, model: nn.Module, flow: Flow) -> Tensor:
 
     with _replaced(network, inject):
         if network.kind == "encoder":
-            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator,union-attr]
+            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
         else:
             result = model(input_ids=flow.ids, use_cache=False).logits
     assert isinstance(result, Tensor)
@@ -147,7 +148,8 @@ def _record(network: Network, model: nn.Module, ids: Tensor) -> Flow:
             base(input_ids=ids, **arguments)
     except (_WrongReturn, IndexError):
         if network.blocks_return_tuples:
-            raise UnsupportedModelError(f"the blocks of {type(model).__name__} change the shape of their input") from None
+            name = type(model).__name__
+            raise UnsupportedModelError(f"the blocks of {name} change the shape of their input") from None
         network.blocks_return_tuples = True
         return _record(network, model, ids)
     return Flow(ids, first[0], calls)
@@ -165,7 +167,7 @@ def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]],
 
     for index, block in enumerate(network.blocks):
         names = list(inspect.signature(type(block.module).forward).parameters)[1:]
-        block.module.forward = partial(stand_in, index, names)  # type: ignore[method-assign]
+        block.module.forward = partial(stand_in, index, names)
     try:
         yield
     finally:

@@ -121,7 +121,6 @@ def methods_table() -> Table:
         table.add_column(heading, overflow="fold")
     for method in METHODS.values():
         extra = "".join(f" (& {name})" for name in method.optional)
-        table.add_row(
-            method.name, method.curvature, " & ".join(method.constraints) + extra, method.solver, method.needs, method.source
-        )
+        constraint = " & ".join(method.constraints) + extra
+        table.add_row(method.name, method.curvature, constraint, method.solver, method.needs, method.source)
     return table

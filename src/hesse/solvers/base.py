@@ -44,7 +44,7 @@ def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: 
 
     Raises:
         OptionError: the shapes do not fit each other or the constraint.
-        DataError: the weight holds NaN or infinity.
+        DataError: the weight holds NaN or infinity, or is too large for the dtype that it is to be stored in.
         UnsupportedProduct: the solver needs something that the curvature or the constraint does not offer.
         ConditioningError: the curvature cannot be factorised at its damping.
     """
@@ -64,4 +64,7 @@ def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, sol
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     encoded = solver.compute(state, wide, constraint)
     solved = constraint.decode(encoded)
+    if not bool(torch.isfinite(solved).all()):
+        largest = float(weight.abs().amax())
+        raise DataError(f"the weight reaches {largest:.3g}, and overflows when it is stored as {constraint.dtype}")
     return Solution(solved.to(wide.dtype), encoded, curvature.quadratic(solved - wide))

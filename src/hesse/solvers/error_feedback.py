@@ -50,11 +50,10 @@ class ErrorFeedback:
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.of is not None and state.order is not None:
             raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
-        metric = state.curvature.diagonal().to(weight.dtype)
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
-        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse, metric)
+        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse)
         if grid is not None and state.order is not None:
-            sweep.set_scales(0, grid, grid.fit(weight, metric), order)
+            sweep.set_scales(0, grid, grid.fit(weight), order)
         sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
 
         back = torch.argsort(order)
@@ -64,7 +63,7 @@ class ErrorFeedback:
             rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
             return sparse.encode_masked(torch.where(rows, weight, solved), kept)
         scales = sweep.scales(grid, back)
-        solved_code = grid.round(solved, scales)
+        solved_code = GridCode(sweep.codes[back].T, scales)
         plain_code = grid.round(weight * kept, scales)
         rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
         return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
@@ -82,13 +81,14 @@ class ErrorFeedback:
 class _Sweep:
     """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
-    def __init__(self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None, metric: Tensor) -> None:
+    def __init__(self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None) -> None:
         self.work = work.contiguous()
         self.factor = factor
         self.grid = grid
         self.sparse = sparse
-        self.metric = metric
         self.kept = torch.ones_like(self.work, dtype=torch.bool)
+        # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
+        self.codes = torch.zeros_like(self.work, dtype=torch.int8) if grid is not None else self.work[:0]
         self.scale = torch.empty_like(self.work) if grid is not None else None
         self.zero_point = torch.empty_like(self.work) if grid is not None and not grid.symmetric else None
 
@@ -120,7 +120,7 @@ class _Sweep:
             for j in range(start, stop):
                 if self.grid is not None and fit_scales and j % group == 0:
                     end = min(j + group, columns)
-                    self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T, self.metric[j:end]))
+                    self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T))
                 if self.sparse is not None and self.sparse.of is not None and j % self.sparse.of == 0:
                     self._choose(j, j + self.sparse.of)
                 allowed = self._allowed(j)
@@ -138,13 +138,14 @@ class _Sweep:
 
     def _allowed(self, j: int) -> Tensor:
         """The nearest allowed values for column j."""
-        column = self.work[j]
-        if self.grid is not None:
-            assert self.scale is not None
-            zero_point = None if self.zero_point is None else self.zero_point[j]
-            codes = self.grid.codes(column, self.scale[j], zero_point)
-            column = self.grid.values(codes, self.scale[j], zero_point)
-        return column if self.sparse is None else column * self.kept[j]
+        column = self.work[j] if self.sparse is None else self.work[j] * self.kept[j]
+        if self.grid is None:
+            return column
+        assert self.scale is not None
+        zero_point = None if self.zero_point is None else self.zero_point[j]
+        codes = self.grid.codes(column, self.scale[j], zero_point)
+        self.codes[j] = codes
+        return self.grid.values(codes, self.scale[j], zero_point)
 
 
 def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:

@@ -40,7 +40,9 @@ def factorise(model: nn.Module, ranks: dict[str, int]) -> None:
 
 def config_class(base: type) -> type:
     """`base` under the model type that this file serves."""
-    return type(CLASS_PREFIX + base.__name__, (base,), {"model_type": TYPE_PREFIX + base.model_type, "__module__": __name__})
+    return type(
+        CLASS_PREFIX + base.__name__, (base,), {"model_type": TYPE_PREFIX + base.model_type, "__module__": __name__}
+    )
 
 
 def model_class(base: type) -> type:
