@@ -1,6 +1,6 @@
 """Hesse beside its peers: the same model, the same calibration tokens, the same bits, one table.
 
-    make bench        or        python bench/run.py [--peers llmcompressor,autoround] [--repeats 2]
+    make bench        or        python bench/run.py [--peers llmcompressor,autoround,gptqmodel] [--repeats 2]
 
 Each peer runs in a virtual environment of its own, made from `bench/peers/requirements-*.txt` on the first run. All
 checkpoints are evaluated by `hesse.evaluate` on the held-out text, in float32. Results go to `bench/results.json` and,
@@ -27,6 +27,10 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
 HELD_OUT_LENGTH = 256
+ONLY_GPTQ_ROWS = (
+    "autoround",
+    "gptqmodel",
+)  # they do not prune, and their own rounding is the point; run once, for time
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ def peer_python(peer: str) -> Path:
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         requirements = HERE / "peers" / f"requirements-{peer}.txt"
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "torch==2.13.0"], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
         (folder / "ready").touch()
     return python
@@ -72,7 +75,7 @@ def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[s
     command += ["--model", str(model), "--ids", str(ids), "--out", str(out), "--method", method]
     for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
         command += [option, str(value)] if value is not None else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent)  # some write logs there
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     account: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -118,7 +121,7 @@ def measure(case: Case, program: str, model: Path, ids: Path, repeats: int) -> d
 def main() -> None:
     """Run every case for every program, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="llmcompressor,autoround")
+    parser.add_argument("--peers", default="llmcompressor,autoround,gptqmodel")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
     arguments = parser.parse_args()
@@ -132,9 +135,10 @@ def main() -> None:
         machine = limits()
         for case in CASES:
             for program in ("hesse", *filter(None, arguments.peers.split(","))):
-                if program == "autoround" and case.peer_method != "gptq":
+                if program in ONLY_GPTQ_ROWS and case.method != "gptq":
                     continue
-                rows.append(measure(case, program, arguments.model, ids, arguments.repeats))
+                repeats = 1 if program in ONLY_GPTQ_ROWS else arguments.repeats
+                rows.append(measure(case, program, arguments.model.resolve(), ids, repeats))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
     results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "rows": rows}
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")

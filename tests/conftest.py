@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tiny_models
+from helpers import CommandLine
 
 # The tensors of the tests are tiny: a second thread costs far more than it gives, above all on a busy machine.
 torch.set_num_threads(1)
@@ -29,3 +30,22 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def half_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """As `family_folder`, with weights in bfloat16."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny_models.save(name, tmp_path_factory.mktemp(f"{name}-bfloat16"), torch.bfloat16)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def hesse_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line, in this process."""
+    return CommandLine(monkeypatch, capsys)

@@ -310,6 +310,15 @@ def test_without_interactions_error_feedback_is_nearest(constraint: Constraint) 
     assert found.predicted_loss_increase == pytest.approx(nearest.predicted_loss_increase)
 
 
+def test_codes_are_the_chosen_ones_where_two_share_a_value() -> None:
+    # Far from zero, 8-bit steps are finer than bfloat16, so a code cannot be read back from the value it stands for.
+    weight, grid = normal(0, 6, 64).abs(), Grid(8, -1, symmetric=False, dtype=torch.bfloat16)
+    found = solve(weight, Gram(second_moment=torch.eye(64, dtype=torch.float64), tokens=64), grid, ErrorFeedback())
+    codes = grid.encode(weight).codes
+    assert torch.equal(found.encoded.codes, codes)
+    assert not torch.equal(grid.round(found.weight, found.encoded.scales).codes, codes)
+
+
 def test_a_diagonal_gram_is_nearest_in_its_metric() -> None:
     weight, values = normal(0, 6, 16), normal(1, 16).exp()
     for constraint in (Grid(2, 8), Sparse(0.5), Sparse(2, 4)):

@@ -188,7 +188,7 @@ class _Run:
         """Solve the layers of one block on what the blocks before it now give, and write its tensors."""
         tensors: dict[str, Tensor] = {}
         accumulator: GramAccumulator | None = None
-        gram: Gram | None = None
+        gram: Gram | None = None  # of the inputs of the layers that are changed now; None while inputs are collected
 
         def collect(layer: Layer, inputs: Tensor) -> None:
             nonlocal accumulator, gram
@@ -199,12 +199,12 @@ class _Run:
 
         def change(layer: Layer) -> None:
             nonlocal gram
-            if self.rules.get(layer.name) is None:
-                return
             assert accumulator is not None
             if gram is None:
                 with self.clock.phase("estimate"):
                     gram = accumulator.gram()
+            if self.rules.get(layer.name) is None:
+                return
             with self.clock.phase("solve"):
                 tensors.update(self._solve(layer, gram, dense))
 
@@ -230,9 +230,10 @@ class _Run:
         weight = layer.weight.float()
         solved = self.solver.solve(layer.name, weight, gram, rule, constraint)
         solution = solved.solution
-        layer.replace(solution.weight)
-        self.digests[layer.name] = digest(solution.weight)
-        change = solution.weight - weight
+        stored = self.format.as_stored(layer.name, solution.weight)
+        layer.replace(stored)
+        self.digests[layer.name] = digest(stored)
+        change = stored - weight
         sensitivity = dense.sensitivities.get(layer.name)
         if sensitivity is None and gram.tokens:
             solved.notes.append(f"{layer.name}: no prediction, since the tokens that probed the loss did not reach it")
@@ -253,7 +254,7 @@ class _Run:
         bias = (
             self.checkpoint.read_stored([bias_name]).get(bias_name) if bias_name in self.checkpoint.shard_of else None
         )
-        return self.format.tensors(layer.name, solution.encoded, solution.weight, bias)
+        return self.format.tensors(layer.name, solution.encoded, stored, bias)
 
     def _stored_names(self, block: Block) -> list[str]:
         """The checkpoint's names of the tensors of a block."""

@@ -60,7 +60,7 @@ class Gram(Curvature):
         limit = torch.finfo(factor.dtype).eps * self.shape[0] * damped.diagonal().amax()
         if int(failed) or not bool((pivots.square() > limit).all()):
             raise self.singular()
-        if not self.resolves(torch.cholesky_inverse(factor).diagonal()):
+        if self.damping == 0 and not self.resolves(torch.cholesky_inverse(factor).diagonal()):
             raise self.singular()
         return factor
 

@@ -52,6 +52,10 @@ class Format(ABC):
         """The constraint to solve for the layer `name`; None to leave it as it is."""
         return self.layers[name].constraint
 
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """What reading back gives for a solved `weight` (out, in), in float32."""
+        return weight
+
     @abstractmethod
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """All tensors to write for a solved layer, by full name.

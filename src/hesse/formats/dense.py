@@ -13,6 +13,9 @@ class DenseFormat(Format):
 
     name = "dense"
 
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        return weight.to(self.network.checkpoint.dtype(f"{name}.weight")).float()
+
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         dtype = self.network.checkpoint.dtype(f"{name}.weight")
         stored = weight.T if self.layers[name].transposed else weight

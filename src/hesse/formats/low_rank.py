@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import LowRank, LowRankCode
+from hesse.errors import OptionError
 from hesse.formats.dense import DenseFormat
 from hesse.formats.packed import PackedFormat
 
@@ -24,6 +25,15 @@ class LowRankFormat(PackedFormat):
     """
 
     name = "low-rank"
+
+    def _refuse(self) -> None:
+        super()._refuse()
+        for layer in self.layers.values():
+            if layer.is_expert and isinstance(layer.constraint, LowRank):
+                raise OptionError(
+                    f"{layer.name}: transformers keeps experts in one tensor, so they cannot be two thin layers: leave "
+                    "them out with --ignore '*.experts.*', or use --format dense"
+                )
 
     def _rank(self, name: str) -> int | None:
         constraint = self.layers[name].constraint

@@ -1,6 +1,5 @@
 """The pack-quantized layout of compressed-tensors: integers packed into words, read by transformers and vLLM."""
 
-import inspect
 import math
 import re
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import Tensor, nn
-from transformers import CompressedTensorsConfig
+from transformers import integrations
 from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
@@ -28,7 +27,7 @@ WHOLE_COLUMN = 1 << 20  # a block height above any width: one scale for the whol
 SMALLEST_COMMON_GROUP = 32  # what the kernels of vLLM serve
 
 # Older versions load such files without a word, and with wrong weights.
-LOADER_UNPACKS = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+LOADER_UNPACKS = hasattr(integrations.compressed_tensors, "CompressedTensorsDequantize")
 
 Scheme = dict[str, Any]
 
@@ -45,12 +44,12 @@ class PackedFormat(Format):
     name = "pack-quantized"
 
     def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
-        self._cut: dict[int, list[int]] = {}
+        self._cut: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
+        # All experts must share one scheme, so a group size must fit the widths of all their matrices.
+        self._expert_widths = {layer.shape[1] for layer in layers if layer.is_expert and layer.constraint is not None}
         super().__init__(network, layers)
-        for group, widths in self._cut.items():
-            for width in sorted(set(widths)):
-                self.notes.append(self._note(group, width, widths.count(width)))
+        self.notes += [self._note(group, widths, names) for (group, widths), names in self._cut.items()]
         self.packed = [layer for layer in self.layers.values() if _grid(layer) is not None]
         self.unpacks_while_loading = self._needs_unpacking()
         self._refuse()
@@ -58,24 +57,28 @@ class PackedFormat(Format):
     def _adapted(self, layer: StoredLayer) -> StoredLayer:
         layer = super()._adapted(layer)
         grid = _grid(layer)
-        if grid is None or grid.group_size == -1 or layer.shape[1] % grid.group_size == 0:
+        if grid is None or grid.group_size == -1:
             return layer
-        self._cut.setdefault(grid.group_size, []).append(layer.shape[1])
-        common = math.gcd(grid.group_size, layer.shape[1])
+        widths = self._expert_widths if layer.is_expert else {layer.shape[1]}
+        common = math.gcd(grid.group_size, *widths)
+        if common == grid.group_size:
+            return layer
+        self._cut.setdefault((grid.group_size, tuple(sorted(widths))), []).append(layer.name)
         if common < SMALLEST_COMMON_GROUP:
             return layer
         cut = replace(grid, group_size=common)
         joined = layer.constraint
         return replace(layer, constraint=replace(joined, grid=cut) if isinstance(joined, SparseGrid) else cut)
 
-    def _note(self, group: int, width: int, count: int) -> str:
-        common = math.gcd(group, width)
+    def _note(self, group: int, widths: tuple[int, ...], names: list[str]) -> str:
+        common = math.gcd(group, *widths)
+        width = " and ".join(map(str, widths))
+        which = f"{len(names)} layers of width {width} ({names[0]} the first)"
         if common >= SMALLEST_COMMON_GROUP:
-            return f"{count} layers of width {width}: groups of {common}, since {group} does not divide {width}"
-        narrow = width % group if width > group else width
+            return f"{which}: groups of {common}, since {group} does not divide {width}"
         return (
-            f"{count} layers of width {width}: the last group of a row has {narrow} columns, since {group} does not "
-            f"divide {width}; transformers loads that, vLLM does not"
+            f"{which}: the last group of a row is narrower, since {group} does not divide {width}; transformers loads "
+            "that, vLLM does not"
         )
 
     def _needs_unpacking(self) -> bool:
@@ -115,7 +118,8 @@ class PackedFormat(Format):
             return {**scheme, "strategy": "block", "block_structure": [height, 1]}
         if grid.group_size == -1:
             return {**scheme, "strategy": "channel"}
-        if columns % grid.group_size:
+        widths = self._expert_widths if layer.is_expert else {columns}
+        if any(width % grid.group_size for width in widths):
             return {**scheme, "strategy": "block", "block_structure": [1, grid.group_size]}
         return {**scheme, "strategy": "group", "group_size": grid.group_size}
 

@@ -9,7 +9,7 @@ METHODS = (
         constraints=("low_rank",),
         solver="nearest",
         source="Eckart and Young, 1936",
-        needs="nothing",
+        needs="no data, except to predict the cost",
         defaults=Options(rank=64),
     ),
     Method(

@@ -10,7 +10,7 @@ METHODS = (
         optional=("grid",),
         solver="nearest",
         source="Han et al., 2015, arXiv:1506.02626",
-        needs="nothing",
+        needs="no data, except to predict the cost",
         defaults=Options(sparsity=0.5),
     ),
     Method(

@@ -9,7 +9,7 @@ METHODS = (
         constraints=("grid",),
         solver="nearest",
         source="round to nearest",
-        needs="nothing",
+        needs="no data, except to predict the cost",
         defaults=Options(bits=4, group_size=128, symmetric=True),
     ),
     Method(

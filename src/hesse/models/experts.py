@@ -3,6 +3,9 @@
 transformers keeps all experts of a block in two 3-D parameters; their checkpoints hold one matrix an expert.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,7 @@ class LinearExperts(nn.Module):
         gate_up, down = fused.gate_up_proj, fused.down_proj
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         count, hidden, inner = down.shape
-        self.act_fn = fused.act_fn
+        self.act_fn = cast(Callable[[Tensor], Tensor], fused.act_fn)
         self.names = names
         for expert in range(count):
             gate, up = (nn.Linear(hidden, inner, bias=False, device="meta") for _ in range(2))

@@ -1,0 +1,120 @@
+"""What several tests need around the tiny models: data on disk, dense twins, and the command line in this process."""
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hesse
+import tiny_models
+from hesse.cli import main
+from hesse.compression import CompressionReport
+from hesse.formats import open_checkpoint
+
+WEIGHTS = "model.safetensors"
+IDS = tiny_models.random_ids(8, 32)
+OTHER_IDS = tiny_models.random_ids(4, 24, seed=7)
+
+
+def compress(source: Path, out: Path, **options: Any) -> CompressionReport:
+    """Compress with 8 samples of 32 random tokens, and options of `hesse.Options` beside those of `compress`."""
+    names = hesse.Options.__dataclass_fields__
+    chosen = {name: options.pop(name) for name in list(options) if name in names}
+    if "recipe" not in options:
+        options["options"] = hesse.Options(**chosen)
+    return hesse.compress(source, out, **{"data": IDS, **options})
+
+
+def output(model: torch.nn.Module, ids: list[list[int]] | Tensor = OTHER_IDS) -> Tensor:
+    """Logits, or the last hidden states of a model without a head."""
+    with torch.no_grad():
+        result = model(input_ids=torch.as_tensor(ids))
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def twin(compressed: Path, folder: Path, source: Path) -> Path:
+    """A dense checkpoint of what `compressed` decodes to, with the config of the model it was made from."""
+    checkpoint = open_checkpoint(compressed)
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read(checkpoint.names()).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def dense_tensors(folder: Path) -> dict[str, Tensor]:
+    """All dense tensors that a checkpoint of any kind stands for."""
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.read(checkpoint.names())
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Let `edit` change the tensors of a dense checkpoint in one file."""
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def sha256(folder: Path) -> str:
+    """Fingerprint of a checkpoint in one file."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def write_ids(path: Path, ids: list[list[int]] = IDS) -> Path:
+    """Ready tokens as a .jsonl file."""
+    path.write_text("".join(json.dumps({"input_ids": sample}) + "\n" for sample in ids), encoding="utf-8")
+    return path
+
+
+def left_over(folder: Path, out: str = "out") -> list[str]:
+    """What a run that failed left of OUT, and of the folder it was to be made in."""
+    return sorted(path.name for path in folder.iterdir() if path.name == out or path.name.startswith(f".{out}."))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed, and its exit code."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line on standard error."""
+        lines = [line for line in self.stderr.splitlines() if line.strip()]
+        assert len(lines) == 1, self.stderr
+        return lines[0]
+
+
+class CommandLine:
+    """`hesse ...` in this process: starting another costs seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path) -> Ran:
+        """Run it as the shell would."""
+        self._monkeypatch.setattr(sys, "argv", ["hesse", *map(str, arguments)])
+        self._capsys.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = self._capsys.readouterr()
+        return Ran(int(code), printed.out, printed.err)

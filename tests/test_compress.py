@@ -1,0 +1,441 @@
+"""The main job on tiny models: what is written, what other programs load, and what is said about it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import hesse
+import tiny_models
+from helpers import (
+    IDS,
+    OTHER_IDS,
+    WEIGHTS,
+    change,
+    compress,
+    dense_tensors,
+    left_over,
+    output,
+    sha256,
+    twin,
+)
+from hesse.compression import compress as compression
+from hesse.errors import VerificationError
+from hesse.methods import METHODS, Recipe, Rule
+from hesse.methods.recipe import ConstraintOptions, GridOptions, SolverOptions
+from hesse.models import writer
+from hesse.models.checkpoint import INDEX, Checkpoint
+from hesse.models.network import Block, Network
+
+FolderOf = Callable[[str], Path]
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
+LAYERS = [
+    f"model.layers.{block}.{layer}"
+    for block in range(2)
+    for layer in (
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    )
+]
+IN_ORDER = [f"model.layers.{b}.{part}" for b in range(2) for part in ("self_attn", "mlp")]
+
+
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_transformers_loads_the_very_weights_that_were_solved(
+    name: str, half_folder: FolderOf, tmp_path: Path
+) -> None:
+    source, out = half_folder(name), tmp_path / "out"
+    report = compress(source, out, bits=4, group_size=32)
+    dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))
+    assert dense.dtype == torch.bfloat16
+    assert torch.equal(output(tiny_models.load(name, out)), output(dense))
+
+    layers = {layer.name for layer in report.layers}
+    assert layers == {layer.name for layer in Network(Checkpoint(source), torch.float32, torch.device("cpu")).layers}
+    assert report.verification.tensors_equal == len(Checkpoint(source).names())
+    known = ("tokens for",) if name in MIXTURES else ("inputs are always zero",) if name == "opt" else ()
+    assert [note for note in report.fallbacks if not any(kind in note for kind in known)] == []
+    assert all(note.split(":")[0] in layers for note in report.fallbacks)
+    assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
+    assert report.predicted_loss_increase == pytest.approx(
+        sum(layer.predicted_loss_increase or 0.0 for layer in report.layers)
+    )
+    kind = "half squared error of hidden states" if name in tiny_models.ENCODERS else "KL(dense || compressed)"
+    assert report.verification.loss_name == kind
+    assert report.bytes_before == (source / WEIGHTS).stat().st_size
+    assert report.bytes_after == (out / WEIGHTS).stat().st_size < report.bytes_before
+
+
+def test_other_programs_load_every_width_without_hesse(half_folder: FolderOf, tmp_path: Path) -> None:
+    """One process that never imports Hesse loads 2, 3, 4 and 8 bits; evaluate sees the same model."""
+    widths = (2, 3, 4, 8)
+    source = half_folder("llama")
+    for bits in widths:
+        compress(source, tmp_path / f"out-{bits}", bits=bits, group_size=32)
+    program = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+ids, found = torch.tensor({OTHER_IDS}), {{}}
+for bits in {widths}:
+    with torch.no_grad():
+        found[str(bits)] = AutoModelForCausalLM.from_pretrained(f"out-{{bits}}").eval()(input_ids=ids).logits
+assert "hesse" not in sys.modules
+torch.save(found, "logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    found = torch.load(tmp_path / "logits.pt")
+    for bits in widths:
+        folder = twin(tmp_path / f"out-{bits}", tmp_path / f"twin-{bits}", source)
+        assert torch.equal(found[str(bits)], output(tiny_models.load("llama", folder)))
+        logits = output(tiny_models.load("llama", folder, dtype=torch.float32))[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(OTHER_IDS)[:, 1:].flatten())
+        assert hesse.evaluate(tmp_path / f"out-{bits}", data=OTHER_IDS).loss == pytest.approx(loss.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_asymmetric_grids_load(name: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = half_folder(name), tmp_path / "out"
+    compress(source, out, bits=3, group_size=32, symmetric=False)
+    dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))
+    assert torch.equal(output(tiny_models.load(name, out)), output(dense))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = half_folder("llama"), tmp_path / "out"
+    family = METHODS[method].constraints[0]
+    options = {"grid": {"group_size": 32}, "sparse": {"sparsity": 0.5}, "low_rank": {"rank": 32}}[family]
+    report = compress(source, out, method=method, **options)
+    assert report.method == method
+    assert report.format == {"grid": "pack-quantized", "sparse": "dense", "low_rank": "low-rank"}[family]
+    before, after = dense_tensors(source), dense_tensors(out)
+    assert before.keys() == after.keys()
+    for name in LAYERS:
+        weight, changed = before[f"{name}.weight"], after[f"{name}.weight"]
+        if family == "sparse":
+            assert (changed == 0).sum() == round(0.5 * weight.numel())
+        if method == "wanda":
+            assert ((changed == 0).sum(1) == round(0.5 * weight.shape[1])).all()
+        if method == "magnitude":
+            kept = changed != 0
+            assert weight[kept].abs().min() >= weight[~kept].abs().max()
+        if method in ("magnitude", "wanda"):
+            assert torch.equal(changed[changed != 0], weight[changed != 0])
+        if family == "low_rank":
+            assert torch.linalg.matrix_rank(changed.double(), rtol=1e-5) == min(32, *weight.shape)
+        if family == "grid":
+            for row in changed.view(-1, 32)[:8]:
+                assert len(row.unique()) <= 16
+    for name in before.keys() - {f"{name}.weight" for name in LAYERS}:
+        assert torch.equal(before[name], after[name])
+    if family == "low_rank":
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+        dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source), dtype=torch.float32)
+        torch.testing.assert_close(output(loaded), output(dense), atol=1e-4, rtol=1e-4)
+    else:
+        dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source))
+        assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_two_of_four(method: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    compress(half_folder("llama"), tmp_path / "out", method=method, sparsity="2:4")
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    for name in LAYERS:
+        assert ((after[f"{name}.weight"].view(-1, 4) != 0).sum(1) == 2).all()
+
+
+def test_two_of_four_and_four_bits_at_once(half_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = half_folder("llama"), tmp_path / "out"
+    report = compress(source, out, method="sparsegpt", sparsity="2:4", bits=4, group_size=32)
+    assert report.format == "pack-quantized"
+    for name, tensor in dense_tensors(out).items():
+        if name.removesuffix(".weight") in LAYERS:
+            assert ((tensor.view(-1, 4) != 0).sum(1) <= 2).all()
+            assert all(len(row.unique()) <= 16 for row in tensor.view(-1, 32)[:8])
+            assert (tensor == 0).float().mean() < 0.75
+    dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source))
+    assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
+
+
+def test_wanda_is_wanda(family_folder: FolderOf, tmp_path: Path) -> None:
+    """Layer after layer: in each row, the half of the weights with the smallest |W| · ‖x‖ are zero."""
+    source, out = family_folder("llama"), tmp_path / "out"
+    compress(source, out, method="wanda", sparsity=0.5)
+    after = load_file(out / WEIGHTS)
+    model = tiny_models.load("llama", source)
+    groups = [[n for n in LAYERS if n.startswith(f"{at}.")] for at in IN_ORDER]
+    stages = [part for g in groups for part in (g[:-1], g[-1:])]  # those that share an input, then the last
+    for stage in stages:
+        seen: list[Tensor] = []
+        hook = model.get_submodule(stage[0]).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+        output(model, IDS)
+        hook.remove()
+        norm = seen[0].flatten(0, 1).double().square().sum(0).sqrt()
+        for name in stage:
+            weight = model.get_submodule(name).weight
+            score = weight.data.double().abs() * norm
+            threshold = score.sort(1).values[:, [weight.shape[1] // 2]]
+            weight.data[score < threshold] = 0
+            assert torch.equal(after[f"{name}.weight"], weight.data), name
+
+
+def test_gptq_costs_less_than_rounding(half_folder: FolderOf, tmp_path: Path) -> None:
+    kl = {}
+    for method in ("rtn", "gptq"):
+        report = compress(half_folder("llama"), tmp_path / method, method=method, bits=3, group_size=32)
+        kl[method] = hesse.evaluate(tmp_path / method, reference=half_folder("llama"), data=OTHER_IDS).kl
+        assert 1 / 3 < report.predicted_loss_increase / kl[method] < 3
+    assert kl["gptq"] < 0.9 * kl["rtn"]
+
+
+def test_batch_size_changes_memory_and_not_the_result(family_folder: FolderOf, tmp_path: Path) -> None:
+    found, predicted = [], []
+    for size in (1, 3, 8):
+        report = compress(family_folder("llama"), tmp_path / f"out-{size}", bits=4, group_size=32, batch_size=size)
+        found.append(dense_tensors(tmp_path / f"out-{size}"))
+        predicted.append(report.predicted_loss_increase)
+    for other in found[1:]:
+        different = sum(int((other[name] != found[0][name]).sum()) for name in other)
+        assert different < 0.005 * sum(tensor.numel() for tensor in other.values())
+    assert predicted == pytest.approx([predicted[0]] * 3, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_bytes(family_folder: FolderOf, tmp_path: Path) -> None:
+    reports = [compress(family_folder("llama"), tmp_path / name, bits=4, group_size=32, seed=3) for name in "ab"]
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    assert reports[0].predicted_loss_increase == reports[1].predicted_loss_increase
+    assert reports[0].calibration["fingerprint"] == reports[1].calibration["fingerprint"]
+
+
+def test_tied_weights_stay_tied(half_folder: FolderOf, tmp_path: Path) -> None:
+    compress(half_folder("llama-tied"), tmp_path / "out", bits=4, group_size=32)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "out").names()
+    model = tiny_models.load("llama-tied", tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, load_file(half_folder("llama-tied") / WEIGHTS)["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_ignored_layers_are_left_as_they_are(name: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = half_folder(name), tmp_path / "out"
+    pattern = "down_proj" if name == "llama" else "experts.*"
+    report = compress(source, out, bits=4, group_size=32, ignore=(pattern, "layers.1.self_attn.q_proj"))
+    before, after = load_file(source / WEIGHTS), load_file(out / WEIGHTS)
+    ignored = [n for n in before if "down_proj" in n or ".experts." in n or "layers.1.self_attn.q_proj" in n]
+    assert len(ignored) == (3 if name == "llama" else 25)
+    for tensor in ignored:
+        assert before[tensor].dtype == after[tensor].dtype
+        assert torch.equal(before[tensor], after[tensor])
+    assert not {layer.name for layer in report.layers} & {n.removesuffix(".weight") for n in ignored}
+    dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))
+    assert torch.equal(output(tiny_models.load(name, out)), output(dense))
+
+
+def test_a_recipe_gives_each_layer_its_own_rule(half_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = half_folder("llama"), tmp_path / "out"
+    rules = (
+        Rule(
+            layers=("mlp.*",),
+            curvature="identity",
+            constraint=ConstraintOptions(grid=GridOptions(bits=8, group_size=-1)),
+            solver=SolverOptions(name="nearest"),
+        ),
+        Rule(
+            curvature="gram",
+            constraint=ConstraintOptions(grid=GridOptions(bits=3, group_size=32)),
+            solver=SolverOptions(name="error_feedback", damping=0.05),
+        ),
+    )
+    report = compress(source, out, recipe=Recipe(rules=rules, ignore=("layers.0.self_attn.o_proj",)))
+    assert len(report.layers) == 13
+    for layer in report.layers:
+        inner = ".mlp." in layer.name
+        assert layer.method == ("identity × Grid × nearest" if inner else "gram × Grid × error_feedback")
+        assert (8 if inner else 3) < layer.bits_per_weight < (9 if inner else 4.2)
+        assert layer.damping == (0 if inner else 0.05)
+    assert Recipe.model_validate(report.recipe) == Recipe(rules=rules, ignore=("layers.0.self_attn.o_proj",))
+    dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source))
+    assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
+
+
+def test_the_report_beside_the_weights_is_the_report(half_folder: FolderOf, tmp_path: Path) -> None:
+    report = compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
+    written = json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(report.to_dict()))
+    phases = {"total", "read", "probe", "calibrate", "estimate", "solve", "write", "verify"}
+    assert report.seconds.keys() == phases
+    assert all(value > 0 for value in report.seconds.values())
+    parts = sum(value for phase, value in report.seconds.items() if phase != "total")
+    assert 0.5 * report.seconds["total"] < parts <= report.seconds["total"]
+    assert report.peak_rss_bytes > 1e8
+    stored = [layer.bits_per_weight * layer.shape[0] * layer.shape[1] / 8 for layer in report.layers]
+    sizes = load_file(tmp_path / "out" / WEIGHTS)
+    packed = sum(tensor.nbytes for name, tensor in sizes.items() if name.rpartition(".")[0] in LAYERS)
+    assert sum(stored) == pytest.approx(packed)
+
+
+def test_several_shards_and_an_index(
+    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = half_folder("llama"), tmp_path / "out"
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
+    compress(source, out, bits=4, group_size=32)
+    shards = set(json.loads((out / INDEX).read_text())["weight_map"].values())
+    assert shards == {path.name for path in out.glob("*.safetensors")}
+    assert len(shards) > 1
+    dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source))
+    assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
+
+
+def test_one_block_at_most_is_in_memory(
+    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all networks of a run, parameters of one block at most are off the meta device, whatever is looked at."""
+    networks: list[Network] = []
+    most = 0
+    build, load, surround = Network.__init__, Network.loaded, Network.surroundings
+
+    def count() -> None:
+        nonlocal most
+        blocks = [block.module for network in networks for block in network.blocks]
+        most = max(most, sum(not all(p.is_meta for p in block.parameters()) for block in blocks))
+
+    def built(self: Network, *arguments: object) -> None:
+        build(self, *arguments)  # type: ignore[arg-type]
+        networks.append(self)
+
+    @contextmanager
+    def loaded(self: Network, block: Block) -> Iterator[nn.Module]:
+        with load(self, block) as module:
+            count()
+            yield module
+            count()
+
+    @contextmanager
+    def surroundings(self: Network) -> Iterator[nn.Module]:
+        with surround(self) as model:
+            count()
+            yield model
+
+    monkeypatch.setattr(Network, "__init__", built)
+    monkeypatch.setattr(Network, "loaded", loaded)
+    monkeypatch.setattr(Network, "surroundings", surroundings)
+    compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
+    assert len(networks) >= 3
+    assert most == 1
+    assert all(parameter.is_meta for network in networks for parameter in network.model.parameters())
+
+
+def test_experts_that_no_token_reaches_are_rounded_to_nearest(tmp_path: Path) -> None:
+    source, out = tiny_models.save("qwen3-moe", tmp_path / "dense", torch.bfloat16), tmp_path / "out"
+
+    def silence(tensors: dict[str, Tensor]) -> None:
+        # Of a, -a, b and -b two are above 0, so that experts 4 and 5 are never among the best two.
+        for block in range(2):
+            router = tensors[f"model.layers.{block}.mlp.gate.weight"]
+            router[1], router[3], router[4:] = -router[0], -router[2], 0
+
+    before = dense_tensors(change(source, silence))
+    report = compress(source, out, bits=4, group_size=32)
+    after = dense_tensors(out)
+    layers = {layer.name: layer for layer in report.layers}
+    nearest = hesse.Grid(4, 32).stored_as(torch.bfloat16)
+    silent = [name for name in layers if ".experts.4." in name or ".experts.5." in name]
+    assert len(silent) == 12
+    for name in silent:
+        assert any(note.startswith(f"{name}: saw no calibration tokens") for note in report.fallbacks)
+        assert layers[name].tokens == 0
+        assert layers[name].predicted_loss_increase is None
+        expected = nearest.decode(nearest.encode(before[f"{name}.weight"].float()))
+        assert torch.equal(after[f"{name}.weight"].float(), expected)
+    assert sum("saw no calibration tokens" in note for note in report.fallbacks) == 12
+    assert all(layer.tokens > 0 for name, layer in layers.items() if name not in silent)
+
+
+def test_dead_inputs_are_listed_and_their_weights_kept(tmp_path: Path) -> None:
+    source, out = tiny_models.save("llama", tmp_path / "dense"), tmp_path / "out"
+
+    def deaden(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"][7] = 0
+
+    before = dense_tensors(change(source, deaden))
+    report = compress(source, out, bits=4, group_size=32)
+    after = dense_tensors(out)
+    expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
+    dead = {note.split(":")[0] for note in report.fallbacks if "1 of 64 inputs are always zero on this data" in note}
+    assert dead == expected
+    nearest = hesse.Grid(4, 32)
+    for name in expected:
+        weight, changed = before[f"{name}.weight"], after[f"{name}.weight"]
+        half_a_step = nearest.expand(nearest.fit(weight).scale, 64)[:, 7] / 2
+        assert ((changed - weight)[:, 7].abs() <= 1.001 * half_a_step).all()
+        assert (changed[:, 7] != 0).float().mean() > 0.7
+
+
+def test_a_gram_that_cannot_be_factorised_is_listed(family_folder: FolderOf, tmp_path: Path) -> None:
+    report = compress(
+        family_folder("llama"), tmp_path / "out", bits=4, group_size=32, damping=0.0, data=[[9, 10, 9, 10, 9, 10]]
+    )
+    raised = [layer for layer in report.layers if layer.damping > 0]
+    assert raised
+    for layer in raised:
+        notes = [note for note in report.fallbacks if note.startswith(f"{layer.name}: the Gram could not be factorised")]
+        assert notes[-1].endswith(f"damping was raised to {layer.damping:g}")
+    assert any("saw 6 tokens for 64 inputs" in note for note in report.fallbacks)
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Tensor], Tensor]) -> None:
+    """Let the disk change one tensor on its way."""
+    add = writer.ShardWriter.add
+
+    def changed(self: writer.ShardWriter, tensors: dict[str, Tensor]) -> None:
+        add(self, {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()})
+
+    monkeypatch.setattr(writer.ShardWriter, "add", changed)
+
+
+def flip_first_bit(words: Tensor) -> Tensor:
+    flipped = words.clone()
+    flipped.view(-1)[0] ^= 1
+    return flipped
+
+
+def test_a_flipped_bit_keeps_the_checkpoint_from_its_name(
+    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corrupt(monkeypatch, "model.layers.1.mlp.up_proj.weight_packed", flip_first_bit)
+    with pytest.raises(VerificationError, match=r"^model\.layers\.1\.mlp\.up_proj reads back different"):
+        compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias"]
+)
+def test_a_copied_tensor_that_changed_is_named(
+    name: str, half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corrupt(monkeypatch, name, lambda tensor: tensor + 1)
+    with pytest.raises(VerificationError, match=name):
+        compress(half_folder("qwen2"), tmp_path / "out", bits=4, group_size=32)
+    assert left_over(tmp_path) == []
+
+
+def test_a_cost_out_of_all_proportion_is_refused(
+    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compression, "predicted_increase", lambda *_: 1e-9)
+    with pytest.raises(VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"):
+        compress(half_folder("llama"), tmp_path / "out", bits=2, group_size=64)
+    assert left_over(tmp_path) == []
