@@ -104,8 +104,8 @@ def _gaps(name: str, gram: Gram, rule: Rule) -> list[str]:
 
 
 def predicted_increase(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> float | None:
-    """½ dᵀ(diag(E[g²]) ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without a sensitivity."""
-    if sensitivity is None:
+    """½ dᵀ(diag(E[g²]) ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without one of the two."""
+    if sensitivity is None or not gram.tokens:
         return None
     return Kronecker(output_factor=sensitivity, input_factor=gram.second_moment).quadratic(change)
 

@@ -65,6 +65,8 @@ def _through(
     """Carry `gradient` from the block's output to its input, adding up squared gradients at its layers' outputs."""
 
     def note(name: str, gradient: Tensor) -> None:
+        if not gradient.numel():  # an expert that no token of this flow reached
+            return
         square = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
         squares[name] = squares.get(name, torch.zeros_like(square)) + square
 

@@ -173,11 +173,13 @@ class Network:
 
 
 def _forget(module: nn.Module) -> None:
-    """Drop the weights below `module`; buffers, which are small and may be computed, stay."""
+    """Drop the weights below `module`, tied ones staying tied; buffers, which are small and may be computed, stay."""
+    empty: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
-                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                without = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                child._parameters[name] = empty.setdefault(id(parameter), without)
 
 
 def _build(checkpoint: Checkpoint) -> PreTrainedModel:

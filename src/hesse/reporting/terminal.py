@@ -118,7 +118,7 @@ def methods_table() -> Table:
     """The methods as triples."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     for heading in ("method", "curvature", "constraint", "solver", "needs", "source"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("method", "curvature", "solver"))
     for method in METHODS.values():
         extra = "".join(f" (& {name})" for name in method.optional)
         constraint = " & ".join(method.constraints) + extra
