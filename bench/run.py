@@ -26,7 +26,7 @@ from hesse.models.locate import DEFAULT_FOLDER
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
-HELD_OUT_LENGTH = 256
+HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 160, 256
 ONLY_GPTQ_ROWS = (
     "autoround",
     "gptqmodel",
@@ -114,7 +114,7 @@ def measure(case: Case, program: str, model: Path, ids: Path, repeats: int) -> d
                 return {"case": case.name, "program": program, **account}
             if not best or account["seconds_with_io"] < best["seconds_with_io"]:
                 best = account
-        quality = hesse.evaluate(out, reference=model, length=HELD_OUT_LENGTH)
+        quality = hesse.evaluate(out, reference=model, samples=HELD_OUT_SAMPLES, length=HELD_OUT_LENGTH)
     return {"case": case.name, "program": program, **best, **{f"eval_{k}": v for k, v in asdict(quality).items()}}
 
 
@@ -140,7 +140,7 @@ def main() -> None:
                 repeats = 1 if program in ONLY_GPTQ_ROWS else arguments.repeats
                 rows.append(measure(case, program, arguments.model.resolve(), ids, repeats))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
-    results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "rows": rows}
+    results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "repeats": arguments.repeats, "rows": rows}
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (HERE.parent / "docs" / "benchmarks.md").write_text(markdown(results, arguments.model))
 

@@ -31,13 +31,13 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "",
         f"Model: the default model ({facts.get('parameters', 0) / 1e6:.1f} million parameters). Calibration: "
         f"{results['samples']} samples of {results['length']} tokens, the same tokens for every program. Quality: "
-        "KL(dense || compressed) in nats per token on the held-out text, in float32, by `hesse evaluate`. Symmetric "
+        "KL(dense || compressed) in nats per token on 160 windows of the held-out text, in float32, by `hesse evaluate`. Symmetric "
         "integers, weights only, `lm_head` left alone.",
         "",
         "Seconds: for the peers, from the model in memory to compressed weights in memory; for Hesse the whole "
         "run, from the model on disk to the verified checkpoint on disk, with the probing of the loss that the "
         "prediction needs; seconds with files adds loading and saving for the peers. Imports are left out for all. The "
-        "fastest of the runs made is shown (two for Hesse and llm-compressor, one for the others).",
+        f"fastest of {results['repeats']} runs is shown for Hesse and llm-compressor, one run for the others.",
         "",
         "| case | program | KL | ± | ratio of KL | seconds | ratio of seconds | with files | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -65,7 +65,7 @@ def test_a_truncated_shard(model: Path, refused: Refuse) -> None:
 
 
 def test_a_tensor_that_is_missing(model: Path, refused: Refuse) -> None:
-    change(model, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight") and None)
+    change(model, lambda tensors: tensors.__delitem__("model.layers.1.mlp.up_proj.weight"))
     assert "model.layers.1.mlp.up_proj.weight" in refused(model)
 
 
@@ -97,7 +97,18 @@ def test_weights_that_are_no_numbers(model: Path, refused: Refuse) -> None:
 def test_activations_that_overflow(block: int, model: Path, refused: Refuse) -> None:
     name = f"model.layers.{block}.post_attention_layernorm.weight"
     change(model, lambda tensors: tensors[name].fill_(3e38))
-    assert f"model.layers.{block}." in refused(model)
+    assert f"the output of model.layers.{block} holds NaN or infinity" in refused(model)
+
+
+def test_a_head_that_overflows(model: Path, refused: Refuse) -> None:
+    change(model, lambda tensors: tensors["model.norm.weight"].fill_(3e38))
+    assert "the output of LlamaForCausalLM holds NaN or infinity" in refused(model)
+
+
+def test_evaluation_of_a_model_that_overflows(model: Path, hesse_command: CommandLine, tmp_path: Path) -> None:
+    change(model, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(3e38))
+    ran = hesse_command("evaluate", model, "--data", write_ids(tmp_path / "ids.jsonl"), "--json")
+    assert (ran.code, "the output of model.layers.1 holds NaN or infinity" in ran.error) == (1, True)
 
 
 def test_a_compressed_model_is_no_source(model: Path, refused: Refuse, tmp_path: Path) -> None:
@@ -255,9 +266,7 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_fills_up(
-    model: Path, refused: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up(model: Path, refused: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "save_file", full_disk)
     out = tmp_path / "new" / "out"
     error = refused(model, out=out)

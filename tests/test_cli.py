@@ -70,9 +70,7 @@ def test_a_printed_recipe_is_the_same_plan(method: str, hesse_command: CommandLi
     assert hesse_command("compress", "MODEL", "--recipe", file, "--print-recipe").stdout == printed
 
 
-def test_a_recipe_does_what_its_options_do(
-    family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path
-) -> None:
+def test_a_recipe_does_what_its_options_do(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
     options = ("--bits", "3", "--group-size", "32", "--asymmetric", "--no-act-order", "--damping", "0.1")
     data = ("--data", write_ids(tmp_path / "ids.jsonl"))
     recipe = tmp_path / "recipe.yaml"
@@ -191,4 +189,6 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     with start(tmp_path, "compress", "./nothing", "out") as process:
         printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (1, "")
-    assert error.strip() == "Error: ./nothing is no folder; give a model folder, `default`, or a hub id such as owner/name"
+    assert (
+        error.strip() == "Error: ./nothing is no folder; give a model folder, `default`, or a hub id such as owner/name"
+    )

@@ -48,9 +48,7 @@ IN_ORDER = [f"model.layers.{b}.{part}" for b in range(2) for part in ("self_attn
 
 
 @pytest.mark.parametrize("name", tiny_models.FAMILIES)
-def test_transformers_loads_the_very_weights_that_were_solved(
-    name: str, half_folder: FolderOf, tmp_path: Path
-) -> None:
+def test_transformers_loads_the_very_weights_that_were_solved(name: str, half_folder: FolderOf, tmp_path: Path) -> None:
     source, out = half_folder(name), tmp_path / "out"
     report = compress(source, out, bits=4, group_size=32)
     dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))
@@ -223,7 +221,9 @@ def test_tied_weights_stay_tied(half_folder: FolderOf, tmp_path: Path) -> None:
     assert "lm_head.weight" not in Checkpoint(tmp_path / "out").names()
     model = tiny_models.load("llama-tied", tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, load_file(half_folder("llama-tied") / WEIGHTS)["model.embed_tokens.weight"])
+    assert torch.equal(
+        model.lm_head.weight, load_file(half_folder("llama-tied") / WEIGHTS)["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -237,7 +237,6 @@ def test_ignored_layers_are_left_as_they_are(name: str, half_folder: FolderOf, t
     for tensor in ignored:
         assert before[tensor].dtype == after[tensor].dtype
         assert torch.equal(before[tensor], after[tensor])
-    # An ignored layer's inputs are not counted among those of the layer after it.
     assert all(layer.tokens == 256 for layer in report.layers)
     assert not {layer.name for layer in report.layers} & {n.removesuffix(".weight") for n in ignored}
     dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))
@@ -266,6 +265,7 @@ def test_a_recipe_gives_each_layer_its_own_rule(half_folder: FolderOf, tmp_path:
         assert layer.method == ("identity × Grid × nearest" if inner else "gram × Grid × error_feedback")
         assert (8 if inner else 3) < layer.bits_per_weight < (9 if inner else 4.2)
         assert layer.damping == (0 if inner else 0.05)
+        assert layer.tokens == 256  # those of the ignored layer before it are not among them
     assert Recipe.model_validate(report.recipe) == Recipe(rules=rules, ignore=("layers.0.self_attn.o_proj",))
     dense = tiny_models.load("llama", twin(out, tmp_path / "twin", source))
     assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
@@ -287,9 +287,7 @@ def test_the_report_beside_the_weights_is_the_report(half_folder: FolderOf, tmp_
     assert sum(stored) == pytest.approx(packed)
 
 
-def test_several_shards_and_an_index(
-    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_shards_and_an_index(half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = half_folder("llama"), tmp_path / "out"
     monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
     compress(source, out, bits=4, group_size=32)
@@ -300,9 +298,7 @@ def test_several_shards_and_an_index(
     assert torch.equal(output(tiny_models.load("llama", out)), output(dense))
 
 
-def test_one_block_at_most_is_in_memory(
-    half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_block_at_most_is_in_memory(half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all networks of a run, parameters of one block at most are off the meta device, whatever is looked at."""
     networks: list[Network] = []
     most = 0
@@ -392,7 +388,9 @@ def test_a_gram_that_cannot_be_factorised_is_listed(family_folder: FolderOf, tmp
     raised = [layer for layer in report.layers if layer.damping > 0]
     assert raised
     for layer in raised:
-        notes = [note for note in report.fallbacks if note.startswith(f"{layer.name}: the Gram could not be factorised")]
+        notes = [
+            note for note in report.fallbacks if note.startswith(f"{layer.name}: the Gram could not be factorised")
+        ]
         assert notes[-1].endswith(f"damping was raised to {layer.damping:g}")
     assert any("saw 6 tokens for 64 inputs" in note for note in report.fallbacks)
 
@@ -438,6 +436,8 @@ def test_a_cost_out_of_all_proportion_is_refused(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compression, "predicted_increase", lambda *_: 1e-9)
-    with pytest.raises(VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"):
+    with pytest.raises(
+        VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"
+    ):
         compress(half_folder("llama"), tmp_path / "out", bits=2, group_size=64)
     assert left_over(tmp_path) == []

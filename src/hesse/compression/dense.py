@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.estimation import output_sensitivities
 from hesse.models.network import Network
-from hesse.models.stream import Flow, advance, start
+from hesse.models.stream import Flow, advance, check_finite, start
 from hesse.progress import Clock
 
 
@@ -37,6 +37,7 @@ def dense_pass(
         inputs.append([flow.hidden for flow in probes])
         with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
             advance([*flows, *probes], module, index)
+            check_finite([*flows, *probes], block.name)
         step()
     with clock.phase("probe"):
         sensitivities = output_sensitivities(network, probes, inputs, seed, step)

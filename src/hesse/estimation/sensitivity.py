@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hesse.errors import DataError
 from hesse.models.network import Block, Network
 from hesse.models.stream import Flow, finish
 
@@ -50,6 +51,11 @@ def output_sensitivities(
 def _sampled_loss(network: Network, output: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     """The summed loss of labels drawn from the model itself, and the number of tokens it is summed over."""
     output = output.float()
+    if not bool(torch.isfinite(output).all()):
+        raise DataError(
+            f"the output of {type(network.model).__name__} holds NaN or infinity: its last norm or its head overflows "
+            "on this data"
+        )
     if network.kind == "encoder":
         noise = torch.randn(output.shape, generator=generator).to(output.device)
         return (output * noise).sum(), output.shape[0] * output.shape[1]

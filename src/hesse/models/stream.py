@@ -11,7 +11,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from hesse.errors import UnsupportedModelError
+from hesse.errors import DataError, UnsupportedModelError
 from hesse.models.network import Block, Layer, Network
 
 
@@ -66,6 +66,14 @@ def advance(flows: Iterable[Flow], module: nn.Module, index: int) -> None:
     with torch.no_grad():
         for flow in flows:
             flow.hidden = flow.through(module, index)
+
+
+def check_finite(flows: Iterable[Flow], block: str) -> None:
+    """Raise DataError if what came out of `block` is not finite."""
+    if not all(bool(torch.isfinite(flow.hidden).all()) for flow in flows):
+        raise DataError(
+            f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights are damaged"
+        )
 
 
 def advance_with_stops(
