@@ -1,6 +1,7 @@
 """The main job on tiny models: what is written, what other programs load, and what is said about it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import hesse
 import tiny_models
@@ -262,7 +265,7 @@ def test_a_recipe_gives_each_layer_its_own_rule(half_folder: FolderOf, tmp_path:
     assert len(report.layers) == 13
     for layer in report.layers:
         inner = ".mlp." in layer.name
-        assert layer.method == ("identity × Grid × nearest" if inner else "gram × Grid × error_feedback")
+        assert layer.method == ("Identity × Grid × Nearest" if inner else "Gram × Grid × ErrorFeedback")
         assert (8 if inner else 3) < layer.bits_per_weight < (9 if inner else 4.2)
         assert layer.damping == (0 if inner else 0.05)
         assert layer.tokens == 256  # those of the ignored layer before it are not among them
@@ -441,3 +444,17 @@ def test_a_cost_out_of_all_proportion_is_refused(
     ):
         compress(half_folder("llama"), tmp_path / "out", bits=2, group_size=64)
     assert left_over(tmp_path) == []
+
+
+def test_samples_longer_than_the_model_takes_are_cut_and_listed(half_folder: FolderOf, tmp_path: Path) -> None:
+    """Text is cut to the positions there are; the run says so."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i % 26) for i in range(9000)))
+    source = tmp_path / "model"
+    shutil.copytree(half_folder("llama"), source)
+    tokenizer = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
+    report = hesse.compress(source, tmp_path / "out", data=text, samples=4, length=2048)
+    assert report.calibration["length"] == 128
+    assert "samples have 128 tokens, not 2048: the model has positions for no more" in report.fallbacks

@@ -101,6 +101,9 @@ class _Run:
         check_ids(self.network, self.samples.batches(1))
         self.layers: list[LayerReport] = []
         self.notes: list[str] = list(self.format.notes)
+        asked, length = calibration.length, sample_length(self.network, calibration.length)
+        if asked is not None and asked > length and not self.samples.exact:
+            self.notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
         self.digests: dict[str, str] = {}
         self.solver = LayerSolver()
 
@@ -242,7 +245,7 @@ class _Run:
             LayerReport(
                 name=layer.name,
                 shape=(weight.shape[0], weight.shape[1]),
-                method=f"{rule.curvature} × {type(constraint).__name__} × {rule.solver.name}",
+                method=solved.method,
                 tokens=gram.tokens,
                 damping=solved.damping,
                 bits_per_weight=self.format.stored_bits(layer.name),
@@ -330,14 +333,6 @@ def _probe_count(length: int) -> int:
 
 
 def sample_length(network: Network, asked: int | None) -> int:
-    """Tokens a sample: as asked, or as many as the model has positions for.
-
-    Raises:
-        OptionError: more are asked than the model has positions for.
-    """
-    limit = network.input_limit
-    if asked is None:
-        return DEFAULT_LENGTH if limit is None else min(DEFAULT_LENGTH, limit)
-    if limit is not None and asked > limit:
-        raise OptionError(f"--length is {asked}, but this model has positions for {limit} tokens: use at most {limit}")
-    return asked
+    """Tokens a sample: as asked, but no more than the model has positions for."""
+    wanted = DEFAULT_LENGTH if asked is None else asked
+    return wanted if network.input_limit is None else min(wanted, network.input_limit)

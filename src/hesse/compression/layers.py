@@ -22,7 +22,7 @@ class Solved:
     """A solution and how it came about."""
 
     solution: Solution
-    curvature: Curvature
+    method: str  # curvature × constraint × solver
     damping: float
     notes: list[str] = field(default_factory=list)
 
@@ -79,7 +79,9 @@ class LayerSolver:
             curvature = _curvature(gram, rule, damping)
             self._states[key] = (curvature, solver.init(curvature))
         curvature, state = self._states[key]
-        return Solved(solve_with(weight, curvature, constraint, solver, state), curvature, damping, notes)
+        solution = solve_with(weight, curvature, constraint, solver, state)
+        method = " × ".join(type(part).__name__ for part in (curvature, constraint, solver))
+        return Solved(solution, method, damping, notes)
 
 
 def _curvature(gram: Gram, rule: Rule, damping: float) -> Curvature:

@@ -27,6 +27,7 @@ class Evaluation:
 
     kind: str
     samples: int
+    length: int  # tokens of the longest sample
     tokens: int
     loss: float | None
     perplexity: float | None
@@ -104,10 +105,13 @@ def compare(network: Network, flows: list[Flow], other: Network | None, dense: l
                     else:
                         totals.add(result, flow.ids, wanted)
     samples = sum(len(flow.ids) for flow in flows)
-    return _evaluation(network, samples, totals, hidden, compared=other is not None)
+    length = max(flow.ids.shape[1] for flow in flows)
+    return _evaluation(network, samples, length, totals, hidden, compared=other is not None)
 
 
-def _evaluation(network: Network, samples: int, totals: Totals, hidden: HiddenTotals, compared: bool) -> Evaluation:
+def _evaluation(
+    network: Network, samples: int, length: int, totals: Totals, hidden: HiddenTotals, compared: bool
+) -> Evaluation:
     checkpoint = network.checkpoint
     parameters = sum(p.numel() for p in network.model.parameters())
     encoder = network.kind == "encoder"
@@ -119,6 +123,7 @@ def _evaluation(network: Network, samples: int, totals: Totals, hidden: HiddenTo
     return Evaluation(
         kind=network.kind,
         samples=samples,
+        length=length,
         tokens=n,
         loss=loss,
         perplexity=None if loss is None else math.exp(min(loss, 700.0)),

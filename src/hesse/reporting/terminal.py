@@ -93,7 +93,7 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     table.add_column("")
     table.add_column("", justify="right")
     rows = (
-        ("samples", str(evaluation.samples)),
+        ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
         ("loss, nats per token", number(evaluation.loss, 5)),
         ("perplexity", number(evaluation.perplexity, 5)),
