@@ -26,7 +26,7 @@ from hesse.models.locate import DEFAULT_FOLDER
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
-HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 160, 256
+HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 128, 256
 ONLY_GPTQ_ROWS = (
     "autoround",
     "gptqmodel",

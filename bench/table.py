@@ -31,7 +31,7 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "",
         f"Model: the default model ({facts.get('parameters', 0) / 1e6:.1f} million parameters). Calibration: "
         f"{results['samples']} samples of {results['length']} tokens, the same tokens for every program. Quality: "
-        "KL(dense || compressed) in nats per token on 160 windows of the held-out text, in float32, by `hesse "
+        "KL(dense || compressed) in nats per token on 128 windows of the held-out text, in float32, by `hesse "
         "evaluate`. Symmetric integers, weights only, `lm_head` left alone.",
         "",
         "Seconds: for the peers, from the model in memory to compressed weights in memory; for Hesse the whole "

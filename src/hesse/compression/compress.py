@@ -30,9 +30,9 @@ from hesse.models.writer import ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 1024  # few enough to stay in the caches of a CPU
 DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 2048  # for the sensitivities, and again for the check; at least two samples each
+PROBE_TOKENS = 1024  # for the sensitivities, and again for the check; at least two samples each
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hesse.errors import OutputError
 from hesse.models.writer import disk_reason
 
 # What a loader needs besides weights and config.
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*")
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*", "*/*.json")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "calibration.txt", "held_out.txt", "training.json")
 
 
@@ -81,9 +81,11 @@ def copy_companions(model: Path, folder: Path) -> None:
     """
     for pattern in COPIED:
         for path in sorted(model.glob(pattern)):
-            if path.is_file() and path.name not in NOT_COPIED:
+            if path.is_file() and path.relative_to(model).as_posix() not in NOT_COPIED:
+                target = folder / path.relative_to(model)
                 try:
-                    shutil.copyfile(path, folder / path.name)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
                 except OSError as error:
                     raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
 

@@ -30,13 +30,16 @@ class GridCode:
 class Grid(Constraint):
     """`bits`-bit integers with one scale for every `group_size` columns of a row (-1: for the whole row).
 
-    Symmetric scales are max|w| / ((2^bits - 1) / 2), asymmetric ones (max - min) / (2^bits - 1) over a range that
-    includes 0. Scales are rounded to `dtype` before codes are chosen. A last group may be narrower than the others.
+    Symmetric scales are max|w| / ((2^bits - 1 + headroom) / 2), asymmetric ones (max - min) / (2^bits - 1) over a range
+    that includes 0. Without headroom the largest weight of a group lies half-way between two codes, where noise
+    decides; more of it makes all steps finer and clips the largest weights, which error feedback can make good. Scales
+    are rounded to `dtype` before codes are chosen. A last group may be narrower than the others.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    headroom: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -45,6 +48,8 @@ class Grid(Constraint):
             raise OptionError(
                 f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
             )
+        if not 0 <= self.headroom <= 1:
+            raise OptionError(f"headroom is {self.headroom}, but must be between 0 and 1 steps")
 
     @property
     def rows_are_independent(self) -> bool:
@@ -79,7 +84,7 @@ class Grid(Constraint):
 
     def _scales(self, bottom: Tensor, top: Tensor) -> Scales:
         """Scales whose range is [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
-        levels = 2**self.bits - 1
+        levels = 2**self.bits - 1 + (self.headroom if self.symmetric else 0)
         extent = 2 * torch.maximum(top, -bottom) if self.symmetric else top - bottom
         scale = round_to(extent / levels, self.dtype)
         # A group of zeros, or one so small that its scale underflows, is stored as zeros of scale 1.

@@ -22,6 +22,7 @@ class Options:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    headroom: float | None = None
     sparsity: str | float | None = None
     scope: str | None = None
     rank: int | None = None
@@ -65,7 +66,7 @@ class Method:
         if options.act_order and pattern:
             raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
         constraint = ConstraintOptions(
-            grid=_given(GridOptions, chosen, ("bits", "group_size", "symmetric")) if chosen.bits else None,
+            grid=_given(GridOptions, chosen, ("bits", "group_size", "symmetric", "headroom")) if chosen.bits else None,
             sparse=SparseOptions(amount=chosen.sparsity, scope=chosen.scope or "layer")  # type: ignore[arg-type]
             if chosen.sparsity is not None
             else None,
@@ -88,6 +89,7 @@ class Method:
             "bits": "grid" in has,
             "group_size": grid,
             "symmetric": grid,
+            "headroom": grid,
             "sparsity": "sparse" in has,
             "scope": "sparse" in has,
             "rank": "low_rank" in has,
@@ -99,7 +101,9 @@ class Method:
         for field in fields(options):
             if getattr(options, field.name) is not None and not allowed[field.name]:
                 option = "--" + field.name.replace("_", "-")
-                reason = "without --bits" if field.name in ("group_size", "symmetric") and "grid" in has else ""
+                reason = (
+                    "without --bits" if field.name in ("group_size", "symmetric", "headroom") and "grid" in has else ""
+                )
                 raise OptionError(f"{option} has no meaning for the method {self.name} {reason}".rstrip())
 
 

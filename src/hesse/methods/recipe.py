@@ -22,6 +22,7 @@ class GridOptions(_Strict):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    headroom: float = 0.0
 
 
 class SparseOptions(_Strict):

@@ -10,7 +10,7 @@ METHODS = (
         solver="nearest",
         source="round to nearest",
         needs="no data, except to predict the cost",
-        defaults=Options(bits=4, group_size=128, symmetric=True),
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.06),
     ),
     Method(
         name="gptq",
@@ -20,6 +20,6 @@ METHODS = (
         solver="error_feedback",
         source="Frantar et al., 2022, arXiv:2210.17323",
         needs="calibration text",
-        defaults=Options(bits=4, group_size=128, symmetric=True, act_order=True, damping=0.01),
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
     ),
 )
