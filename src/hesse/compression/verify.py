@@ -53,7 +53,7 @@ def verify(
                     )
             advance(flows, module, index)
         progress.advance()
-    result = compare(network, flows, dense_network, dense.flows)
+    result = compare(network, flows, dense_network, dense.flows, progress)
     measured = result.hidden_error if result.kl is None else result.kl
     assert measured is not None
     predicted = sum(predicted_by_layer.values())

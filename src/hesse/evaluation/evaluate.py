@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     check_ids(network, batches)
     flows = pass_through(network, batches, progress, "evaluate")
     dense = None if other is None else pass_through(other, batches, progress, "evaluate reference")
-    return compare(network, flows, other, dense)
+    return compare(network, flows, other, dense, progress)
 
 
 def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[Flow]:
@@ -89,13 +89,17 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
     return flows
 
 
-def compare(network: Network, flows: list[Flow], other: Network | None, dense: list[Flow] | None) -> Evaluation:
+def compare(
+    network: Network, flows: list[Flow], other: Network | None, dense: list[Flow] | None, progress: Progress
+) -> Evaluation:
     """The evaluation of `flows` that have passed all blocks of `network`, beside `dense` ones of `other`."""
     totals, hidden = Totals(), HiddenTotals()
+    progress.begin("compare", len(flows))
     with network.surroundings() as model, torch.no_grad():
         if other is None or dense is None:
             for flow in flows:
                 totals.add(finish(network, model, flow), flow.ids, None)
+                progress.advance()
         else:
             with other.surroundings() as reference_model:
                 for flow, dense_flow in zip(flows, dense, strict=True):
@@ -104,6 +108,7 @@ def compare(network: Network, flows: list[Flow], other: Network | None, dense: l
                         hidden.add(result, wanted)
                     else:
                         totals.add(result, flow.ids, wanted)
+                    progress.advance()
     samples = sum(len(flow.ids) for flow in flows)
     length = max(flow.ids.shape[1] for flow in flows)
     return _evaluation(network, samples, length, totals, hidden, compared=other is not None)
