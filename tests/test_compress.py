@@ -376,11 +376,12 @@ def test_dead_inputs_are_listed_and_their_weights_kept(tmp_path: Path) -> None:
     expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
     dead = {note.split(":")[0] for note in report.fallbacks if "1 of 64 inputs are always zero on this data" in note}
     assert dead == expected
-    nearest = hesse.Grid(4, 32)
+    nearest = hesse.Grid(4, 32, headroom=0.25)
     for name in expected:
         weight, changed = before[f"{name}.weight"], after[f"{name}.weight"]
         half_a_step = nearest.expand(nearest.fit(weight).scale, 64)[:, 7] / 2
-        assert ((changed - weight)[:, 7].abs() <= 1.001 * half_a_step).all()
+        # The largest weights of a group are clipped by the headroom: 7.625 steps to 7.
+        assert ((changed - weight)[:, 7].abs() <= 1.26 * half_a_step).all()
         assert (changed[:, 7] != 0).float().mean() > 0.7
 
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +154,7 @@ class _Run:
             out=str(out),
             format=self.format.name,
             seconds={"total": self.clock.total, **self.clock.seconds},
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=peak_memory(),
             bytes_before=self.checkpoint.file_bytes,
             bytes_after=after.file_bytes,
             bits_per_weight=bits / weights,
@@ -279,6 +280,15 @@ def _compute_dtype(checkpoint: Checkpoint, network: Network, device: torch.devic
     native = torch.cpu.get_capabilities()
     fast = stored == torch.bfloat16 and any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had at once, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # resource's figure starts from that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:

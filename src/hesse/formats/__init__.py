@@ -30,13 +30,20 @@ def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -
             requested = DenseFormat.name
     if requested not in FORMATS:
         raise OptionError(f"there is no format {requested!r}; there are auto, {', '.join(FORMATS)}")
-    for layer in layers:
-        fits = layer.constraint is None or requested != PackedFormat.name
-        if not fits and not isinstance(layer.constraint, Grid | SparseGrid):
-            raise OptionError(
-                f"{layer.name}: {requested} stores quantised layers, not {type(layer.constraint).__name__}; "
-                "use --format auto"
-            )
+    if requested == PackedFormat.name:
+        _check_packable(layers)
     if requested == LowRankFormat.name and not any(isinstance(c, LowRank) for c in constraints):
         raise OptionError("--format low-rank stores factorised layers, and there are none: use --format auto")
     return FORMATS[requested](network, layers)
+
+
+def _check_packable(layers: list[StoredLayer]) -> None:
+    """Raise OptionError if a layer is factorised, or none is quantised."""
+    changed = [layer for layer in layers if layer.constraint is not None]
+    quantised = any(isinstance(layer.constraint, Grid | SparseGrid) for layer in changed)
+    for layer in changed:
+        if isinstance(layer.constraint, LowRank) or not quantised:
+            raise OptionError(
+                f"{layer.name}: {PackedFormat.name} stores quantised layers, not {type(layer.constraint).__name__}; "
+                "use --format auto"
+            )

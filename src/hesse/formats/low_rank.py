@@ -6,15 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from hesse.constraints import LowRank, LowRankCode
 from hesse.errors import OptionError
-from hesse.formats.dense import DenseFormat
 from hesse.formats.packed import PackedFormat
 
 MODEL_FILE = "modeling_low_rank.py"
 TYPE_PREFIX = "low_rank_"
 CLASS_PREFIX = "LowRank_"
+# The classes that load a model with a head, and the architectures that each of them knows.
+HEADS = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
 
 
 class LowRankFormat(PackedFormat):
@@ -39,10 +53,13 @@ class LowRankFormat(PackedFormat):
         constraint = self.layers[name].constraint
         return constraint.rank if isinstance(constraint, LowRank) else None
 
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        # The product of the factors is not rounded again.
+        return super().as_stored(name, weight) if self._rank(name) is None else weight
+
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         if not isinstance(encoded, LowRankCode):
-            kind = PackedFormat if self.layers[name] in self.packed else DenseFormat
-            return kind.tensors(self, name, encoded, weight, bias)  # type: ignore[arg-type]
+            return super().tensors(name, encoded, weight, bias)
         dtype = self.network.checkpoint.dtype(f"{name}.weight")
         own = {
             f"{name}.0.weight": encoded.right.to(dtype).contiguous(),
@@ -52,31 +69,27 @@ class LowRankFormat(PackedFormat):
         return own if bias is None else {**own, f"{name}.1.bias": bias}
 
     def stored_bits(self, name: str) -> float:
-        layer, rank = self.layers[name], self._rank(name)
-        bits = torch.finfo(self.network.checkpoint.dtype(f"{name}.weight")).bits
-        if rank is not None:
-            return bits * rank * sum(layer.shape) / layer.shape.numel()
-        return super().stored_bits(name) if layer in self.packed else bits
+        shape, rank = self.layers[name].shape, self._rank(name)
+        if rank is None:
+            return super().stored_bits(name)
+        return torch.finfo(self.network.checkpoint.dtype(f"{name}.weight")).bits * rank * sum(shape) / shape.numel()
 
     def config(self) -> dict[str, Any]:
-        source = self.network.checkpoint.config
+        source, model = self.network.checkpoint.config, self.network.model
         ranks = {name: rank for name in self.layers if (rank := self._rank(name)) is not None}
-        architecture = type(self.network.model).__name__
-        config_class = type(self.network.model.config).__name__
+        architecture = type(model).__name__
+        classes = {"AutoConfig": type(model.config).__name__, "AutoModel": type(model.base_model).__name__}
+        classes |= {auto: architecture for auto, known in HEADS.items() if architecture in known.values()}
         module = MODEL_FILE.removesuffix(".py")
-        auto = "AutoModelForCausalLM" if self.network.kind == "causal-lm" else "AutoModel"
         config = {
             **source,
             "model_type": TYPE_PREFIX + source["model_type"],
             "architectures": [CLASS_PREFIX + architecture],
             "low_rank": ranks,
-            "auto_map": {
-                "AutoConfig": f"{module}.{CLASS_PREFIX}{config_class}",
-                auto: f"{module}.{CLASS_PREFIX}{architecture}",
-            },
+            "auto_map": {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()},
         }
         if self.packed:
-            prefix = f"{self.network.model.base_model_prefix}."
+            prefix = f"{model.base_model_prefix}."
             thin = tuple(rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}\.[01]$" for name in ranks)
             config["quantization_config"] = self.quantization_config(thin)
         return config

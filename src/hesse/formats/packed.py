@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
-from hesse.formats.base import Format, StoredLayer
+from hesse.formats.base import StoredLayer
+from hesse.formats.dense import DenseFormat
 from hesse.models.network import Network
 
 EXPERTS = r"re:.*\.experts\.\d+\..*"
@@ -32,13 +33,14 @@ LOADER_UNPACKS = hasattr(integrations.compressed_tensors, "CompressedTensorsDequ
 Scheme = dict[str, Any]
 
 
-class PackedFormat(Format):
+class PackedFormat(DenseFormat):
     """Codes of 2 to 8 bits as a little-endian bit stream in int32 words, one scale a group in the checkpoint's type.
 
     A group size g that does not divide a width: the width is cut into groups of gcd(g, width) where that is at least
     32, which every loader reads, and otherwise into groups of g with a narrower last one, which transformers reads.
     transformers' default way of loading refuses asymmetric grids, and the linear layers of GPT-2 and Falcon; there the
-    config asks for weights to be unpacked while loading, for which all layers must share one scheme.
+    config asks for weights to be unpacked while loading, for which all layers must share one scheme. Layers that are
+    not quantised are dense.
     """
 
     name = "pack-quantized"
@@ -46,20 +48,29 @@ class PackedFormat(Format):
     def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
         self._cut: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
-        # All experts must share one scheme, so a group size must fit the widths of all their matrices.
-        self._expert_widths = {layer.shape[1] for layer in layers if layer.is_expert and layer.constraint is not None}
+        quantised = [layer for layer in layers if _grid(layer) is not None]
+        plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
+        self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
+        # Widths that one group size must fit: of all experts, and of all other layers where they share one scheme.
+        self._expert_widths = {layer.shape[1] for layer in quantised if layer.is_expert}
+        self._other_widths = {layer.shape[1] for layer in quantised if not layer.is_expert}
         super().__init__(network, layers)
         self.notes += [self._note(group, widths, names) for (group, widths), names in self._cut.items()]
-        self.packed = [layer for layer in self.layers.values() if _grid(layer) is not None]
-        self.unpacks_while_loading = self._needs_unpacking()
+        self.packed = {name: layer for name, layer in self.layers.items() if _grid(layer) is not None}
         self._refuse()
+
+    def _widths(self, layer: StoredLayer) -> set[int]:
+        """Widths of the layers that must share one scheme with `layer`."""
+        if layer.is_expert:
+            return self._expert_widths
+        return self._other_widths if self.unpacks_while_loading else {layer.shape[1]}
 
     def _adapted(self, layer: StoredLayer) -> StoredLayer:
         layer = super()._adapted(layer)
         grid = _grid(layer)
         if grid is None or grid.group_size == -1:
             return layer
-        widths = self._expert_widths if layer.is_expert else {layer.shape[1]}
+        widths = self._widths(layer)
         common = math.gcd(grid.group_size, *widths)
         if common == grid.group_size:
             return layer
@@ -72,28 +83,21 @@ class PackedFormat(Format):
 
     def _note(self, group: int, widths: tuple[int, ...], names: list[str]) -> str:
         common = math.gcd(group, *widths)
-        width = " and ".join(map(str, widths))
-        which = f"{len(names)} layers of width {width} ({names[0]} the first)"
+        which = f"{len(names)} layers of width {' and '.join(map(str, widths))} ({names[0]} the first)"
+        reason = f"since {group} does not divide {' and '.join(str(width) for width in widths if width % group)}"
         if common >= SMALLEST_COMMON_GROUP:
-            return f"{which}: groups of {common}, since {group} does not divide {width}"
-        return (
-            f"{which}: the last group of a row is narrower, since {group} does not divide {width}; transformers loads "
-            "that, vLLM does not"
-        )
-
-    def _needs_unpacking(self) -> bool:
-        asymmetric = any(not _grid_of(layer).symmetric for layer in self.packed)
-        return asymmetric or any(type(self._modules[layer.name]) is not nn.Linear for layer in self.packed)
+            return f"{which}: groups of {common}, {reason}"
+        return f"{which}: the last group of a row is narrower, {reason}; transformers loads that, vLLM does not"
 
     def _refuse(self) -> None:
         """Refuse what no loader takes."""
         if self.unpacks_while_loading and not LOADER_UNPACKS:
             raise OptionError(
-                f"{self.packed[0].name}: asymmetric grids, and this architecture's layers, load from transformers 5.23 "
-                f"on, and this is {transformers.__version__}: update it, or use --format dense"
+                f"{next(iter(self.packed))}: asymmetric grids, and the layers of GPT-2 and Falcon, load from "
+                f"transformers 5.23 on, and this is {transformers.__version__}: update it, or use --format dense"
             )
-        experts = [layer for layer in self.packed if layer.is_expert]
-        others = [layer for layer in self.packed if not layer.is_expert]
+        experts = [layer for layer in self.packed.values() if layer.is_expert]
+        others = [layer for layer in self.packed.values() if not layer.is_expert]
         all_experts = [layer for layer in self.layers.values() if layer.is_expert]
         for layer in experts:
             if not _grid_of(layer).symmetric:
@@ -105,28 +109,28 @@ class PackedFormat(Format):
             )
         if self.unpacks_while_loading and len({str(self._scheme(layer)) for layer in others}) > 1:
             raise OptionError(
-                f"{others[0].name}: transformers loads asymmetric grids, and this architecture's layers, only if all "
-                "layers share one scheme; use --symmetric and a group size that divides every width, or --format dense"
+                f"{others[0].name}: transformers loads asymmetric grids, and the layers of GPT-2 and Falcon, only if "
+                "all layers share one scheme; give them one rule, use --symmetric, or --format dense"
             )
 
     def _scheme(self, layer: StoredLayer) -> Scheme:
         """The quantisation arguments that a loader needs for a layer."""
-        grid, columns = _grid_of(layer), layer.shape[1]
+        grid = _grid_of(layer)
         scheme: Scheme = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric}
         if layer.transposed:
             height = WHOLE_COLUMN if grid.group_size == -1 else grid.group_size
             return {**scheme, "strategy": "block", "block_structure": [height, 1]}
         if grid.group_size == -1:
             return {**scheme, "strategy": "channel"}
-        widths = self._expert_widths if layer.is_expert else {columns}
-        if any(width % grid.group_size for width in widths):
+        if any(width % grid.group_size for width in self._widths(layer)):
             return {**scheme, "strategy": "block", "block_structure": [1, grid.group_size]}
         return {**scheme, "strategy": "group", "group_size": grid.group_size}
 
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         layer = self.layers[name]
-        if not isinstance(encoded, GridCode):
-            raise OptionError(f"{name}: only quantised layers can be packed")
+        if name not in self.packed:
+            return super().tensors(name, encoded, weight, bias)
+        assert isinstance(encoded, GridCode)
         grid = _grid_of(layer)
         codes, scale, zero_point = encoded.codes, encoded.scales.scale.to(grid.dtype), encoded.scales.zero_point
         if layer.transposed:
@@ -146,6 +150,8 @@ class PackedFormat(Format):
         return own if bias is None else {**own, f"{name}.bias": bias}
 
     def stored_bits(self, name: str) -> float:
+        if name not in self.packed:
+            return super().stored_bits(name)
         layer = self.layers[name]
         grid, (rows, columns) = _grid_of(layer), layer.shape
         length = rows if layer.transposed else columns
@@ -164,10 +170,10 @@ class PackedFormat(Format):
     def quantization_config(self, also_ignore: tuple[str, ...] = ()) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
         schemes: dict[str, list[StoredLayer]] = {}
-        for layer in self.packed:
+        for layer in self.packed.values():
             schemes.setdefault(str(self._scheme(layer)), []).append(layer)
         groups = [self._group(layers, alone=len(schemes) == 1) for layers in schemes.values()]
-        if any(layer.is_expert for layer in self.layers.values()) and not any(e.is_expert for e in self.packed):
+        if any(layer.is_expert for layer in self.layers.values()) and not self._expert_widths:
             groups.append(NO_EXPERTS)
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
@@ -190,13 +196,15 @@ class PackedFormat(Format):
 
     def _ignored(self) -> list[str]:
         """Linear layers that are not packed, in names that also match when the base model is loaded alone."""
-        packed = {id(self._modules[layer.name]) for layer in self.packed}
+        packed = {id(self._modules[name]) for name in self.packed}
         linear = [
-            (name, module)
+            name
             for name, module in self.network.model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and id(module) not in packed
         ]
-        return [name if "." not in name else self._pattern(name) for name, _ in linear]
+        # Experts are packed all or none, and too many to name one by one.
+        patterns = [EXPERTS if ".experts." in name else self._pattern(name) if "." in name else name for name in linear]
+        return list(dict.fromkeys(patterns))
 
     def _pattern(self, name: str) -> str:
         """A regular expression for a layer, with or without the name of the base model before it."""

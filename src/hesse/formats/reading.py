@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from hesse.errors import CheckpointError
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.models.checkpoint import Checkpoint, read_json
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx")
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors reads it no longer
+TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # keep the weights of linear layers as (in, out)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -24,11 +27,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
-    if quantization is None and "low_rank" not in config:
+    if quantization is None and not _is_low_rank(config):
         return Checkpoint(folder)
     if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
         raise CheckpointError(
-            f"{folder} is quantised by {quantization.get('quant_method')}, which Hesse does not read: "
+            f"{folder}/config.json has the quant_method {quantization.get('quant_method')}, which Hesse does not read: "
             "start from the dense model"
         )
     return CompressedCheckpoint(folder)
@@ -39,25 +42,21 @@ class CompressedCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._ranks: dict[str, int] = self.config.pop("low_rank", {})
-        if self._ranks:
+        self._ranks: dict[str, int] = {}
+        if _is_low_rank(self.config):
+            self._ranks = self.config.pop("low_rank", {})
             self.config["model_type"] = self.config["model_type"].removeprefix(TYPE_PREFIX)
             self.config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in self.config["architectures"]]
             self.config.pop("auto_map", None)
-        quantization = self.config.get("quantization_config") or {}
-        self._format: str = quantization.get("format", "dense")
-        try:
-            self._schemes = [
-                (group.get("targets", []), group.get("format"), QuantizationScheme.model_validate(group))
-                for group in quantization.get("config_groups", {}).values()
-            ]
-        except (ValidationError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}/config.json has a quantization_config that is not known: {error}"
-            ) from None
-        self._quantised = {
-            name.removesuffix(".weight_scale") for name in self.shard_of if name.endswith(".weight_scale")
-        }
+        self._schemes = _schemes(folder, self.config.get("quantization_config"))
+        quantised = (name.rpartition(".") for name in self.shard_of)
+        self._quantised = {layer for layer, _, part in quantised if part in ("weight_packed", "weight_scale")}
+        for name in self.shard_of:
+            if name.endswith(f".{COLUMN_ORDER}"):
+                raise CheckpointError(
+                    f"{folder} has {name}: groups of reordered columns, which Hesse does not read: "
+                    "start from the dense model"
+                )
 
     def names(self) -> list[str]:
         names: dict[str, None] = {}
@@ -87,37 +86,79 @@ class CompressedCheckpoint(Checkpoint):
         return {name: self._decoded(name, {s: tensors[s] for s in stored}) for name, stored in wanted.items()}
 
     def _decoded(self, name: str, stored: dict[str, Tensor]) -> Tensor:
-        if name in stored and len(stored) == 1:
-            return stored[name]
-        layer = name.rpartition(".")[0]
-        if layer in self._ranks:
-            values = [tensor.float() for tensor in stored.values()]
-            if len(values) == 1:
-                return next(iter(stored.values()))
-            product = values[0] @ values[1]
-            return product.T.contiguous() if self._is_transposed(layer) else product
-        scheme, format = self._scheme(layer)
-        local = {full.removeprefix(f"{layer}."): tensor for full, tensor in stored.items()}
-        weight: Tensor = BaseCompressor.get_value_from_registry(format).decompress(local, scheme)["weight"]
+        layer, _, part = name.rpartition(".")
+        if layer in self._ranks and part == "weight":
+            left, right = (factor.float() for factor in stored.values())
+            product = left @ right
+            return product.T.contiguous() if self.config["model_type"] in TRANSPOSED_TYPES else product
+        if layer in self._quantised and part == "weight":
+            return self._unpacked(layer, {full.removeprefix(f"{layer}."): tensor for full, tensor in stored.items()})
+        (tensor,) = stored.values()
+        return tensor
+
+    def _unpacked(self, layer: str, parts: dict[str, Tensor]) -> Tensor:
+        """The weight that the tensors of a quantised layer stand for, by compressed-tensors' own arithmetic."""
+        format, scheme = self._scheme(layer)
+        try:
+            weight: Tensor = BaseCompressor.get_value_from_registry(format).decompress(parts, scheme)["weight"]
+        except Exception as error:  # the library raises many kinds; all mean that tensors and scheme do not fit
+            raise CheckpointError(
+                f"{self.folder}: the weight of {layer} cannot be decoded as {format} from its {', '.join(parts)} "
+                f"({_reason(error)}): copy the folder again"
+            ) from None
         return weight
 
-    def _is_transposed(self, layer: str) -> bool:
-        """Whether the dense weight is (in, out) in this architecture."""
-        return bool(self.config["model_type"] == "gpt2")
+    def _scheme(self, layer: str) -> tuple[str, QuantizationScheme]:
+        """Format and scheme of the first target that names the layer, its pattern or any class of layers."""
+        for target, chosen in self._schemes.items():
+            if target.startswith("re:"):
+                named = re.match(target[3:], layer) is not None
+            else:
+                named = _is_class(target) or target == layer or layer.endswith(f".{target}")
+            if named:
+                return chosen
+        raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")
 
-    def _scheme(self, layer: str) -> tuple[QuantizationScheme, str]:
-        """The scheme whose targets name the layer, else the first that names a class of layers."""
-        by_class: tuple[QuantizationScheme, str] | None = None
-        for targets, format, scheme in self._schemes:
-            chosen = (scheme, format or self._format)
-            for target in targets:
-                if target.startswith("re:"):
-                    if re.match(target[3:], layer):
-                        return chosen
-                elif target == layer or layer.endswith(f".{target}"):
-                    return chosen
-                elif "." not in target:
-                    by_class = by_class or chosen
-        if by_class is None:
-            raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")
-        return by_class
+
+def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tuple[str, QuantizationScheme]]:
+    """Format and scheme of each target, in the order in which compressed-tensors tries them."""
+    if quantization is None:
+        return {}
+    if quantization.get("transform_config"):
+        raise CheckpointError(
+            f"{folder}/config.json has a transform_config: the weights are rotated, which Hesse does not read: "
+            "start from the dense model"
+        )
+    try:
+        config = QuantizationConfig.model_validate(quantization)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json has a quantization_config that is not known ({_reason(error)})"
+        ) from None
+    schemes: dict[str, tuple[str, QuantizationScheme]] = {}
+    for scheme in config.config_groups.values():
+        format = str(getattr(scheme.format, "value", scheme.format) or config.format)
+        if format not in BaseCompressor.registered_names():
+            raise CheckpointError(
+                f"{folder}/config.json has the format {format}, which compressed-tensors does not decode: "
+                "start from the dense model"
+            )
+        schemes.update({target: (format, scheme) for target in scheme.targets})
+    order = sorted(schemes, key=lambda target: (_is_class(target), target.startswith("re:"), target))
+    return {target: schemes[target] for target in order}
+
+
+def _is_low_rank(config: dict[str, Any]) -> bool:
+    return str(config.get("model_type")).startswith(TYPE_PREFIX)
+
+
+def _is_class(target: str) -> bool:
+    """Whether a target is the name of a class of layers, such as Linear."""
+    return target[:1].isupper() and "." not in target
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
