@@ -52,7 +52,8 @@ def llama(constraint: Constraint, **options: Any) -> Case:
 
 
 # Of these widths and 64 or 32 the common divisor is too small. Experts need rows of a multiple of 16 bytes.
-NARROW, NARROW_EXPERTS = {"intermediate_size": 100}, {"intermediate_size": 104}
+NARROW: dict[str, object] = {"intermediate_size": 100}
+NARROW_EXPERTS: dict[str, object] = {"intermediate_size": 104}
 CASES: dict[str, Case] = {
     **{f"int{b}-group": llama(Grid(bits=b, group_size=32)) for b in (2, 3, 4, 8)},
     **{f"int{b}-channel": llama(Grid(bits=b, group_size=-1)) for b in (2, 3, 4, 8)},
@@ -461,7 +462,7 @@ def test_a_transformers_that_would_read_wrong_weights_is_refused(
 
 
 # What other programs write. Keys that mean nothing here are there because they write them.
-PEER_KEYS = {
+PEER_KEYS: dict[str, object] = {
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
     "kv_cache_scheme": None,
