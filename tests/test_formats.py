@@ -5,8 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def check(name, loader):
                 found[key] = type(error).__name__
         named = json.load(open(f"{name}/twin/config.json"))["architectures"][0]
         try:
-            getattr(transformers, named).from_pretrained(f"{name}/out")
+            output(getattr(transformers, named).from_pretrained(f"{name}/out"))
             found["named"] = ""
         except Exception as error:
             found["named"] = type(error).__name__
@@ -264,6 +264,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
 
 
+@contextmanager
+def skipped_if_too_old() -> Iterator[None]:
+    """Skip the test if it is refused since the transformers that is installed would read wrong weights."""
+    try:
+        yield
+    except OptionError as error:
+        if packed.LOADER_UNPACKS or "update it" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 class Folders(dict[str, Written]):
     """The cases by name, each written when it is first asked for, so that one that fails leaves the others be."""
 
@@ -277,7 +288,8 @@ class Folders(dict[str, Written]):
         if not source.exists():
             tiny_models.save(case.family, source, case.dtype, **case.changes)
             strip(source, case.strip)
-        self[name] = write(source, case.rules, case.format, self.place / name)
+        with skipped_if_too_old():
+            self[name] = write(source, case.rules, case.format, self.place / name)
         return self[name]
 
 
@@ -290,7 +302,7 @@ def written(place: Path) -> Folders:
 def loaded(place: Path, written: Folders) -> dict[str, dict[str, Any]]:
     """What one plain process found about all cases that could be written."""
     for name in CASES:
-        with suppress(OptionError):
+        with suppress(OptionError, pytest.skip.Exception):
             written[name]
     (place / "cases.json").write_text(json.dumps({name: CASES[name].loader for name in written}))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -307,7 +319,10 @@ def loaded(place: Path, written: Folders) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_computes_what_the_dense_twin_computes(name: str, loaded: dict[str, dict[str, Any]]) -> None:
+def test_transformers_computes_what_the_dense_twin_computes(
+    name: str, written: Folders, loaded: dict[str, dict[str, Any]]
+) -> None:
+    assert written[name].out.exists()
     found = loaded[name]
     assert found.get("error") is None
     assert found["equal"]
@@ -338,14 +353,20 @@ def test_stored_bits_are_those_on_disk(name: str, written: Folders) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if n.startswith("low-rank") and case.format == "auto"])
-def test_low_rank_fails_loudly_where_its_code_is_not_trusted(name: str, loaded: dict[str, dict[str, Any]]) -> None:
+def test_low_rank_fails_loudly_where_its_code_is_not_trusted(
+    name: str, written: Folders, loaded: dict[str, dict[str, Any]]
+) -> None:
+    assert written[name].out.exists()
     found = loaded[name]
     assert all(found[way] for way in ("asked", "untrusted", "named"))
 
 
-def test_tied_embeddings_stay_tied(loaded: dict[str, dict[str, Any]]) -> None:
-    for name in ("int4-llama-tied", "low-rank-int4-llama-tied", "int4-gpt2", "bare-names", "int4-opt", "int4-gemma3"):
-        assert loaded[name]["tied"], name
+@pytest.mark.parametrize(
+    "name", ["int4-llama-tied", "low-rank-int4-llama-tied", "int4-gpt2", "bare-names", "int4-opt", "int4-gemma3"]
+)
+def test_tied_embeddings_stay_tied(name: str, written: Folders, loaded: dict[str, dict[str, Any]]) -> None:
+    assert written[name].out.exists()
+    assert loaded[name]["tied"]
     assert not loaded["int4-group"]["tied"]
 
 
@@ -417,12 +438,16 @@ def test_groups_that_do_not_divide_a_width(written: Folders) -> None:
     assert "groups of 32" in written["ragged-96"].format.notes[0]
     assert "narrower" in written["ragged-100"].format.notes[0]
     assert written["int4-group"].format.notes == []
-    for name in ("ragged-experts", "ragged-96-asymmetric"):  # layers that must share a scheme share the group size
-        grids = {c for n in written[name].format.layers if isinstance(c := written[name].format.constraint(n), Grid)}
-        assert {grid.group_size for grid in grids if grid.group_size != 64} == {32}
-    assert {written["ragged-96-asymmetric"].format.constraint(n) for n in written["ragged-96-asymmetric"].bits} == {
-        UNEVEN.stored_as(torch.bfloat16)
-    }
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("ragged-experts", EXPERTS), ("ragged-96-asymmetric", OTHERS)])
+def test_layers_that_must_share_a_scheme_share_a_group_size(name: str, pattern: str, written: Folders) -> None:
+    form = written[name].format
+    sizes = set()
+    for layer in (layer for layer in form.layers.values() if re.search(pattern, layer.name)):
+        assert isinstance(layer.constraint, Grid)
+        sizes.add((layer.shape[1], layer.constraint.group_size))
+    assert sizes == {(64, 32), (96, 32)}
 
 
 MIXED_EXPERTS: Rules = {"layers.0.*experts": INT4, EXPERTS: INT8}
@@ -447,7 +472,7 @@ MIXED_EXPERTS: Rules = {"layers.0.*experts": INT4, EXPERTS: INT8}
 def test_what_no_loader_takes_is_refused_at_once(
     family: str, rules: Rules, requested: str, message: str, half_folder: FolderOf
 ) -> None:
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(OptionError, match=message), skipped_if_too_old():
         planned(half_folder(family), rules, requested)
 
 
@@ -607,7 +632,11 @@ def test_what_cannot_be_read_is_named(
         (lambda own: own.pop("weight_packed"), "cannot be decoded"),
         (lambda own: own.pop("weight_scale"), "cannot be decoded"),
         (lambda own: own.pop("weight_shape"), "cannot be decoded"),
-        (lambda own: own.update(weight_packed=own["weight_packed"][:, :3].contiguous()), "cannot be decoded"),
+        (
+            lambda own: own.update(weight_packed=own["weight_packed"][:, :3].contiguous()),
+            "3 words, where 4 bits need 8",
+        ),
+        (lambda own: own.update(weight_packed=own["weight_packed"].repeat(1, 2)), "16 words, where 4 bits need 8"),
         (lambda own: own.update(weight_g_idx=torch.zeros(64, dtype=torch.int32)), "reordered columns"),
     ],
 )

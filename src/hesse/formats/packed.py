@@ -136,17 +136,16 @@ class PackedFormat(DenseFormat):
         if layer.transposed:
             codes, scale = codes.T, scale.T
         own = {
-            f"{name}.weight_packed": pack_to_int32(codes.contiguous(), grid.bits),
+            f"{name}.weight_packed": pack_to_int32(codes.contiguous(), grid.bits).contiguous(),
             f"{name}.weight_scale": scale.contiguous(),
             f"{name}.weight_shape": torch.tensor(codes.shape),
         }
         if zero_point is not None:
             whole = zero_point.to(torch.int8)
             block = self._scheme(layer)["strategy"] == "block"
-            stored = whole.T if layer.transposed else whole
-            own[f"{name}.weight_zero_point"] = (
-                stored.contiguous() if block else pack_to_int32(stored.contiguous(), grid.bits, packed_dim=0)
-            )
+            stored = (whole.T if layer.transposed else whole).contiguous()
+            stored = stored if block else pack_to_int32(stored, grid.bits, packed_dim=0).contiguous()
+            own[f"{name}.weight_zero_point"] = stored
         return own if bias is None else {**own, f"{name}.bias": bias}
 
     def stored_bits(self, name: str) -> float:

@@ -1,5 +1,6 @@
 """Any checkpoint that Hesse or its peers write, presented as the dense tensors it stands for."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hesse.errors import CheckpointError
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
+from hesse.formats.packed import PackedFormat
 from hesse.models.checkpoint import Checkpoint, read_json
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
@@ -100,11 +102,13 @@ class CompressedCheckpoint(Checkpoint):
         """The weight that the tensors of a quantised layer stand for, by compressed-tensors' own arithmetic."""
         format, scheme = self._scheme(layer)
         try:
+            if format == PackedFormat.name:
+                _check_words(parts, scheme)
             weight: Tensor = BaseCompressor.get_value_from_registry(format).decompress(parts, scheme)["weight"]
         except Exception as error:  # the library raises many kinds; all mean that tensors and scheme do not fit
             raise CheckpointError(
                 f"{self.folder}: the weight of {layer} cannot be decoded as {format} from its {', '.join(parts)} "
-                f"({_reason(error)}): copy the folder again"
+                f"({_reason(error)}): copy the folder again, or start from the dense model"
             ) from None
         return weight
 
@@ -146,6 +150,17 @@ def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tup
         schemes.update({target: (format, scheme) for target in scheme.targets})
     order = sorted(schemes, key=lambda target: (_is_class(target), target.startswith("re:"), target))
     return {target: schemes[target] for target in order}
+
+
+def _check_words(parts: dict[str, Tensor], scheme: QuantizationScheme) -> None:
+    """Raise ValueError if the rows of packed codes have another length than their bits need.
+
+    The library would unpack such rows without a word. Its own older versions wrote them, for widths such as 3 bits.
+    """
+    present = parts["weight_packed"].shape[-1]
+    needed = math.ceil(int(parts["weight_shape"][-1]) * scheme.weights.num_bits / 32)
+    if present != needed:
+        raise ValueError(f"rows of {present} words, where {scheme.weights.num_bits} bits need {needed}")
 
 
 def _is_low_rank(config: dict[str, Any]) -> bool:
