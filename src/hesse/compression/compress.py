@@ -31,7 +31,7 @@ from hesse.models.writer import ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
-BATCH_TOKENS = 1024  # few enough to stay in the caches of a CPU
+BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
 DEFAULT_LENGTH = 2048
 PROBE_TOKENS = 1024  # for the sensitivities, and again for the check; at least two samples each
 
@@ -118,10 +118,11 @@ class _Run:
         self.progress.begin("probe the loss", 2 * blocks + 1)
         length = max(len(ids) for ids in self.samples.ids)
         size = evaluation_batch(vocabulary(self.dense), length)
+        check = self.check.batches(size)
         dense = dense_pass(
             self.dense,
-            self.check.batches(size),
-            self.probes.batches(size),
+            check,
+            self.probes.batches(size) if self.held_out else check,
             self.calibration.seed,
             self.clock,
             self.progress.advance,

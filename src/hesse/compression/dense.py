@@ -1,7 +1,7 @@
 """The dense model's own pass: what its layers' outputs mean to the loss, and what it predicts on the check samples."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,17 +28,22 @@ def dense_pass(
     clock: Clock,
     step: Callable[[], None],
 ) -> DensePass:
-    """Take the batches `check` and `sensitivity` (samples, tokens) through the unchanged model; `step` after blocks."""
+    """Take the batches `check` and `sensitivity` (samples, tokens) through the unchanged model; `step` after blocks.
+
+    Where both are one list, its flows are taken through once.
+    """
     with clock.phase("probe"):
         flows = start(network, check)
-        probes = start(network, sensitivity)
+        probes = flows if sensitivity is check else start(network, sensitivity)
+    moving = flows if probes is flows else [*flows, *probes]
     inputs = []
     for index, block in enumerate(network.blocks):
         inputs.append([flow.hidden for flow in probes])
         with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
-            advance([*flows, *probes], module, index)
-            check_finite([*flows, *probes], block.name)
+            advance(moving, module, index)
+            check_finite(moving, block.name)
         step()
     with clock.phase("probe"):
-        sensitivities = output_sensitivities(network, probes, inputs, seed, step)
+        ended = [replace(flow) for flow in probes]  # the walk back moves them
+        sensitivities = output_sensitivities(network, ended, inputs, seed, step)
     return DensePass({name: value.to(torch.float32) for name, value in sensitivities.items()}, flows)

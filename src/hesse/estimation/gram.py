@@ -6,9 +6,7 @@ from torch import Tensor
 from hesse.curvature import Gram
 from hesse.errors import DataError
 
-# Columns computed together. Only the upper triangle's panels are multiplied, which saves up to half of the work; below
-# this width a panel is too thin for the matrix product to run at full rate.
-PANEL = 256
+LEAF = 128  # columns; below this a product is too small to run at full rate
 
 
 class GramAccumulator:
@@ -23,8 +21,7 @@ class GramAccumulator:
         """Add `inputs` (..., in)."""
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += flat.shape[0]
-        for start in range(0, flat.shape[1], PANEL):
-            self.total[start : start + PANEL, start:].addmm_(flat[:, start : start + PANEL].T, flat[:, start:])
+        _add_upper(self.total, flat)
 
     def gram(self) -> Gram:
         """The Gram per token; zero if there were no tokens.
@@ -39,3 +36,18 @@ class GramAccumulator:
             )
         upper = self.total.triu()
         return Gram(second_moment=(upper + upper.triu(1).T) / max(self.tokens, 1), tokens=self.tokens)
+
+
+def _add_upper(total: Tensor, flat: Tensor) -> None:
+    """Add flatᵀ flat (in, in) of `flat` (tokens, in) to `total`, at least on and above its diagonal.
+
+    Halves are split again until they are narrow: large products throughout, and little more than half of the work.
+    """
+    columns = flat.shape[1]
+    if columns <= LEAF:
+        total.addmm_(flat.T, flat)
+        return
+    middle = columns // 2
+    _add_upper(total[:middle, :middle], flat[:, :middle])
+    _add_upper(total[middle:, middle:], flat[:, middle:])
+    total[:middle, middle:].addmm_(flat[:, :middle].T, flat[:, middle:])

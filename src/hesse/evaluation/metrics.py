@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+ROWS = 128  # of logits, handled together: their logarithms and products stay in the caches, and are never all held
+
 
 @dataclass
 class Totals:
@@ -19,13 +21,22 @@ class Totals:
 
     def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         """Add the predictions `logits` (samples, tokens, vocabulary) of each next token of `ids` (samples, tokens)."""
-        logs = logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
-        labels = ids[:, 1:].flatten()
+        labels = torch.split(ids[:, 1:].flatten(), ROWS)
+        predicted = torch.split(logits[:, :-1].flatten(0, 1), ROWS)
+        if reference is None:
+            dense: tuple[Tensor | None, ...] = (None,) * len(labels)
+        else:
+            dense = torch.split(reference[:, :-1].flatten(0, 1), ROWS)
+        for rows in zip(predicted, labels, dense, strict=True):
+            self._add(*rows)
+
+    def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
+        logs = logits.float().log_softmax(-1)
         self.tokens += len(labels)
         self.loss += nn.functional.nll_loss(logs, labels, reduction="sum").item()
         if reference is None:
             return
-        dense = reference[:, :-1].float().flatten(0, 1).log_softmax(-1)
+        dense = reference.float().log_softmax(-1)
         self.reference_loss += nn.functional.nll_loss(dense, labels, reduction="sum").item()
         self.agreement += int((dense.argmax(-1) == logs.argmax(-1)).sum())
         divergence = (dense.exp() * (dense - logs)).sum(-1).double()

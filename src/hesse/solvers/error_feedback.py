@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,42 +110,47 @@ class _Sweep:
 
     def run(self, block_size: int, fit_scales: bool) -> None:
         """Replace `work` by allowed values, column after column."""
-        columns, pivots = len(self.work), self.factor.diagonal()
-        errors = torch.empty_like(self.work[:block_size])
+        columns = len(self.work)
         group = self.grid.group_width(columns) if self.grid is not None else columns
+        # U_j / U_jj takes a column's plain difference, which saves dividing it.
+        factor = self.factor / self.factor.diagonal()[:, None]
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
             if self.sparse is not None and self.sparse.of is None:
                 self._choose(start, stop)
-            for j in range(start, stop):
+            block, errors = self.work[start:stop], torch.empty_like(self.work[start:stop])
+            allowed, codes = [], []
+            # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
+            rows = zip(block, errors, factor[start:stop, start:stop], *self._settings(start, stop), strict=True)
+            for k, (column, error, update, kept, scale, zero_point) in enumerate(rows):
+                j, left = start + k, stop - start - k - 1
                 if self.grid is not None and fit_scales and j % group == 0:
                     end = min(j + group, columns)
                     self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T))
                 if self.sparse is not None and self.sparse.of is not None and j % self.sparse.of == 0:
                     self._choose(j, j + self.sparse.of)
-                allowed = self._allowed(j)
-                error = errors[j - start]
-                torch.sub(self.work[j], allowed, out=error).div_(pivots[j])
-                self.work[j] = allowed
-                self.work[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], error, alpha=-1)
-            self.work[stop:].addmm_(self.factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+                values = column if self.sparse is None else column * kept
+                if self.grid is not None:
+                    codes.append(self.grid.codes(values, scale, zero_point))
+                    values = self.grid.values(codes[-1], scale, zero_point)
+                allowed.append(values)
+                torch.sub(column, values, out=error)
+                block.narrow(0, k + 1, left).addr_(update.narrow(0, k + 1, left), error, alpha=-1)
+            torch.stack(allowed, out=block)
+            if codes:
+                self.codes[start:stop] = torch.stack(codes)
+            self.work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    def _settings(self, start: int, stop: int) -> list[list[Any]]:
+        """What `run` needs to know of each column: which weights are kept, their scales and their zero points."""
+        parts = (self.kept if self.sparse is not None else None, self.scale, self.zero_point)
+        return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
 
     def _choose(self, start: int, stop: int) -> None:
         """Keep the weights of the columns [start, stop) whose removal costs most."""
         assert self.sparse is not None
         scores = (self.work[start:stop] / self.factor.diagonal()[start:stop, None]).square()
         self.kept[start:stop] = self.sparse.mask(scores.T, decided=start).T
-
-    def _allowed(self, j: int) -> Tensor:
-        """The nearest allowed values for column j."""
-        column = self.work[j] if self.sparse is None else self.work[j] * self.kept[j]
-        if self.grid is None:
-            return column
-        assert self.scale is not None
-        zero_point = None if self.zero_point is None else self.zero_point[j]
-        codes = self.grid.codes(column, self.scale[j], zero_point)
-        self.codes[j] = codes
-        return self.grid.values(codes, self.scale[j], zero_point)
 
 
 def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
