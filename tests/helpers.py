@@ -5,7 +5,8 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,23 @@ import hesse
 import tiny_models
 from hesse.cli import main
 from hesse.compression import CompressionReport
-from hesse.formats import open_checkpoint
+from hesse.errors import OptionError
+from hesse.formats import open_checkpoint, packed
 
 WEIGHTS = "model.safetensors"
 IDS = tiny_models.random_ids(8, 32)
 OTHER_IDS = tiny_models.random_ids(4, 24, seed=7)
+
+
+@contextmanager
+def skipped_if_too_old() -> Iterator[None]:
+    """Skip the test if it is refused since the transformers that is installed would read wrong weights."""
+    try:
+        yield
+    except OptionError as error:
+        if packed.LOADER_UNPACKS or "update it" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def compress(source: Path, out: Path, **options: Any) -> CompressionReport:
@@ -32,7 +45,8 @@ def compress(source: Path, out: Path, **options: Any) -> CompressionReport:
     chosen = {name: options.pop(name) for name in list(options) if name in names}
     if "recipe" not in options:
         options["options"] = hesse.Options(**chosen)
-    return hesse.compress(source, out, **{"data": IDS, **options})
+    with skipped_if_too_old():
+        return hesse.compress(source, out, **{"data": IDS, **options})
 
 
 def output(model: torch.nn.Module, ids: list[list[int]] | Tensor = OTHER_IDS) -> Tensor:

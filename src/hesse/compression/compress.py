@@ -235,7 +235,7 @@ class _Run:
         weight = layer.weight.float()
         solved = self.solver.solve(layer.name, weight, gram, rule, constraint)
         solution = solved.solution
-        stored = self.format.as_stored(layer.name, solution.weight)
+        stored = self.format.as_stored(layer.name, solution.encoded, solution.weight)
         layer.replace(stored)
         self.digests[layer.name] = digest(stored)
         change = stored - weight

@@ -52,8 +52,8 @@ class Format(ABC):
         """The constraint to solve for the layer `name`; None to leave it as it is."""
         return self.layers[name].constraint
 
-    def as_stored(self, name: str, weight: Tensor) -> Tensor:
-        """What reading back gives for a solved `weight` (out, in), in float32."""
+    def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
+        """What reading back gives for a layer solved as `encoded`, which decodes to `weight` (out, in); in float32."""
         return weight
 
     @abstractmethod

@@ -13,7 +13,7 @@ class DenseFormat(Format):
 
     name = "dense"
 
-    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+    def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
         return weight.to(self.network.checkpoint.dtype(f"{name}.weight")).float()
 
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -53,9 +53,12 @@ class LowRankFormat(PackedFormat):
         constraint = self.layers[name].constraint
         return constraint.rank if isinstance(constraint, LowRank) else None
 
-    def as_stored(self, name: str, weight: Tensor) -> Tensor:
-        # The product of the factors is not rounded again.
-        return super().as_stored(name, weight) if self._rank(name) is None else weight
+    def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
+        if not isinstance(encoded, LowRankCode):
+            return super().as_stored(name, encoded, weight)
+        # As a reader multiplies them: on the CPU, since another device rounds its sums otherwise.
+        left, right = (factor.cpu().contiguous() for factor in (encoded.left, encoded.right))
+        return (left @ right).to(weight.device)
 
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         if not isinstance(encoded, LowRankCode):
