@@ -27,10 +27,8 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
 HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 128, 256
-ONLY_GPTQ_ROWS = (
-    "autoround",
-    "gptqmodel",
-)  # they do not prune, and their own rounding is the point; run once, for time
+ONLY_GPTQ_ROWS = ("autoround", "gptqmodel")  # they do not prune, and their rounding is the point; run once, for time
+ONE_SAMPLE = "llmcompressor, 1 sample a batch"  # its default, shown once; elsewhere it gets 32, to be fast
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,11 @@ def peer_python(peer: str) -> Path:
 
 def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
     """Run a peer's script; its last line is its own account."""
+    batch = ["--batch-size", "1"] if peer == ONE_SAMPLE else []
+    peer = peer.partition(",")[0]
     method = "autoround" if peer == "autoround" else case.peer_method
     command = [str(peer_python(peer)), str(HERE / "peers" / f"run_{peer}.py")]
-    command += ["--model", str(model), "--ids", str(ids), "--out", str(out), "--method", method]
+    command += ["--model", str(model), "--ids", str(ids), "--out", str(out), "--method", method, *batch]
     for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
         command += [option, str(value)] if value is not None else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent)  # some write logs there
@@ -118,6 +118,13 @@ def measure(case: Case, program: str, model: Path, ids: Path, repeats: int) -> d
     return {"case": case.name, "program": program, **best, **{f"eval_{k}": v for k, v in asdict(quality).items()}}
 
 
+def _programs(case: Case, peers: list[str]) -> list[str]:
+    """Who takes part in a row."""
+    programs = ["hesse", *(p for p in peers if p and (case.method == "gptq" or p not in ONLY_GPTQ_ROWS))]
+    first = next(c for c in CASES if c.method == "gptq")
+    return [*programs, ONE_SAMPLE] if case is first and "llmcompressor" in peers else programs
+
+
 def main() -> None:
     """Run every case for every program, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,10 +141,8 @@ def main() -> None:
         ids.write_text("".join(json.dumps({"input_ids": sample.tolist()}) + "\n" for sample in samples.ids))
         machine = limits()
         for case in CASES:
-            for program in ("hesse", *filter(None, arguments.peers.split(","))):
-                if program in ONLY_GPTQ_ROWS and case.method != "gptq":
-                    continue
-                repeats = 1 if program in ONLY_GPTQ_ROWS else arguments.repeats
+            for program in _programs(case, arguments.peers.split(",")):
+                repeats = arguments.repeats if program in ("hesse", "llmcompressor") else 1
                 rows.append(measure(case, program, arguments.model.resolve(), ids, repeats))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
     results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "repeats": arguments.repeats, "rows": rows}

@@ -91,6 +91,7 @@ def parse_arguments(methods: tuple[str, ...], description: str | None) -> argpar
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sparsity", type=Sparsity.parse, default=Sparsity(0.5), help="a fraction or N:M")
     parser.add_argument("--iterations", type=int, default=200, help="optimisation steps a block (autoround)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples a batch (llmcompressor)")
     parser.add_argument("--threads", type=int, default=2, help="number of threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

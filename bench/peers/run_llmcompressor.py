@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METHODS = ("gptq", "rtn", "sparsegpt", "wanda")
-BATCH = 32  # its own default of 1 was slower here, with the same result
 # A pattern, not the plain name: the pruning modifiers look the layer up as "lm_head.", which the plain name would miss.
 IGNORE = ["re:.*lm_head"]
 
 
-def calibration_loader(samples: list[list[int]]) -> DataLoader[Any]:
-    """Serve one sample a batch in the order of the file.
+def calibration_loader(samples: list[list[int]], batch_size: int) -> DataLoader[Any]:
+    """Serve the samples in the order of the file.
 
     ``oneshot`` takes a ``DataLoader`` as it is: its own path from a dataset, with tokenising, shuffling, truncation
     and the limit on the number of samples, is not entered.
@@ -40,7 +39,7 @@ def calibration_loader(samples: list[list[int]]) -> DataLoader[Any]:
     def together(batch: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.stack([row for (row,) in batch])}
 
-    return DataLoader(rows, batch_size=BATCH, shuffle=False, collate_fn=together)
+    return DataLoader(rows, batch_size=batch_size, shuffle=False, collate_fn=together)
 
 
 def build_modifier(method: str, bits: int, group_size: int, fraction: float, pattern: str | None) -> Modifier:
@@ -80,7 +79,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     loaded = time.perf_counter()
     # Plain rounding has no use for data, and without any the peer takes its data-free pipeline.
-    dataset = None if arguments.method == "rtn" else calibration_loader(samples)
+    dataset = None if arguments.method == "rtn" else calibration_loader(samples, arguments.batch_size)
     oneshot(model=model, tokenizer=tokenizer, recipe=modifier, dataset=dataset)
     compressed = time.perf_counter()
     model.save_pretrained(arguments.out, save_compressed=True)

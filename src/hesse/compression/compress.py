@@ -96,7 +96,10 @@ class _Run:
         self.rules = _rules(self.network, recipe)
         self.format = _format(format_name, self.network, self.rules)
         self.samples, reserved = _samples(model, calibration, self.network)
-        self.probes = Samples(self.samples.ids[: _probe_count(len(self.samples.ids[0]))], "probes", self.samples.exact)
+        probes = self.samples.ids[: _probe_count(len(self.samples.ids[0]))]
+        self.probes = Samples(probes, self.samples.source, self.samples.exact)
+        if all(rule is None or rule.curvature == "identity" for rule in self.rules.values()):
+            self.samples = self.probes  # only the prediction looks at them
         self.held_out = bool(reserved.ids)
         self.check = reserved if self.held_out else self.probes
         check_ids(self.network, self.samples.batches(1))
