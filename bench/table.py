@@ -55,8 +55,8 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         )
     lines += [
         "",
-        "Ratios are Hesse / program: below 1 is better for Hesse. llm-compressor ran with 32 samples a batch, to be fast, "
-        "except where its default of 1 is named. Plain rounding needs no data: the peer does nothing else, while "
+        "Ratios are Hesse / program: below 1 is better for Hesse. llm-compressor ran with 32 samples a batch, to be "
+        "fast, except where its default of 1 is named. Plain rounding needs no data: the peer does nothing else, while "
         "Hesse's time is spent on predicting the cost, reading the file back and measuring.",
         "",
     ]
