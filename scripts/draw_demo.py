@@ -1,4 +1,4 @@
-"""Draw the table that `hesse demo` prints: python scripts/draw_demo.py docs/demo.svg"""
+"""Draw the table that `hesse demo` prints: python scripts/draw_demo.py docs/demo.svg."""
 
 import argparse
 import tempfile

@@ -232,17 +232,12 @@ def test_sparse_drops_exactly_the_asked_number(scores: list[list[float]], amount
 
 
 @laws
-@given(scores=tied_scores, amount=shares, scope=st.sampled_from(["layer", "row"]), width=st.integers(1, 7))
-def test_sparse_drops_the_asked_number_block_by_block_too(
-    scores: list[list[float]], amount: float, scope: str, width: int
-) -> None:
+@given(scores=tied_scores, data=st.data())
+def test_sparse_drops_another_number_of_each_row(scores: list[list[float]], data: st.DataObject) -> None:
     table = torch.tensor(scores)
-    sparse = Sparse(amount, scope="row" if scope == "row" else "layer")
-    blocks = table.split(width, dim=1)
-    mask = torch.cat([sparse.mask(block, decided=width * index) for index, block in enumerate(blocks)], dim=1)
-    assert int((~mask).sum()) == int((~sparse.mask(table)).sum())
-    if scope == "row":
-        assert torch.equal((~mask).sum(1), (~sparse.mask(table)).sum(1))
+    numbers = torch.tensor([data.draw(st.integers(0, table.shape[1])) for _ in table])
+    assert torch.equal((~Sparse(0.5, scope="row").mask(table, numbers)).sum(1), numbers)
+    assert int((~Sparse(0.5).mask(table, numbers[:1])).sum()) == int(numbers[0])
 
 
 @laws

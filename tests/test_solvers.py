@@ -47,15 +47,16 @@ def parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
 
 
 def plain_feedback(
-    weight: Tensor, gram: Gram, constraint: Constraint, descending: bool, block_size: int
+    weight: Tensor, gram: Gram, constraint: Constraint, descending: bool, block_size: int, mask_columns: int
 ) -> tuple[Tensor, Tensor]:
     """The member that ErrorFeedback must find, in the slowest and plainest way.
 
     H⁻¹ is explicit. A column is decided, its error is spread over the columns left by w -= (w_j - d) / H⁻¹_jj · H⁻¹_j,
     and its row and column leave H⁻¹ by Gaussian elimination. Columns are taken as given, or those of the largest
-    E[x²] first; then the scales of a grid are those of the whole weight. Masks are decided at the start of a block of
-    columns (or of M), by (w_j)² / H⁻¹_jj with every column before j gone. A row that comes out worse than by plain
-    rounding and zeroing on the same grid and mask is replaced by that.
+    E[x²] first; then the scales of a grid are those of the whole weight. Masks are decided for `mask_columns`
+    columns (or M) at once, by (w_j)² / H⁻¹_jj with every column before j gone; how many of them go is what one mask of
+    all columns left gives the block that they are in, and one mask of the columns left in the block gives them. A row
+    that comes out worse than by plain rounding and zeroing on the same grid and mask is replaced by that.
 
     Also returns the rows in which a weight fell half-way between two codes, where rounding noise decides (out,).
     """
@@ -78,13 +79,24 @@ def plain_feedback(
     scales = grid.fit(weight) if grid is not None else None
     pieces: list[Scales] = []
     tied = torch.zeros(len(weight), dtype=torch.bool)
+    left = in_block = torch.zeros(0)
+    if sparse is not None and sparse.of is None:
+        left = torch.tensor([round(sparse.amount * columns)] * len(weight))
+        left = left if sparse.scope == "row" else torch.tensor([round(sparse.amount * weight.numel())])
     for step, column in enumerate(order):
-        if sparse is not None:
-            span = sparse.of or block_size
-            if step % span == 0:
-                chosen = order[step : step + span]
-                scores = torch.stack([work[:, c].square() / pivots[order.index(c)] for c in chosen], dim=1)
-                kept[:, chosen] = plain_mask(scores, sparse, decided=step)
+        span = mask_columns if sparse is None or sparse.of is None else sparse.of
+        if sparse is not None and step % span == 0:
+            scores = torch.stack([work[:, c].square() / pivots[order.index(c)] for c in order], dim=1)
+            now, stop = min(step + span, columns), min(step // block_size * block_size + block_size, columns)
+            if sparse.of is not None:
+                dropped = torch.tensor([sparse.of - int(sparse.amount)] * len(weight))
+            else:
+                if step % block_size == 0:
+                    in_block = plain_due(scores[:, step:], stop - step, left)
+                    left = left - in_block
+                dropped = plain_due(scores[:, step:stop], now - step, in_block)
+                in_block = in_block - dropped
+            kept[:, order[step:now]] = plain_mask(scores[:, step:now], dropped)
         if grid is not None and not descending and step % width == 0:
             group = slice(step, min(step + width, columns))
             pieces.append(grid.fit(work[:, group]))
@@ -124,22 +136,21 @@ def plain_round(column: Tensor, grid: Grid, scales: Scales, group: int) -> Tenso
     return ((codes - zero_point) * scale).to(grid.dtype).double()
 
 
-def plain_mask(scores: Tensor, sparse: Sparse, decided: int) -> Tensor:
-    """True at the weights to keep, by sorting; the share is rounded over all columns so far."""
-    rows, columns = scores.shape
+def plain_mask(scores: Tensor, dropped: Tensor) -> Tensor:
+    """True at the weights to keep (out, in), so many dropped of each row or, if it is one number, of all."""
     kept = torch.ones_like(scores, dtype=torch.bool)
-    if sparse.of is not None:
-        for row in range(rows):
-            kept[row, scores[row].argsort()[: sparse.of - int(sparse.amount)]] = False
-        return kept
-    if sparse.scope == "row":
-        drop = round(sparse.amount * (decided + columns)) - round(sparse.amount * decided)
-        for row in range(rows):
-            kept[row, scores[row].argsort()[:drop]] = False
-        return kept
-    drop = round(sparse.amount * rows * (decided + columns)) - round(sparse.amount * rows * decided)
-    kept.view(-1)[scores.flatten().argsort()[:drop]] = False
+    if len(dropped) == 1:
+        kept.view(-1)[scores.flatten().argsort()[: int(dropped)]] = False
+    else:
+        for row in range(len(scores)):
+            kept[row, scores[row].argsort()[: int(dropped[row])]] = False
     return kept
+
+
+def plain_due(scores: Tensor, early: int, dropped: Tensor) -> Tensor:
+    """How many of the first `early` columns go if `dropped` of the scores (out, columns) go, in all or row by row."""
+    gone = ~plain_mask(scores, dropped)[:, :early]
+    return gone.sum().view(1) if len(dropped) == 1 else gone.sum(1)
 
 
 REFERENCE_CASES = {
@@ -154,9 +165,11 @@ REFERENCE_CASES = {
     "grid-float16-8-bit-asymmetric": (Grid(8, 8, symmetric=False, dtype=torch.float16), 24, 128),
     "grid-bfloat16-8-bit-asymmetric": (Grid(8, -1, symmetric=False, dtype=torch.bfloat16), 24, 128),
     "sparse": (Sparse(0.5), 24, 128),
-    "sparse-blocks": (Sparse(0.6), 24, 7),
+    "sparse-blocks": (Sparse(0.6), 24, 8),
+    "sparse-blocks-of-7": (Sparse(0.7), 24, 7),
     "sparse-row": (Sparse(0.5, scope="row"), 24, 128),
-    "sparse-row-blocks": (Sparse(0.3, scope="row"), 24, 5),
+    "sparse-row-blocks": (Sparse(0.3, scope="row"), 24, 12),
+    "sparse-row-blocks-of-5": (Sparse(0.3, scope="row"), 24, 5),
     "2-of-4": (Sparse(2, 4), 24, 128),
     "1-of-4": (Sparse(1, 4), 24, 6),
     "2-of-4-and-grid": (Sparse(2, 4) & Grid(3, 8), 24, 128),
@@ -180,12 +193,13 @@ def in_float64(constraint: Constraint) -> Constraint:
 @pytest.mark.parametrize(("name", "order"), [(n, o) for n, (c, *_) in REFERENCE_CASES.items() for o in orders_for(c)])
 def test_error_feedback_is_the_recursion_of_optimal_brain_surgeon(name: str, order: str) -> None:
     constraint, columns, block_size = REFERENCE_CASES[name]
+    mask_columns = block_size if block_size % 4 else 4
     constraint = in_float64(constraint)
     for seed in range(3):
         weight, gram = normal(seed, 8, columns), correlated_gram(10 * seed, columns)
-        solver = ErrorFeedback("descending" if order == "descending" else "given", block_size)
+        solver = ErrorFeedback("descending" if order == "descending" else "given", block_size, mask_columns)
         found = solve(weight, gram, constraint, solver)
-        expected, tied = plain_feedback(weight, gram, constraint, order == "descending", block_size)
+        expected, tied = plain_feedback(weight, gram, constraint, order == "descending", block_size, mask_columns)
         same = torch.isclose(found.weight, expected, rtol=1e-8, atol=1e-8).all(1)
         assert bool((same | tied).all()), f"seed {seed}: rows {(~same & ~tied).nonzero().flatten().tolist()} differ"
         assert int(same.sum()) >= 6
@@ -229,13 +243,18 @@ def test_no_row_is_worse_than_by_plain_rounding(
 @given(
     seed=seeds,
     sparse=st.sampled_from([Sparse(0.5), Sparse(0.8), Sparse(0.3, scope="row"), Sparse(2, 4), Sparse(1, 4)]),
-    block_size=st.sampled_from([4, 5, 128]),
+    mask_columns=st.sampled_from([4, 5, 128]),
     order=orders,
 )
-def test_no_row_is_worse_than_by_zeroing(seed: int, sparse: Sparse, block_size: int, order: str) -> None:
+def test_no_row_is_worse_than_by_zeroing(seed: int, sparse: Sparse, mask_columns: int, order: str) -> None:
     weight, gram = normal(seed, 5, 16), correlated_gram(seed + 1, 16)
     descending = order == "descending" and sparse.of is None
-    found = solve(weight, gram, in_float64(sparse), ErrorFeedback("descending" if descending else "given", block_size))
+    found = solve(
+        weight,
+        gram,
+        in_float64(sparse),
+        ErrorFeedback("descending" if descending else "given", mask_columns=mask_columns),
+    )
     assert isinstance(found.encoded, SparseCode)
     found_costs = row_costs(gram, found.weight - weight)
     plain_costs = row_costs(gram, weight * found.encoded.mask - weight)
@@ -244,15 +263,20 @@ def test_no_row_is_worse_than_by_zeroing(seed: int, sparse: Sparse, block_size: 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=seeds, amount=st.floats(0, 0.99), scope=st.sampled_from(["layer", "row"]), block_size=st.integers(1, 17),
-    order=orders,
+    seed=seeds, amount=st.floats(0, 0.99), scope=st.sampled_from(["layer", "row"]), mask_columns=st.integers(1, 17),
+    block_size=st.integers(1, 17), order=orders,
 )  # fmt: skip
-def test_the_asked_number_is_pruned_whatever_the_blocks(
-    seed: int, amount: float, scope: str, block_size: int, order: str
+def test_the_asked_number_is_pruned_however_few_columns_are_decided_at_once(
+    seed: int, amount: float, scope: str, mask_columns: int, block_size: int, order: str
 ) -> None:
     weight, gram = normal(seed, 5, 16), correlated_gram(seed + 1, 16)
     sparse = Sparse(amount, scope="row" if scope == "row" else "layer")
-    found = solve(weight, gram, sparse, ErrorFeedback("descending" if order == "descending" else "given", block_size))
+    found = solve(
+        weight,
+        gram,
+        sparse,
+        ErrorFeedback("descending" if order == "descending" else "given", mask_columns=mask_columns),
+    )
     pruned = ~found.encoded.mask
     assert not found.weight[pruned].any()
     if scope == "row":

@@ -47,26 +47,25 @@ class Sparse(Constraint):
                 "leave the layer out with --ignore, or choose another pattern"
             )
 
-    def mask(self, scores: Tensor, decided: int = 0) -> Tensor:
+    def mask(self, scores: Tensor, dropped: Tensor | None = None) -> Tensor:
         """True at the weights to keep (out, in): those of the highest scores. Exactly the asked number is dropped.
 
-        `scores` may be a block of a matrix's columns, with `decided` columns before it: an unstructured share is then
-        rounded over all columns so far, so that the blocks together drop the asked number too.
+        `dropped` gives other numbers for an unstructured mask: one, or one a row, as `scope` says.
         """
         if self.of is not None:
             grouped = scores.reshape(scores.shape[0], -1, self.of)
-            drop = self.of - int(self.amount)
-        elif self.scope == "row":
-            grouped, drop = scores, self._dropped(decided + scores.shape[1]) - self._dropped(decided)
+            dropped = torch.tensor(self.of - int(self.amount), device=scores.device)
         else:
-            rows, columns = scores.shape
-            grouped = scores.reshape(1, -1)
-            drop = self._dropped(rows * (decided + columns)) - self._dropped(rows * decided)
-        mask = torch.ones_like(grouped, dtype=torch.bool)
-        return mask.scatter(-1, grouped.topk(drop, dim=-1, largest=False).indices, False).view(scores.shape)
+            grouped = scores if self.scope == "row" else scores.reshape(1, -1)
+            dropped = self.dropped(scores) if dropped is None else dropped
+        order = grouped.argsort(dim=-1, stable=True)
+        keep = torch.arange(order.shape[-1], device=scores.device) >= dropped[..., None]
+        return torch.empty_like(order, dtype=torch.bool).scatter(-1, order, keep.expand_as(order)).view(scores.shape)
 
-    def _dropped(self, weights: int) -> int:
-        return round(self.amount * weights)
+    def dropped(self, weight: Tensor) -> Tensor:
+        """How many weights of `weight` (out, in) an unstructured mask drops (1,), or those of each row (out,)."""
+        rows, number = (1, weight.numel()) if self.scope == "layer" else weight.shape
+        return torch.full((rows,), round(self.amount * number), device=weight.device)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SparseCode:
         scores = weight.square() if metric is None else weight.square() * metric

@@ -10,6 +10,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers.late_mask import LateMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +26,20 @@ class FeedbackState:
 class ErrorFeedback:
     """Optimal Brain Surgeon's update with all rows sharing one order of columns.
 
-    For column j: d = nearest allowed value, e = (w_j - d) / U_jj, and every later column k gets w_k -= e U_jk. Which
-    weights an unstructured Sparse drops is decided block by block, by (w_j / U_jj)². `order="descending"` takes the
-    columns with the largest E[x²] first; the scales of a Grid are then fitted beforehand, so that groups stay
-    contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and mask. Needs a
-    Gram, with damping where it is singular.
+    For column j: d = nearest allowed value, e = (w_j - d) / U_jj, and every later column k gets w_k -= e U_jk.
+    `order="descending"` takes the columns with the largest E[x²] first; the scales of a Grid are then fitted before, so
+    that groups stay contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and
+    mask. Needs a Gram, with damping where it is singular.
+
+    The weights that an unstructured Sparse drops are chosen for `mask_columns` columns at a time.
 
     Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
     et al., 2023).
     """
 
     order: Literal["given", "descending"] = "given"
-    block_size: int = 128
+    block_size: int = 128  # columns whose errors reach those beyond them in one product
+    mask_columns: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
         if not isinstance(curvature, Gram):
@@ -51,7 +54,7 @@ class ErrorFeedback:
         if sparse is not None and sparse.of is not None and state.order is not None:
             raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
-        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse)
+        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse, self.mask_columns)
         if grid is not None and state.order is not None:
             sweep.set_scales(0, grid, grid.fit(weight), order)
         sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
@@ -69,24 +72,26 @@ class ErrorFeedback:
         return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
 
     def _block_size(self, columns: int, grid: Grid | None, sparse: Sparse | None) -> int:
-        """Columns a block, such that no group of columns lies across two blocks."""
+        """Columns a block, such that no columns that are decided together lie across two blocks."""
         unit = 1
         if grid is not None and grid.group_width(columns) < columns:
             unit = grid.group_width(columns)
-        if sparse is not None and sparse.of is not None:
-            unit = math.lcm(unit, sparse.of)
+        if sparse is not None:
+            unit = math.lcm(unit, sparse.of or self.mask_columns)
         return max(self.block_size // unit, 1) * unit
 
 
 class _Sweep:
     """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
-    def __init__(self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None) -> None:
+    def __init__(
+        self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None, mask_columns: int
+    ) -> None:
         self.work = work.contiguous()
         self.factor = factor
         self.grid = grid
-        self.sparse = sparse
-        self.kept = torch.ones_like(self.work, dtype=torch.bool)
+        self.mask = LateMask(sparse, self.work, factor.diagonal(), mask_columns) if sparse is not None else None
+        self.kept = torch.ones_like(self.work, dtype=torch.bool) if self.mask is None else self.mask.kept
         # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
         self.codes = torch.zeros_like(self.work, dtype=torch.int8) if grid is not None else self.work[:0]
         self.scale = torch.empty_like(self.work) if grid is not None else None
@@ -116,8 +121,8 @@ class _Sweep:
         factor = self.factor / self.factor.diagonal()[:, None]
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
-            if self.sparse is not None and self.sparse.of is None:
-                self._choose(start, stop)
+            if self.mask is not None:
+                self.mask.enter(start, stop)
             block, errors = self.work[start:stop], torch.empty_like(self.work[start:stop])
             allowed, codes = [], []
             # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
@@ -127,9 +132,9 @@ class _Sweep:
                 if self.grid is not None and fit_scales and j % group == 0:
                     end = min(j + group, columns)
                     self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T))
-                if self.sparse is not None and self.sparse.of is not None and j % self.sparse.of == 0:
-                    self._choose(j, j + self.sparse.of)
-                values = column if self.sparse is None else column * kept
+                if self.mask is not None and j % self.mask.columns_at_once == 0:
+                    self.mask.decide(j)
+                values = column if self.mask is None else column * kept
                 if self.grid is not None:
                     codes.append(self.grid.codes(values, scale, zero_point))
                     values = self.grid.values(codes[-1], scale, zero_point)
@@ -143,14 +148,8 @@ class _Sweep:
 
     def _settings(self, start: int, stop: int) -> list[list[Any]]:
         """What `run` needs to know of each column: which weights are kept, their scales and their zero points."""
-        parts = (self.kept if self.sparse is not None else None, self.scale, self.zero_point)
+        parts = (None if self.mask is None else self.kept, self.scale, self.zero_point)
         return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
-
-    def _choose(self, start: int, stop: int) -> None:
-        """Keep the weights of the columns [start, stop) whose removal costs most."""
-        assert self.sparse is not None
-        scores = (self.work[start:stop] / self.factor.diagonal()[start:stop, None]).square()
-        self.kept[start:stop] = self.sparse.mask(scores.T, decided=start).T
 
 
 def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:

@@ -1,0 +1,61 @@
+"""Which weights a sweep over columns drops, decided as late as can be."""
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Sparse
+
+
+class LateMask:
+    """A mask (in, out) decided a few columns at a time, by what dropping a weight then costs: (w_j / U_jj)².
+
+    These scores grow stale as errors are handed on to later columns, so few columns are decided at once (M for N:M).
+    An unstructured mask spreads what it drops over columns as one mask of everything would: a block gets the share of
+    what is left to drop that a mask of all columns left would give it, and its next columns the share that a mask of
+    the block's columns left would give them.
+    """
+
+    def __init__(self, sparse: Sparse, work: Tensor, pivots: Tensor, columns_at_once: int) -> None:
+        self.sparse = sparse
+        self.work = work  # (in, out), the sweep's own
+        self.pivots = pivots  # U_jj (in,)
+        self.kept = torch.ones_like(work, dtype=torch.bool)
+        self.columns_at_once = sparse.of or columns_at_once
+        # How many an unstructured mask has left to drop, of the matrix (1,) or of each row (out,).
+        self._left = sparse.dropped(work.T) if sparse.of is None else None
+        self._left_in_block: Tensor | None = None
+        self._stop = 0
+
+    def enter(self, start: int, stop: int) -> None:
+        """Begin the block of columns [start, stop), to which all columns before it have handed their errors."""
+        self._stop = stop
+        if self._left is not None:
+            self._left_in_block = self._due(start, stop, len(self.work), self._left)
+            self._left = self._left - self._left_in_block
+
+    def decide(self, start: int) -> None:
+        """Decide the columns of the block from `start` on that are decided together."""
+        stop, dropped = min(start + self.columns_at_once, self._stop), None
+        if self._left_in_block is not None:
+            dropped = self._due(start, stop, self._stop, self._left_in_block)
+            self._left_in_block = self._left_in_block - dropped
+        self.kept[start:stop] = self.sparse.mask(self._scores(start, stop).T, dropped).T
+
+    def _scores(self, start: int, stop: int) -> Tensor:
+        return (self.work[start:stop] / self.pivots[start:stop, None]).square()
+
+    def _due(self, start: int, now: int, stop: int, left: Tensor) -> Tensor:
+        """How many of `left` go before column `now`, if one mask drops them from the columns [start, stop)."""
+        scores = self._scores(start, stop)
+        grouped = scores.view(1, -1) if len(left) == 1 else scores.T
+        early = grouped[:, : (now - start) * grouped.shape[1] // (stop - start)]
+        due = (early <= _smallest(grouped, left)).sum(1)
+        room = grouped.shape[1] - early.shape[1]
+        return torch.minimum(torch.maximum(due, left - room), left)
+
+
+def _smallest(scores: Tensor, number: Tensor) -> Tensor:
+    """The number-th smallest of each row of `scores` (rows, n), for each row's own number (rows,), as (rows, 1)."""
+    if len(scores) == 1:  # much the faster way
+        return scores.kthvalue(max(int(number), 1), dim=1, keepdim=True).values
+    return scores.sort(1).values.gather(1, (number - 1).clamp(min=0)[:, None])
