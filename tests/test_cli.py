@@ -71,7 +71,7 @@ def test_a_printed_recipe_is_the_same_plan(method: str, hesse_command: CommandLi
 
 
 def test_a_recipe_does_what_its_options_do(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
-    options = ("--bits", "3", "--group-size", "32", "--asymmetric", "--no-act-order", "--damping", "0.1")
+    options = ("--bits", "3", "--group-size", "32", "--symmetric", "--no-act-order", "--damping", "0.1")
     data = ("--data", write_ids(tmp_path / "ids.jsonl"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(hesse_command("compress", "MODEL", *options, "--print-recipe").stdout, encoding="utf-8")

@@ -333,7 +333,7 @@ def test_one_block_at_most_is_in_memory(half_folder: FolderOf, tmp_path: Path, m
     monkeypatch.setattr(Network, "loaded", loaded)
     monkeypatch.setattr(Network, "surroundings", surroundings)
     compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
-    assert len(networks) >= 3
+    assert len(networks) == 2  # dense and written
     assert most == 1
     assert all(parameter.is_meta for network in networks for parameter in network.model.parameters())
 

@@ -92,7 +92,7 @@ class _Run:
         if type(self.checkpoint) is not Checkpoint:
             raise CheckpointError(f"{model} is compressed already: start from the dense model it was made from")
         self.dense = Network(self.checkpoint, torch.float32, device)
-        self.network = Network(self.checkpoint, _compute_dtype(self.checkpoint, self.dense, device), device)
+        self.network = self.dense.in_dtype(_compute_dtype(self.checkpoint, self.dense, device))
         self.rules = _rules(self.network, recipe)
         self.format = _format(format_name, self.network, self.rules)
         self.samples, reserved = _samples(model, calibration, self.network)

@@ -54,13 +54,14 @@ class Sparse(Constraint):
         """
         if self.of is not None:
             grouped = scores.reshape(scores.shape[0], -1, self.of)
-            dropped = torch.tensor(self.of - int(self.amount), device=scores.device)
-        else:
-            grouped = scores if self.scope == "row" else scores.reshape(1, -1)
-            dropped = self.dropped(scores) if dropped is None else dropped
-        order = grouped.argsort(dim=-1, stable=True)
-        keep = torch.arange(order.shape[-1], device=scores.device) >= dropped[..., None]
-        return torch.empty_like(order, dtype=torch.bool).scatter(-1, order, keep.expand_as(order)).view(scores.shape)
+            lowest = grouped.topk(self.of - int(self.amount), dim=-1, largest=False).indices
+            return torch.ones_like(grouped, dtype=torch.bool).scatter(-1, lowest, False).view(scores.shape)
+        grouped = scores if self.scope == "row" else scores.reshape(1, -1)
+        number = (self.dropped(scores) if dropped is None else dropped)[:, None]
+        threshold = smallest(grouped, number)
+        below, equal = grouped < threshold, grouped == threshold
+        drop = below | (equal & (equal.cumsum(1) <= number - below.sum(1, keepdim=True)))
+        return ~drop.view(scores.shape)
 
     def dropped(self, weight: Tensor) -> Tensor:
         """How many weights of `weight` (out, in) an unstructured mask drops (1,), or those of each row (out,)."""
@@ -86,6 +87,13 @@ class Sparse(Constraint):
         if not isinstance(other, Grid):
             raise OptionError(f"Sparse can be joined with a Grid, not with {type(other).__name__}")
         return SparseGrid(self, other, dtype=other.dtype)
+
+
+def smallest(scores: Tensor, number: Tensor) -> Tensor:
+    """The number-th smallest of each row of `scores` (rows, n), counted from 1; `number` and result are (rows, 1)."""
+    if len(scores) == 1:  # much the faster way
+        return scores.kthvalue(max(int(number), 1), dim=1, keepdim=True).values
+    return scores.sort(1).values.gather(1, (number - 1).clamp(min=0))
 
 
 @dataclass(frozen=True, eq=True)

@@ -16,11 +16,16 @@ class GramAccumulator:
         self.name = name
         self.total = torch.zeros(width, width, device=device)
         self.tokens = 0
+        self._wide = self.total[:0]  # inputs in float32; kept, since fresh memory costs more than what is done with it
 
     def add(self, inputs: Tensor) -> None:
         """Add `inputs` (..., in)."""
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        flat = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += flat.shape[0]
+        if flat.dtype != torch.float32:
+            if len(self._wide) < len(flat):
+                self._wide = torch.empty_like(flat, dtype=torch.float32)
+            flat = self._wide[: len(flat)].copy_(flat)
         _add_upper(self.total, flat)
 
     def gram(self) -> Gram:

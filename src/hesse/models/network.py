@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,12 @@ class Network:
         name, blocks = _find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
+
+    def in_dtype(self, dtype: torch.dtype) -> "Network":
+        """The same modules with weights loaded as `dtype`; only one of the two may have weights in memory at a time."""
+        other = copy(self)
+        other.dtype = dtype
+        return other
 
     def _block(self, name: str, module: nn.Module) -> Block:
         layers = [
