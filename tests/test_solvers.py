@@ -1,5 +1,6 @@
 """Every solver against its definition: slow references, brute force, closed forms, and what must never happen."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, DataError, OptionError, UnsupportedProduct
 from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, WhitenedSVD, solve
 from hesse.solvers.base import solve_with
+from hesse.solvers.refit import refit
 
 seeds = st.integers(0, 2**31 - 1)
 orders = st.sampled_from(["given", "descending"])
@@ -197,7 +199,7 @@ def test_error_feedback_is_the_recursion_of_optimal_brain_surgeon(name: str, ord
     constraint = in_float64(constraint)
     for seed in range(3):
         weight, gram = normal(seed, 8, columns), correlated_gram(10 * seed, columns)
-        solver = ErrorFeedback("descending" if order == "descending" else "given", block_size, mask_columns)
+        solver = ErrorFeedback("descending" if order == "descending" else "given", block_size, mask_columns, 0)
         found = solve(weight, gram, constraint, solver)
         expected, tied = plain_feedback(weight, gram, constraint, order == "descending", block_size, mask_columns)
         same = torch.isclose(found.weight, expected, rtol=1e-8, atol=1e-8).all(1)
@@ -371,7 +373,7 @@ def test_one_pruned_weight_moves_the_later_ones_by_least_squares(seed: int) -> N
     columns = 10
     inputs, weight = correlated_inputs(seed, 40, columns), normal(seed + 50, 1, columns)
     constraint = Sparse(1 / columns).stored_as(torch.float64)
-    found = solve(weight, Gram.from_inputs(inputs), constraint, ErrorFeedback())
+    found = solve(weight, Gram.from_inputs(inputs), constraint, ErrorFeedback(refit_steps=0))
     pruned = int((~found.encoded.mask).nonzero()[0, 1])
 
     def outcome(column: int) -> tuple[float, Tensor]:
@@ -388,6 +390,35 @@ def test_one_pruned_weight_moves_the_later_ones_by_least_squares(seed: int) -> N
     torch.testing.assert_close(found.weight, answered)
     assert found.predicted_loss_increase == pytest.approx(least)
     assert least == pytest.approx(min(outcome(column)[0] for column in range(columns)))
+
+
+def test_refitted_weights_are_the_least_squares_solution_for_their_mask() -> None:
+    inputs, weight, damping = correlated_inputs(0, 60, 16), normal(1, 5, 16), 0.3
+    gram = replace(Gram.from_inputs(inputs), damping=damping)
+    found = solve(weight, gram, in_float64(Sparse(0.5)), ErrorFeedback(refit_steps=40))
+    metric = gram.second_moment + damping * torch.eye(16, dtype=torch.float64)
+    for row, kept, target in zip(found.weight, found.encoded.mask, weight, strict=True):
+        exact = torch.linalg.solve(metric[kept][:, kept], metric[kept] @ target)
+        torch.testing.assert_close(row[kept], exact)
+        assert not row[~kept].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, share=st.floats(0, 1), steps=st.integers(0, 6))
+def test_refitting_makes_no_row_worse(seed: int, share: float, steps: int) -> None:
+    weight, gram = normal(seed, 5, 16), correlated_gram(seed + 1, 16)
+    kept = torch.rand(5, 16, generator=torch.Generator().manual_seed(seed)) < share
+    found = [refit(weight, weight * kept, kept, gram, n) for n in (steps, steps + 1)]
+    before, after = (row_costs(gram, w - weight) + gram.damping / 2 * (w - weight).square().sum(1) for w in found)
+    assert bool((after <= before + 1e-12).all())
+    assert not found[1][~kept].any()
+
+
+def test_refitting_leaves_what_is_solved() -> None:
+    weight, gram = normal(0, 5, 16), correlated_gram(1, 16)
+    assert torch.equal(refit(weight, weight, torch.ones(5, 16, dtype=torch.bool), gram, 5), weight)
+    nothing = torch.zeros(5, 16, dtype=torch.bool)
+    assert torch.equal(refit(weight, weight * nothing, nothing, gram, 5), weight * nothing)
 
 
 def test_predicted_loss_increase_of_one_weight_is_that_of_optimal_brain_surgeon() -> None:

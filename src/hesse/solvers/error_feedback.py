@@ -11,6 +11,7 @@ from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, Sparse
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers.late_mask import LateMask
+from hesse.solvers.refit import refit
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,9 @@ class ErrorFeedback:
     that groups stay contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and
     mask. Needs a Gram, with damping where it is singular.
 
-    The weights that an unstructured Sparse drops are chosen for `mask_columns` columns at a time.
+    The weights that an unstructured Sparse drops are chosen for `mask_columns` columns at a time. Without a Grid, the
+    weights that are kept are refitted afterwards by `refit_steps` of conjugate gradients, since the sweep leaves a
+    column as it is when columns after it are dropped.
 
     Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
     et al., 2023).
@@ -40,6 +43,7 @@ class ErrorFeedback:
     order: Literal["given", "descending"] = "given"
     block_size: int = 128  # columns whose errors reach those beyond them in one product
     mask_columns: int = 8
+    refit_steps: int = 10
 
     def init(self, curvature: Curvature) -> FeedbackState:
         if not isinstance(curvature, Gram):
@@ -63,6 +67,7 @@ class ErrorFeedback:
         solved, kept = sweep.work[back].T, sweep.kept[back].T
         if grid is None:
             assert sparse is not None
+            solved = refit(weight, solved, kept, state.curvature, self.refit_steps)
             rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
             return sparse.encode_masked(torch.where(rows, weight, solved), kept)
         scales = sweep.scales(grid, back)
