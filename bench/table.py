@@ -37,7 +37,7 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, estimate, "
         "solve). Seconds, whole: from disk to disk; for Hesse with the probing of the loss that the prediction needs, "
         "and with reading the file back and measuring it. Imports are left out for all. The fastest of "
-        f"{results['repeats']} runs is shown for Hesse and llm-compressor, one run for the others.",
+        f"{results['repeats']} runs is shown for Hesse and llm-compressor, taking turns; one run for the others.",
         "",
         "| case | program | KL | ± | ratio | seconds, compressing | ratio | seconds, whole | ratio | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -76,7 +76,7 @@ def _limits(results: dict[str, Any], model: Path) -> list[str]:
         "",
         "The 4-bit GPTQ run, by phase. The rate counts the linear layers' products in the calibration pass (peak: "
         "bfloat16, in which it runs where the processor has it), and full symmetric products for the Grams (peak: "
-        "float32), of which only the upper panels are computed.",
+        "float32), of which little more than half is computed.",
         "",
         "| phase | seconds | share | GFLOP | of the peak rate |",
         "|---|---|---|---|---|",
