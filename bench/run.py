@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="llmcompressor,autoround,gptqmodel")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="run the rows with this in their name, and keep the others")
     parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
     arguments = parser.parse_args()
     model = arguments.model.resolve()
@@ -147,7 +148,11 @@ def main() -> None:
         ids = Path(scratch) / "calibration.jsonl"
         ids.write_text("".join(json.dumps({"input_ids": sample.tolist()}) + "\n" for sample in samples.ids))
         machine = limits()
+        kept = json.loads((HERE / "results.json").read_text())["rows"] if arguments.only else []
         for case in CASES:
+            if arguments.only not in case.name:
+                rows += [row for row in kept if row["case"] == case.name]
+                continue
             for row in measure(case, _programs(case, arguments.peers.split(",")), model, ids, arguments.repeats):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "phases"}), flush=True)

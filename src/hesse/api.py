@@ -81,6 +81,7 @@ def compress(
         device=find_device(device),
         overwrite=overwrite,
         progress=progress or Silence(),
+        name=str(model),
         version=__version__,
     )
 

@@ -57,9 +57,10 @@ def compress_checkpoint(
     device: torch.device,
     overwrite: bool,
     progress: Progress,
+    name: str,
     version: str,
 ) -> CompressionReport:
-    """Compress the model folder `model` into a new folder `out`.
+    """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
 
     Raises:
         HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
@@ -69,7 +70,7 @@ def compress_checkpoint(
     with clock.phase("read"):
         run = _Run(model, recipe, calibration, format, device, clock, progress)
     with temporary_folder(out, run.expected_bytes()) as folder:
-        report = run.run(folder, out, version)
+        report = run.run(folder, out, name, version)
     return report
 
 
@@ -115,7 +116,7 @@ class _Run:
         """Roughly what the output takes: never less than it will."""
         return int(self.checkpoint.file_bytes * 1.05) + (1 << 20)
 
-    def run(self, folder: Path, out: Path, version: str) -> CompressionReport:
+    def run(self, folder: Path, out: Path, model_name: str, version: str) -> CompressionReport:
         """Do it all; everything is written into `folder`."""
         blocks = len(self.network.blocks)
         self.progress.begin("probe the loss", 2 * blocks + 1)
@@ -154,7 +155,7 @@ class _Run:
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in self.layers)
         report = CompressionReport(
             method=self.recipe.method,
-            model=str(self.model),
+            model=model_name,
             out=str(out),
             format=self.format.name,
             seconds={"total": self.clock.total, **self.clock.seconds},

@@ -43,7 +43,7 @@ class ErrorFeedback:
     order: Literal["given", "descending"] = "given"
     block_size: int = 128  # columns whose errors reach those beyond them in one product
     mask_columns: int = 8
-    refit_steps: int = 10
+    refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
         if not isinstance(curvature, Gram):

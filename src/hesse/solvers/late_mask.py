@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hesse.constraints.sparse import Sparse, smallest
 
-SAMPLE = 1 << 13  # scores
+SAMPLE = 1 << 12  # scores
 
 
 class LateMask:
