@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -383,6 +383,7 @@ def test_a_singular_curvature_has_no_undamped_inverse(case: Case, dtype: torch.d
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, width=st.sampled_from([3, 8, 40]))
+@example(seed=1494, width=3)  # the least that rounding was seen to leave of 20,000 cases
 def test_one_token_too_few_is_singular_however_the_rounding_falls(seed: int, width: int) -> None:
     gram = Gram.from_inputs(normal(seed, width - 1, width).float())
     with pytest.raises(ConditioningError, match=f"{width - 1} tokens in {width} dimensions is singular"):

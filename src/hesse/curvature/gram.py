@@ -68,11 +68,11 @@ class Gram(Curvature):
         """Whether an inverse with the diagonal `inverse_diagonal` (in,) is more than the rounding noise of A.
 
         A_jj [A⁻¹]_jj is 1 / (1 - R²) of input j on the others, whatever the inputs' scales; noise in a direction that
-        no token has takes it to 1 / (in · eps) or above. With damping such a direction is λ, which is known exactly.
+        no token has takes it to nearly 1 / (in · eps) or above. With damping such a direction is λ, known exactly.
         """
         if self.damping > 0:
             return True
-        noise = torch.finfo(self.second_moment.dtype).eps * self.shape[0]
+        noise = 2 * torch.finfo(self.second_moment.dtype).eps * self.shape[0]
         return bool((inverse_diagonal * self.diagonal() * noise < 1).all())
 
     def singular(self) -> ConditioningError:

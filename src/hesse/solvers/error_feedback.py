@@ -42,7 +42,7 @@ class ErrorFeedback:
 
     order: Literal["given", "descending"] = "given"
     block_size: int = 128  # columns whose errors reach those beyond them in one product
-    mask_columns: int = 8
+    mask_columns: int = 16
     refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
