@@ -29,7 +29,7 @@ ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
 HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 128, 256
 ONLY_GPTQ_ROWS = ("autoround", "gptqmodel")  # they do not prune, and their rounding is the point; run once, for time
-ONE_SAMPLE = "llmcompressor, 1 sample a batch"  # its default, shown once; elsewhere it gets 32, to be fast
+ONE_SAMPLE = "llmcompressor, 1 sample a batch"  # its default; beside it, it gets 32, to be fast
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def run_hesse(case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
         command += [option, str(value)] if value is not None else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
+    phases = ("solve",) if case.method == "rtn" else ("calibrate", "estimate", "solve")
     return {
-        "seconds": sum(report["seconds"].get(phase, 0.0) for phase in ("calibrate", "estimate", "solve")),
+        "seconds": sum(report["seconds"].get(phase, 0.0) for phase in phases),
         "seconds_with_io": report["seconds"]["total"],
         "phases": report["seconds"],
         "peak_rss_bytes": report["peak_rss_bytes"],
@@ -110,7 +111,7 @@ def measure(case: Case, programs: list[str], model: Path, ids: Path, repeats: in
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(repeats):
             for program in programs:
-                if (repeat and program not in ("hesse", "llmcompressor")) or "error" in best.get(program, {}):
+                if (repeat and program in ONLY_GPTQ_ROWS) or "error" in best.get(program, {}):
                     continue
                 out = Path(scratch) / program / str(repeat)
                 out.parent.mkdir(exist_ok=True)
@@ -127,8 +128,8 @@ def measure(case: Case, programs: list[str], model: Path, ids: Path, repeats: in
 def _programs(case: Case, peers: list[str]) -> list[str]:
     """Who takes part in a row."""
     programs = ["hesse", *(p for p in peers if p and (case.method == "gptq" or p not in ONLY_GPTQ_ROWS))]
-    first = next(c for c in CASES if c.method == "gptq")
-    return [*programs, ONE_SAMPLE] if case is first and "llmcompressor" in peers else programs
+    calibrated = case.method != "rtn"
+    return [*programs, ONE_SAMPLE] if calibrated and "llmcompressor" in peers else programs
 
 
 def main() -> None:

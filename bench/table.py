@@ -8,13 +8,19 @@ from hesse.models.checkpoint import Checkpoint, read_json
 
 
 def operations(model: Path, tokens: int) -> dict[str, float]:
-    """Floating point operations of one calibration pass and of its Grams, from the shapes of the linear layers."""
+    """Floating point operations of one calibration pass, its Grams and its solves, from the linear layers' shapes.
+
+    A solve hands each column's error to those after it, out · in² in all, and takes the Cholesky factor of its Gram
+    and that factor's inverse, ⅔ in³.
+    """
     checkpoint = Checkpoint(model)
     shapes = {n: checkpoint.shape(n) for n in checkpoint.names() if ".layers." in n and len(checkpoint.shape(n)) == 2}
     forward = sum(2 * tokens * shape.numel() for shape in shapes.values())
     shared = ("k_proj", "v_proj", "up_proj")  # these have the inputs of q_proj and gate_proj
-    gram = sum(2 * tokens * s[1] ** 2 for n, s in shapes.items() if not any(name in n for name in shared))
-    return {"calibrate": forward, "estimate": gram}
+    widths = [shape[1] for n, shape in shapes.items() if not any(name in n for name in shared)]
+    gram = sum(2 * tokens * width**2 for width in widths)
+    feedback = sum(shape[0] * shape[1] ** 2 for shape in shapes.values())
+    return {"calibrate": forward, "estimate": gram, "solve": feedback + sum(2 * width**3 / 3 for width in widths)}
 
 
 def markdown(results: dict[str, Any], model: Path) -> str:
@@ -35,9 +41,10 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "evaluate`. Symmetric integers, weights only, `lm_head` left alone.",
         "",
         "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, estimate, "
-        "solve). Seconds, whole: from disk to disk; for Hesse with the probing of the loss that the prediction needs, "
-        "and with reading the file back and measuring it. Imports are left out for all. The fastest of "
-        f"{results['repeats']} runs is shown for Hesse and llm-compressor, taking turns; one run for the others.",
+        "solve; for plain rounding, which needs no data, solve). Seconds, whole: from disk to disk; for Hesse with the "
+        "probing of the loss that the prediction needs, and with reading the file back and measuring it. Imports are "
+        f"left out for all. The fastest of {results['repeats']} runs is shown for Hesse and llm-compressor, taking "
+        "turns; one run for the others.",
         "",
         "| case | program | KL | ± | ratio | seconds, compressing | ratio | seconds, whole | ratio | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -56,9 +63,10 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         )
     lines += [
         "",
-        "Ratios are Hesse / program: below 1 is better for Hesse. llm-compressor ran with 32 samples a batch, to be "
-        "fast, except where its default of 1 is named. Plain rounding needs no data: the peer does nothing else, while "
-        "Hesse's time is spent on predicting the cost, reading the file back and measuring.",
+        "Ratios are Hesse / program: below 1 is better for Hesse. llm-compressor ran with 32 samples a batch, which "
+        "makes it faster, and with 1, its default, where that is named. In the rows of plain rounding the peer does "
+        "nothing else, while most of Hesse's whole time goes to predicting the cost, reading the file back and "
+        "measuring.",
         "",
     ]
     return "\n".join(lines + _limits(results, model))
@@ -75,14 +83,15 @@ def _limits(results: dict[str, Any], model: Path) -> list[str]:
         "## Where the time goes",
         "",
         "The 4-bit GPTQ run, by phase. The rate counts the linear layers' products in the calibration pass (peak: "
-        "bfloat16, in which it runs where the processor has it), and full symmetric products for the Grams (peak: "
-        "float32), of which little more than half is computed.",
+        "bfloat16, in which it runs where the processor has it), full symmetric products for the Grams (peak: "
+        "float32), of which little more than half is computed, and for the solve the products of error feedback and "
+        "of factoring the Grams (float32): its time goes to the vectors of one column after another.",
         "",
         "| phase | seconds | share | GFLOP | of the peak rate |",
         "|---|---|---|---|---|",
     ]
     phases = row["phases"]
-    for phase in ("read", "probe", "calibrate", "estimate", "solve", "write", "verify"):
+    for phase in ("read", "probe", "calibrate", "estimate", "solve", "predict", "write", "verify"):
         seconds = phases.get(phase, 0.0)
         peak = machine["gemm_bfloat16" if phase == "calibrate" else "gemm_float32"]
         rate = f"{work[phase] / 1e9:.0f} | {100 * work[phase] / seconds / peak:.0f} %" if phase in work else "- | -"

@@ -278,7 +278,7 @@ def test_the_report_beside_the_weights_is_the_report(half_folder: FolderOf, tmp_
     report = compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
     written = json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(report.to_dict()))
-    phases = {"total", "read", "probe", "calibrate", "estimate", "solve", "write", "verify"}
+    phases = {"total", "read", "probe", "calibrate", "estimate", "solve", "predict", "write", "verify"}
     assert report.seconds.keys() == phases
     assert all(value > 0 for value in report.seconds.values())
     parts = sum(value for phase, value in report.seconds.items() if phase != "total")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hesse.data import Samples, read_samples
 from hesse.data import samples as samples_module
+from hesse.data import sources as sources_module
 from hesse.errors import DataError, OptionError
 
 # Numbered words, so that no two windows are alike.
@@ -196,7 +197,7 @@ def test_the_shipped_text_is_chosen_by_purpose(
 ) -> None:
     (tmp_path / "calibration.txt").write_text("Some words to calibrate on.")
     (tmp_path / "held_out.txt").write_text("Other words to evaluate on.")
-    monkeypatch.setattr(samples_module, "DEFAULT_FOLDER", tmp_path)
+    monkeypatch.setattr(sources_module, "DEFAULT_FOLDER", tmp_path)
     calibration, _ = read(data, folder, purpose="calibration", length=2)
     evaluation, _ = read(data, folder, purpose="evaluation", length=2)
     assert sorted(tokens(calibration)) == sorted(windows(encode("Some words to calibrate on."), 2))
@@ -432,7 +433,7 @@ def test_a_data_set_that_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_shipped_text(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_module, "DEFAULT_FOLDER", tmp_path)
+    monkeypatch.setattr(sources_module, "DEFAULT_FOLDER", tmp_path)
     assert "default held-out text is missing from this installation" in fails(None, folder)
 
 

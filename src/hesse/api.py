@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hesse.compression import Calibration, CompressionReport, compress_checkpoint
-from hesse.compression.compress import sample_length
+from hesse.compression.plan import sample_length
 from hesse.data import read_samples
 from hesse.errors import OptionError
 from hesse.evaluation import Evaluation, evaluate_checkpoint

@@ -4,7 +4,6 @@ import json
 import platform
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import compressed_tensors
@@ -15,36 +14,21 @@ from torch import Tensor
 from hesse.compression.dense import DensePass, dense_pass
 from hesse.compression.layers import LayerSolver, digest, predicted_increase, relative_error
 from hesse.compression.output import check_output, copy_companions, temporary_folder
-from hesse.compression.report import CompressionReport, LayerReport
+from hesse.compression.plan import Calibration, Plan, make_plan
+from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.verify import verify
 from hesse.curvature import Gram
-from hesse.data import Samples, read_samples
-from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.estimation import GramAccumulator
-from hesse.evaluation.evaluate import check_ids, evaluation_batch, vocabulary
-from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
-from hesse.methods.recipe import Recipe, Rule, matches
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Block, Layer, Network
+from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.formats import open_checkpoint
+from hesse.methods.recipe import Recipe
+from hesse.models.network import Block, Layer
 from hesse.models.stream import Flow, advance_with_stops, start
 from hesse.models.writer import ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
 BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
-DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 1024  # for the sensitivities, and again for the check; at least two samples each
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which tokens a run looks at, and in what portions."""
-
-    data: str | Path | list[list[int]] | None
-    samples: int
-    length: int | None  # None: as many as the model has positions for, at most DEFAULT_LENGTH
-    seed: int
-    batch_size: int | None
 
 
 def compress_checkpoint(
@@ -68,115 +52,86 @@ def compress_checkpoint(
     clock = Clock()
     check_output(out, model, overwrite)
     with clock.phase("read"):
-        run = _Run(model, recipe, calibration, format, device, clock, progress)
-    with temporary_folder(out, run.expected_bytes()) as folder:
-        report = run.run(folder, out, name, version)
-    return report
+        plan = make_plan(model, recipe, calibration, format, device)
+    expected_bytes = int(plan.checkpoint.file_bytes * 1.05) + (1 << 20)  # never less than the output will take
+    with temporary_folder(out, expected_bytes) as folder:
+        return _Run(plan, clock, progress).run(folder, out, name, version)
 
 
 class _Run:
-    """The state of one run: what was planned, and what each layer came to."""
+    """The state of one run: its plan, and what each layer came to."""
 
-    def __init__(
-        self,
-        model: Path,
-        recipe: Recipe,
-        calibration: Calibration,
-        format_name: str,
-        device: torch.device,
-        clock: Clock,
-        progress: Progress,
-    ) -> None:
-        self.recipe, self.calibration, self.clock, self.progress = recipe, calibration, clock, progress
-        self.model = model
-        self.checkpoint = open_checkpoint(model)
-        if type(self.checkpoint) is not Checkpoint:
-            raise CheckpointError(f"{model} is compressed already: start from the dense model it was made from")
-        self.dense = Network(self.checkpoint, torch.float32, device)
-        self.network = self.dense.in_dtype(_compute_dtype(self.checkpoint, self.dense, device))
-        self.rules = _rules(self.network, recipe)
-        self.format = _format(format_name, self.network, self.rules)
-        self.samples, reserved = _samples(model, calibration, self.network)
-        probes = self.samples.ids[: _probe_count(len(self.samples.ids[0]))]
-        self.probes = Samples(probes, self.samples.source, self.samples.exact)
-        if all(rule is None or rule.curvature == "identity" for rule in self.rules.values()):
-            self.samples = self.probes  # only the prediction looks at them
-        self.held_out = bool(reserved.ids)
-        self.check = reserved if self.held_out else self.probes
-        check_ids(self.network, self.samples.batches(1))
+    def __init__(self, plan: Plan, clock: Clock, progress: Progress) -> None:
+        self.plan, self.clock, self.progress = plan, clock, progress
         self.layers: list[LayerReport] = []
-        self.notes: list[str] = list(self.format.notes)
-        asked, length = calibration.length, sample_length(self.network, calibration.length)
-        if asked is not None and asked > length and not self.samples.exact:
-            self.notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
+        self.notes = list(plan.notes)
         self.digests: dict[str, str] = {}
         self.solver = LayerSolver()
 
-    def expected_bytes(self) -> int:
-        """Roughly what the output takes: never less than it will."""
-        return int(self.checkpoint.file_bytes * 1.05) + (1 << 20)
-
     def run(self, folder: Path, out: Path, model_name: str, version: str) -> CompressionReport:
         """Do it all; everything is written into `folder`."""
-        blocks = len(self.network.blocks)
-        self.progress.begin("probe the loss", 2 * blocks + 1)
-        length = max(len(ids) for ids in self.samples.ids)
-        size = evaluation_batch(vocabulary(self.dense), length)
-        check = self.check.batches(size)
-        dense = dense_pass(
-            self.dense,
-            check,
-            self.probes.batches(size) if self.held_out else check,
-            self.calibration.seed,
-            self.clock,
-            self.progress.advance,
-        )
-        self.progress.begin("compress", blocks)
+        plan, blocks = self.plan, self.plan.network.blocks
+        self.progress.begin("probe the loss", 2 * len(blocks) + 1)
+        length = max(len(ids) for ids in plan.samples.ids)
+        size = evaluation_batch(vocabulary(plan.dense), length)
+        check = plan.check.batches(size)
+        probes = plan.probes.batches(size) if plan.held_out else check
+        dense = dense_pass(plan.dense, check, probes, plan.calibration.seed, self.clock, self.progress.advance)
+        self.progress.begin("compress", len(blocks))
         with self.clock.phase("calibrate"):
-            flows = start(self.network, self.samples.batches(self._batch_size(length)))
+            batch_size = plan.calibration.batch_size or max(BATCH_TOKENS // length, 1)
+            flows = start(plan.network, plan.samples.batches(batch_size))
         writer = ShardWriter(folder)
         written: set[str] = set()
-        for index, block in enumerate(self.network.blocks):
+        for index, block in enumerate(blocks):
             self._block(index, block, flows, dense, writer, written)
             self.progress.advance()
         with self.clock.phase("write"):
-            for name in self.checkpoint.stored_names():
+            for name in plan.checkpoint.stored_names():
                 if name not in written:
-                    writer.add(self.checkpoint.read_stored([name]))
+                    writer.add(plan.checkpoint.read_stored([name]))
             writer.close()
             self._write_companions(folder)
         with self.clock.phase("verify"):
             predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.layers}
             verification = verify(
-                folder, self.checkpoint, self.dense, dense, self.digests, predicted, self.held_out, self.progress
+                folder, plan.checkpoint, plan.dense, dense, self.digests, predicted, plan.held_out, self.progress
             )
-        after = open_checkpoint(folder)
+        report = self._report(folder, out, model_name, version, length, verification)
+        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+        return report
+
+    def _report(
+        self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification
+    ) -> CompressionReport:
+        """The account of a run whose files are in `folder` and will be at `out`."""
+        plan, after = self.plan, open_checkpoint(folder)
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in self.layers)
-        report = CompressionReport(
-            method=self.recipe.method,
+        return CompressionReport(
+            method=plan.recipe.method,
             model=model_name,
             out=str(out),
-            format=self.format.name,
+            format=plan.format.name,
             seconds={"total": self.clock.total, **self.clock.seconds},
             peak_rss_bytes=peak_memory(),
-            bytes_before=self.checkpoint.file_bytes,
+            bytes_before=plan.checkpoint.file_bytes,
             bytes_after=after.file_bytes,
             bits_per_weight=bits / weights,
-            bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in self.dense.model.parameters()),
+            bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in plan.dense.model.parameters()),
             predicted_loss_increase=verification.predicted,
             verification=verification,
             calibration={
-                "source": self.samples.source,
-                "samples": len(self.samples.ids),
+                "source": plan.samples.source,
+                "samples": len(plan.samples.ids),
                 "length": length,
-                "tokens": sum(len(ids) for ids in self.samples.ids),
-                "seed": self.calibration.seed,
-                "fingerprint": self.samples.fingerprint(),
+                "tokens": sum(len(ids) for ids in plan.samples.ids),
+                "seed": plan.calibration.seed,
+                "fingerprint": plan.samples.fingerprint(),
             },
             fallbacks=self.notes,
             layers=self.layers,
-            recipe=self.recipe.model_dump(mode="json", exclude_none=True),
+            recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
             versions={
                 "hesse": version,
                 "torch": torch.__version__,
@@ -185,11 +140,6 @@ class _Run:
                 "python": platform.python_version(),
             },
         )
-        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
-        return report
-
-    def _batch_size(self, length: int) -> int:
-        return self.calibration.batch_size or max(BATCH_TOKENS // length, 1)
 
     def _block(
         self, index: int, block: Block, flows: list[Flow], dense: DensePass, writer: ShardWriter, written: set[str]
@@ -212,79 +162,69 @@ class _Run:
             if gram is None:
                 with self.clock.phase("estimate"):
                     gram = accumulator.gram()
-            if self.rules.get(layer.name) is None:
-                return
-            with self.clock.phase("solve"):
+            if self.plan.rules.get(layer.name) is not None:
                 tensors.update(self._solve(layer, gram, dense))
 
-        with self.clock.phase("read"), self.network.loaded(block), self.clock.phase("calibrate"):
+        with self.clock.phase("read"), self.plan.network.loaded(block), self.clock.phase("calibrate"):
             missed = advance_with_stops(flows, block, index, collect, change)
             for layer in missed:
-                if self.rules.get(layer.name) is not None:
-                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.network.device).gram()
+                if self.plan.rules.get(layer.name) is not None:
+                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
                     tensors.update(self._solve(layer, empty, dense))
         with self.clock.phase("write"):
-            solved = {layer.name for layer in block.layers if self.rules.get(layer.name) is not None}
+            solved = {layer.name for layer in block.layers if self.plan.rules.get(layer.name) is not None}
             for name in self._stored_names(block):
                 layer_name, _, kind = name.rpartition(".")
                 if layer_name not in solved or kind not in ("weight", "bias"):
-                    tensors.update(self.checkpoint.read_stored([name]))
+                    tensors.update(self.plan.checkpoint.read_stored([name]))
                 written.add(name)
             writer.add(tensors)
 
     def _solve(self, layer: Layer, gram: Gram, dense: DensePass) -> dict[str, Tensor]:
         """Solve one layer, put the result in its place, and return the tensors to write for it."""
-        rule, constraint = self.rules[layer.name], self.format.constraint(layer.name)
+        rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
-        weight = layer.weight.float()
-        solved = self.solver.solve(layer.name, weight, gram, rule, constraint)
-        solution = solved.solution
-        stored = self.format.as_stored(layer.name, solution.encoded, solution.weight)
-        layer.replace(stored)
-        self.digests[layer.name] = digest(stored)
-        change = stored - weight
-        sensitivity = dense.sensitivities.get(layer.name)
-        if sensitivity is None and gram.tokens:
-            solved.notes.append(f"{layer.name}: no prediction, since the tokens that probed the loss did not reach it")
+        with self.clock.phase("solve"):
+            weight = layer.weight.float()
+            solved = self.solver.solve(layer.name, weight, gram, rule, constraint)
+            encoded = solved.solution.encoded
+            stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
+            layer.replace(stored)
         self.notes += solved.notes
-        self.layers.append(
-            LayerReport(
-                name=layer.name,
-                shape=(weight.shape[0], weight.shape[1]),
-                method=solved.method,
-                tokens=gram.tokens,
-                damping=solved.damping,
-                bits_per_weight=self.format.stored_bits(layer.name),
-                predicted_loss_increase=predicted_increase(change, gram, sensitivity),
-                relative_output_error=relative_error(change, weight, gram),
+        with self.clock.phase("predict"):
+            sensitivity = dense.sensitivities.get(layer.name)
+            if sensitivity is None and gram.tokens:
+                self.notes.append(f"{layer.name}: no prediction: the tokens that probed the loss did not reach it")
+            change = stored - weight
+            self.layers.append(
+                LayerReport(
+                    name=layer.name,
+                    shape=(weight.shape[0], weight.shape[1]),
+                    method=solved.method,
+                    tokens=gram.tokens,
+                    damping=solved.damping,
+                    bits_per_weight=self.plan.format.stored_bits(layer.name),
+                    predicted_loss_increase=predicted_increase(change, gram, sensitivity),
+                    relative_output_error=relative_error(change, weight, gram),
+                )
             )
-        )
-        bias_name = f"{layer.name}.bias"
-        bias = (
-            self.checkpoint.read_stored([bias_name]).get(bias_name) if bias_name in self.checkpoint.shard_of else None
-        )
-        return self.format.tensors(layer.name, solution.encoded, stored, bias)
+        with self.clock.phase("write"):
+            self.digests[layer.name] = digest(stored)
+            bias_name = f"{layer.name}.bias"
+            stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
+            bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
+            return self.plan.format.tensors(layer.name, encoded, stored, bias)
 
     def _stored_names(self, block: Block) -> list[str]:
         """The checkpoint's names of the tensors of a block."""
-        sources = self.network.sources
+        sources = self.plan.network.sources
         return list(dict.fromkeys(sources[n] for n in sources if n.startswith(f"{block.name}.")))
 
     def _write_companions(self, folder: Path) -> None:
-        copy_companions(self.model, folder)
-        write_text(folder / "config.json", json.dumps(self.format.config(), indent=2) + "\n")
-        for name, text in self.format.files().items():
+        copy_companions(self.plan.model, folder)
+        write_text(folder / "config.json", json.dumps(self.plan.format.config(), indent=2) + "\n")
+        for name, text in self.plan.format.files().items():
             write_text(folder / name, text)
-
-
-def _compute_dtype(checkpoint: Checkpoint, network: Network, device: torch.device) -> torch.dtype:
-    """The type that calibration runs in: the weights' own where the device multiplies it at speed, else float32."""
-    stored = checkpoint.dtype(f"{network.layers[0].name}.weight")
-    if device.type == "cuda":
-        return stored
-    native = torch.cpu.get_capabilities()
-    fast = stored == torch.bfloat16 and any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def peak_memory() -> int:
@@ -294,60 +234,3 @@ def peak_memory() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
-    """The rule of each linear layer of the blocks; None for those left as they are.
-
-    Raises:
-        OptionError: a pattern matches nothing, or nothing is left to compress.
-    """
-    names = [layer.name for layer in network.layers]
-    known = [*names, *(name for name, _ in network.model.named_modules())]
-    for pattern in (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)):
-        if not any(matches(name, pattern) for name in known):
-            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
-    rules = {name: recipe.rule_for(name) for name in names}
-    if not any(rules.values()):
-        raise OptionError("no layer is left to compress: leave out an --ignore, or widen the recipe's patterns")
-    return rules
-
-
-def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Format:
-    """The format, once every layer's constraint has been seen to fit its shape."""
-    stored = []
-    for layer in network.layers:
-        rule, shape = rules[layer.name], layer.weight.shape
-        constraint = None if rule is None else rule.constraint.build()
-        if constraint is not None:
-            try:
-                constraint.check(shape)
-            except HesseError as error:
-                raise type(error)(f"{layer.name}: {error}") from None
-        stored.append(StoredLayer(layer.name, shape, constraint, layer.transposed))
-    return choose_format(name, network, stored)
-
-
-def _samples(model: Path, calibration: Calibration, network: Network) -> tuple[Samples, Samples]:
-    """Samples to calibrate on, and others to check the result with (none where the data gives ready tokens)."""
-    length = sample_length(network, calibration.length)
-    return read_samples(
-        calibration.data,
-        model,
-        count=calibration.samples,
-        length=length,
-        seed=calibration.seed,
-        purpose="calibration",
-        limit=network.input_limit,
-        reserve=_probe_count(length),
-    )
-
-
-def _probe_count(length: int) -> int:
-    return max(PROBE_TOKENS // length, 2)
-
-
-def sample_length(network: Network, asked: int | None) -> int:
-    """Tokens a sample: as asked, but no more than the model has positions for."""
-    wanted = DEFAULT_LENGTH if asked is None else asked
-    return wanted if network.input_limit is None else min(wanted, network.input_limit)

@@ -39,7 +39,7 @@ class CompressionReport:
     model: str
     out: str
     format: str
-    seconds: dict[str, float]  # total, and read, probe, calibrate, estimate, solve, write, verify
+    seconds: dict[str, float]  # total, and read, probe, calibrate, estimate, solve, predict, write, verify
     peak_rss_bytes: int
     bytes_before: int
     bytes_after: int
