@@ -57,7 +57,8 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         name = row["program"] if row["program"] == "hesse" else f"{row['program']} {row.get('version', '')}"
         lines.append(
             f"| {row['case']} | {name} | {row['eval_kl']:.5f} | {row['eval_kl_standard_error']:.5f} "
-            f"| {own['eval_kl'] / row['eval_kl']:.2f} | {_seconds(row['seconds'])} | {own['seconds'] / row['seconds']:.2f} "
+            f"| {own['eval_kl'] / row['eval_kl']:.2f} "
+            f"| {_seconds(row['seconds'])} | {own['seconds'] / row['seconds']:.2f} "
             f"| {_seconds(row['seconds_with_io'])} | {own['seconds_with_io'] / row['seconds_with_io']:.2f} "
             f"| {row['peak_rss_bytes'] / 1e6:.0f} |"
         )
