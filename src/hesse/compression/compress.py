@@ -24,7 +24,7 @@ from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
 from hesse.models.network import Block, Layer
 from hesse.models.stream import Flow, advance_with_stops, start
-from hesse.models.writer import ShardWriter, write_text
+from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
@@ -53,7 +53,8 @@ def compress_checkpoint(
     check_output(out, model, overwrite)
     with clock.phase("read"):
         plan = make_plan(model, recipe, calibration, format, device)
-    expected_bytes = int(plan.checkpoint.file_bytes * 1.05) + (1 << 20)  # never less than the output will take
+    size = plan.checkpoint.file_bytes
+    expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with temporary_folder(out, expected_bytes) as folder:
         return _Run(plan, clock, progress).run(folder, out, name, version)
 

@@ -1,7 +1,11 @@
-"""A model's tensors to disk, a shard at a time."""
+"""A model's tensors to disk, a block at a time, and joined into shards."""
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -11,57 +15,106 @@ from hesse.errors import OutputError
 from hesse.models.checkpoint import INDEX, SINGLE
 
 SHARD_BYTES = 1 << 30
+COPIED_AT_ONCE = 1 << 24
 
 
 class ShardWriter:
-    """Collects tensors until a shard is full, writes it, and forgets them; `close` names the shards and the index."""
+    """Writes tensors as they come, each call into a file of its own; `close` joins these into shards, and the index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._parts: list[Path] = []
+        self._part_bytes: list[int] = []
+        self._names: list[list[str]] = []
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write `tensors` now or together with later ones.
+        """Write `tensors`; nothing of them is kept.
 
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        for name, tensor in tensors.items():
-            self._pending[name] = tensor.detach().cpu().contiguous()
-            self._pending_bytes += tensor.nbytes
-        if self._pending_bytes >= SHARD_BYTES:
-            self._flush()
+        part = self.folder / f"part-{len(self._parts)}.safetensors"
+        with self._writing():
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
+        self._parts.append(part)
+        self._part_bytes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        self._names.append(list(tensors))
 
     def close(self) -> None:
-        """Write what is left, and the index where there are several shards."""
-        if self._pending or not self._shards:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._temporary(0).rename(self.folder / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._temporary(number).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        """Join the parts into shards of at most SHARD_BYTES, unless one part is larger.
 
-    def _flush(self) -> None:
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        shards: list[list[int]] = []
+        size = 0
+        for number, part_bytes in enumerate(self._part_bytes):
+            if not shards or size + part_bytes > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(number)
+            size += part_bytes
+        weight_map: dict[str, str] = {}
+        for index, numbers in enumerate(shards, 1):
+            final = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+            with self._writing():
+                _join([self._parts[number] for number in numbers], self.folder / final)
+            weight_map |= {name: final for number in numbers for name in self._names[number]}
+        if len(shards) > 1:
+            metadata = {"total_size": sum(self._part_bytes)}
+            index_text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+            write_text(self.folder / INDEX, index_text + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+            yield
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{self.folder.parent} cannot be written: {disk_reason(error)}") from None
-        self._shards.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
 
-    def _temporary(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
+
+def _join(parts: list[Path], path: Path) -> None:
+    """One safetensors file of all tensors of `parts`, which go; byte by byte, so that none is in memory.
+
+    The format: eight bytes of header length, a JSON header with each tensor's type, shape and place, the data. Wide
+    types come first, as safetensors itself orders them, so that every tensor is aligned.
+    """
+    tensors: list[tuple[int, str, dict[str, Any], Path, int]] = []
+    for part in parts:
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                width = (stop - start) // max(math.prod(entry["shape"]), 1)
+                tensors.append((-width, name, entry, part, 8 + length + start))
+    tensors.sort(key=lambda tensor: tensor[:2])
+    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for _, name, entry, _, _ in tensors:
+        start, stop = entry["data_offsets"]
+        merged[name] = {**entry, "data_offsets": [offset, offset + stop - start]}
+        offset += stop - start
+    text = json.dumps(merged, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, _, entry, part, place in tensors:
+            with part.open("rb") as file:
+                file.seek(place)
+                _copy(file, out, entry["data_offsets"][1] - entry["data_offsets"][0])
+    for part in parts:
+        part.unlink()
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size:
+        piece = source.read(min(size, COPIED_AT_ONCE))
+        if not piece:
+            raise OSError("a part is shorter than its header says")
+        target.write(piece)
+        size -= len(piece)
 
 
 def write_text(path: Path, text: str) -> None:

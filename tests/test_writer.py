@@ -1,0 +1,65 @@
+"""Shards that are joined from parts hold the very tensors that were added."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hesse.models import writer
+from hesse.models.checkpoint import INDEX, SINGLE
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.bool]
+shapes = st.sampled_from([(), (0,), (1,), (3,), (5, 7), (2, 3, 4)])
+tensors = st.lists(st.tuples(st.sampled_from(DTYPES), shapes), min_size=1, max_size=5)
+
+
+def filled(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(tensors, min_size=1, max_size=4), shard_bytes=st.sampled_from([1, 100, 1 << 30]))
+def test_what_was_added_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    parts: list[list[tuple[torch.dtype, tuple[int, ...]]]],
+    shard_bytes: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("out")
+    added: dict[str, Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "SHARD_BYTES", shard_bytes)
+        shards = writer.ShardWriter(folder)
+        for number, part in enumerate(parts):
+            own = {f"{number}.{i}": filled(dtype, shape, 10 * number + i) for i, (dtype, shape) in enumerate(part)}
+            shards.add(own)
+            added |= own
+        shards.close()
+    read = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert read.keys() == added.keys()
+    assert all(same(read[name], added[name]) for name in added)
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text())
+        assert all(name in load_file(folder / shard) for name, shard in index["weight_map"].items())
+        assert index["weight_map"].keys() == added.keys()
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in added.values())
+        assert not (folder / SINGLE).exists()
+    else:
+        assert [path.name for path in folder.iterdir()] == [SINGLE]
+
+
+def test_nothing_but_shards_is_left(tmp_path: Path) -> None:
+    shards = writer.ShardWriter(tmp_path)
+    for number in range(3):
+        shards.add({f"{number}": torch.ones(4)})
+    shards.close()
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
