@@ -6,7 +6,20 @@ L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × s
 from typing import TYPE_CHECKING, Any
 
 from hesse.constraints import Grid, LowRank, Sparse
-from hesse.curvature import Diagonal, Gram, Identity, Kronecker
+from hesse.curvature import (
+    BlockDiagonal,
+    BlockRankOneSum,
+    Diagonal,
+    EigenKronecker,
+    Fisher,
+    GaussNewton,
+    Gram,
+    Hessian,
+    Identity,
+    Kronecker,
+    Objective,
+    RankOneSum,
+)
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
@@ -17,16 +30,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "BlockDiagonal",
+    "BlockRankOneSum",
     "Diagonal",
+    "EigenKronecker",
     "ErrorFeedback",
+    "Fisher",
+    "GaussNewton",
     "Gram",
     "Grid",
     "HesseError",
+    "Hessian",
     "Identity",
     "Kronecker",
     "LowRank",
     "Nearest",
+    "Objective",
     "Options",
+    "RankOneSum",
     "Recipe",
     "Solution",
     "Sparse",

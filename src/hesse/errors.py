@@ -35,3 +35,7 @@ class UnsupportedProduct(HesseError):
 
 class ConditioningError(HesseError):
     """A curvature that cannot be factorised: singular, indefinite or not finite."""
+
+
+class ConditioningWarning(UserWarning):
+    """A result that rounding may have spoilt."""

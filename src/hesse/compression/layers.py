@@ -1,6 +1,7 @@
 """One layer: from its rule and the Gram of its inputs to a solution, with every departure from the rule by name."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Gram, Identity, Kronecker
-from hesse.errors import ConditioningError, HesseError
+from hesse.errors import ConditioningError, ConditioningWarning, HesseError
 from hesse.methods.recipe import Rule
 from hesse.solvers import Nearest, Solution, Solver
 from hesse.solvers.base import solve_with
@@ -45,11 +46,11 @@ class LayerSolver:
         notes: list[str] = []
         try:
             if rule.curvature == "identity":
-                return self._solved(weight, gram, rule, constraint, Nearest(), 0.0, notes)
+                return self._solved(name, weight, gram, rule, constraint, Nearest(), 0.0, notes)
             if gram.tokens == 0:
                 notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
                 identity = rule.model_copy(update={"curvature": "identity"})
-                return self._solved(weight, gram, identity, constraint, Nearest(), 0.0, notes)
+                return self._solved(name, weight, gram, identity, constraint, Nearest(), 0.0, notes)
             notes += _gaps(name, gram, rule)
             solver = rule.solver.build()
             damping = 0.0 if rule.solver.name == "nearest" else rule.solver.damping
@@ -57,7 +58,7 @@ class LayerSolver:
                 if attempt > damping:
                     notes.append(f"{name}: the Gram could not be factorised; damping was raised to {attempt:g}")
                 try:
-                    return self._solved(weight, gram, rule, constraint, solver, attempt, notes)
+                    return self._solved(name, weight, gram, rule, constraint, solver, attempt, notes)
                 except ConditioningError:
                     continue
             raise ConditioningError("the Gram could not be factorised at any damping: use more calibration tokens")
@@ -66,6 +67,7 @@ class LayerSolver:
 
     def _solved(
         self,
+        name: str,
         weight: Tensor,
         gram: Gram,
         rule: Rule,
@@ -76,7 +78,10 @@ class LayerSolver:
     ) -> Solved:
         key = (rule.curvature, solver, damping)
         if key not in self._states:
-            curvature = _curvature(gram, rule, damping)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConditioningWarning)
+                curvature = _curvature(gram, rule, damping)
+            notes += [f"{name}: {warning.message}" for warning in caught]
             self._states[key] = (curvature, solver.init(curvature))
         curvature, state = self._states[key]
         solution = solve_with(weight, curvature, constraint, solver, state)

@@ -1,9 +1,38 @@
 """H: what it is and its products. Plain tensors in, plain tensors out."""
 
 from hesse.curvature.base import Curvature
+from hesse.curvature.block_rank_one_sum import BlockRankOneSum
+from hesse.curvature.composite import BlockDiagonal, Scaled, Sum
 from hesse.curvature.diagonal import Diagonal
+from hesse.curvature.eigen_kronecker import EigenKronecker
+from hesse.curvature.exact import Fisher, GaussNewton, Hessian
 from hesse.curvature.gram import Gram
 from hesse.curvature.identity import Identity
 from hesse.curvature.kronecker import Kronecker
+from hesse.curvature.losses import CrossEntropy, Loss, SquaredError, UserLoss
+from hesse.curvature.objective import Objective
+from hesse.curvature.rank_one_sum import RankOneSum
+from hesse.curvature.window import GradientWindow
 
-__all__ = ["Curvature", "Diagonal", "Gram", "Identity", "Kronecker"]
+__all__ = [
+    "BlockDiagonal",
+    "BlockRankOneSum",
+    "CrossEntropy",
+    "Curvature",
+    "Diagonal",
+    "EigenKronecker",
+    "Fisher",
+    "GaussNewton",
+    "GradientWindow",
+    "Gram",
+    "Hessian",
+    "Identity",
+    "Kronecker",
+    "Loss",
+    "Objective",
+    "RankOneSum",
+    "Scaled",
+    "SquaredError",
+    "Sum",
+    "UserLoss",
+]

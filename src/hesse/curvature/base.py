@@ -1,6 +1,7 @@
 """The protocol of a curvature: a symmetric operator H on tensors of a parameter's shape."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from hesse.errors import OptionError, UnsupportedProduct
+from hesse.errors import ConditioningWarning, OptionError, UnsupportedProduct
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +28,16 @@ class Curvature(ABC):
     @abstractmethod
     def shape(self) -> torch.Size:
         """Trailing dimensions of the tensors that H acts on."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that H is held in."""
+        return self.diagonal().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where H is held."""
+        return self.diagonal().device
 
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:
@@ -56,6 +67,16 @@ class Curvature(ABC):
         """Sum of the diagonal of H."""
         return float(self.diagonal().double().sum())
 
+    def largest_eigenvalue(self) -> float:
+        """The largest eigenvalue of H, or a lower bound of it: by default the largest entry of its diagonal."""
+        return float(self.diagonal().amax())
+
+    def matrix(self) -> Tensor:
+        """H as a matrix over the row-major entries of `shape`, (n, n): for small curvatures and tests."""
+        size = self.shape.numel()
+        columns = self.matvec(torch.eye(size, dtype=self.dtype, device=self.device).view(size, *self.shape))
+        return columns.reshape(size, size).T
+
     def damped(self, amount: float, of: Literal["space", "range"] = "space") -> Self:
         """The same curvature with λ = `amount` times a mean eigenvalue of H.
 
@@ -65,4 +86,21 @@ class Curvature(ABC):
         if not (math.isfinite(amount) and amount >= 0):
             raise OptionError(f"damping is {amount}, but must be a finite number that is not negative; try 0.01")
         size = self.shape.numel() if of == "space" else max(self.rank(), 1)
-        return replace(self, damping=amount * self.trace() / size)
+        return self.with_damping(amount * self.trace() / size)
+
+    def with_damping(self, damping: float) -> Self:
+        """The same curvature with λ = `damping`, in the units of H."""
+        if not (math.isfinite(damping) and damping >= 0):
+            raise OptionError(f"damping is {damping}, but must be a finite number that is not negative")
+        try:
+            lost = torch.finfo(self.dtype).eps * self.largest_eigenvalue()
+        except UnsupportedProduct:
+            lost = 0.0
+        if 0 < damping < lost:
+            warnings.warn(
+                f"damping {damping:.2g} of this {type(self).__name__} is below the rounding of its largest eigenvalue, "
+                f"{lost:.2g}: rounding may drown it; use more, or float64",
+                ConditioningWarning,
+                stacklevel=2,
+            )
+        return replace(self, damping=damping)

@@ -41,6 +41,13 @@ class Kronecker(Curvature):
         left = self.output_factor if self.output_factor.ndim == 1 else self.output_factor.diagonal()
         return left[:, None] * self.input_factor.diagonal()
 
+    def eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Eigenvectors of G (out, out) and of A (in, in), as columns, in float64."""
+        inputs = torch.linalg.eigh(self.input_factor.double()).eigenvectors
+        if self.output_factor.ndim == 1:
+            return torch.eye(self.shape[0]).to(inputs), inputs
+        return torch.linalg.eigh(self.output_factor.double()).eigenvectors, inputs
+
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors of G and of A, and the eigenvalues of G ⊗ A + λI as (out, in); in float64."""

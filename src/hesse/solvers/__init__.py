@@ -1,8 +1,32 @@
-"""The cheapest allowed weights: min ½ dᵀHd with w + d in S."""
+"""The cheapest allowed weights, min ½ dᵀHd with w + d in S, and linear algebra by products with H."""
 
 from hesse.solvers.base import Solution, Solver, solve, solve_with
+from hesse.solvers.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
 from hesse.solvers.error_feedback import ErrorFeedback
+from hesse.solvers.estimate import Estimate
+from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
 from hesse.solvers.nearest import Nearest
+from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.whitened_svd import WhitenedSVD
 
-__all__ = ["ErrorFeedback", "Nearest", "Solution", "Solver", "WhitenedSVD", "solve", "solve_with"]
+__all__ = [
+    "Eigenpairs",
+    "ErrorFeedback",
+    "Estimate",
+    "LinearSolution",
+    "Nearest",
+    "Solution",
+    "Solver",
+    "Spectrum",
+    "WhitenedSVD",
+    "conjugate_gradients",
+    "hutch_plus_plus",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "lanczos",
+    "linear_solve",
+    "log_determinant",
+    "solve",
+    "solve_with",
+    "spectral_density",
+]

@@ -1,0 +1,175 @@
+"""Curvatures made of curvatures: sums, multiples, and one for each parameter of a network."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.curvature.base import Curvature
+from hesse.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scaled(Curvature):
+    """A curvature times a number that is not negative; damping is added after. Every product of the original."""
+
+    original: Curvature
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise OptionError(f"a curvature was multiplied by {self.factor}: use a number above 0")
+        if self.original.damping:
+            raise OptionError("the curvature in a multiple has a damping of its own: damp the multiple")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.original.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.original.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.original.device
+
+    @property
+    def _inner(self) -> Curvature:
+        return self.original.with_damping(self.damping / self.factor)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.factor * self.original.matvec(vector)
+
+    def diagonal(self) -> Tensor:
+        return self.factor * self.original.diagonal()
+
+    def solve(self, vector: Tensor) -> Tensor:
+        return self._inner.solve(vector) / self.factor
+
+    def inverse_diagonal(self) -> Tensor:
+        return self._inner.inverse_diagonal() / self.factor
+
+    def rank(self) -> int:
+        return self.original.rank()
+
+    def trace(self) -> float:
+        return self.factor * self.original.trace()
+
+    def largest_eigenvalue(self) -> float:
+        return self.factor * self.original.largest_eigenvalue()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sum(Curvature):
+    """Several curvatures of one parameter added up. It has no inverse product of its own: use conjugate gradients."""
+
+    terms: tuple[Curvature, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise OptionError("a sum of no curvatures")
+        if any(term.damping for term in self.terms):
+            raise OptionError("a curvature in a sum has a damping of its own: damp the sum")
+        if len({term.shape for term in self.terms}) > 1:
+            raise OptionError(f"curvatures of shapes {[tuple(term.shape) for term in self.terms]} cannot be added")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.terms[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return torch.stack([term.matvec(vector) for term in self.terms]).sum(0)
+
+    def diagonal(self) -> Tensor:
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+    def trace(self) -> float:
+        return sum(term.trace() for term in self.terms)
+
+    def rank(self) -> int:
+        return int(torch.linalg.matrix_rank(self.matrix(), hermitian=True))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockDiagonal(Curvature):
+    """One curvature a parameter, on all parameters as one flat vector, in the order of `blocks`.
+
+    `shapes` are the parameters' own, since a block may act on their last dimensions only (a Gram on each row). The
+    damping is added to every block; blocks have none of their own.
+    """
+
+    blocks: dict[str, Curvature]
+    shapes: dict[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.blocks or self.blocks.keys() != self.shapes.keys():
+            raise OptionError("a BlockDiagonal takes one block and one shape for each parameter")
+        for name, block in self.blocks.items():
+            inner = len(block.shape)
+            if inner and tuple(self.shapes[name][-inner:]) != tuple(block.shape):
+                raise OptionError(f"{name} of shape {self.shapes[name]} has a block of shape {tuple(block.shape)}")
+            if block.damping:
+                raise OptionError(f"the block of {name} has a damping of its own: damp the whole")
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((sum(math.prod(shape) for shape in self.shapes.values()),))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.blocks.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.blocks.values())).device
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat vector (..., d) as one tensor (..., *shape) a parameter."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        pieces = zip(self.shapes.items(), torch.split(vector, sizes, dim=-1), strict=True)
+        return {name: piece.reshape(*vector.shape[:-1], *shape) for (name, shape), piece in pieces}
+
+    def _each(self, vector: Tensor, product: Callable[[Curvature, Tensor], Tensor]) -> Tensor:
+        lead = vector.shape[:-1]
+        pieces = [product(self.blocks[name], piece) for name, piece in self.split(vector).items()]
+        return torch.cat([piece.reshape(*lead, -1) for piece in pieces], dim=-1)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._each(vector, lambda block, piece: block.matvec(piece))
+
+    def solve(self, vector: Tensor) -> Tensor:
+        return self._each(vector, lambda block, piece: block.with_damping(self.damping).solve(piece))
+
+    def _spread(self, values: dict[str, Tensor]) -> Tensor:
+        return torch.cat([values[name].expand(shape).flatten() for name, shape in self.shapes.items()])
+
+    def diagonal(self) -> Tensor:
+        return self._spread({name: block.diagonal() for name, block in self.blocks.items()})
+
+    def inverse_diagonal(self) -> Tensor:
+        damped = {name: block.with_damping(self.damping) for name, block in self.blocks.items()}
+        return self._spread({name: block.inverse_diagonal() for name, block in damped.items()})
+
+    def _repeats(self, name: str) -> int:
+        """How often a block stands side by side in its parameter."""
+        return math.prod(self.shapes[name]) // self.blocks[name].shape.numel()
+
+    def rank(self) -> int:
+        return sum(self._repeats(name) * block.rank() for name, block in self.blocks.items())
+
+    def trace(self) -> float:
+        return sum(self._repeats(name) * block.trace() for name, block in self.blocks.items())
+
+    def largest_eigenvalue(self) -> float:
+        return max(block.largest_eigenvalue() for block in self.blocks.values())

@@ -1,0 +1,199 @@
+"""Exact second derivatives of a network's loss, as products only: Hessian, Gauss-Newton matrix, Fisher."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from hesse.curvature.base import Curvature
+from hesse.curvature.objective import Objective
+from hesse.errors import OptionError, UnsupportedProduct
+
+Columns = tuple[Tensor, ...]  # one tensor (columns, *shape) a parameter
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exact(Curvature):
+    """A matrix on the flat vector of an objective's parameters, in the unit of its loss; never formed.
+
+    Each product walks the data. Several right-hand sides share a walk, `columns` of them at once in memory.
+    """
+
+    objective: Objective
+    columns: int = 8
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.objective.size,))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.objective.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.objective.parameters[0].device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        objective = self.objective
+        flat = vector.reshape(-1, objective.size).to(objective.parameters[0])
+        total = torch.zeros_like(flat)
+        for index, (inputs, targets) in enumerate(objective.batches()):
+            product = self._products(index, inputs, targets)
+            for start in range(0, len(flat), self.columns):
+                pieces = product(objective.split(flat[start : start + self.columns]))
+                total[start : start + self.columns] += torch.cat([piece.flatten(1) for piece in pieces], dim=1)
+        return (total * objective.scale).view(vector.shape).to(vector)
+
+    @abstractmethod
+    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+        """Products with the matrix of the summed terms of batch number `index`."""
+
+    def diagonal(self) -> Tensor:
+        raise UnsupportedProduct(
+            f"the diagonal of a {type(self).__name__} costs a product for each parameter: use "
+            "hesse.solvers.hutchinson_diagonal, or .matrix() if there are few parameters"
+        )
+
+    def trace(self) -> float:
+        raise UnsupportedProduct(f"use hesse.solvers.hutchinson_trace for the trace of a {type(self).__name__}")
+
+    def rank(self) -> int:
+        raise UnsupportedProduct(f"the rank of a {type(self).__name__} is unknown: use .with_damping(absolute)")
+
+    def largest_eigenvalue(self) -> float:
+        raise UnsupportedProduct(f"use hesse.solvers.lanczos for eigenvalues of a {type(self).__name__}")
+
+    def solve(self, vector: Tensor) -> Tensor:
+        raise UnsupportedProduct(f"use hesse.solvers.conjugate_gradients to solve with a {type(self).__name__}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hessian(Exact):
+    """∇²L: symmetric, and with negative eigenvalues away from a minimum. By backward over backward (Pearlmutter, 1994).
+
+    With `keep_graph` the graph of the gradient is kept for further products: faster, at the memory of all batches'
+    graphs. It is then of the parameters as they were at the first product.
+    """
+
+    keep_graph: bool = False
+
+    @cached_property
+    def _graphs(self) -> dict[int, tuple[Tensor | None, ...]]:
+        return {}
+
+    def _gradient(self, index: int, inputs: Any, targets: Tensor) -> tuple[Tensor | None, ...]:
+        if index in self._graphs:
+            return self._graphs[index]
+        objective = self.objective
+        with torch.enable_grad():
+            loss = objective.loss.terms(objective.outputs(inputs), targets).sum()
+            gradient = torch.autograd.grad(loss, objective.parameters, create_graph=True, allow_unused=True)
+        if self.keep_graph:
+            self._graphs[index] = gradient
+        return gradient
+
+    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+        gradient = self._gradient(index, inputs, targets)
+        parameters = self.objective.parameters
+
+        def one(vector: Sequence[Tensor]) -> Columns:
+            # A gradient that does not depend on the parameters has no second derivative.
+            pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
+            if not pairs:
+                return tuple(torch.zeros_like(p) for p in parameters)
+            outputs, directions = zip(*pairs, strict=True)
+            second = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
+            return tuple(torch.zeros_like(p) if s is None else s for s, p in zip(second, parameters, strict=True))
+
+        def all_columns(vectors: Columns) -> Columns:
+            each = [one([v[k] for v in vectors]) for k in range(len(vectors[0]))]
+            return tuple(torch.stack(pieces) for pieces in zip(*each, strict=True))
+
+        return all_columns
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GaussNewton(Exact):
+    """Σ Jᵀ (∂²ℓ/∂outputs²) J: the Hessian without the curvature of the network itself.
+
+    Positive semi-definite for a convex ℓ. Forward mode for J and backward for Jᵀ (Schraudolph, 2002).
+    """
+
+    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+        loss = self.objective.loss
+
+        def outputs(*parameters: Tensor) -> Tensor:
+            return self.objective.outputs(inputs, parameters)
+
+        def inner(result: Tensor, tangents: Tensor) -> Tensor:
+            return torch.stack([loss.output_product(result, targets, tangent) for tangent in tangents])
+
+        return _sandwich(outputs, self.objective.parameters, inner)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fisher(Exact):
+    """Σ E[g gᵀ], g the gradient of a sample's (or term's) summed loss.
+
+    Three different matrices: `kind="exact"` takes the expectation over labels of the model's own distribution, which
+    for cross-entropy and squared error is the Gauss-Newton matrix; `"sampled"` draws one label a term from it, an
+    unbiased estimate; `"empirical"` takes the labels of the data, which is neither (Kunstner et al., 2019).
+    `per="sample"` squares the gradient of a whole sample (a sequence), `per="term"` that of each of its terms (a
+    token); for the first two kinds they have the same expectation. The gradient of a batch's mean is never squared.
+
+    `seed` draws the same labels for every product; None draws new ones for each.
+    """
+
+    kind: Literal["exact", "sampled", "empirical"]
+    per: Literal["sample", "term"] = "sample"
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("exact", "sampled", "empirical"):
+            raise OptionError(f"the kind of a Fisher is 'exact', 'sampled' or 'empirical', not {self.kind!r}")
+        if self.per not in ("sample", "term"):
+            raise OptionError(f"a Fisher is per 'sample' or per 'term', not {self.per!r}")
+        if self.kind != "empirical":  # refuses a loss without a distribution
+            generator = torch.Generator().manual_seed(0)
+            self.objective.loss.sampled_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
+
+    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+        objective, loss = self.objective, self.objective.loss
+        if self.kind == "exact":
+            return GaussNewton(objective=objective)._products(index, inputs, targets)
+        if self.kind == "sampled":
+            generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + index)
+            with torch.no_grad():
+                targets = loss.sampled_targets(objective.outputs(inputs), targets, generator)
+
+        def losses(*parameters: Tensor) -> Tensor:
+            terms = loss.terms(objective.outputs(inputs, parameters), targets)
+            return terms.flatten(1).sum(1) if self.per == "sample" and terms.ndim > 1 else terms.flatten()
+
+        return _sandwich(losses, objective.parameters, lambda _, tangents: tangents)
+
+
+def _sandwich(
+    function: Callable[..., Tensor], parameters: Sequence[Tensor], inner: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Columns], Columns]:
+    """V ↦ Jᵀ M J v for each column, J the derivative of `function` and M what `inner(function's value, ·)` applies."""
+    point = tuple(p.detach() for p in parameters)
+    value, pull_back = vjp(function, *point)[:2]
+
+    def product(vectors: Columns) -> Columns:
+        tangents = vmap(partial(_derivative, function, point))(*vectors)
+        pulled: Columns = vmap(pull_back)(inner(value.detach(), tangents))
+        return pulled
+
+    return product
+
+
+def _derivative(function: Callable[..., Tensor], point: Columns, *direction: Tensor) -> Tensor:
+    slope: Tensor = jvp(function, point, direction)[1]
+    return slope

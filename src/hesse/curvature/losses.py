@@ -1,0 +1,139 @@
+"""Losses as exact curvatures need them: term by term, and with the distribution that they are the likelihood of."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hesse.errors import OptionError, UnsupportedProduct
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(ABC):
+    """A loss that is a sum, or a mean, of terms: one for each sample, and within a sample one for each position.
+
+    The mean is over all terms of all data, not of a batch: batches of unequal size weigh as they should.
+    """
+
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise OptionError(f"the reduction is {self.reduction!r}: a loss with a curvature is a 'mean' or a 'sum'")
+
+    @abstractmethod
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each term, (samples, ...); masked ones are 0."""
+
+    def count(self, outputs: Tensor, targets: Tensor) -> int:
+        """How many terms a mean divides by."""
+        return self.terms(outputs, targets).numel()
+
+    def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
+        """The second derivative of the summed terms with respect to the outputs, times `change` (outputs' shape)."""
+        with torch.enable_grad():
+            point = outputs.detach().requires_grad_()
+            (first,) = torch.autograd.grad(self.terms(point, targets).sum(), point, create_graph=True)
+            if not first.requires_grad:
+                return torch.zeros_like(outputs)
+            (second,) = torch.autograd.grad(first, point, change, allow_unused=True)
+        return torch.zeros_like(outputs) if second is None else second
+
+    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Targets drawn from the distribution whose negative log-likelihood this loss is; masks stay."""
+        raise UnsupportedProduct(
+            f"{type(self).__name__} is not known to be the likelihood of a distribution, so there is no true Fisher: "
+            'use GaussNewton, or Fisher(kind="empirical")'
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Loss):
+    """-log softmax(outputs)[target]; outputs (samples, ..., classes), targets (samples, ...), one term a position.
+
+    Positions whose target is `ignore_index` are masked: no loss, not counted.
+    """
+
+    ignore_index: int = -100
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        flat = nn.functional.cross_entropy(
+            outputs.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=self.ignore_index
+        )
+        return flat.view(targets.shape)
+
+    def count(self, outputs: Tensor, targets: Tensor) -> int:
+        return int((targets != self.ignore_index).sum())
+
+    def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
+        probabilities = outputs.detach().softmax(-1)
+        weighted = probabilities * change
+        product = weighted - probabilities * weighted.sum(-1, keepdim=True)
+        return product * (targets != self.ignore_index).unsqueeze(-1)
+
+    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        # One random number a position, by inverting the distribution: a large vocabulary costs no more of them.
+        cumulative = outputs.detach().double().softmax(-1).cumsum(-1)
+        shape = (*targets.shape, 1)
+        drawn = torch.rand(shape, dtype=torch.float64, generator=generator).to(outputs.device) * cumulative[..., -1:]
+        labels = torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
+        kept: Tensor = torch.where(targets == self.ignore_index, targets, labels)
+        return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredError(Loss):
+    """(output - target)², one term an entry, as torch's MSELoss: the likelihood of Gaussian noise of variance ½."""
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape != targets.shape:
+            raise OptionError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
+        return (outputs - targets).square()
+
+    def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
+        return 2 * change
+
+    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
+        return outputs.detach() + noise * math.sqrt(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserLoss(Loss):
+    """Any `function(outputs, targets)` that gives one term a sample, or one a position: (samples, ...)."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        terms = self.function(outputs, targets)
+        if terms.ndim == 0 or len(terms) != len(outputs):
+            raise OptionError(
+                f"the loss function gives {tuple(terms.shape)} for {len(outputs)} samples: it must give one term a "
+                "sample or a position, not their mean (reduction='none' in torch's losses)"
+            )
+        return terms
+
+
+def as_loss(loss: Loss | nn.Module) -> Loss:
+    """`loss` itself, or ours for torch's CrossEntropyLoss and MSELoss.
+
+    Raises:
+        OptionError: the loss is another one, or has settings that ours do not.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, nn.CrossEntropyLoss | nn.MSELoss) and loss.reduction not in ("mean", "sum"):
+        raise OptionError(f"the loss has reduction={loss.reduction!r}: a loss with a curvature is a 'mean' or a 'sum'")
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.weight is not None or loss.label_smoothing:
+            raise OptionError("a CrossEntropyLoss with class weights or label smoothing: give it as a UserLoss")
+        return CrossEntropy(reduction=loss.reduction, ignore_index=loss.ignore_index)  # type: ignore[arg-type]
+    if isinstance(loss, nn.MSELoss):
+        return SquaredError(reduction=loss.reduction)  # type: ignore[arg-type]
+    raise OptionError(f"{type(loss).__name__} is no loss that Hesse knows: give UserLoss(function=...)")

@@ -1,0 +1,188 @@
+"""The loss of a network on data, as a function of one flat vector of some of its parameters."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hesse.curvature.losses import Loss, as_loss
+from hesse.errors import DataError, OptionError
+
+Batch = tuple[Any, Tensor]  # inputs, targets
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """L(θ) over all batches of `data`, θ the parameters called `names` one after another, row by row.
+
+    `data` is walked anew for each product, so it must give the same batches each time, or other ones on purpose (a
+    stochastic product). `forward(model, inputs)` gives the outputs; by default `model(inputs)`. The model is
+    used as it is: put it into eval mode where dropout or batch statistics should rest.
+
+    Raises:
+        OptionError: a name is no parameter of the model, or the parameter takes no gradient.
+    """
+
+    model: nn.Module
+    loss: Loss
+    data: Iterable[Batch]
+    names: tuple[str, ...]
+    forward: Callable[[nn.Module, Any], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loss: Loss | nn.Module,
+        data: Iterable[Batch],
+        names: Sequence[str] | None = None,
+        forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> "Objective":
+        """The objective over the parameters `names`, or over all that take a gradient."""
+        if isinstance(data, Iterator):
+            raise OptionError("the data is an iterator, which can be walked only once: give a list or a DataLoader")
+        chosen = [name for name, p in model.named_parameters() if p.requires_grad] if names is None else names
+        return cls(model, as_loss(loss), data, tuple(chosen), forward)
+
+    def __post_init__(self) -> None:
+        known = dict(self.model.named_parameters())
+        for name in self.names:
+            if name not in known:
+                raise OptionError(f"the model has no parameter {name!r}; one is called {next(iter(known), 'nothing')}")
+            if not known[name].requires_grad:
+                raise OptionError(f"the parameter {name} takes no gradient: set requires_grad, or leave it out")
+        if not self.names:
+            raise OptionError("no parameter takes a gradient: set requires_grad on some")
+
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters themselves."""
+        known = dict(self.model.named_parameters())
+        return tuple(known[name] for name in self.names)
+
+    @property
+    def size(self) -> int:
+        """Entries of θ."""
+        return sum(p.numel() for p in self.parameters)
+
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """A flat vector (..., size) as one tensor (..., *shape) a parameter."""
+        pieces = torch.split(vector, [p.numel() for p in self.parameters], dim=-1)
+        return tuple(
+            piece.reshape(*vector.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
+        )
+
+    def joined(self, pieces: Sequence[Tensor | None]) -> Tensor:
+        """One tensor a parameter as a flat vector (size,); zeros for those without."""
+        return torch.cat(
+            [
+                torch.zeros_like(p).flatten() if piece is None else piece.flatten()
+                for piece, p in zip(pieces, self.parameters, strict=True)
+            ]
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """The data, on the model's device.
+
+        Raises:
+            DataError: there is none.
+        """
+        device, some = self.parameters[0].device, False
+        for inputs, targets in self.data:
+            some = True
+            yield _moved(inputs, device), targets.to(device)
+        if not some:
+            raise DataError("the data holds no batch: give at least one sample")
+
+    def outputs(self, inputs: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
+        """The model's outputs, with `parameters` in the place of its own ones where given."""
+        with differentiable_twice():
+            if parameters is None:
+                return self._call(self.model, inputs)
+            replaced = dict(zip(self.names, parameters, strict=True))
+            return functional_call(_Forward(self.model, self._call), _prefixed(replaced), (inputs,))  # type: ignore[no-any-return]
+
+    def _call(self, model: nn.Module, inputs: Any) -> Tensor:
+        outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
+        if not isinstance(outputs, Tensor):
+            raise OptionError(
+                f"the model gives {type(outputs).__name__}, not a tensor: give forward=lambda model, inputs: ..."
+            )
+        return outputs
+
+    @cached_property
+    def scale(self) -> float:
+        """What the sum over terms is multiplied by: 1, or one over the number of terms in all data.
+
+        Raises:
+            DataError: there is no term.
+        """
+        if self.loss.reduction == "sum":
+            return 1.0
+        with torch.no_grad():
+            terms = sum(self.loss.count(self.outputs(inputs), targets) for inputs, targets in self.batches())
+        if terms == 0:
+            raise DataError("no sample has a term of the loss: all targets are masked")
+        return 1 / terms
+
+    def value(self) -> float:
+        """L(θ)."""
+        with torch.no_grad():
+            sums = [
+                float(self.loss.terms(self.outputs(inputs), targets).double().sum())
+                for inputs, targets in self.batches()
+            ]
+        return sum(sums) * self.scale
+
+    def gradient(self) -> Tensor:
+        """∂L/∂θ (size,).
+
+        Raises:
+            DataError: it is not finite.
+        """
+        total = torch.zeros(self.size, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+        for inputs, targets in self.batches():
+            loss = self.loss.terms(self.outputs(inputs), targets).sum()
+            total += self.joined(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        if not bool(torch.isfinite(total).all()):
+            raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
+        return total * self.scale
+
+
+class _Forward(nn.Module):
+    """The model behind a forward of the user's, so that functional_call replaces its parameters there too."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.call(self.model, inputs)
+
+
+def _prefixed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in parameters.items()}
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {key: _moved(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_moved(value, device) for value in inputs)
+    return inputs
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Attention in plain operations: its fused forms have no second derivative and no forward mode."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -1,0 +1,26 @@
+"""Products that are known to be symmetric, with little more than half of the work."""
+
+from torch import Tensor
+
+LEAF = 128  # columns; below this a product is too small to run at full rate
+
+
+def add_upper(total: Tensor, flat: Tensor) -> None:
+    """Add flatᵀ flat (in, in) of `flat` (tokens, in) to `total`, at least on and above its diagonal.
+
+    Halves are split again until they are narrow: large products throughout, and little more than half of the work.
+    """
+    columns = flat.shape[1]
+    if columns <= LEAF:
+        total.addmm_(flat.T, flat)
+        return
+    middle = columns // 2
+    add_upper(total[:middle, :middle], flat[:, :middle])
+    add_upper(total[middle:, middle:], flat[:, middle:])
+    total[:middle, middle:].addmm_(flat[:, :middle].T, flat[:, middle:])
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with the upper triangle of `upper`."""
+    triangle = upper.triu()
+    return triangle + triangle.triu(1).T
