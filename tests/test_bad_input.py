@@ -243,7 +243,7 @@ def test_overwrite_is_refused_for_what_is_no_model(model: Path, hesse_command: C
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     ran = run_into(hesse_command, model, tmp_path / "out", "--overwrite")
-    assert (ran.code, "is not a model folder" in ran.error) == (1, True)
+    assert (ran.code, "has no config.json" in ran.error) == (1, True)
     (tmp_path / "file").write_text("a file")
     ran = run_into(hesse_command, model, tmp_path / "file", "--overwrite")
     assert (ran.code, "is not a folder" in ran.error) == (1, True)

@@ -152,7 +152,9 @@ class TestEigenKronecker(OfOneLayer):
 
     def build(self, dtype: torch.dtype) -> Curvature:
         left, right = (vectors.to(dtype) for vectors in self.VECTORS)
-        return EigenKronecker(output_vectors=left, input_vectors=right, eigenvalues=self.values.to(dtype))
+        return EigenKronecker(
+            output_vectors=left, input_vectors=right, eigenvalues=self.values.to(dtype), per="position"
+        )
 
     def dense(self) -> Tensor:
         vectors = torch.kron(*self.VECTORS)
@@ -363,6 +365,8 @@ def test_curvatures_that_do_not_fit_are_not_joined() -> None:
 
 def test_eigenvalues_need_gradients_of_weights() -> None:
     kronecker = Kronecker(output_factor=OUTPUT_MOMENT, input_factor=moment(INPUTS))
+    with pytest.raises(OptionError, match="factors per position take eigenvalues per position, not per sample"):
+        EigenKronecker.from_gradients(kronecker, normal(0, 1, OUT, IN), per="sample")
     with pytest.raises(DataError, match="must be"):
         EigenKronecker.from_gradients(kronecker, normal(0, OUT, IN))
     with pytest.raises(DataError, match="NaN or infinity"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesse.curvature import BlockRankOneSum, Curvature, GradientWindow, RankOneSum
+from hesse.curvature import BlockAccumulator, BlockRankOneSum, Curvature, GradientWindow, RankOneSum
 from hesse.errors import ConditioningError, DataError, OptionError
 from hesse.testing import CurvatureLaws, normal, seeds
 
@@ -44,7 +44,7 @@ class TestBlockRankOneSum(CurvatureLaws):
         return torch.block_diag(*(moment(part) for part in flat.split(self.block_size, dim=1)))
 
 
-class TestBlocksWiderThanTheirGradients(TestBlockRankOneSum):
+class TestBlocksOfFewGradients(TestBlockRankOneSum):
     gradients = normal(3, 2, 3, 4)
 
 
@@ -113,9 +113,9 @@ def test_long_dot_products_keep_their_digits() -> None:
     # One sum in float32 over so many equal signs would lose four digits or more.
     gradients = normal(6, 2, 3_000_000).float().abs()
     curvature, exact = RankOneSum.from_gradients(gradients), gradients.double()
-    torch.testing.assert_close(curvature.inner_products, exact @ exact.T, rtol=2e-7, atol=0)
+    torch.testing.assert_close(curvature.inner_products, exact @ exact.T, rtol=4e-7, atol=0)
     vector = normal(7, 3_000_000).float().abs()
-    torch.testing.assert_close(curvature.along(vector), exact @ vector.double(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(curvature.along(vector), exact @ vector.double(), rtol=4e-7, atol=0)
 
 
 def test_gradients_on_disk(tmp_path: Path) -> None:
@@ -141,6 +141,14 @@ def test_a_removal_costs_what_removing_does() -> None:
         assert 0.5 * float(weight[j]) ** 2 / curvature.inverse_entry(j, j) == pytest.approx(least)
 
 
+def test_blocks_of_gradients_as_they_come() -> None:
+    gradients = normal(12, 9, 3, 4)
+    blocks = BlockAccumulator((3, 4), 5, torch.float64)
+    for few in gradients.split(2):
+        blocks.add(few)
+    torch.testing.assert_close(blocks.curvature().matrices, BlockRankOneSum.from_gradients(gradients, 5).matrices)
+
+
 # Refusals
 
 
@@ -156,6 +164,10 @@ def test_gradients_must_be_there_and_finite() -> None:
         RankOneSum.from_gradients(broken)
     with pytest.raises(DataError, match="NaN"):
         BlockRankOneSum.from_gradients(broken, 2)
+    with pytest.raises(DataError, match=r"must be \(m, 3\)"):
+        BlockAccumulator((3,), 2).add(torch.ones(2, 4))
+    with pytest.raises(DataError, match="no gradient was added"):
+        BlockAccumulator((3,), 2).curvature()
     with pytest.raises(OptionError, match="block size is 0"):
         BlockRankOneSum.from_gradients(normal(0, 4, 3), 0)
     with pytest.raises(OptionError, match="from_gradients"):

@@ -26,7 +26,7 @@ from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import compress, evaluate
+    from hesse.api import compress, estimate, evaluate
 
 __all__ = [
     "METHODS",
@@ -54,6 +54,7 @@ __all__ = [
     "WhitenedSVD",
     "__version__",
     "compress",
+    "estimate",
     "evaluate",
     "load_recipe",
     "solve",
@@ -61,8 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compress` and `evaluate` on first use: they need transformers, which takes seconds that tensors do not need."""
-    if name in ("compress", "evaluate"):
+    """Those that need transformers, on first use: it takes seconds that tensors do not need."""
+    if name in ("compress", "estimate", "evaluate"):
         from hesse import api
 
         return getattr(api, name)

@@ -1,12 +1,13 @@
-"""`hesse.compress` and `hesse.evaluate`: what the command line does, from Python."""
+"""`hesse.compress`, `hesse.estimate` and `hesse.evaluate`: what the command line does, from Python."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hesse.compression import Calibration, CompressionReport, compress_checkpoint
-from hesse.compression.plan import sample_length
+from hesse.compression import Calibration, CompressionReport, compress_checkpoint, estimate_checkpoint
+from hesse.compression.tokens import sample_length
 from hesse.data import read_samples
 from hesse.errors import OptionError
 from hesse.evaluation import Evaluation, evaluate_checkpoint
@@ -30,6 +31,7 @@ def compress(
     options: Options | None = None,
     ignore: Sequence[str] = (),
     data: Data = None,
+    curvature: str | Path | None = None,
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -49,6 +51,7 @@ def compress(
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         ignore: patterns of layer names to leave as they are.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        curvature: a folder that `estimate` wrote, in place of calibration; `data` then only checks the result.
         samples: calibration samples.
         length: tokens a sample; None for 2048, or as many as the model has positions for.
         seed: of the choice of samples and of sampled labels.
@@ -77,11 +80,50 @@ def compress(
         Path(out),
         chosen,
         Calibration(data, samples, length, seed, batch_size),
+        None if curvature is None else Path(curvature),
         format=format,
         device=find_device(device),
         overwrite=overwrite,
         progress=progress or Silence(),
         name=str(model),
+        version=__version__,
+    )
+
+
+def estimate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
+
+    The folder holds the Gram of each layer's inputs, E[g²] at its outputs (the true Fisher with sampled labels, per
+    token, in nats), and fingerprints of model and data. Arguments are those of `compress`.
+
+    Returns:
+        The folder's index: what was estimated, from what, and the seconds by phase.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    _at_least("--samples", samples, 1)
+    _at_least("--length", length, 2)
+    _at_least("--batch-size", batch_size, 1)
+    return estimate_checkpoint(
+        locate(model),
+        Path(out),
+        Calibration(data, samples, length, seed, batch_size),
+        device=find_device(device),
+        overwrite=overwrite,
+        progress=progress or Silence(),
         version=__version__,
     )
 

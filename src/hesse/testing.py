@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
-from hesse.formats.curvatures import load_curvature, save_curvature
+from hesse.estimation.storage import load_curvature, save_curvature
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
 BATCHES = [(), (1,), (5,), (2, 3)]

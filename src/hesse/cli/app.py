@@ -79,6 +79,9 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
     data: DataOption = None,
+    curvature: Annotated[
+        Path | None, typer.Option(help="A folder that `hesse estimate` wrote, in place of calibration.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     length: LengthOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
@@ -112,6 +115,7 @@ def compress(
             out,
             recipe=chosen,
             data=data,
+            curvature=curvature,
             samples=samples,
             length=length,
             seed=seed,
@@ -125,6 +129,46 @@ def compress(
         _print_json(report.to_dict())
     else:
         out_console.print(compression_summary(report))
+
+
+@app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
+def estimate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate a model's curvature once, for `hesse compress --curvature` to try any number of schemes with."""
+    from hesse import api
+
+    with _bars(as_json) as bars:
+        content = api.estimate(
+            model,
+            out,
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        _print_json(content)
+        return
+    out_console.print(
+        f"The curvature of {len(content['grams'])} layers from {content['tokens']:,} tokens: {out.absolute()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    out_console.print(f"Next: hesse compress {model} OUT --curvature {out} --bits 4", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")

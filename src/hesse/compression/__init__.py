@@ -1,7 +1,15 @@
 """The main job: compress a checkpoint from disk to disk, and say what it cost."""
 
 from hesse.compression.compress import compress_checkpoint
-from hesse.compression.plan import Calibration
+from hesse.compression.estimate import estimate_checkpoint
 from hesse.compression.report import CompressionReport, LayerReport, Verification
+from hesse.compression.tokens import Calibration
 
-__all__ = ["Calibration", "CompressionReport", "LayerReport", "Verification", "compress_checkpoint"]
+__all__ = [
+    "Calibration",
+    "CompressionReport",
+    "LayerReport",
+    "Verification",
+    "compress_checkpoint",
+    "estimate_checkpoint",
+]

@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compressed_tensors
@@ -14,8 +15,10 @@ from torch import Tensor
 from hesse.compression.dense import DensePass, dense_pass
 from hesse.compression.layers import LayerSolver, digest, predicted_increase, relative_error
 from hesse.compression.output import check_output, copy_companions, temporary_folder
-from hesse.compression.plan import Calibration, Plan, make_plan
+from hesse.compression.plan import Plan, make_plan
 from hesse.compression.report import CompressionReport, LayerReport, Verification
+from hesse.compression.statistics import Statistics
+from hesse.compression.tokens import Calibration
 from hesse.compression.verify import verify
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator
@@ -23,12 +26,11 @@ from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
 from hesse.models.network import Block, Layer
-from hesse.models.stream import Flow, advance_with_stops, start
+from hesse.models.stream import Flow, advance_with_stops, calibration_batch, start
 from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
-BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
 
 
 def compress_checkpoint(
@@ -36,6 +38,7 @@ def compress_checkpoint(
     out: Path,
     recipe: Recipe,
     calibration: Calibration,
+    statistics: Path | None = None,
     *,
     format: str,
     device: torch.device,
@@ -46,13 +49,17 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
 
+    With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
+    each layer is then solved for the inputs that the dense model gives it.
+
     Raises:
         HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
     """
     clock = Clock()
     check_output(out, model, overwrite)
     with clock.phase("read"):
-        plan = make_plan(model, recipe, calibration, format, device)
+        estimated = None if statistics is None else Statistics(statistics)
+        plan = make_plan(model, recipe, calibration, estimated, format, device)
     size = plan.checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with temporary_folder(out, expected_bytes) as folder:
@@ -77,11 +84,22 @@ class _Run:
         size = evaluation_batch(vocabulary(plan.dense), length)
         check = plan.check.batches(size)
         probes = plan.probes.batches(size) if plan.held_out else check
-        dense = dense_pass(plan.dense, check, probes, plan.calibration.seed, self.clock, self.progress.advance)
+        dense = dense_pass(
+            plan.dense,
+            check,
+            probes if plan.statistics is None else None,
+            plan.calibration.seed,
+            self.clock,
+            self.progress.advance,
+        )
+        if plan.statistics is not None:
+            dense = replace(dense, sensitivities=plan.statistics.sensitivities)
         self.progress.begin("compress", len(blocks))
-        with self.clock.phase("calibrate"):
-            batch_size = plan.calibration.batch_size or max(BATCH_TOKENS // length, 1)
-            flows = start(plan.network, plan.samples.batches(batch_size))
+        flows: list[Flow] = []
+        if plan.statistics is None:
+            with self.clock.phase("calibrate"):
+                batch_size = plan.calibration.batch_size or calibration_batch(length)
+                flows = start(plan.network, plan.samples.batches(batch_size))
         writer = ShardWriter(folder)
         written: set[str] = set()
         for index, block in enumerate(blocks):
@@ -145,8 +163,30 @@ class _Run:
     def _block(
         self, index: int, block: Block, flows: list[Flow], dense: DensePass, writer: ShardWriter, written: set[str]
     ) -> None:
-        """Solve the layers of one block on what the blocks before it now give, and write its tensors."""
+        """Solve the layers of one block, and write its tensors."""
         tensors: dict[str, Tensor] = {}
+        with self.clock.phase("read"), self.plan.network.loaded(block):
+            if self.plan.statistics is None:
+                missed = self._on_the_way(index, block, flows, dense, tensors)
+            else:
+                missed = self._from_statistics(block, self.plan.statistics, dense, tensors)
+            for layer in missed:
+                if self.plan.rules.get(layer.name) is not None:
+                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
+                    tensors.update(self._solve(layer, empty, dense))
+        with self.clock.phase("write"):
+            solved = {layer.name for layer in block.layers if self.plan.rules.get(layer.name) is not None}
+            for name in self._stored_names(block):
+                layer_name, _, kind = name.rpartition(".")
+                if layer_name not in solved or kind not in ("weight", "bias"):
+                    tensors.update(self.plan.checkpoint.read_stored([name]))
+                written.add(name)
+            writer.add(tensors)
+
+    def _on_the_way(
+        self, index: int, block: Block, flows: list[Flow], dense: DensePass, tensors: dict[str, Tensor]
+    ) -> list[Layer]:
+        """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
         accumulator: GramAccumulator | None = None
         gram: Gram | None = None  # of the inputs of the layers that are changed now; None while inputs are collected
 
@@ -166,20 +206,24 @@ class _Run:
             if self.plan.rules.get(layer.name) is not None:
                 tensors.update(self._solve(layer, gram, dense))
 
-        with self.clock.phase("read"), self.plan.network.loaded(block), self.clock.phase("calibrate"):
-            missed = advance_with_stops(flows, block, index, collect, change)
-            for layer in missed:
-                if self.plan.rules.get(layer.name) is not None:
-                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
-                    tensors.update(self._solve(layer, empty, dense))
-        with self.clock.phase("write"):
-            solved = {layer.name for layer in block.layers if self.plan.rules.get(layer.name) is not None}
-            for name in self._stored_names(block):
-                layer_name, _, kind = name.rpartition(".")
-                if layer_name not in solved or kind not in ("weight", "bias"):
-                    tensors.update(self.plan.checkpoint.read_stored([name]))
-                written.add(name)
-            writer.add(tensors)
+        with self.clock.phase("calibrate"):
+            return advance_with_stops(flows, block, index, collect, change)
+
+    def _from_statistics(
+        self, block: Block, statistics: Statistics, dense: DensePass, tensors: dict[str, Tensor]
+    ) -> list[Layer]:
+        """Solve layers on what the dense model gave; the layers that no sample reached then."""
+        missed = []
+        for layer in block.layers:
+            if self.plan.rules.get(layer.name) is None:
+                continue
+            with self.clock.phase("estimate"):
+                gram = statistics.gram(layer.name, self.plan.network.device)
+            if gram is None:
+                missed.append(layer)
+            else:
+                tensors.update(self._solve(layer, gram, dense))
+        return missed
 
     def _solve(self, layer: Layer, gram: Gram, dense: DensePass) -> dict[str, Tensor]:
         """Solve one layer, put the result in its place, and return the tensors to write for it."""

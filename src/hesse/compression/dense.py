@@ -23,18 +23,18 @@ class DensePass:
 def dense_pass(
     network: Network,
     check: list[Tensor],
-    sensitivity: list[Tensor],
+    sensitivity: list[Tensor] | None,
     seed: int,
     clock: Clock,
     step: Callable[[], None],
 ) -> DensePass:
     """Take the batches `check` and `sensitivity` (samples, tokens) through the unchanged model; `step` after blocks.
 
-    Where both are one list, its flows are taken through once.
+    Where both are one list, its flows are taken through once. Without `sensitivity` there are no sensitivities.
     """
     with clock.phase("probe"):
         flows = start(network, check)
-        probes = flows if sensitivity is check else start(network, sensitivity)
+        probes = [] if sensitivity is None else flows if sensitivity is check else start(network, sensitivity)
     moving = flows if probes is flows else [*flows, *probes]
     inputs = []
     for index, block in enumerate(network.blocks):
@@ -43,6 +43,8 @@ def dense_pass(
             advance(moving, module, index)
             check_finite(moving, block.name)
         step()
+    if not probes:
+        return DensePass({}, flows)
     with clock.phase("probe"):
         ended = [replace(flow) for flow in probes]  # the walk back moves them
         sensitivities = output_sensitivities(network, ended, inputs, seed, step)

@@ -15,8 +15,8 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*"
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "calibration.txt", "held_out.txt", "training.json")
 
 
-def check_output(out: Path, model: Path, overwrite: bool) -> None:
-    """Refuse an output folder that must not be written.
+def check_output(out: Path, model: Path, overwrite: bool, mark: str = "config.json") -> None:
+    """Refuse an output folder that must not be written; one that may be replaced has the file `mark`.
 
     Raises:
         OutputError: it exists, it lies inside the model's folder or the other way round, or its parent cannot be
@@ -33,8 +33,8 @@ def check_output(out: Path, model: Path, overwrite: bool) -> None:
             raise OutputError(f"OUT {out} exists: give another name, or --overwrite to replace it")
         if not out.is_dir() or out.is_symlink():
             raise OutputError(f"OUT {out} is not a folder: remove it, or give another name")
-        if any(out.iterdir()) and not (out / "config.json").is_file():
-            raise OutputError(f"OUT {out} is not a model folder, so --overwrite does not replace it: give another name")
+        if any(out.iterdir()) and not (out / mark).is_file():
+            raise OutputError(f"OUT {out} has no {mark}, so --overwrite does not replace it: give another name")
     parent = next(p for p in target.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{parent} cannot be written: give an OUT elsewhere")

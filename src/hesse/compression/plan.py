@@ -1,31 +1,18 @@
 """What a run is going to do, settled and checked before anything is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from hesse.data import Samples, read_samples
+from hesse.compression.statistics import Statistics
+from hesse.compression.tokens import Calibration, select_samples
+from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
-from hesse.evaluation.evaluate import check_ids
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule, matches
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
-
-DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 1024  # for the sensitivities, and again for the check; at least two samples each
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which tokens a run looks at, and in what portions."""
-
-    data: str | Path | list[list[int]] | None
-    samples: int
-    length: int | None  # None: as many as the model has positions for, at most DEFAULT_LENGTH
-    seed: int
-    batch_size: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +22,7 @@ class Plan:
     model: Path
     recipe: Recipe
     calibration: Calibration
+    statistics: Statistics | None  # curvature that was estimated before, in place of `samples`
     checkpoint: Checkpoint
     dense: Network  # in float32
     network: Network  # the same modules, in the type that calibration runs in
@@ -47,43 +35,62 @@ class Plan:
     notes: list[str]  # departures from what was asked
 
 
-def make_plan(model: Path, recipe: Recipe, calibration: Calibration, format_name: str, device: torch.device) -> Plan:
+def make_plan(
+    model: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    statistics: Statistics | None,
+    format_name: str,
+    device: torch.device,
+) -> Plan:
     """Open the model folder `model` and settle everything.
 
+    With `statistics` the samples only check the result; without data of their own they are those of the statistics.
+
     Raises:
-        HesseError: something is wrong with the model, the data or the options.
+        HesseError: something is wrong with the model, the data, the statistics or the options.
     """
-    checkpoint = open_checkpoint(model)
-    if type(checkpoint) is not Checkpoint:
-        raise CheckpointError(f"{model} is compressed already: start from the dense model it was made from")
-    dense = Network(checkpoint, torch.float32, device)
-    network = dense.in_dtype(_compute_dtype(checkpoint, dense, device))
+    checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
     format = _format(format_name, network, rules)
-    samples, reserved = _samples(model, calibration, network)
-    probes = Samples(samples.ids[: _probe_count(len(samples.ids[0]))], samples.source, samples.exact)
-    if all(rule is None or rule.curvature == "identity" for rule in rules.values()):
-        samples = probes  # only the prediction looks at them
-    check_ids(network, samples.batches(1))
-    notes = list(format.notes)
-    asked, length = calibration.length, sample_length(network, calibration.length)
-    if asked is not None and asked > length and not samples.exact:
-        notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
+    if statistics is not None:
+        statistics.check_model(checkpoint)
+        calibration = statistics.calibration(calibration)
+    selected = select_samples(model, calibration, network)
+    samples = selected.samples
+    if statistics is not None and calibration == statistics.calibration(replace(calibration, data=None)):
+        statistics.check_samples(samples)
+    if statistics is not None or all(rule is None or rule.curvature == "identity" for rule in rules.values()):
+        samples = selected.probes  # only the prediction looks at them
     return Plan(
         model=model,
         recipe=recipe,
         calibration=calibration,
+        statistics=statistics,
         checkpoint=checkpoint,
         dense=dense,
         network=network,
         rules=rules,
         format=format,
         samples=samples,
-        probes=probes,
-        check=reserved if reserved.ids else probes,
-        held_out=bool(reserved.ids),
-        notes=notes,
+        probes=selected.probes,
+        check=selected.check,
+        held_out=selected.held_out,
+        notes=[*format.notes, *selected.notes],
     )
+
+
+def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, Network, Network]:
+    """A dense checkpoint, and its network in float32 and in the type that calibration runs in.
+
+    Raises:
+        HesseError: the model is damaged, of no known kind, or compressed already.
+    """
+    checkpoint = open_checkpoint(model)
+    if type(checkpoint) is not Checkpoint:
+        raise CheckpointError(f"{model} is compressed already: start from the dense model it was made from")
+    dense = Network(checkpoint, torch.float32, device)
+    return checkpoint, dense, dense.in_dtype(_compute_dtype(checkpoint, dense, device))
 
 
 def _compute_dtype(checkpoint: Checkpoint, network: Network, device: torch.device) -> torch.dtype:
@@ -126,28 +133,3 @@ def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Forma
                 raise type(error)(f"{layer.name}: {error}") from None
         stored.append(StoredLayer(layer.name, shape, constraint, layer.transposed))
     return choose_format(name, network, stored)
-
-
-def _samples(model: Path, calibration: Calibration, network: Network) -> tuple[Samples, Samples]:
-    """Samples to calibrate on, and others to check the result with (none where the data gives ready tokens)."""
-    length = sample_length(network, calibration.length)
-    return read_samples(
-        calibration.data,
-        model,
-        count=calibration.samples,
-        length=length,
-        seed=calibration.seed,
-        purpose="calibration",
-        limit=network.input_limit,
-        reserve=_probe_count(length),
-    )
-
-
-def _probe_count(length: int) -> int:
-    return max(PROBE_TOKENS // length, 2)
-
-
-def sample_length(network: Network, asked: int | None) -> int:
-    """Tokens a sample: as asked, but no more than the model has positions for."""
-    wanted = DEFAULT_LENGTH if asked is None else asked
-    return wanted if network.input_limit is None else min(wanted, network.input_limit)

@@ -1,7 +1,7 @@
 """H: what it is and its products. Plain tensors in, plain tensors out."""
 
 from hesse.curvature.base import Curvature
-from hesse.curvature.block_rank_one_sum import BlockRankOneSum
+from hesse.curvature.block_rank_one_sum import BlockAccumulator, BlockRankOneSum
 from hesse.curvature.composite import BlockDiagonal, Scaled, Sum
 from hesse.curvature.diagonal import Diagonal
 from hesse.curvature.eigen_kronecker import EigenKronecker
@@ -15,6 +15,7 @@ from hesse.curvature.rank_one_sum import RankOneSum
 from hesse.curvature.window import GradientWindow
 
 __all__ = [
+    "BlockAccumulator",
     "BlockDiagonal",
     "BlockRankOneSum",
     "CrossEntropy",

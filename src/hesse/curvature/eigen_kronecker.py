@@ -1,6 +1,7 @@
 """Kronecker factors whose eigenvalues were measured again (EK-FAC)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.curvature.kronecker import Kronecker
-from hesse.errors import ConditioningError, DataError
+from hesse.errors import ConditioningError, DataError, OptionError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,26 +24,42 @@ class EigenKronecker(Curvature):
     output_vectors: Tensor  # Q_G (out, out), eigenvectors as columns
     input_vectors: Tensor  # Q_A (in, in)
     eigenvalues: Tensor  # Λ (out, in)
+    per: Literal["position", "sample"]  # what the gradients were of
 
     @classmethod
-    def from_gradients(cls, kronecker: Kronecker, gradients: Tensor) -> Self:
-        """The eigenvectors of `kronecker`, with eigenvalues from `gradients` (m, out, in), one a sample or a token.
+    def from_gradients(
+        cls, kronecker: Kronecker, gradients: Tensor, per: Literal["position", "sample"] = "position"
+    ) -> Self:
+        """The eigenvectors of `kronecker`, with eigenvalues from `gradients` (m, out, in), one a position or a sample.
 
         Raises:
+            OptionError: the factors are of the other reduction: positions' eigenvalues differ from samples' by orders.
             DataError: there is no gradient, or one is not finite.
         """
         if gradients.ndim != 3 or not len(gradients):
             raise DataError(f"gradients must be (m, out, in) with m of 1 or more, not {tuple(gradients.shape)}")
+        if per != kronecker.per:
+            raise OptionError(f"factors per {kronecker.per} take eigenvalues per {kronecker.per}, not per {per}")
         left, right = kronecker.eigenvectors()
         rotated = left.T.to(gradients) @ gradients @ right.to(gradients)
         eigenvalues = rotated.square().mean(0)
         if not bool(torch.isfinite(eigenvalues).all()):
             raise DataError("the gradients hold NaN or infinity")
-        return cls(output_vectors=left.to(gradients), input_vectors=right.to(gradients), eigenvalues=eigenvalues)
+        return cls(
+            output_vectors=left.to(gradients), input_vectors=right.to(gradients), eigenvalues=eigenvalues, per=per
+        )
 
     @property
     def shape(self) -> torch.Size:
         return self.eigenvalues.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.eigenvalues.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.eigenvalues.device
 
     def _through(self, vector: Tensor, values: Tensor) -> Tensor:
         left, right = self.output_vectors, self.input_vectors

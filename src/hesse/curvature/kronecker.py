@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ class Kronecker(Curvature):
 
     With A = E[xxᵀ] per token and G the second moment per token of the gradient of the sequence's summed loss at the
     layer's output (labels sampled from the model: the true Fisher), `quadratic(d)` is in nats per token. G is
-    (out, out), or (out,) when only its diagonal was kept. Positions are taken as independent (K-FAC expand).
+    (out, out), or (out,) when only its diagonal was kept. Positions are taken as independent (`per="position"`,
+    K-FAC expand), or summed over a sample first (`per="sample"`, K-FAC reduce).
     Source: Martens and Grosse, 2015; shared weights: Eschenhagen et al., 2023. Damping is added to the product:
     G ⊗ A + λI, solved exactly in the factors' eigenbases.
     """
 
     output_factor: Tensor  # (out, out) or (out,)
     input_factor: Tensor  # (in, in)
+    per: Literal["position", "sample"] = "position"  # what the factors are sums over
 
     def __post_init__(self) -> None:
         if self.output_factor.ndim not in (1, 2) or self.input_factor.ndim != 2:
@@ -31,6 +34,14 @@ class Kronecker(Curvature):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.output_factor.shape[0], self.input_factor.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input_factor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_factor.device
 
     def matvec(self, vector: Tensor) -> Tensor:
         right = vector @ self.input_factor.to(vector.dtype)

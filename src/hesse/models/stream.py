@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.models.network import Block, Layer, Network
 
+BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
+
 
 @dataclass(eq=False)
 class Flow:
@@ -28,6 +30,11 @@ class Flow:
         result = module(self.hidden, **self.calls[index])
         hidden: Tensor = result[0] if isinstance(result, tuple) else result
         return hidden
+
+
+def calibration_batch(length: int) -> int:
+    """Samples of `length` tokens that go through the network together."""
+    return max(BATCH_TOKENS // length, 1)
 
 
 def start(network: Network, batches: Iterable[Tensor]) -> list[Flow]:

@@ -1,0 +1,202 @@
+"""Curvature that is estimated once, and used for compressing without calibration."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import hesse
+import tiny_models
+from helpers import IDS, OTHER_IDS, WEIGHTS, CommandLine, change, compress, dense_tensors, left_over, write_ids
+from hesse.compression.statistics import Statistics
+from hesse.errors import CheckpointError, DataError, OptionError, OutputError
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.network import Network
+
+FolderOf = Callable[[str], Path]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def estimated(half_folder: FolderOf, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """A tiny model's folder, and the statistics of it."""
+
+    def run(name: str = "llama", **options: Any) -> tuple[Path, Path]:
+        source = half_folder(name)
+        data = write_ids(tmp_path / "ids.jsonl")
+        hesse.estimate(source, tmp_path / "statistics", **{"data": data, **options})
+        return source, tmp_path / "statistics"
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mixtral", "bert"])
+def test_grams_are_of_the_dense_models_inputs(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
+    source, folder = estimated(name)
+    model, statistics = tiny_models.load(name, source), Statistics(folder)
+    network = Network(Checkpoint(source), torch.float32, CPU)
+    seen: dict[str, list[Tensor]] = {}
+    for layer in network.layers:
+        try:
+            module = model.get_submodule(layer.name)
+        except AttributeError:  # transformers fuses experts
+            continue
+        module.register_forward_pre_hook(lambda _, a, key=layer.name: seen.setdefault(key, []).append(a[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(IDS))
+    assert seen
+    for key, inputs in seen.items():
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).float()
+        gram = statistics.gram(key, CPU)
+        assert gram is not None
+        assert gram.tokens == len(rows)
+        torch.testing.assert_close(gram.second_moment, rows.T @ rows / len(rows), rtol=0.02, atol=1e-3)
+
+
+def test_layers_with_one_input_share_one_gram(estimated: Callable[..., tuple[Path, Path]]) -> None:
+    _, folder = estimated()
+    statistics = Statistics(folder)
+    layer = "model.layers.0.self_attn.{}_proj".format
+    assert statistics.gram(layer("q"), CPU) is statistics.gram(layer("v"), CPU)
+    assert statistics.gram(layer("q"), CPU) is not statistics.gram(layer("o"), CPU)
+    assert len(list(folder.glob("gram-*"))) == 8  # 2 blocks of: attention's input, its output, and the same of the MLP
+
+
+def test_sensitivities_are_those_of_a_whole_run(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    source, folder = estimated()
+    whole = compress(source, tmp_path / "whole", bits=4, group_size=32)
+    quick = compress(source, tmp_path / "quick", bits=4, group_size=32, curvature=folder, data=None)
+    first = "model.layers.0.self_attn.q_proj"  # its inputs are the dense model's in both runs
+    ours, theirs = (next(x for x in r.layers if x.name == first) for r in (quick, whole))
+    assert ours == theirs
+    weights = (dense_tensors(tmp_path / run)[f"{first}.weight"] for run in ("quick", "whole"))
+    assert torch.equal(*weights)
+    assert "calibrate" not in quick.seconds
+    assert 1 / 3 < quick.predicted_loss_increase / quick.verification.measured < 3
+    assert quick.verification.measured < 1.5 * whole.verification.measured
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral", "bert"])
+def test_other_families(name: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    source, folder = estimated(name)
+    report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
+    assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
+
+
+@pytest.mark.parametrize("method", ["rtn", "wanda", "sparsegpt", "activation-svd"])
+def test_every_scheme_from_one_estimate(
+    method: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, folder = estimated()
+    options = {"rank": 8} if method == "activation-svd" else {}
+    report = compress(source, tmp_path / "out", method=method, curvature=folder, data=None, **options)
+    assert report.verification.measured > 0
+
+
+def test_text_is_held_out_for_the_check(tmp_path: Path) -> None:
+    hesse.estimate("default", tmp_path / "statistics", samples=4, length=64)
+    options = hesse.Options(bits=4, group_size=64)
+    curvature = tmp_path / "statistics"
+    report = hesse.compress("default", tmp_path / "out", options=options, curvature=curvature, samples=99, seed=5)
+    assert report.verification.held_out
+    assert report.calibration["seed"] == 0
+    other = tmp_path / "other.txt"
+    other.write_text("def f(x):\n    return x\n" * 2000)
+    report = hesse.compress("default", tmp_path / "again", options=options, curvature=curvature, data=other, length=64)
+    assert report.calibration["source"] == str(other)
+    assert report.verification.held_out
+
+
+def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
+    source, data = half_folder("llama"), write_ids(tmp_path / "ids.jsonl")
+    ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data)
+    assert ran.code == 0
+    assert "The curvature of 14 layers from 256 tokens" in ran.stdout
+    assert "--curvature" in ran.stdout
+    ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data, "--overwrite", "--json")
+    content = json.loads(ran.stdout)
+    assert content == json.loads((tmp_path / "statistics" / "statistics.json").read_text())
+    assert {"total", "read", "probe", "calibrate", "estimate", "write"} == content["seconds"].keys()
+    ran = hesse_command(
+        "compress",
+        source,
+        tmp_path / "out",
+        "--curvature",
+        tmp_path / "statistics",
+        "--bits",
+        "4",
+        "--group-size",
+        "32",
+    )
+    assert ran.code == 0
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+# Refusals
+
+
+def test_another_model_is_refused_by_name(
+    estimated: Callable[..., tuple[Path, Path]], family_folder: FolderOf, tmp_path: Path
+) -> None:
+    source, folder = estimated()
+    with pytest.raises(CheckpointError, match=r"is of another model than .*: config\.json differs"):
+        compress(family_folder("mistral"), tmp_path / "out", curvature=folder, data=None)
+
+    def nudge(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"][0] += 1
+
+    changed = change(Path(shutil.copytree(source, tmp_path / "changed")), nudge)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors differs; estimate it again"):
+        compress(changed, tmp_path / "out", curvature=folder, data=None)
+    assert left_over(tmp_path) == []
+
+
+def test_data_that_changed_is_refused(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    source, folder = estimated()
+    write_ids(tmp_path / "ids.jsonl", OTHER_IDS)
+    with pytest.raises(DataError, match=r"ids\.jsonl has changed since"):
+        compress(source, tmp_path / "out", curvature=folder, data=None)
+    compress(source, tmp_path / "out", curvature=folder, data=OTHER_IDS, bits=4, group_size=32)
+
+
+def test_damaged_statistics_are_refused(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    source, folder = estimated()
+    with pytest.raises(CheckpointError, match=r"has no statistics\.json"):
+        compress(source, tmp_path / "out", curvature=tmp_path, data=None)
+    whole = (folder / "gram-00003.safetensors").read_bytes()
+    (folder / "gram-00003.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"gram-00003\.safetensors cannot be read"):
+        compress(source, tmp_path / "out", curvature=folder, data=None)
+    (folder / "gram-00003.safetensors").write_bytes(whole)
+    (folder / "sensitivities.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"sensitivities\.safetensors cannot be read"):
+        compress(source, tmp_path / "out", curvature=folder, data=None)
+    assert left_over(tmp_path) == []
+
+
+def test_what_cannot_be_estimated_leaves_nothing(
+    estimated: Callable[..., tuple[Path, Path]], half_folder: FolderOf, tmp_path: Path
+) -> None:
+    source, folder = estimated()
+    before = load_file(folder / "gram-00001.safetensors")
+    with pytest.raises(OutputError, match="exists"):
+        hesse.estimate(source, folder, data=tmp_path / "ids.jsonl")
+    with pytest.raises(OutputError, match=r"no statistics\.json, so --overwrite"):
+        hesse.estimate(source, tmp_path, data=tmp_path / "ids.jsonl", overwrite=True)
+    with pytest.raises(OptionError, match="give a file, not token ids"):
+        hesse.estimate(source, tmp_path / "other", data=IDS)  # type: ignore[arg-type]
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    broken = change(Path(shutil.copytree(source, tmp_path / "broken")), spoil)
+    with pytest.raises(DataError, match=r"up_proj\.weight holds NaN"):
+        hesse.estimate(broken, folder, data=tmp_path / "ids.jsonl", overwrite=True)
+    assert torch.equal(load_file(folder / "gram-00001.safetensors")["second_moment"], before["second_moment"])
+    assert left_over(tmp_path, "statistics") == ["statistics"]
