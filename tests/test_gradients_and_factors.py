@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hesse.curvature import CrossEntropy, Fisher, Objective
+from hesse.curvature import CrossEntropy, Fisher, GaussNewton, Hessian, Objective
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.estimation import (
     eigen_kronecker,
@@ -78,6 +78,36 @@ def test_inputs_may_be_dictionaries() -> None:
     data = [({"ids": ids}, targets) for ids, targets in plain.batches()]
     wrapped = Objective.of(plain.model, plain.loss, data, forward=lambda model, inputs: model(inputs["ids"]))
     torch.testing.assert_close(fisher_diagonal(wrapped, "empirical").values, fisher_diagonal(plain, "empirical").values)
+
+
+class Routed(nn.Module):
+    """Samples take one of two layers, by their sign: a path that vmap cannot follow."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.dense = nn.Linear(2, 3), nn.Linear(2, 3), dense
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first = inputs[:, 0] > 0
+        if self.dense:
+            return torch.where(first[:, None], self.one(inputs), self.two(inputs))
+        result = inputs.new_zeros(len(inputs), 3)
+        for layer, chosen in ((self.one, first), (self.two, ~first)):
+            places = chosen.nonzero().flatten()
+            result = result.index_add(0, places, layer(inputs[places]))
+        return result
+
+
+def test_paths_that_depend_on_the_data() -> None:
+    data = [(normal(0, 6, 2), torch.tensor([0, 1, 2, 1, 0, 2]))]
+    routed, dense = (Objective.of(Routed(kind).double(), CrossEntropy(), data) for kind in (False, True))
+    gradients = (torch.cat(list(per_sample_gradients(o, "empirical"))) for o in (routed, dense))
+    torch.testing.assert_close(*gradients)
+    for kind in (GaussNewton, Hessian):
+        torch.testing.assert_close(kind(objective=routed).matrix(), kind(objective=dense).matrix())
+    fishers = (Fisher(objective=o, kind="empirical").matrix() for o in (routed, dense))
+    torch.testing.assert_close(*fishers)
 
 
 # Kronecker factors

@@ -163,6 +163,16 @@ def test_lanczos_finds_the_extreme_eigenpairs(which: str, seed: int, k: int) -> 
     assert "converged" in found.sentence
 
 
+def test_lanczos_finds_both_ends() -> None:
+    curvature = with_eigenvalues(0, INDEFINITE)
+    ends = lanczos(curvature, 2, which="both", tolerance=1e-9)
+    expected = INDEFINITE.double()[[-1, -2, 0, 1]]
+    torch.testing.assert_close(ends.values, expected)
+    assert ends.converged
+    few = lanczos(RankOneSum.from_gradients(normal(7, 1, 5)), 2, which="both")
+    assert len(few.values) == len(few.vectors) == 2  # a rank of one has but two different eigenvalues
+
+
 def test_lanczos_says_when_it_has_not_converged() -> None:
     values = torch.linspace(0, 1, 200)
     found = lanczos(with_eigenvalues(0, values), 3, max_products=8, tolerance=1e-8)

@@ -26,7 +26,7 @@ from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import compress, estimate, evaluate
+    from hesse.api import compress, estimate, evaluate, inspect
 
 __all__ = [
     "METHODS",
@@ -56,6 +56,7 @@ __all__ = [
     "compress",
     "estimate",
     "evaluate",
+    "inspect",
     "load_recipe",
     "solve",
 ]
@@ -63,7 +64,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("compress", "estimate", "evaluate"):
+    if name in ("compress", "estimate", "evaluate", "inspect"):
         from hesse import api
 
         return getattr(api, name)

@@ -1,4 +1,4 @@
-"""`hesse.compress`, `hesse.estimate` and `hesse.evaluate`: what the command line does, from Python."""
+"""`hesse.compress`, `hesse.estimate`, `hesse.evaluate` and `hesse.inspect`: what the command line does, from Python."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from hesse.errors import OptionError
 from hesse.evaluation import Evaluation, evaluate_checkpoint
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
+from hesse.inspection import Inspection, inspect_checkpoint
 from hesse.methods import Options, Recipe, find_method
 from hesse.models.locate import locate
 from hesse.models.network import Network
@@ -175,6 +176,40 @@ def evaluate(
     batches = chosen.batches(batch_size or evaluation_batch(vocabulary(network), longest))
     dense = None if reference is None else open_checkpoint(locate(reference))
     return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+
+
+def inspect(
+    model: str | Path,
+    *,
+    data: Data = None,
+    samples: int = 4,
+    length: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Inspection:
+    """What the loss looks like around a language model, and which curvature predicts changes of it.
+
+    Each linear layer is changed alone, to 8, 4, 3 and 2 bits and to half of its weights zero; what each curvature
+    predicts is held beside what was measured. The whole model is in memory, in float32.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense.
+        data: as for `compress`; None for the shipped calibration text.
+        samples: windows of text.
+        length: tokens a window, or as many as the model has positions for.
+        seed: of the choice of samples, of sampled labels and of random vectors.
+        device: `auto`, `cpu`, or `cuda`.
+        progress: told how far the run is.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    _at_least("--samples", samples, 2)
+    _at_least("--length", length, 2)
+    return inspect_checkpoint(
+        locate(model), str(model), data, samples, length, seed, find_device(device), progress or Silence()
+    )
 
 
 def find_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from rich.console import Console
 from hesse.cli.progress import Bars
 from hesse.errors import HesseError, OptionError
 from hesse.methods import METHODS, Options, Recipe, find_method, load_recipe
-from hesse.reporting import compression_summary, cost_table, evaluation_table, methods_table
+from hesse.reporting import compression_summary, cost_table, evaluation_table, inspection_summary, methods_table
 from hesse.version import __version__
 
 app = typer.Typer(
@@ -200,6 +200,27 @@ def evaluate(
         _print_json(result.to_dict())
     else:
         out_console.print(evaluation_table(result, model))
+
+
+@app.command(epilog="Example: `hesse inspect default --samples 4`")
+def inspect(
+    model: ModelArgument,
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
+    from hesse import api
+
+    with _bars(as_json) as bars:
+        result = api.inspect(model, data=data, samples=samples, length=length, seed=seed, device=device, progress=bars)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        out_console.print(inspection_summary(result))
 
 
 @app.command(epilog="Example: `hesse methods`")

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vjp
 
 from hesse.curvature.base import Curvature
-from hesse.curvature.objective import Objective
+from hesse.curvature.objective import Objective, each
 from hesse.errors import OptionError, UnsupportedProduct
 
 Columns = tuple[Tensor, ...]  # one tensor (columns, *shape) a parameter
@@ -39,6 +39,7 @@ class Exact(Curvature):
     def device(self) -> torch.device:
         return self.objective.parameters[0].device
 
+    @torch.no_grad()
     def matvec(self, vector: Tensor) -> Tensor:
         objective = self.objective
         flat = vector.reshape(-1, objective.size).to(objective.parameters[0])
@@ -187,8 +188,10 @@ def _sandwich(
     value, pull_back = vjp(function, *point)[:2]
 
     def product(vectors: Columns) -> Columns:
-        tangents = vmap(partial(_derivative, function, point))(*vectors)
-        pulled: Columns = vmap(pull_back)(inner(value.detach(), tangents))
+        tangents = each(partial(_derivative, function, point), vectors)
+        assert isinstance(tangents, Tensor)
+        pulled = each(pull_back, (inner(value.detach(), tangents),))
+        assert isinstance(pulled, tuple)
         return pulled
 
     return product

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesse.curvature.losses import Loss, as_loss
@@ -153,6 +153,22 @@ class Objective:
         if not bool(torch.isfinite(total).all()):
             raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
         return total * self.scale
+
+
+def each(function: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
+    """`function` of each leading index of `columns`: all at once, or one by one for networks that vmap cannot take.
+
+    Those are networks whose path depends on the data, such as mixtures of experts; the result is the same.
+    """
+    try:
+        return vmap(function, randomness="different")(*columns)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+    results = [function(*(column[k] for column in columns)) for k in range(len(columns[0]))]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
 class _Forward(nn.Module):

@@ -29,21 +29,35 @@ def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, bud
     size = objective.size * objective.parameters[0].element_size()
     if budget < size:
         raise OptionError(f"one gradient takes {size} bytes, more than the budget of {budget}: use {size} or more")
+    for inputs, targets in labelled(objective, kind, seed):
+        for start in range(0, len(targets), budget // size):
+            part = slice(start, start + budget // size)
+            flat = _together(objective, _rows(inputs, part), targets[part])
+            if not bool(torch.isfinite(flat).all()):
+                raise DataError("a per-sample gradient holds NaN or infinity: the loss overflows on this data")
+            yield flat
+
+
+def _together(objective: Objective, inputs: Any, targets: Tensor) -> Tensor:
+    """The gradients of a few samples (samples, parameters): at once, or one by one where vmap cannot follow."""
     parameters = tuple(p.detach() for p in objective.parameters)
 
     def summed(values: tuple[Tensor, ...], sample: Any, target: Tensor) -> Tensor:
         outputs = objective.outputs(_batched(sample), values)
         return objective.loss.terms(outputs, target.unsqueeze(0)).sum()
 
-    each = vmap(grad(summed), in_dims=(None, 0, 0), randomness="different")
-    for inputs, targets in labelled(objective, kind, seed):
-        for start in range(0, len(targets), budget // size):
-            part = slice(start, start + budget // size)
-            gradients = each(parameters, _rows(inputs, part), targets[part])
-            flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
-            if not bool(torch.isfinite(flat).all()):
-                raise DataError("a per-sample gradient holds NaN or infinity: the loss overflows on this data")
-            yield flat
+    try:
+        gradients = vmap(grad(summed), in_dims=(None, 0, 0), randomness="different")(parameters, inputs, targets)
+        return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+    except RuntimeError as error:  # a path that depends on the data, such as that of a mixture of experts
+        if "vmap" not in str(error):
+            raise
+    rows = []
+    for k in range(len(targets)):
+        one = slice(k, k + 1)
+        loss = objective.loss.terms(objective.outputs(_rows(inputs, one)), targets[one]).sum()
+        rows.append(objective.joined(torch.autograd.grad(loss, objective.parameters, allow_unused=True)))
+    return torch.stack(rows)
 
 
 def labelled(objective: Objective, kind: Kind, seed: int) -> Iterator[tuple[Any, Tensor]]:

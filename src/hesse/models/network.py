@@ -1,7 +1,7 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,6 +138,15 @@ class Network:
             yield self.model
         finally:
             _forget(outside)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all its weights in memory, for what cannot be done a block at a time."""
+        with ExitStack() as stack:
+            model = stack.enter_context(self.surroundings())
+            for block in self.blocks:
+                stack.enter_context(self.loaded(block))
+            yield model
 
     def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
         """Give the parameters and buffers below `module` their values from the checkpoint."""

@@ -15,7 +15,10 @@ from hesse.solvers.stochastic import random_signs
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
-    """Eigenvalues (k,), the wanted first, eigenvectors (k, *shape), and ‖Hv - λv‖ of each (k,)."""
+    """Eigenvalues (k,), eigenvectors (k, *shape), and ‖Hv - λv‖ of each (k,); the wanted first.
+
+    Of both ends, the largest from the largest on and then the smallest from the smallest on.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -39,12 +42,12 @@ def lanczos(
     curvature: Curvature,
     k: int = 1,
     *,
-    which: Literal["largest", "smallest"] = "largest",
+    which: Literal["largest", "smallest", "both"] = "largest",
     tolerance: float = 1e-4,
     max_products: int = 100,
     seed: int = 0,
 ) -> Eigenpairs:
-    """The `k` largest or smallest eigenvalues of H (without damping) and their eigenvectors.
+    """The `k` largest or smallest eigenvalues of H (without damping) and their eigenvectors, or `k` of both ends.
 
     With full reorthogonalisation, so memory is one vector a product. It ends when all residuals are at most
     `tolerance` times the largest eigenvalue in size. Of an eigenvalue that occurs several times it finds one vector.
@@ -56,27 +59,37 @@ def lanczos(
     size = curvature.shape.numel()
     if not 1 <= k <= size:
         raise OptionError(f"{k} eigenvalues were asked of a curvature with {size}")
-    if max_products < k:
-        raise OptionError(f"{k} eigenvalues need {k} products or more, not {max_products}")
+    enough = min(2 * k if which == "both" else k, size)
+    if max_products < enough:
+        raise OptionError(f"{enough} eigenvalues need {enough} products or more, not {max_products}")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator, dtype=torch.float64).to(curvature.device)
     walk = _Walk(curvature, start)
     while True:
         ended = not walk.step()
-        if len(walk.alphas) >= k:
+        if len(walk.alphas) >= enough:
             values, coordinates, residuals = walk.ritz()
-            order = torch.argsort(values, descending=which == "largest")[:k]
+            order = _wanted(values, k, which)
             largest = float(values.abs().max())
             converged = ended or bool((residuals[order] <= tolerance * largest).all())
             if converged or len(walk.alphas) >= max_products:
                 break
         elif ended:  # fewer different eigenvalues than were asked for: the others are copies of these
             values, coordinates, residuals = walk.ritz()
-            order, converged = torch.argsort(values, descending=which == "largest"), True
+            order, converged = _wanted(values, k, which), True
             break
     vectors = coordinates[:, order].T @ torch.stack(walk.basis[: len(walk.alphas)])
     shaped = vectors.reshape(-1, *curvature.shape).to(curvature.dtype)
     return Eigenpairs(values[order], shaped, residuals[order], len(walk.alphas), converged)
+
+
+def _wanted(values: Tensor, k: int, which: str) -> Tensor:
+    """Places of the wanted among ascending `values`: the largest from the largest on, or the smallest."""
+    smallest = torch.arange(min(k, len(values)), device=values.device)
+    largest = len(values) - 1 - smallest
+    if which == "both":
+        return torch.cat([largest, smallest[smallest < len(values) - len(largest)]])
+    return largest if which == "largest" else smallest
 
 
 @dataclass(frozen=True, eq=False)

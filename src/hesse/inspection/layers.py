@@ -1,0 +1,96 @@
+"""Each layer changed alone: what each curvature says it costs, and what it does cost."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hesse.constraints import Constraint, Grid, Sparse
+from hesse.curvature import Diagonal, EigenKronecker, Identity
+from hesse.estimation import LayerFactors
+from hesse.solvers import Nearest, solve
+
+SCHEMES: dict[str, Constraint] = {
+    "8 bits": Grid(8, 128),
+    "4 bits": Grid(4, 128),
+    "3 bits": Grid(3, 128),
+    "2 bits": Grid(2, 128),
+    "50 % zeros": Sparse(0.5),
+}
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One layer; costs by scheme, and by the curvature that predicts them."""
+
+    name: str
+    shape: tuple[int, int]
+    trace: float  # of its block of the Fisher (EK-FAC), in nats per token
+    mean_eigenvalue: float
+    predicted: dict[str, dict[str, float]]  # scheme: curvature: ½ dᵀHd, nats per token where the curvature has nats
+    measured: dict[str, float]  # scheme: KL(model || changed) in nats per token
+
+
+def inspect_layer(
+    name: str,
+    layer: nn.Linear,
+    factors: LayerFactors,
+    corrected: EigenKronecker,
+    diagonal: Diagonal,
+    measure: Callable[[], float],
+    advance: Callable[[], None],
+) -> LayerInspection:
+    """Change `layer` by each scheme, plainly rounded or zeroed, and put it back.
+
+    `diagonal` is of its weight's shape; `measure` is asked while the layer is changed.
+    """
+    weight = layer.weight.detach()
+    curvatures = {
+        "identity": Identity(),
+        "gram": factors.gram,
+        "fisher diagonal": diagonal,
+        "kronecker": factors.kronecker,
+        "eigen-kronecker": corrected,
+    }
+    predicted: dict[str, dict[str, float]] = {}
+    measured: dict[str, float] = {}
+    for scheme, constraint in SCHEMES.items():
+        changed = solve(weight, Identity(), constraint, Nearest()).weight.to(weight)
+        predicted[scheme] = {kind: curvature.quadratic(changed - weight) for kind, curvature in curvatures.items()}
+        layer.weight.data = changed
+        try:
+            measured[scheme] = measure()
+        finally:
+            layer.weight.data = weight
+        advance()
+    trace = corrected.trace()
+    return LayerInspection(name, (weight.shape[0], weight.shape[1]), trace, trace / weight.numel(), predicted, measured)
+
+
+def rank_correlations(layers: list[LayerInspection]) -> dict[str, dict[str, float]]:
+    """Spearman's, over layers, of each curvature's predictions with the measurements, by scheme."""
+    return {
+        scheme: {
+            kind: rank_correlation(
+                torch.tensor([layer.predicted[scheme][kind] for layer in layers]),
+                torch.tensor([layer.measured[scheme] for layer in layers]),
+            )
+            for kind in layers[0].predicted[scheme]
+        }
+        for scheme in SCHEMES
+    }
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float:
+    """Spearman's rank correlation of two vectors (n,); NaN where one of them is constant."""
+    ranks = torch.stack([_ranks(left), _ranks(right)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, equal values sharing their mean."""
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double() - 1
+    ranks: Tensor = (last - (count - 1) / 2)[place]
+    return ranks

@@ -1,0 +1,76 @@
+"""An inspection as a person reads it in a terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hesse.reporting.terminal import number
+
+if TYPE_CHECKING:
+    from hesse.inspection import Inspection
+
+SHOWN = "4 bits"  # the scheme whose costs stand in the table of layers
+
+
+def inspection_summary(inspection: "Inspection") -> RenderableType:
+    """What the loss looks like, the layers, and which curvature to trust."""
+    return Group(_whole(inspection), _layers(inspection), _trust(inspection), Text(_advice(inspection)))
+
+
+def _whole(inspection: "Inspection") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    (top, top_residual), (low, low_residual) = inspection.largest_eigenvalue, inspection.smallest_eigenvalue
+    trace, error = inspection.trace
+    verdict = "yes, as far as was seen" if inspection.at_a_minimum else "no: the loss falls along it, on this data"
+    for label, value in (
+        ("samples, tokens", f"{inspection.samples}, {inspection.tokens:,}"),
+        ("parameters looked at", f"{inspection.parameters:,}"),
+        ("loss, nats per token", number(inspection.loss, 5)),
+        ("norm of the gradient", number(inspection.gradient_norm)),
+        ("largest eigenvalue of the Hessian, ± residual", f"{number(top)} ± {number(top_residual, 2)}"),
+        ("smallest eigenvalue of the Hessian, ± residual", f"{number(low)} ± {number(low_residual, 2)}"),
+        ("no negative curvature", verdict),
+        ("trace of the Gauss-Newton matrix, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
+    ):
+        table.add_row(label, value)
+    return table
+
+
+def _layers(inspection: "Inspection") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="each layer alone, nats per token", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("trace", "mean eigenvalue", f"{SHOWN}: predicted", "measured", "50 % zeros: predicted", "measured"):
+        table.add_column(heading, justify="right")
+    for layer in inspection.layers:
+        costs = []
+        for scheme in (SHOWN, "50 % zeros"):
+            costs += [number(layer.predicted[scheme]["eigen-kronecker"], 2), number(layer.measured[scheme], 2)]
+        table.add_row(layer.name, number(layer.trace, 3), number(layer.mean_eigenvalue, 2), *costs)
+    return table
+
+
+def _trust(inspection: "Inspection") -> Table:
+    title = "rank correlation over layers of what each curvature predicts with what was measured"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("curvature")
+    schemes = list(inspection.rank_correlations)
+    for scheme in schemes:
+        table.add_column(scheme, justify="right")
+    for kind in next(iter(inspection.rank_correlations.values())):
+        table.add_row(kind, *(f"{inspection.rank_correlations[scheme][kind]:.2f}" for scheme in schemes))
+    return table
+
+
+def _advice(inspection: "Inspection") -> str:
+    means = {
+        kind: sum(by_kind[kind] for by_kind in inspection.rank_correlations.values())
+        for kind in next(iter(inspection.rank_correlations.values()))
+    }
+    best = max(means, key=means.__getitem__)
+    count = len(inspection.rank_correlations)
+    return f"To rank this model's layers, trust the {best} most (mean rank correlation {means[best] / count:.2f})."
