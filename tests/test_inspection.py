@@ -3,8 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.inspection import SCHEMES, Inspection
 from hesse.inspection.layers import rank_correlation
+from hesse.reporting import inspection_page
 from hesse.solvers import Nearest, solve
 
 FolderOf = Callable[[str], Path]
@@ -132,6 +134,52 @@ def test_on_the_command_line(family_folder: FolderOf, hesse_command: CommandLine
     assert "smallest eigenvalue of the Hessian" in ran.stdout
     assert "rank correlation" in ran.stdout
     assert "To rank this model's layers, trust the" in ran.stdout
+
+
+def test_the_page_holds_everything_and_needs_no_network(llama: tuple[Path, Inspection]) -> None:
+    source, found = llama
+    page = inspection_page(found)
+
+    class Reader(HTMLParser):
+        open: ClassVar[list[str]] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag != "meta":
+                self.open.append(tag)
+            assert not any(name == "src" or (name == "href" and value and value[0] != "#") for name, value in attrs)
+            assert tag not in ("script", "link", "img")
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert page.count("<svg") == 3
+    assert page.count("<!doctype html>") == 1
+    assert str(source) in page
+    for layer in found.layers:
+        assert page.count(f"<code>{layer.name}</code>") == 1
+    assert "trust the" in page
+
+
+def test_a_page_on_the_command_line(
+    family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data, out = family_folder("llama"), write_ids(tmp_path / "ids.jsonl", FEW), tmp_path / "page.html"
+    ran = hesse_command("inspect", source, "--data", data, "--out", out)
+    assert ran.code == 0
+    assert f"The page: {out}" in ran.stdout.replace("\n", "")
+    assert "<svg" in out.read_text(encoding="utf-8")
+    refused = hesse_command("inspect", source, "--data", data, "--out", out)
+    assert (refused.code, "exists: give another name, or --overwrite" in refused.error) == (1, True)
+    assert hesse_command("inspect", source, "--data", data, "--out", out, "--overwrite").code == 0
+    nowhere = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "no" / "page.html")
+    assert (nowhere.code, "make it first" in nowhere.error) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.jsonl", "page.html"]
+    monkeypatch.setattr("hesse.reporting.page.find_spec", lambda _: None)
+    lacking = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "other.html")
+    assert (lacking.code, "pip install 'hesse[report]'" in lacking.error) == (2, True)
 
 
 # Refusals

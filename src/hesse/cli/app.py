@@ -14,7 +14,16 @@ from rich.console import Console
 from hesse.cli.progress import Bars
 from hesse.errors import HesseError, OptionError
 from hesse.methods import METHODS, Options, Recipe, find_method, load_recipe
-from hesse.reporting import compression_summary, cost_table, evaluation_table, inspection_summary, methods_table
+from hesse.reporting import (
+    check_page,
+    compression_summary,
+    cost_table,
+    evaluation_table,
+    inspection_page,
+    inspection_summary,
+    methods_table,
+    write_page,
+)
 from hesse.version import __version__
 
 app = typer.Typer(
@@ -202,7 +211,7 @@ def evaluate(
         out_console.print(evaluation_table(result, model))
 
 
-@app.command(epilog="Example: `hesse inspect default --samples 4`")
+@app.command(epilog="Example: `hesse inspect default --out report.html`")
 def inspect(
     model: ModelArgument,
     data: DataOption = None,
@@ -210,17 +219,25 @@ def inspect(
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
     device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page with plots to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
     from hesse import api
 
+    if out is not None:
+        check_page(out, overwrite)
     with _bars(as_json) as bars:
         result = api.inspect(model, data=data, samples=samples, length=length, seed=seed, device=device, progress=bars)
+    if out is not None:
+        write_page(out, inspection_page(result))
     if as_json:
         _print_json(result.to_dict())
-    else:
-        out_console.print(inspection_summary(result))
+        return
+    out_console.print(inspection_summary(result))
+    if out is not None:
+        out_console.print(f"The page: {out.absolute()}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: `hesse methods`")

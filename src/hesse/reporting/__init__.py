@@ -1,6 +1,16 @@
 """What a person reads."""
 
 from hesse.reporting.inspection import inspection_summary
+from hesse.reporting.page import check_page, inspection_page, write_page
 from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table
 
-__all__ = ["compression_summary", "cost_table", "evaluation_table", "inspection_summary", "methods_table"]
+__all__ = [
+    "check_page",
+    "compression_summary",
+    "cost_table",
+    "evaluation_table",
+    "inspection_page",
+    "inspection_summary",
+    "methods_table",
+    "write_page",
+]

@@ -17,17 +17,15 @@ SHOWN = "4 bits"  # the scheme whose costs stand in the table of layers
 
 def inspection_summary(inspection: "Inspection") -> RenderableType:
     """What the loss looks like, the layers, and which curvature to trust."""
-    return Group(_whole(inspection), _layers(inspection), _trust(inspection), Text(_advice(inspection)))
+    return Group(_whole(inspection), _layers(inspection), _trust(inspection), Text(advice(inspection)))
 
 
-def _whole(inspection: "Inspection") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+def facts(inspection: "Inspection") -> list[tuple[str, str]]:
+    """What is known of the whole model, as labels and values."""
     (top, top_residual), (low, low_residual) = inspection.largest_eigenvalue, inspection.smallest_eigenvalue
     trace, error = inspection.trace
     verdict = "yes, as far as was seen" if inspection.at_a_minimum else "no: the loss falls along it, on this data"
-    for label, value in (
+    return [
         ("samples, tokens", f"{inspection.samples}, {inspection.tokens:,}"),
         ("parameters looked at", f"{inspection.parameters:,}"),
         ("loss, nats per token", number(inspection.loss, 5)),
@@ -36,7 +34,14 @@ def _whole(inspection: "Inspection") -> Table:
         ("smallest eigenvalue of the Hessian, ± residual", f"{number(low)} ± {number(low_residual, 2)}"),
         ("no negative curvature", verdict),
         ("trace of the Gauss-Newton matrix, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
-    ):
+    ]
+
+
+def _whole(inspection: "Inspection") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for label, value in facts(inspection):
         table.add_row(label, value)
     return table
 
@@ -66,7 +71,8 @@ def _trust(inspection: "Inspection") -> Table:
     return table
 
 
-def _advice(inspection: "Inspection") -> str:
+def advice(inspection: "Inspection") -> str:
+    """Which curvature to trust, in a sentence."""
     means = {
         kind: sum(by_kind[kind] for by_kind in inspection.rank_correlations.values())
         for kind in next(iter(inspection.rank_correlations.values()))
