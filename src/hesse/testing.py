@@ -253,10 +253,9 @@ class CurvatureLaws:
         if "solve" in self.offers:
             self._check(there.solve(vector.cuda()).cpu(), self._damped(torch.float64).solve(vector), torch.float64)
 
-    @pytest.mark.parametrize("product", ["solve", "inverse_diagonal", "diagonal", "trace", "rank"])
-    def test_products_that_are_not_offered_are_refused_by_name(self, product: str) -> None:
-        if product in self.offers:
-            pytest.skip(f"{product} is offered")
-        arguments = (self._vectors(8),) if product == "solve" else ()
-        with pytest.raises(UnsupportedProduct):
-            getattr(self._damped(torch.float64), product)(*arguments)
+    def test_products_that_are_not_offered_are_refused_by_name(self) -> None:
+        damped = self._damped(torch.float64)
+        for product in {"solve", "inverse_diagonal", "diagonal", "trace", "rank"} - set(self.offers):
+            arguments = (self._vectors(8),) if product == "solve" else ()
+            with pytest.raises(UnsupportedProduct):
+                getattr(damped, product)(*arguments)
