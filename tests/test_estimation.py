@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import tiny_models
 from hesse.curvature import Gram
+from hesse.curvature.losses import sampled_labels
 from hesse.errors import DataError
 from hesse.estimation import GramAccumulator, output_sensitivities
-from hesse.estimation.sensitivity import sampled_labels
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
 from hesse.models.stream import advance, start

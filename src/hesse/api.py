@@ -73,14 +73,12 @@ def compress(
         chosen = find_method(method).recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
         raise OptionError("a recipe says everything itself: leave out options and ignore")
-    _at_least("--samples", samples, 1)
-    _at_least("--length", length, 2)
-    _at_least("--batch-size", batch_size, 1)
+    calibration = _calibration(data, samples, length, seed, batch_size)
     return compress_checkpoint(
         locate(model),
         Path(out),
         chosen,
-        Calibration(data, samples, length, seed, batch_size),
+        calibration,
         None if curvature is None else Path(curvature),
         format=format,
         device=find_device(device),
@@ -115,13 +113,11 @@ def estimate(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
     """
-    _at_least("--samples", samples, 1)
-    _at_least("--length", length, 2)
-    _at_least("--batch-size", batch_size, 1)
+    calibration = _calibration(data, samples, length, seed, batch_size)
     return estimate_checkpoint(
         locate(model),
         Path(out),
-        Calibration(data, samples, length, seed, batch_size),
+        calibration,
         device=find_device(device),
         overwrite=overwrite,
         progress=progress or Silence(),
@@ -226,6 +222,13 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise OptionError(f"there is no device {name!r} here: use auto, cpu or cuda") from None
     return device
+
+
+def _calibration(data: Data, samples: int, length: int | None, seed: int, batch_size: int | None) -> Calibration:
+    _at_least("--samples", samples, 1)
+    _at_least("--length", length, 2)
+    _at_least("--batch-size", batch_size, 1)
+    return Calibration(data, samples, length, seed, batch_size)
 
 
 def _at_least(option: str, value: int | None, least: int) -> None:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from hesse.compression.dense import DensePass, dense_pass
+from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerSolver, digest, predicted_increase, relative_error
 from hesse.compression.output import check_output, copy_companions, temporary_folder
 from hesse.compression.plan import Plan, make_plan
@@ -187,27 +188,15 @@ class _Run:
         self, index: int, block: Block, flows: list[Flow], dense: DensePass, tensors: dict[str, Tensor]
     ) -> list[Layer]:
         """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
-        accumulator: GramAccumulator | None = None
-        gram: Gram | None = None  # of the inputs of the layers that are changed now; None while inputs are collected
-
-        def collect(layer: Layer, inputs: Tensor) -> None:
-            nonlocal accumulator, gram
-            with self.clock.phase("estimate"):
-                if accumulator is None or gram is not None:
-                    accumulator, gram = GramAccumulator(layer.name, inputs.shape[-1], inputs.device), None
-                accumulator.add(inputs)
+        grams = InputGrams(self.clock)
 
         def change(layer: Layer) -> None:
-            nonlocal gram
-            assert accumulator is not None
-            if gram is None:
-                with self.clock.phase("estimate"):
-                    gram = accumulator.gram()
+            gram = grams.gram()  # of an ignored layer too: it ends what was collected
             if self.plan.rules.get(layer.name) is not None:
                 tensors.update(self._solve(layer, gram, dense))
 
         with self.clock.phase("calibrate"):
-            return advance_with_stops(flows, block, index, collect, change)
+            return advance_with_stops(flows, block, index, grams.collect, change)
 
     def _from_statistics(
         self, block: Block, statistics: Statistics, dense: DensePass, tensors: dict[str, Tensor]

@@ -11,12 +11,14 @@ import transformers
 from safetensors.torch import save_file
 
 from hesse.compression.dense import dense_pass
+from hesse.compression.inputs import InputGrams
 from hesse.compression.output import check_output, temporary_folder
 from hesse.compression.plan import open_networks
 from hesse.compression.statistics import INDEX_FILE, SENSITIVITIES_FILE, file_digests
 from hesse.compression.tokens import Calibration, sample_length, select_samples
+from hesse.curvature import Gram
 from hesse.errors import OptionError
-from hesse.estimation import GramAccumulator, save_curvature
+from hesse.estimation import save_curvature
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Layer
 from hesse.models.stream import advance_with_stops, calibration_batch, start
@@ -50,7 +52,7 @@ def estimate_checkpoint(
         checkpoint, dense, network = open_networks(model, device)
         selected = select_samples(model, calibration, network)
     grams: dict[str, str] = {}
-    expected_bytes = sum({layer.name: 4 * layer.weight.shape[1] ** 2 for layer in network.layers}.values())
+    expected_bytes = sum(4 * layer.weight.shape[1] ** 2 for layer in network.layers)
     with temporary_folder(out, expected_bytes) as folder:
         progress.begin("probe the loss", 2 * len(network.blocks) + 1)
         length = max(len(ids) for ids in selected.samples.ids)
@@ -60,28 +62,21 @@ def estimate_checkpoint(
         with clock.phase("calibrate"):
             batch_size = calibration.batch_size or calibration_batch(length)
             flows = start(network, selected.samples.batches(batch_size))
-        accumulator: GramAccumulator | None = None
-        written: str | None = None  # the file of the inputs that were last collected; None while they are collected
-
-        def collect(layer: Layer, inputs: torch.Tensor) -> None:
-            nonlocal accumulator, written
-            with clock.phase("estimate"):
-                if accumulator is None or written is not None:
-                    accumulator, written = GramAccumulator(layer.name, inputs.shape[-1], inputs.device), None
-                accumulator.add(inputs)
+        inputs, count = InputGrams(clock), 0
+        last: Gram | None = None  # what was written last
 
         def keep(layer: Layer) -> None:
-            nonlocal written
-            assert accumulator is not None
+            nonlocal last, count
+            gram = inputs.gram()
             with clock.phase("write"):
-                if written is None:
-                    written = f"gram-{len(set(grams.values())) + 1:05d}.safetensors"
-                    save_curvature(accumulator.gram(), folder / written)
-                grams[layer.name] = written
+                if gram is not last:
+                    last, count = gram, count + 1
+                    save_curvature(gram, folder / _gram_file(count))
+                grams[layer.name] = _gram_file(count)
 
         for index, block in enumerate(network.blocks):
             with clock.phase("read"), network.loaded(block), clock.phase("calibrate"):
-                advance_with_stops(flows, block, index, collect, keep)
+                advance_with_stops(flows, block, index, inputs.collect, keep)
             progress.advance()
         with clock.phase("write"):
             save_file({name: value.cpu() for name, value in sensitivities.items()}, folder / SENSITIVITIES_FILE)
@@ -104,3 +99,7 @@ def estimate_checkpoint(
             content["seconds"] = {"total": clock.total, **clock.seconds}
             write_text(folder / INDEX_FILE, json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _gram_file(number: int) -> str:
+    return f"gram-{number:05d}.safetensors"

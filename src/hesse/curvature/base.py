@@ -32,12 +32,17 @@ class Curvature(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that H is held in."""
-        return self.diagonal().dtype
+        return self._held.dtype
 
     @property
     def device(self) -> torch.device:
         """Where H is held."""
-        return self.diagonal().device
+        return self._held.device
+
+    @property
+    def _held(self) -> Tensor:
+        """A tensor with the precision and the place of H; override it where the diagonal is not at hand."""
+        return self.diagonal()
 
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:

@@ -42,12 +42,8 @@ class BlockRankOneSum(Curvature):
         return torch.Size(self.weight_shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.matrices.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrices.device
+    def _held(self) -> Tensor:
+        return self.matrices
 
     @property
     def block_size(self) -> int:

@@ -29,12 +29,8 @@ class Scaled(Curvature):
         return self.original.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.original.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.original.device
+    def _held(self) -> Tensor:
+        return self.original._held
 
     @property
     def _inner(self) -> Curvature:
@@ -81,12 +77,8 @@ class Sum(Curvature):
         return self.terms[0].shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.terms[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
+    def _held(self) -> Tensor:
+        return self.terms[0]._held
 
     def matvec(self, vector: Tensor) -> Tensor:
         return torch.stack([term.matvec(vector) for term in self.terms]).sum(0)
@@ -127,12 +119,8 @@ class BlockDiagonal(Curvature):
         return torch.Size((sum(math.prod(shape) for shape in self.shapes.values()),))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.blocks.values())).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.blocks.values())).device
+    def _held(self) -> Tensor:
+        return next(iter(self.blocks.values()))._held
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A flat vector (..., d) as one tensor (..., *shape) a parameter."""

@@ -54,12 +54,8 @@ class EigenKronecker(Curvature):
         return self.eigenvalues.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.eigenvalues.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.eigenvalues.device
+    def _held(self) -> Tensor:
+        return self.eigenvalues
 
     def _through(self, vector: Tensor, values: Tensor) -> Tensor:
         left, right = self.output_vectors, self.input_vectors

@@ -32,12 +32,8 @@ class Exact(Curvature):
         return torch.Size((self.objective.size,))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.objective.parameters[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.objective.parameters[0].device
+    def _held(self) -> Tensor:
+        return self.objective.parameters[0]
 
     @torch.no_grad()
     def matvec(self, vector: Tensor) -> Tensor:
@@ -169,9 +165,7 @@ class Fisher(Exact):
         if self.kind == "exact":
             return GaussNewton(objective=objective)._products(index, inputs, targets)
         if self.kind == "sampled":
-            generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + index)
-            with torch.no_grad():
-                targets = loss.sampled_targets(objective.outputs(inputs), targets, generator)
+            targets = objective.sampled_targets(index, inputs, targets, self.seed)
 
         def losses(*parameters: Tensor) -> Tensor:
             terms = loss.terms(objective.outputs(inputs, parameters), targets)

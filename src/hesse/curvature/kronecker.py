@@ -36,12 +36,8 @@ class Kronecker(Curvature):
         return torch.Size((self.output_factor.shape[0], self.input_factor.shape[0]))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.input_factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.input_factor.device
+    def _held(self) -> Tensor:
+        return self.input_factor
 
     def matvec(self, vector: Tensor) -> Tensor:
         right = vector @ self.input_factor.to(vector.dtype)

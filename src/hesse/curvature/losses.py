@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hesse.errors import OptionError, UnsupportedProduct
 
 Reduction = Literal["mean", "sum"]
+ROWS = 128  # of logits, handled together: their copies in float64 should be small beside the logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,7 @@ class CrossEntropy(Loss):
         return product * (targets != self.ignore_index).unsqueeze(-1)
 
     def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        # One random number a position, by inverting the distribution: a large vocabulary costs no more of them.
-        cumulative = outputs.detach().double().softmax(-1).cumsum(-1)
-        shape = (*targets.shape, 1)
-        drawn = torch.rand(shape, dtype=torch.float64, generator=generator).to(outputs.device) * cumulative[..., -1:]
-        labels = torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
+        labels = sampled_labels(outputs.detach().flatten(0, -2), generator).view(targets.shape)
         kept: Tensor = torch.where(targets == self.ignore_index, targets, labels)
         return kept
 
@@ -137,3 +134,16 @@ def as_loss(loss: Loss | nn.Module) -> Loss:
     if isinstance(loss, nn.MSELoss):
         return SquaredError(reduction=loss.reduction)  # type: ignore[arg-type]
     raise OptionError(f"{type(loss).__name__} is no loss that Hesse knows: give UserLoss(function=...)")
+
+
+def sampled_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A label for each row of `logits` (tokens, vocabulary), drawn from its softmax by inverting the distribution.
+
+    One random number a token, so that a large vocabulary costs no random numbers of its own.
+    """
+    labels = []
+    for rows in torch.split(logits, ROWS):
+        cumulative = rows.double().softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator).to(logits.device)
+        labels.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).flatten())
+    return torch.cat(labels)

@@ -100,13 +100,20 @@ class Objective:
         if not some:
             raise DataError("the data holds no batch: give at least one sample")
 
+    def sampled_targets(self, index: int, inputs: Any, targets: Tensor, seed: int | None) -> Tensor:
+        """Targets of batch number `index` drawn from the model itself: the same for the same seed, or new for None."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed + index)
+        with torch.no_grad():
+            return self.loss.sampled_targets(self.outputs(inputs), targets, generator)
+
     def outputs(self, inputs: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """The model's outputs, with `parameters` in the place of its own ones where given."""
         with differentiable_twice():
             if parameters is None:
                 return self._call(self.model, inputs)
             replaced = dict(zip(self.names, parameters, strict=True))
-            return functional_call(_Forward(self.model, self._call), _prefixed(replaced), (inputs,))  # type: ignore[no-any-return]
+            result: Tensor = functional_call(_Forward(self.model, self._call), _prefixed(replaced), (inputs,))
+            return result
 
     def _call(self, model: nn.Module, inputs: Any) -> Tensor:
         outputs = model(inputs) if self.forward is None else self.forward(model, inputs)

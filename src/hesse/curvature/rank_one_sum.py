@@ -60,12 +60,8 @@ class RankOneSum(Curvature):
         return self.gradients.shape[1:]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.gradients.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.gradients.device
+    def _held(self) -> Tensor:
+        return self.gradients
 
     @property
     def _rows(self) -> Tensor:

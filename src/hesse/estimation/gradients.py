@@ -64,9 +64,7 @@ def labelled(objective: Objective, kind: Kind, seed: int) -> Iterator[tuple[Any,
     """The batches of the objective with the labels of `kind`."""
     for index, (inputs, targets) in enumerate(objective.batches()):
         if kind == "sampled":
-            generator = torch.Generator().manual_seed(seed + index)
-            with torch.no_grad():
-                targets = objective.loss.sampled_targets(objective.outputs(inputs), targets, generator)
+            targets = objective.sampled_targets(index, inputs, targets, seed)
         yield inputs, targets
 
 

@@ -6,11 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hesse.curvature.losses import sampled_labels
 from hesse.errors import DataError
 from hesse.models.network import Block, Network
 from hesse.models.stream import Flow, finish
-
-ROWS = 128  # of logits, handled together: their copies in float64 should be small beside the logits
 
 
 def output_sensitivities(
@@ -64,19 +63,6 @@ def _sampled_loss(network: Network, output: Tensor, generator: torch.Generator) 
     predicted = output[:, :-1].flatten(0, 1)
     labels = sampled_labels(predicted.detach(), generator)
     return nn.functional.cross_entropy(predicted, labels, reduction="sum"), len(labels)
-
-
-def sampled_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A label for each row of `logits` (tokens, vocabulary), drawn from its softmax by inverting the distribution.
-
-    One random number a token, so that a large vocabulary costs no random numbers of its own.
-    """
-    labels = []
-    for rows in torch.split(logits, ROWS):
-        cumulative = rows.double().softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator).to(logits.device)
-        labels.append(torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).flatten())
-    return torch.cat(labels)
 
 
 def _through(

@@ -67,16 +67,13 @@ def lanczos(
     walk = _Walk(curvature, start)
     while True:
         ended = not walk.step()
-        if len(walk.alphas) >= enough:
-            values, coordinates, residuals = walk.ritz()
-            order = _wanted(values, k, which)
-            largest = float(values.abs().max())
-            converged = ended or bool((residuals[order] <= tolerance * largest).all())
-            if converged or len(walk.alphas) >= max_products:
-                break
-        elif ended:  # fewer different eigenvalues than were asked for: the others are copies of these
-            values, coordinates, residuals = walk.ritz()
-            order, converged = _wanted(values, k, which), True
+        if len(walk.alphas) < enough and not ended:
+            continue
+        # Where it ended early there are fewer different eigenvalues than asked: the others are copies of these.
+        values, coordinates, residuals = walk.ritz()
+        order = _wanted(values, k, which)
+        converged = ended or bool((residuals[order] <= tolerance * float(values.abs().max())).all())
+        if converged or len(walk.alphas) >= max_products:
             break
     vectors = coordinates[:, order].T @ torch.stack(walk.basis[: len(walk.alphas)])
     shaped = vectors.reshape(-1, *curvature.shape).to(curvature.dtype)

@@ -1,0 +1,32 @@
+"""The Gram of each layer's inputs, as calibration samples stop there."""
+
+from torch import Tensor
+
+from hesse.curvature import Gram
+from hesse.estimation import GramAccumulator
+from hesse.models.network import Layer
+from hesse.progress import Clock
+
+
+class InputGrams:
+    """One Gram for all layers with the same input, summed on the way through a block and finished when asked for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._accumulator: GramAccumulator | None = None
+        self._gram: Gram | None = None  # None while inputs are collected
+
+    def collect(self, layer: Layer, inputs: Tensor) -> None:
+        """Add `inputs` (..., in) of `layer`; the first after a Gram was asked for begin another."""
+        with self._clock.phase("estimate"):
+            if self._accumulator is None or self._gram is not None:
+                self._accumulator, self._gram = GramAccumulator(layer.name, inputs.shape[-1], inputs.device), None
+            self._accumulator.add(inputs)
+
+    def gram(self) -> Gram:
+        """The Gram of what was collected last: the same object until more is collected."""
+        assert self._accumulator is not None
+        if self._gram is None:
+            with self._clock.phase("estimate"):
+                self._gram = self._accumulator.gram()
+        return self._gram
