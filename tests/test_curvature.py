@@ -1,6 +1,7 @@
 """The curvatures of single layers: every product and law, and what must be exact by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -17,6 +18,7 @@ from hesse.curvature import (
     Gram,
     Identity,
     Kronecker,
+    Origin,
     RankOneSum,
     Scaled,
     Sum,
@@ -146,15 +148,33 @@ class TestKroneckerSingularOutput(TestKroneckerDiagonalOutput):
     left = torch.tensor([1.0, 0.0, 2.0]).double()
 
 
+class TestKroneckerDiagonalInput(OfOneLayer):
+    """As of an embedding by itself."""
+
+    right = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.1, 0.7][:IN]).double()
+
+    def build(self, dtype: torch.dtype) -> Curvature:
+        return Kronecker(output_factor=OUTPUT_MOMENT.to(dtype), input_factor=self.right.to(dtype))
+
+    def dense(self) -> Tensor:
+        return torch.kron(OUTPUT_MOMENT, self.right.diag())
+
+
+class TestKroneckerTransposed(CurvatureLaws):
+    def build(self, dtype: torch.dtype) -> Curvature:
+        return Kronecker(output_factor=OUTPUT_MOMENT.to(dtype), input_factor=moment(INPUTS).to(dtype), transposed=True)
+
+    def dense(self) -> Tensor:
+        return torch.kron(moment(INPUTS), OUTPUT_MOMENT)
+
+
 class TestEigenKronecker(OfOneLayer):
     VECTORS = torch.linalg.qr(normal(30, OUT, OUT)).Q, torch.linalg.qr(normal(31, IN, IN)).Q
     values = FULL_VALUES
 
     def build(self, dtype: torch.dtype) -> Curvature:
         left, right = (vectors.to(dtype) for vectors in self.VECTORS)
-        return EigenKronecker(
-            output_vectors=left, input_vectors=right, eigenvalues=self.values.to(dtype), per="position"
-        )
+        return EigenKronecker(row_vectors=left, column_vectors=right, eigenvalues=self.values.to(dtype))
 
     def dense(self) -> Tensor:
         vectors = torch.kron(*self.VECTORS)
@@ -246,6 +266,51 @@ def test_gram_quadratic_is_the_layer_loss() -> None:
     assert Gram.from_inputs(INPUTS).quadratic(weight - normal(3, OUT, IN)) == pytest.approx(float(layer_loss(weight)))
 
 
+def test_the_target_of_two_streams_is_the_least_squares_solution() -> None:
+    weight, inputs, reference = normal(40, OUT, IN), normal(41, 9, IN), normal(42, 9, IN)
+    gram = Gram.from_inputs(inputs, reference)
+    wanted = torch.linalg.lstsq(inputs, reference @ weight.T).solution.T
+    torch.testing.assert_close(gram.target(weight), wanted)
+    ridge = Gram.from_inputs(inputs, reference).with_damping(0.3)
+
+    def loss(free: Tensor) -> Tensor:
+        away = inputs @ free.T - reference @ weight.T
+        return away.square().sum() / len(inputs) + 0.3 * (free - weight).square().sum()
+
+    free = ridge.target(weight).requires_grad_()
+    (slope,) = torch.autograd.grad(loss(free), free)
+    assert float(slope.abs().max()) < 1e-12
+    torch.testing.assert_close(Gram.from_inputs(inputs, inputs).damped(0.1).target(weight), weight)
+    assert Gram.from_inputs(inputs).target(weight) is weight
+    with pytest.raises(DataError, match="differ in shape"):
+        Gram.from_inputs(inputs, reference[:3])
+
+
+def test_curvatures_of_different_origin_are_not_joined() -> None:
+    """A peer's EK-FAC takes factors per token and eigenvalues per sequence: off by orders of magnitude."""
+    tokens, samples = (Origin("sampled Fisher", per, "mean loss") for per in ("position", "sample"))  # type: ignore[arg-type]
+    one, other = (Diagonal(values=torch.ones(3), origin=origin) for origin in (tokens, samples))
+    plain = Diagonal(values=torch.ones(3))
+    with pytest.raises(
+        OptionError, match="a sum mixes a sampled Fisher per position in mean loss with a sampled Fisher"
+    ):
+        Sum(terms=(one, other))
+    with pytest.raises(OptionError, match="a BlockDiagonal mixes"):
+        BlockDiagonal(blocks={"a": one, "b": other}, shapes={"a": (3,), "b": (3,)})
+    assert Sum(terms=(one, plain)).origin == Scaled(original=one, factor=2.0).origin == tokens
+    assert Scaled(original=one, factor=2.0, origin=samples).origin == samples
+
+
+def test_the_damping_changes_no_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kronecker = Kronecker(output_factor=OUTPUT_MOMENT, input_factor=moment(INPUTS))
+    vector = normal(13, OUT, IN)
+    blocks = BlockDiagonal(blocks={"a": kronecker}, shapes={"a": (OUT, IN)}).damped(0.2)
+    first = blocks.solve(vector.flatten()), kronecker.damped(0.1).solve(vector), kronecker.eigen
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("decomposed again"))
+    assert torch.equal(first[0], blocks.solve(vector.flatten()))
+    assert torch.equal(first[1], kronecker.damped(0.1).solve(vector))
+
+
 def test_gram_is_kronecker_with_the_identity() -> None:
     gram = Gram.from_inputs(INPUTS)
     kronecker = Kronecker(output_factor=torch.eye(OUT).double(), input_factor=gram.second_moment, damping=0.2)
@@ -332,7 +397,7 @@ def test_a_diagonal_needs_finite_entries_that_are_not_negative(value: float) -> 
         Diagonal(values=torch.tensor([1.0, value]))
 
 
-@pytest.mark.parametrize(("output", "inputs"), [((2, 2, 2), (3, 3)), ((2, 2), (3,)), ((), (3, 3))], ids=str)
+@pytest.mark.parametrize(("output", "inputs"), [((2, 2, 2), (3, 3)), ((2, 2), (3, 3, 3)), ((), (3, 3))], ids=str)
 def test_kronecker_factors_are_matrices(output: tuple[int, ...], inputs: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match="output factor"):
         Kronecker(output_factor=torch.ones(output), input_factor=torch.ones(inputs))
@@ -365,8 +430,11 @@ def test_curvatures_that_do_not_fit_are_not_joined() -> None:
 
 def test_eigenvalues_need_gradients_of_weights() -> None:
     kronecker = Kronecker(output_factor=OUTPUT_MOMENT, input_factor=moment(INPUTS))
-    with pytest.raises(OptionError, match="factors per position take eigenvalues per position, not per sample"):
-        EigenKronecker.from_gradients(kronecker, normal(0, 1, OUT, IN), per="sample")
+    one, other = (Origin("sampled Fisher", per, "mean loss") for per in ("position", "sample"))  # type: ignore[arg-type]
+    with pytest.raises(
+        OptionError, match="per position in mean loss cannot take eigenvalues of a sampled Fisher per sam"
+    ):
+        EigenKronecker.from_gradients(replace(kronecker, origin=one), normal(0, 1, OUT, IN), other)
     with pytest.raises(DataError, match="must be"):
         EigenKronecker.from_gradients(kronecker, normal(0, OUT, IN))
     with pytest.raises(DataError, match="NaN or infinity"):

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hesse.curvature import Gram
-from hesse.curvature.losses import sampled_labels
-from hesse.errors import DataError
-from hesse.estimation import GramAccumulator, output_sensitivities
+from hesse.compression.dense import output_sensitivities
+from hesse.curvature import CrossEntropy, Gram, Objective
+from hesse.curvature.losses import next_tokens, sampled_labels
+from hesse.errors import DataError, UnsupportedModelError
+from hesse.estimation import BackwardWalk, GramAccumulator, OutputMoments, Sums, estimate_curvatures, layer_part
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
 from hesse.models.stream import advance, start
@@ -44,6 +46,22 @@ def test_gram_of_infinite_inputs_names_the_layer() -> None:
         accumulator.gram()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_moments_are_summed_over_batches(dtype: torch.dtype) -> None:
+    batches = [(torch.randn(2, n, 96).to(dtype), torch.randn(2, n, 96).to(dtype)) for n in (3, 50, 1)]
+    accumulator = GramAccumulator("layer", 96, CPU)
+    for inputs, reference in batches:
+        accumulator.add(inputs, reference)
+    inputs, reference = (
+        torch.cat([b.reshape(-1, 96) for b in stream]).double() for stream in zip(*batches, strict=True)
+    )
+    found = accumulator.gram().cross_moment
+    assert found is not None
+    torch.testing.assert_close(found.double(), inputs.T @ reference / len(inputs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(DataError, match="some inputs of layer came with a reference and some without"):
+        accumulator.add(batches[0][0])
+
+
 def test_labels_are_drawn_from_the_softmax() -> None:
     logits = torch.tensor([2.0, -1.0, float("-inf"), 0.5, 1.0])
     labels = sampled_labels(logits.expand(20_000, -1), torch.Generator().manual_seed(0))
@@ -52,8 +70,8 @@ def test_labels_are_drawn_from_the_softmax() -> None:
     assert shares[2] == 0
 
 
-def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
-    """The network, and E[g²] of its layers' outputs by the walk over blocks."""
+def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardWalk]:
+    """The network, and the walk back over its blocks."""
     network = Network(Checkpoint(folder), torch.float32, CPU)
     flows = start(network, IDS.split(batch))
     inputs = []
@@ -61,7 +79,13 @@ def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
         inputs.append([flow.hidden for flow in flows])
         with network.loaded(block) as module:
             advance(flows, module, index)
-    return network, output_sensitivities(network, flows, inputs, SEED, lambda: None)
+    return network, BackwardWalk(network, flows, inputs, SEED, apart)
+
+
+def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
+    """The network, and E[g²] of its layers' outputs by the walk over blocks."""
+    network, walk = walked(folder, batch)
+    return network, output_sensitivities(walk, lambda: None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "gpt-neox", "bert"])
@@ -70,7 +94,6 @@ def test_sensitivities_are_the_true_fisher_of_each_sample(name: str, family_fold
     network, found = streamed(family_folder(name), batch=2)
     model = tiny_models.load(name, family_folder(name))
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(SEED)
     outputs: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
@@ -81,20 +104,19 @@ def test_sensitivities_are_the_true_fisher_of_each_sample(name: str, family_fold
     for layer in network.layers:
         model.get_submodule(layer.name).register_forward_hook(partial(watch, layer.name))
     encoder = name in tiny_models.ENCODERS
-    samples = [IDS[i : i + 1] for i in range(len(IDS))]
-    if encoder:  # noise is drawn for a batch of two at once
-        shape = (2, IDS.shape[1], model.config.hidden_size)
-        noise = torch.cat([torch.randn(shape, generator=generator) for _ in range(2)])
+    generator = torch.Generator().manual_seed(SEED)
+    if encoder:
+        drawn = [torch.randn(IDS.shape[1], model.config.hidden_size, generator=generator) for _ in IDS]
     else:
         with torch.no_grad():
-            labels = sampled_labels(model(input_ids=IDS).logits[:, :-1].flatten(0, 1), generator).view(len(IDS), -1)
+            drawn = list(sampled_labels(model(input_ids=IDS).logits.flatten(0, 1), generator).view(IDS.shape))
     squares: dict[str, Tensor] = {}
-    for i, sample in enumerate(samples):
+    for sample, labels in zip(IDS.split(1), drawn, strict=True):
         if encoder:
-            loss = (model.base_model(input_ids=sample).last_hidden_state * noise[i]).sum()
+            loss = (model.base_model(input_ids=sample).last_hidden_state * labels).sum()
         else:
             logits = model(input_ids=sample).logits[0, :-1]
-            loss = nn.functional.cross_entropy(logits, labels[i], reduction="sum")
+            loss = nn.functional.cross_entropy(logits, labels[:-1], reduction="sum")
         loss.backward()
         for layer, output in outputs.items():
             squares[layer] = squares.get(layer, 0) + output.grad.flatten(0, -2).square().sum(0)
@@ -102,6 +124,62 @@ def test_sensitivities_are_the_true_fisher_of_each_sample(name: str, family_fold
     assert found.keys() == squares.keys() == {layer.name for layer in network.layers}
     for layer, square in squares.items():
         torch.testing.assert_close(found[layer], square / count, rtol=2e-3, atol=1e-6 * square.max() / count)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "phi3"])
+def test_the_streamed_factors_are_those_of_the_whole_model(name: str, family_folder: FolderOf) -> None:
+    """An Objective on plain transformers, all in memory: the same labels, factors, diagonals, norms."""
+    kinds: list[Any] = ["gram", "kronecker", "fisher"]
+    network, walk = walked(family_folder(name), batch=1 if name == "opt" else 2, apart=True)  # OPT mixes samples
+    model = tiny_models.load(name, family_folder(name)).eval()
+    names = [f"{layer.name}.weight" for layer in network.layers]
+    data = [(ids, next_tokens(ids)) for ids in IDS.split(2)]
+    objective = Objective.of(model, CrossEntropy(), data, names, forward=lambda m, ids: m(input_ids=ids).logits)
+    whole = estimate_curvatures(objective, kinds, seed=SEED)
+    seen = set()
+    for block, passages in walk:
+        parts = {f"{layer.name}.weight": [layer_part(layer)] for layer in block.layers}
+        weights = {f"{layer.name}.weight": layer.module.weight for layer in block.layers}
+        sums = Sums(parts, weights, kinds)
+        for passage in passages:
+            sums.add(passage)
+        found = sums.estimates(walk.scale, walk.origin.matrix, "mean loss")
+        for key, weight in weights.items():
+            seen.add(key)
+            probe = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            for ours, theirs in ((found.kronecker, whole.kronecker), (found.fisher, whole.fisher)):
+                assert ours[key].origin == theirs[key].origin
+                expected = theirs[key].matvec(probe)
+                torch.testing.assert_close(
+                    ours[key].matvec(probe), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+                )
+            assert found.gram[key].tokens == whole.gram[key].tokens
+            torch.testing.assert_close(found.squared_norms[key], whole.squared_norms[key], rtol=1e-3, atol=1e-9)
+    assert seen == set(names)
+
+
+def test_layers_that_mix_samples_are_refused_where_samples_count(family_folder: FolderOf) -> None:
+    _, walk = walked(family_folder("mixtral"), batch=2, apart=True)
+    blocks = iter(walk)  # kept, so that the block stays loaded
+    _, passages = next(blocks)
+    with pytest.raises(UnsupportedModelError, match="mixes the samples of a batch"):
+        list(passages)
+
+
+def test_blocks_that_are_not_looked_at_still_carry_the_gradient(family_folder: FolderOf) -> None:
+    _, walk = walked(family_folder("llama"), batch=2)
+    first = [block.name for block, _ in walk][-1]
+    sums = {}
+    for look in (True, False):
+        _, walk = walked(family_folder("llama"), batch=2)
+        for block, passages in walk:
+            if look or block.name == first:
+                found = OutputMoments([layer_part(layer) for layer in block.layers], "position")
+                for passage in passages:
+                    found.add(passage)
+                sums[look, block.name] = found.sums
+    for key, moment in sums[True, first].items():
+        assert torch.equal(moment.total, sums[False, first][key].total)
 
 
 def test_sensitivities_do_not_depend_on_the_batches(family_folder: FolderOf) -> None:

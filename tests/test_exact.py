@@ -141,11 +141,9 @@ def test_exact_fisher_is_the_expectation_over_all_labels(setting: str) -> None:
 def test_sampled_fisher(setting: str, loss: str, per: Any) -> None:
     objective = make(setting, loss)
     curvature = Fisher(objective=objective, kind="sampled", per=per, seed=3)
-    drawn = []
-    for index, (inputs, targets) in enumerate(objective.batches()):
-        generator = torch.Generator().manual_seed(3 + index)
-        drawn.append(objective.loss.sampled_targets(objective.outputs(inputs), targets, generator))
-    same(curvature, dense_fisher(objective, torch.cat(drawn), per))
+    inputs, targets = everything(objective)  # the labels do not depend on how the data is cut into batches
+    drawn = objective.loss.sampled_targets(objective.outputs(inputs), targets, torch.Generator().manual_seed(3))
+    same(curvature, dense_fisher(objective, drawn, per))
     same(curvature, curvature.matrix())  # the same labels for every product
 
 
@@ -331,3 +329,17 @@ def test_models_that_give_no_tensor_need_a_forward() -> None:
     plain = Objective.of(model.inner, CrossEntropy(), data)
     for kind in (Hessian, GaussNewton):
         same(kind(objective=objective), kind(objective=plain).matrix())
+
+
+def test_each_says_which_matrix_it_is() -> None:
+    objective = make("mlp", "cross-entropy", "sum")
+    curvatures = (
+        Hessian(objective=objective),
+        GaussNewton(objective=objective).with_damping(0.1),
+        Fisher(objective=objective, kind="empirical"),
+    )
+    assert [str(curvature.origin) for curvature in curvatures] == [
+        "Hessian per term in sum loss",
+        "Gauss-Newton per term in sum loss",
+        "empirical Fisher per sample in sum loss",
+    ]

@@ -14,8 +14,8 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, WEIGHTS, CommandLine, change, compress, dense_tensors, left_over, write_ids
-from hesse.compression.statistics import Statistics
 from hesse.errors import CheckpointError, DataError, OptionError, OutputError
+from hesse.estimation import Statistics
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
 
@@ -117,7 +117,7 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
     source, data = half_folder("llama"), write_ids(tmp_path / "ids.jsonl")
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data)
     assert ran.code == 0
-    assert "The curvature of 14 layers from 256 tokens" in ran.stdout
+    assert "gram of 14 layers from 256 tokens" in ran.stdout
     assert "--curvature" in ran.stdout
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data, "--overwrite", "--json")
     content = json.loads(ran.stdout)
@@ -136,6 +136,45 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
     )
     assert ran.code == 0
     assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_kronecker_and_fisher_are_kept_beside_the_gram(
+    estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, folder = estimated(curvatures=("gram", "kronecker", "fisher"))
+    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    for layer in network.layers:
+        kronecker, fisher = statistics.kronecker(layer.name, CPU), statistics.fisher(layer.name, CPU)
+        assert kronecker is not None
+        assert fisher is not None
+        assert kronecker.shape == fisher.shape == layer.module.weight.shape
+        assert str(kronecker.origin) == "sampled Fisher per position in nats per token"
+        assert str(fisher.origin) == "sampled Fisher per sample in nats per token"
+        assert 1 / 5 < kronecker.trace() / fisher.trace() < 5  # positions are not independent
+        torch.testing.assert_close(kronecker.output_factor.diagonal(), statistics.sensitivities[layer.name])
+    report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
+    assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
+def test_kronecker_and_fisher_of_other_families(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
+    source, folder = estimated(name, curvatures=("kronecker", "fisher"))
+    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    for layer in network.layers:
+        kronecker = statistics.kronecker(layer.name, CPU)
+        assert kronecker is not None
+        assert kronecker.shape == layer.module.weight.shape
+        assert kronecker.transposed == layer.transposed
+
+
+def test_statistics_without_a_gram_are_refused_by_name(
+    estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, folder = estimated(curvatures=("fisher",))
+    with pytest.raises(CheckpointError, match="holds fisher but no gram: estimate it with --curvature gram"):
+        compress(source, tmp_path / "out", curvature=folder, data=None)
+    with pytest.raises(OptionError, match="no curvature 'hessian' to estimate: use gram, kronecker, fisher"):
+        hesse.estimate(source, tmp_path / "other", data=tmp_path / "ids.jsonl", curvatures=["hessian"])
 
 
 # Refusals

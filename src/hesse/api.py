@@ -93,6 +93,7 @@ def estimate(
     model: str | Path,
     out: str | Path,
     *,
+    curvatures: Sequence[str] = ("gram",),
     data: str | Path | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -104,8 +105,10 @@ def estimate(
 ) -> dict[str, Any]:
     """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
 
-    The folder holds the Gram of each layer's inputs, E[g²] at its outputs (the true Fisher with sampled labels, per
-    token, in nats), and fingerprints of model and data. Arguments are those of `compress`.
+    The folder holds for each linear layer what `curvatures` names, E[g²] at its outputs, and fingerprints of model and
+    data. "gram" is the second moment of the layer's inputs, which `compress` needs; "kronecker" its K-FAC factors, from
+    which `compress` and `inspect` predict; "fisher" the diagonal of the Fisher, of whole sequences. Both are the true
+    Fisher with sampled labels, in nats per token. Other arguments are those of `compress`.
 
     Returns:
         The folder's index: what was estimated, from what, and the seconds by phase.
@@ -117,6 +120,7 @@ def estimate(
     return estimate_checkpoint(
         locate(model),
         Path(out),
+        tuple(curvatures),
         calibration,
         device=find_device(device),
         overwrite=overwrite,
@@ -178,6 +182,7 @@ def inspect(
     model: str | Path,
     *,
     data: Data = None,
+    curvature: str | Path | None = None,
     samples: int = 4,
     length: int = 256,
     seed: int = 0,
@@ -192,6 +197,7 @@ def inspect(
     Args:
         model: a model folder, `default`, or a hub id; dense.
         data: as for `compress`; None for the shipped calibration text.
+        curvature: a folder that `estimate` wrote, to predict from in place of these samples.
         samples: windows of text.
         length: tokens a window, or as many as the model has positions for.
         seed: of the choice of samples, of sampled labels and of random vectors.
@@ -204,7 +210,15 @@ def inspect(
     _at_least("--samples", samples, 2)
     _at_least("--length", length, 2)
     return inspect_checkpoint(
-        locate(model), str(model), data, samples, length, seed, find_device(device), progress or Silence()
+        locate(model),
+        str(model),
+        data,
+        None if curvature is None else Path(curvature),
+        samples,
+        length,
+        seed,
+        find_device(device),
+        progress or Silence(),
     )
 
 

@@ -145,6 +145,7 @@ def estimate(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     data: DataOption = None,
+    curvature: Annotated[str, typer.Option(help="What to estimate: gram, kronecker, fisher, with commas.")] = "gram",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     length: LengthOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
@@ -160,6 +161,7 @@ def estimate(
         content = api.estimate(
             model,
             out,
+            curvatures=[kind.strip() for kind in curvature.split(",")],
             data=data,
             samples=samples,
             length=length,
@@ -172,12 +174,10 @@ def estimate(
     if as_json:
         _print_json(content)
         return
-    out_console.print(
-        f"The curvature of {len(content['grams'])} layers from {content['tokens']:,} tokens: {out.absolute()}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    out_console.print(f"Next: hesse compress {model} OUT --curvature {out} --bits 4", soft_wrap=True, highlight=False)
+    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
+    out_console.print(f"{held} from {content['tokens']:,} tokens: {out.absolute()}", soft_wrap=True, highlight=False)
+    command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
+    out_console.print(f"Next: hesse {command.format(model)} --curvature {out}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")
@@ -215,6 +215,7 @@ def evaluate(
 def inspect(
     model: ModelArgument,
     data: DataOption = None,
+    curvature: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
@@ -229,7 +230,16 @@ def inspect(
     if out is not None:
         check_page(out, overwrite)
     with _bars(as_json) as bars:
-        result = api.inspect(model, data=data, samples=samples, length=length, seed=seed, device=device, progress=bars)
+        result = api.inspect(
+            model,
+            data=data,
+            curvature=curvature,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            progress=bars,
+        )
     if out is not None:
         write_page(out, inspection_page(result))
     if as_json:

@@ -18,11 +18,10 @@ from hesse.compression.layers import LayerSolver, digest, predicted_increase, re
 from hesse.compression.output import check_output, copy_companions, temporary_folder
 from hesse.compression.plan import Plan, make_plan
 from hesse.compression.report import CompressionReport, LayerReport, Verification
-from hesse.compression.statistics import Statistics
 from hesse.compression.tokens import Calibration
 from hesse.compression.verify import verify
 from hesse.curvature import Gram
-from hesse.estimation import GramAccumulator
+from hesse.estimation import GramAccumulator, Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
@@ -226,7 +225,7 @@ class _Run:
             layer.replace(stored)
         self.notes += solved.notes
         with self.clock.phase("predict"):
-            sensitivity = dense.sensitivities.get(layer.name)
+            sensitivity = self._output_factor(layer.name, dense)
             if sensitivity is None and gram.tokens:
                 self.notes.append(f"{layer.name}: no prediction: the tokens that probed the loss did not reach it")
             change = stored - weight
@@ -248,6 +247,14 @@ class _Run:
             stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
             bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
             return self.plan.format.tensors(layer.name, encoded, stored, bias)
+
+    def _output_factor(self, layer: str, dense: DensePass) -> Tensor | None:
+        """What the loss feels of a layer's outputs: all of G (out, out) where it was estimated before, else E[g²]."""
+        if self.plan.statistics is not None:
+            kronecker = self.plan.statistics.kronecker(layer, self.plan.network.device)
+            if kronecker is not None:
+                return kronecker.output_factor
+        return dense.sensitivities.get(layer)
 
     def _stored_names(self, block: Block) -> list[str]:
         """The checkpoint's names of the tensors of a block."""

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from hesse.estimation import output_sensitivities
+from hesse.estimation import BackwardWalk, OutputMoments, layer_part
 from hesse.models.network import Network
 from hesse.models.stream import Flow, advance, check_finite, start
 from hesse.progress import Clock
@@ -14,7 +13,7 @@ from hesse.progress import Clock
 
 @dataclass(frozen=True, eq=False)
 class DensePass:
-    """Sensitivities by layer (out,) in nats per token, and the check samples' flows after the last block."""
+    """E[g²] at each layer's outputs (out,) in nats per token, and the check samples' flows after the last block."""
 
     sensitivities: dict[str, Tensor]
     flows: list[Flow]
@@ -35,17 +34,39 @@ def dense_pass(
     with clock.phase("probe"):
         flows = start(network, check)
         probes = [] if sensitivity is None else flows if sensitivity is check else start(network, sensitivity)
-    moving = flows if probes is flows else [*flows, *probes]
-    inputs = []
-    for index, block in enumerate(network.blocks):
-        inputs.append([flow.hidden for flow in probes])
-        with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
-            advance(moving, module, index)
-            check_finite(moving, block.name)
-        step()
+    inputs = forward_walk(network, flows if probes is flows else [*flows, *probes], probes, clock, step)
     if not probes:
         return DensePass({}, flows)
     with clock.phase("probe"):
         ended = [replace(flow) for flow in probes]  # the walk back moves them
-        sensitivities = output_sensitivities(network, ended, inputs, seed, step)
-    return DensePass({name: value.to(torch.float32) for name, value in sensitivities.items()}, flows)
+        return DensePass(output_sensitivities(BackwardWalk(network, ended, inputs, seed), step), flows)
+
+
+def forward_walk(
+    network: Network, flows: list[Flow], kept: list[Flow], clock: Clock, step: Callable[[], None]
+) -> list[list[Tensor]]:
+    """Take `flows` through all blocks; what reached each block of those in `kept`."""
+    inputs = []
+    for index, block in enumerate(network.blocks):
+        inputs.append([flow.hidden for flow in kept])
+        with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
+            advance(flows, module, index)
+            check_finite(flows, block.name)
+        step()
+    return inputs
+
+
+def output_sensitivities(walk: BackwardWalk, step: Callable[[], None]) -> dict[str, Tensor]:
+    """E[g²] of each layer's outputs (out,), in nats per token: the diagonal of its Kronecker factor, per position.
+
+    With the Gram of the layer's inputs it gives the loss increase of a change d as ½ Σ_i E[g_i²] d_i E[xxᵀ] d_iᵀ.
+    """
+    step()
+    found: dict[str, Tensor] = {}
+    for block, passages in walk:
+        sums = OutputMoments([layer_part(layer) for layer in block.layers], "position", diagonal=True)
+        for passage in passages:
+            sums.add(passage)
+        found.update({modules[0]: m.total * walk.scale for modules, m in sums.sums.items() if m.count})
+        step()
+    return found

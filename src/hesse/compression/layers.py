@@ -111,7 +111,10 @@ def _gaps(name: str, gram: Gram, rule: Rule) -> list[str]:
 
 
 def predicted_increase(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> float | None:
-    """½ dᵀ(diag(E[g²]) ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without one of the two."""
+    """½ dᵀ(G ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without one of the two.
+
+    `sensitivity` is G = E[ggᵀ] (out, out), or its diagonal (out,).
+    """
     if sensitivity is None or not gram.tokens:
         return None
     return Kronecker(output_factor=sensitivity, input_factor=gram.second_moment).quadratic(change)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from hesse.compression.statistics import Statistics
 from hesse.compression.tokens import Calibration, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
+from hesse.estimation import Statistics
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule, matches
 from hesse.models.checkpoint import Checkpoint
@@ -55,10 +55,11 @@ def make_plan(
     format = _format(format_name, network, rules)
     if statistics is not None:
         statistics.check_model(checkpoint)
-        calibration = statistics.calibration(calibration)
+        statistics.check_holds("gram")
+        calibration = statistics_calibration(statistics, calibration)
     selected = select_samples(model, calibration, network)
     samples = selected.samples
-    if statistics is not None and calibration == statistics.calibration(replace(calibration, data=None)):
+    if statistics is not None and calibration == statistics_calibration(statistics, replace(calibration, data=None)):
         statistics.check_samples(samples)
     if statistics is not None or all(rule is None or rule.curvature == "identity" for rule in rules.values()):
         samples = selected.probes  # only the prediction looks at them
@@ -78,6 +79,13 @@ def make_plan(
         held_out=selected.held_out,
         notes=[*format.notes, *selected.notes],
     )
+
+
+def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
+    """What to check the result with: `asked`, or without data the samples that the statistics are of."""
+    if asked.data is not None:
+        return replace(asked, samples=1)
+    return Calibration(batch_size=asked.batch_size, **statistics.content["samples"])
 
 
 def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, Network, Network]:

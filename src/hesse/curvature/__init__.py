@@ -11,6 +11,7 @@ from hesse.curvature.identity import Identity
 from hesse.curvature.kronecker import Kronecker
 from hesse.curvature.losses import CrossEntropy, Loss, SquaredError, UserLoss
 from hesse.curvature.objective import Objective
+from hesse.curvature.origin import Origin
 from hesse.curvature.rank_one_sum import RankOneSum
 from hesse.curvature.window import GradientWindow
 
@@ -31,6 +32,7 @@ __all__ = [
     "Kronecker",
     "Loss",
     "Objective",
+    "Origin",
     "RankOneSum",
     "Scaled",
     "SquaredError",

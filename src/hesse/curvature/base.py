@@ -4,12 +4,13 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from hesse.curvature.origin import Origin
 from hesse.errors import ConditioningWarning, OptionError, UnsupportedProduct
 
 
@@ -19,10 +20,13 @@ class Curvature(ABC):
 
     H acts on tensors whose trailing dimensions are `shape`; any leading dimensions are independent right-hand
     sides. `damping` is the absolute λ; only `solve` and `inverse_diagonal` see it. Units: `quadratic` is in the
-    unit of the loss that H was estimated from, which each curvature states.
+    unit of the loss that H was estimated from; estimators note it, with the reduction, in `origin`.
     """
 
+    undamped: ClassVar[tuple[str, ...]] = ()  # cached properties that the damping does not change
+
     damping: float = 0.0
+    origin: Origin | None = None  # None where tensors of no stated meaning were given
 
     @property
     @abstractmethod
@@ -108,4 +112,6 @@ class Curvature(ABC):
                 ConditioningWarning,
                 stacklevel=2,
             )
-        return replace(self, damping=damping)
+        other = replace(self, damping=damping)
+        other.__dict__.update({name: self.__dict__[name] for name in self.undamped if name in self.__dict__})
+        return other

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hesse.curvature.base import Curvature
-from hesse.errors import OptionError
+from hesse.curvature.origin import common_origin
+from hesse.errors import OptionError, UnsupportedProduct
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaled(Curvature):
-    """A curvature times a number that is not negative; damping is added after. Every product of the original."""
+    """A curvature times a number above 0; damping is added after. Every product of the original."""
 
     original: Curvature
     factor: float
@@ -23,6 +25,8 @@ class Scaled(Curvature):
             raise OptionError(f"a curvature was multiplied by {self.factor}: use a number above 0")
         if self.original.damping:
             raise OptionError("the curvature in a multiple has a damping of its own: damp the multiple")
+        if self.origin is None:  # a number that changes the unit changes the origin: then it is stated
+            object.__setattr__(self, "origin", self.original.origin)
 
     @property
     def shape(self) -> torch.Size:
@@ -32,8 +36,9 @@ class Scaled(Curvature):
     def _held(self) -> Tensor:
         return self.original._held
 
-    @property
+    @cached_property
     def _inner(self) -> Curvature:
+        """The original, damped so that the multiple is damped by λ."""
         return self.original.with_damping(self.damping / self.factor)
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -71,6 +76,7 @@ class Sum(Curvature):
             raise OptionError("a curvature in a sum has a damping of its own: damp the sum")
         if len({term.shape for term in self.terms}) > 1:
             raise OptionError(f"curvatures of shapes {[tuple(term.shape) for term in self.terms]} cannot be added")
+        object.__setattr__(self, "origin", common_origin((term.origin for term in self.terms), "a sum"))
 
     @property
     def shape(self) -> torch.Size:
@@ -89,6 +95,9 @@ class Sum(Curvature):
     def trace(self) -> float:
         return sum(term.trace() for term in self.terms)
 
+    def solve(self, vector: Tensor) -> Tensor:
+        raise UnsupportedProduct("a Sum has no inverse product of its own: use hesse.solvers.conjugate_gradients")
+
     def rank(self) -> int:
         return int(torch.linalg.matrix_rank(self.matrix(), hermitian=True))
 
@@ -97,8 +106,9 @@ class Sum(Curvature):
 class BlockDiagonal(Curvature):
     """One curvature a parameter, on all parameters as one flat vector, in the order of `blocks`.
 
-    `shapes` are the parameters' own, since a block may act on their last dimensions only (a Gram on each row). The
-    damping is added to every block; blocks have none of their own.
+    `shapes` are the parameters' own, since a block may act on a part of them that repeats (a Gram on each row), or on
+    the same entries in another shape (a convolution's weight as a matrix). The damping is added to every block; blocks
+    have none of their own, and all have one origin: a block per position beside one per sample is refused.
     """
 
     blocks: dict[str, Curvature]
@@ -108,11 +118,13 @@ class BlockDiagonal(Curvature):
         if not self.blocks or self.blocks.keys() != self.shapes.keys():
             raise OptionError("a BlockDiagonal takes one block and one shape for each parameter")
         for name, block in self.blocks.items():
-            inner = len(block.shape)
-            if inner and tuple(self.shapes[name][-inner:]) != tuple(block.shape):
-                raise OptionError(f"{name} of shape {self.shapes[name]} has a block of shape {tuple(block.shape)}")
+            shape, inner = tuple(self.shapes[name]), len(block.shape)
+            if tuple(block.shape) != shape[len(shape) - inner :] and block.shape.numel() != math.prod(shape):
+                raise OptionError(f"{name} of shape {shape} has a block of shape {tuple(block.shape)}")
             if block.damping:
                 raise OptionError(f"the block of {name} has a damping of its own: damp the whole")
+        origins = (block.origin for block in self.blocks.values())
+        object.__setattr__(self, "origin", common_origin(origins, "a BlockDiagonal"))
 
     @property
     def shape(self) -> torch.Size:
@@ -128,26 +140,36 @@ class BlockDiagonal(Curvature):
         pieces = zip(self.shapes.items(), torch.split(vector, sizes, dim=-1), strict=True)
         return {name: piece.reshape(*vector.shape[:-1], *shape) for (name, shape), piece in pieces}
 
-    def _each(self, vector: Tensor, product: Callable[[Curvature, Tensor], Tensor]) -> Tensor:
+    @cached_property
+    def _damped(self) -> dict[str, Curvature]:
+        """The blocks with the damping of the whole, kept with what they factorise."""
+        return {name: block.with_damping(self.damping) for name, block in self.blocks.items()}
+
+    def _each(
+        self, vector: Tensor, product: Callable[[Curvature, Tensor], Tensor], blocks: dict[str, Curvature]
+    ) -> Tensor:
         lead = vector.shape[:-1]
-        pieces = [product(self.blocks[name], piece) for name, piece in self.split(vector).items()]
-        return torch.cat([piece.reshape(*lead, -1) for piece in pieces], dim=-1)
+        pieces = []
+        for name, piece in self.split(vector).items():
+            block = blocks[name]
+            result = product(block, piece.reshape(*lead, -1, *block.shape))
+            pieces.append(result.reshape(*lead, -1))
+        return torch.cat(pieces, dim=-1)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self._each(vector, lambda block, piece: block.matvec(piece))
+        return self._each(vector, lambda block, piece: block.matvec(piece), self.blocks)
 
     def solve(self, vector: Tensor) -> Tensor:
-        return self._each(vector, lambda block, piece: block.with_damping(self.damping).solve(piece))
+        return self._each(vector, lambda block, piece: block.solve(piece), self._damped)
 
     def _spread(self, values: dict[str, Tensor]) -> Tensor:
-        return torch.cat([values[name].expand(shape).flatten() for name, shape in self.shapes.items()])
+        return torch.cat([value.flatten().repeat(self._repeats(name)) for name, value in values.items()])
 
     def diagonal(self) -> Tensor:
         return self._spread({name: block.diagonal() for name, block in self.blocks.items()})
 
     def inverse_diagonal(self) -> Tensor:
-        damped = {name: block.with_damping(self.damping) for name, block in self.blocks.items()}
-        return self._spread({name: block.inverse_diagonal() for name, block in damped.items()})
+        return self._spread({name: block.inverse_diagonal() for name, block in self._damped.items()})
 
     def _repeats(self, name: str) -> int:
         """How often a block stands side by side in its parameter."""

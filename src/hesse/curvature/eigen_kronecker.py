@@ -1,53 +1,49 @@
 """Kronecker factors whose eigenvalues were measured again (EK-FAC)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
-from hesse.curvature.kronecker import Kronecker
+from hesse.curvature.kronecker import Kronecker, spread, through_eigenvectors
+from hesse.curvature.origin import Origin
 from hesse.errors import ConditioningError, DataError, OptionError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EigenKronecker(Curvature):
-    """H V = Q_G (Λ ⊙ (Q_Gᵀ V Q_A)) Q_Aᵀ on a weight (out, in): the eigenvectors of G and A, any eigenvalues Λ.
+    """H V = R (Λ ⊙ (Rᵀ V C)) Cᵀ on a weight (rows, columns): a Kronecker's eigenvectors, any eigenvalues Λ.
 
-    With Λ = E[(Q_Gᵀ g Q_A)²] over the weight's gradients g it is the nearest such matrix to E[g gᵀ] in the Frobenius
-    norm, so never further from it than G ⊗ A. Unit as of the gradients: nats for each thing that a gradient is of.
-    Source: George et al., 2018.
+    For a linear layer's weight (out, in) R holds the eigenvectors of G and C those of A. With Λ = E[(Rᵀ g C)²] over
+    the weight's gradients g it is the nearest such matrix to E[g gᵀ] in the Frobenius norm, so never further from it
+    than G ⊗ A. Unit as of the gradients: see `origin`. Source: George et al., 2018.
     """
 
-    output_vectors: Tensor  # Q_G (out, out), eigenvectors as columns
-    input_vectors: Tensor  # Q_A (in, in)
-    eigenvalues: Tensor  # Λ (out, in)
-    per: Literal["position", "sample"]  # what the gradients were of
+    row_vectors: Tensor | None  # R (rows, rows), eigenvectors as columns; None is the identity
+    column_vectors: Tensor | None  # C (columns, columns)
+    eigenvalues: Tensor  # Λ (rows, columns)
 
     @classmethod
-    def from_gradients(
-        cls, kronecker: Kronecker, gradients: Tensor, per: Literal["position", "sample"] = "position"
-    ) -> Self:
-        """The eigenvectors of `kronecker`, with eigenvalues from `gradients` (m, out, in), one a position or a sample.
+    def from_gradients(cls, kronecker: Kronecker, gradients: Tensor, origin: Origin | None = None) -> Self:
+        """The eigenvectors of `kronecker`, with eigenvalues from `gradients` (m, rows, columns) of the stated origin.
 
         Raises:
-            OptionError: the factors are of the other reduction: positions' eigenvalues differ from samples' by orders.
+            OptionError: the factors have another origin: positions' eigenvalues differ from samples' by orders.
             DataError: there is no gradient, or one is not finite.
         """
         if gradients.ndim != 3 or not len(gradients):
-            raise DataError(f"gradients must be (m, out, in) with m of 1 or more, not {tuple(gradients.shape)}")
-        if per != kronecker.per:
-            raise OptionError(f"factors per {kronecker.per} take eigenvalues per {kronecker.per}, not per {per}")
-        left, right = kronecker.eigenvectors()
-        rotated = left.T.to(gradients) @ gradients @ right.to(gradients)
-        eigenvalues = rotated.square().mean(0)
+            raise DataError(f"gradients must be (m, rows, columns) with m of 1 or more, not {tuple(gradients.shape)}")
+        if None not in (origin, kronecker.origin) and origin != kronecker.origin:
+            raise OptionError(f"factors of a {kronecker.origin} cannot take eigenvalues of a {origin}")
+        rows, columns = (None if v is None else v.to(gradients) for _, v in kronecker.eigen)
+        rotated = gradients if columns is None else gradients @ columns
+        eigenvalues = (rotated if rows is None else rows.T @ rotated).square().mean(0)
         if not bool(torch.isfinite(eigenvalues).all()):
             raise DataError("the gradients hold NaN or infinity")
-        return cls(
-            output_vectors=left.to(gradients), input_vectors=right.to(gradients), eigenvalues=eigenvalues, per=per
-        )
+        stated = kronecker.origin if origin is None else origin
+        return cls(row_vectors=rows, column_vectors=columns, eigenvalues=eigenvalues, origin=stated)
 
     @property
     def shape(self) -> torch.Size:
@@ -58,9 +54,7 @@ class EigenKronecker(Curvature):
         return self.eigenvalues
 
     def _through(self, vector: Tensor, values: Tensor) -> Tensor:
-        left, right = self.output_vectors, self.input_vectors
-        rotated = left.T @ vector.to(left.dtype) @ right
-        return (left @ (rotated * values) @ right.T).to(vector.dtype)
+        return through_eigenvectors(vector.to(self.dtype), values, self.row_vectors, self.column_vectors).to(vector)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._through(vector, self.eigenvalues)
@@ -76,14 +70,11 @@ class EigenKronecker(Curvature):
     def solve(self, vector: Tensor) -> Tensor:
         return self._through(vector, self._inverse)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        return self.output_vectors.square() @ values @ self.input_vectors.square().T
-
     def diagonal(self) -> Tensor:
-        return self._spread(self.eigenvalues)
+        return spread(self.eigenvalues, self.row_vectors, self.column_vectors)
 
     def inverse_diagonal(self) -> Tensor:
-        return self._spread(self._inverse)
+        return spread(self._inverse, self.row_vectors, self.column_vectors)
 
     def rank(self) -> int:
         limit = self.eigenvalues.max() * torch.finfo(self.eigenvalues.dtype).eps * max(self.shape)

@@ -1,7 +1,7 @@
 """Exact second derivatives of a network's loss, as products only: Hessian, Gauss-Newton matrix, Fisher."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from hesse.curvature.base import Curvature
-from hesse.curvature.objective import Objective, each
+from hesse.curvature.objective import Objective, each, label_generator
+from hesse.curvature.origin import Origin
 from hesse.errors import OptionError, UnsupportedProduct
 
 Columns = tuple[Tensor, ...]  # one tensor (columns, *shape) a parameter
@@ -27,6 +28,14 @@ class Exact(Curvature):
     objective: Objective
     columns: int = 8
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", self._origin())
+
+    def _origin(self) -> Origin:
+        """Which matrix this is: that of every term, whatever sample it is in, unless it says otherwise."""
+        name = {"GaussNewton": "Gauss-Newton"}.get(type(self).__name__, type(self).__name__)
+        return Origin(name, "term", f"{self.objective.loss.reduction} loss")
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.objective.size,))
@@ -40,16 +49,15 @@ class Exact(Curvature):
         objective = self.objective
         flat = vector.reshape(-1, objective.size).to(objective.parameters[0])
         total = torch.zeros_like(flat)
-        for index, (inputs, targets) in enumerate(objective.batches()):
-            product = self._products(index, inputs, targets)
+        for product in self._batches():
             for start in range(0, len(flat), self.columns):
                 pieces = product(objective.split(flat[start : start + self.columns]))
                 total[start : start + self.columns] += torch.cat([piece.flatten(1) for piece in pieces], dim=1)
         return (total * objective.scale).view(vector.shape).to(vector)
 
     @abstractmethod
-    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
-        """Products with the matrix of the summed terms of batch number `index`."""
+    def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
+        """Products with the matrix of the summed terms of each batch."""
 
     def diagonal(self) -> Tensor:
         raise UnsupportedProduct(
@@ -95,8 +103,11 @@ class Hessian(Exact):
             self._graphs[index] = gradient
         return gradient
 
-    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
-        gradient = self._gradient(index, inputs, targets)
+    def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
+        for index, (inputs, targets) in enumerate(self.objective.batches()):
+            yield self._products(self._gradient(index, inputs, targets))
+
+    def _products(self, gradient: tuple[Tensor | None, ...]) -> Callable[[Columns], Columns]:
         parameters = self.objective.parameters
 
         def one(vector: Sequence[Tensor]) -> Columns:
@@ -122,7 +133,11 @@ class GaussNewton(Exact):
     Positive semi-definite for a convex ℓ. Forward mode for J and backward for Jᵀ (Schraudolph, 2002).
     """
 
-    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+    def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
+        for inputs, targets in self.objective.batches():
+            yield self._products(inputs, targets)
+
+    def _products(self, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
         loss = self.objective.loss
 
         def outputs(*parameters: Tensor) -> Tensor:
@@ -144,12 +159,16 @@ class Fisher(Exact):
     `per="sample"` squares the gradient of a whole sample (a sequence), `per="term"` that of each of its terms (a
     token); for the first two kinds they have the same expectation. The gradient of a batch's mean is never squared.
 
-    `seed` draws the same labels for every product; None draws new ones for each.
+    `seed` draws the same labels for every product, in the order of the data, however it is cut into batches; None
+    draws new ones for each.
     """
 
     kind: Literal["exact", "sampled", "empirical"]
     per: Literal["sample", "term"] = "sample"
     seed: int | None = 0
+
+    def _origin(self) -> Origin:
+        return Origin(f"{self.kind} Fisher", self.per, f"{self.objective.loss.reduction} loss")
 
     def __post_init__(self) -> None:
         if self.kind not in ("exact", "sampled", "empirical"):
@@ -159,13 +178,20 @@ class Fisher(Exact):
         if self.kind != "empirical":  # refuses a loss without a distribution
             generator = torch.Generator().manual_seed(0)
             self.objective.loss.sampled_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
+        super().__post_init__()
 
-    def _products(self, index: int, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
-        objective, loss = self.objective, self.objective.loss
+    def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
+        objective, generator = self.objective, label_generator(self.seed)
         if self.kind == "exact":
-            return GaussNewton(objective=objective)._products(index, inputs, targets)
-        if self.kind == "sampled":
-            targets = objective.sampled_targets(index, inputs, targets, self.seed)
+            yield from GaussNewton(objective=objective)._batches()
+            return
+        for inputs, targets in objective.batches():
+            if self.kind == "sampled":
+                targets = objective.sampled_targets(inputs, targets, generator)
+            yield self._products(inputs, targets)
+
+    def _products(self, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
+        objective, loss = self.objective, self.objective.loss
 
         def losses(*parameters: Tensor) -> Tensor:
             terms = loss.terms(objective.outputs(inputs, parameters), targets)

@@ -24,22 +24,29 @@ class Gram(Curvature):
 
     second_moment: Tensor  # (in, in)
     tokens: int
+    cross_moment: Tensor | None = None  # (in, in), E[x x₀ᵀ] with the inputs x₀ of the unchanged network
 
     @classmethod
-    def from_inputs(cls, inputs: Tensor) -> Self:
+    def from_inputs(cls, inputs: Tensor, reference: Tensor | None = None) -> Self:
         """The Gram of `inputs` (..., tokens, in), accumulated in float32 at least.
 
+        With `reference`, the same tokens' inputs in another stream (the dense network's, where `inputs` are a
+        compressed one's), it holds their cross moment too.
+
         Raises:
-            DataError: there are no tokens, or an input is not finite.
+            DataError: there are no tokens, the streams differ in shape, or an input is not finite.
         """
         flat = inputs.reshape(-1, inputs.shape[-1])
         if flat.shape[0] == 0:
             raise DataError("a Gram needs at least one token of inputs")
+        if reference is not None and reference.shape != inputs.shape:
+            raise DataError(f"inputs {tuple(inputs.shape)} and reference {tuple(reference.shape)} differ in shape")
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         second_moment = flat.T @ flat / flat.shape[0]
-        if not bool(torch.isfinite(second_moment).all()):
+        cross = None if reference is None else flat.T @ reference.reshape(flat.shape).to(flat) / flat.shape[0]
+        if not all(bool(torch.isfinite(moment).all()) for moment in (second_moment, cross) if moment is not None):
             raise DataError("the inputs hold NaN or infinity")
-        return cls(second_moment=second_moment, tokens=flat.shape[0])
+        return cls(second_moment=second_moment, tokens=flat.shape[0], cross_moment=cross)
 
     @property
     def shape(self) -> torch.Size:
@@ -97,6 +104,17 @@ class Gram(Curvature):
 
     def rank(self) -> int:
         return int(torch.linalg.matrix_rank(self.second_moment, hermitian=True))
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The weight (out, in) whose outputs on x are nearest to those of `weight` W₀ on the reference inputs x₀.
+
+        The minimum over W of E‖Wx - W₀x₀‖² + λ‖W - W₀‖² is W₀ (E[x₀xᵀ] + λI)(A + λI)⁻¹, and around it the loss is
+        `quadratic`. Without a cross moment x₀ is x, and the answer `weight` itself.
+        """
+        if self.cross_moment is None:
+            return weight
+        wanted = weight @ self.cross_moment.T.to(weight.dtype) + self.damping * weight
+        return self.solve(wanted)
 
     def diagonal_part(self) -> Diagonal:
         """Only E[x²] per input, which is what Wanda uses."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,77 +9,109 @@ from torch import Tensor
 from hesse.curvature.base import Curvature
 from hesse.errors import ConditioningError, OptionError
 
+Eigen = tuple[Tensor, Tensor | None]  # eigenvalues (n,), and eigenvectors as columns (n, n) or None for the identity's
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kronecker(Curvature):
-    """Output factor G ⊗ input factor A on a weight (out, in): H V = G V A.
+    """Output factor G and input factor A on a weight (out, in): H V = G V A; on a `transposed` one (in, out): A V G.
 
-    With A = E[xxᵀ] per token and G the second moment per token of the gradient of the sequence's summed loss at the
-    layer's output (labels sampled from the model: the true Fisher), `quadratic(d)` is in nats per token. G is
-    (out, out), or (out,) when only its diagonal was kept. Positions are taken as independent (`per="position"`,
-    K-FAC expand), or summed over a sample first (`per="sample"`, K-FAC reduce).
-    Source: Martens and Grosse, 2015; shared weights: Eschenhagen et al., 2023. Damping is added to the product:
-    G ⊗ A + λI, solved exactly in the factors' eigenbases.
+    With A = E[xxᵀ] and G the second moment of the gradient of a sample's summed loss at the layer's output, in a unit
+    per token, `quadratic(d)` has that unit. Positions are taken as independent (`origin.per` is "position": K-FAC
+    expand) or summed over a sample first ("sample": K-FAC reduce). A factor that is diagonal, such as an embedding's
+    A, is held as its diagonal (n,). Damping is added to the product: G ⊗ A + λI, solved exactly in the factors'
+    eigenbases. Source: Martens and Grosse, 2015; shared weights: Eschenhagen et al., 2023.
     """
 
+    undamped = ("eigen",)
+
     output_factor: Tensor  # (out, out) or (out,)
-    input_factor: Tensor  # (in, in)
-    per: Literal["position", "sample"] = "position"  # what the factors are sums over
+    input_factor: Tensor  # (in, in) or (in,)
+    transposed: bool = False  # whether the weight is (in, out), as that of an embedding is
 
     def __post_init__(self) -> None:
-        if self.output_factor.ndim not in (1, 2) or self.input_factor.ndim != 2:
-            raise OptionError("Kronecker takes an output factor (out, out) or (out,) and an input factor (in, in)")
+        if self.output_factor.ndim not in (1, 2) or self.input_factor.ndim not in (1, 2):
+            raise OptionError(
+                "Kronecker takes an output factor (out, out) or (out,) and an input factor (in, in) or (in,)"
+            )
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors that act on the weight's rows and on its columns."""
+        factors = (self.output_factor, self.input_factor)
+        return (factors[1], factors[0]) if self.transposed else factors
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.output_factor.shape[0], self.input_factor.shape[0]))
+        return torch.Size([len(factor) for factor in self.factors])
 
     @property
     def _held(self) -> Tensor:
         return self.input_factor
 
     def matvec(self, vector: Tensor) -> Tensor:
-        right = vector @ self.input_factor.to(vector.dtype)
-        left = self.output_factor.to(vector.dtype)
-        return left[:, None] * right if left.ndim == 1 else left @ right
+        left, right = (factor.to(vector.dtype) for factor in self.factors)
+        columns = vector * right if right.ndim == 1 else vector @ right
+        return left[:, None] * columns if left.ndim == 1 else left @ columns
 
     def diagonal(self) -> Tensor:
-        left = self.output_factor if self.output_factor.ndim == 1 else self.output_factor.diagonal()
-        return left[:, None] * self.input_factor.diagonal()
-
-    def eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Eigenvectors of G (out, out) and of A (in, in), as columns, in float64."""
-        inputs = torch.linalg.eigh(self.input_factor.double()).eigenvectors
-        if self.output_factor.ndim == 1:
-            return torch.eye(self.shape[0]).to(inputs), inputs
-        return torch.linalg.eigh(self.output_factor.double()).eigenvectors, inputs
+        left, right = (factor if factor.ndim == 1 else factor.diagonal() for factor in self.factors)
+        return left[:, None] * right
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvectors of G and of A, and the eigenvalues of G ⊗ A + λI as (out, in); in float64."""
-        input_values, input_vectors = torch.linalg.eigh(self.input_factor.double())
-        if self.output_factor.ndim == 1:
-            output_values = self.output_factor.double()
-            output_vectors = torch.eye(len(output_values)).to(output_values)
-        else:
-            output_values, output_vectors = torch.linalg.eigh(self.output_factor.double())
-        values = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0) + self.damping
+    def eigen(self) -> tuple[Eigen, Eigen]:
+        """Eigenvalues and eigenvectors, in float64, of the factors on the weight's rows and on its columns."""
+        return _eigen(self.factors[0]), _eigen(self.factors[1])
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """The eigenvalues of H + λI (rows, columns)."""
+        (left, _), (right, _) = self.eigen
+        values = left.clamp(min=0)[:, None] * right.clamp(min=0) + self.damping
         undetermined = self.damping == 0 and self.rank() < self.shape.numel()
         if undetermined or not bool((values > torch.finfo(torch.float32).tiny).all()):
             raise ConditioningError("this Kronecker curvature is singular and has no damping; use .damped(0.01) first")
-        return output_vectors, input_vectors, values
+        return values
 
     def solve(self, vector: Tensor) -> Tensor:
-        left, right, values = self._eigen
-        rotated = left.T @ vector.double() @ right / values
-        return (left @ rotated @ right.T).to(vector.dtype)
+        return through_eigenvectors(vector.double(), 1 / self._values, self.eigen[0][1], self.eigen[1][1]).to(
+            vector.dtype
+        )
 
     def inverse_diagonal(self) -> Tensor:
-        left, right, values = self._eigen
-        return (left.square() @ (1 / values) @ right.square().T).to(self.input_factor.dtype)
+        return spread(1 / self._values, self.eigen[0][1], self.eigen[1][1]).to(self.dtype)
 
     def rank(self) -> int:
-        input_rank = int(torch.linalg.matrix_rank(self.input_factor, hermitian=True))
-        if self.output_factor.ndim == 1:
-            return int(torch.count_nonzero(self.output_factor)) * input_rank
-        return int(torch.linalg.matrix_rank(self.output_factor, hermitian=True)) * input_rank
+        left, right = (_rank(factor) for factor in self.factors)
+        return left * right
+
+    def trace(self) -> float:
+        left, right = (float((f if f.ndim == 1 else f.diagonal()).double().sum()) for f in self.factors)
+        return left * right
+
+
+def _eigen(factor: Tensor) -> Eigen:
+    if factor.ndim == 1:
+        return factor.double(), None
+    values, vectors = torch.linalg.eigh(factor.double())
+    return values, vectors
+
+
+def _rank(factor: Tensor) -> int:
+    if factor.ndim == 1:
+        return int(torch.count_nonzero(factor))
+    return int(torch.linalg.matrix_rank(factor, hermitian=True))
+
+
+def through_eigenvectors(vector: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """R (values ⊙ (Rᵀ V C)) Cᵀ for `vector` V (..., rows, columns); None is the identity."""
+    rotated = vector if columns is None else vector @ columns
+    rotated = (rotated if rows is None else rows.T @ rotated) * values
+    rotated = rotated if columns is None else rotated @ columns.T
+    return rotated if rows is None else rows @ rotated
+
+
+def spread(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """The diagonal of the matrix with eigenvalues `values` (rows, columns) in the basis of `rows` and `columns`."""
+    values = values if rows is None else rows.square() @ values
+    return values if columns is None else values @ columns.square().T

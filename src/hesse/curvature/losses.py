@@ -32,9 +32,9 @@ class Loss(ABC):
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each term, (samples, ...); masked ones are 0."""
 
-    def count(self, outputs: Tensor, targets: Tensor) -> int:
-        """How many terms a mean divides by."""
-        return self.terms(outputs, targets).numel()
+    def count(self, targets: Tensor) -> int | None:
+        """How many terms a mean divides by, where the targets alone say it."""
+        return None
 
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
         """The second derivative of the summed terms with respect to the outputs, times `change` (outputs' shape)."""
@@ -47,7 +47,10 @@ class Loss(ABC):
         return torch.zeros_like(outputs) if second is None else second
 
     def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Targets drawn from the distribution whose negative log-likelihood this loss is; masks stay."""
+        """Targets drawn from the distribution whose negative log-likelihood this loss is; masks stay.
+
+        The generator's numbers are used sample by sample: a batch cut into parts gets the labels that it gets whole.
+        """
         raise UnsupportedProduct(
             f"{type(self).__name__} is not known to be the likelihood of a distribution, so there is no true Fisher: "
             'use GaussNewton, or Fisher(kind="empirical")'
@@ -69,7 +72,7 @@ class CrossEntropy(Loss):
         )
         return flat.view(targets.shape)
 
-    def count(self, outputs: Tensor, targets: Tensor) -> int:
+    def count(self, targets: Tensor) -> int | None:
         return int((targets != self.ignore_index).sum())
 
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
@@ -93,12 +96,16 @@ class SquaredError(Loss):
             raise OptionError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape")
         return (outputs - targets).square()
 
+    def count(self, targets: Tensor) -> int | None:
+        return targets.numel()
+
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
         return 2 * change
 
     def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-        return outputs.detach() + noise * math.sqrt(0.5)
+        # Sample by sample, so that the same numbers come whatever samples are taken together.
+        noise = torch.stack([torch.randn(o.shape, generator=generator, dtype=outputs.dtype) for o in outputs])
+        return outputs.detach() + noise.to(outputs.device) * math.sqrt(0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,11 @@ def as_loss(loss: Loss | nn.Module) -> Loss:
     if isinstance(loss, nn.MSELoss):
         return SquaredError(reduction=loss.reduction)  # type: ignore[arg-type]
     raise OptionError(f"{type(loss).__name__} is no loss that Hesse knows: give UserLoss(function=...)")
+
+
+def next_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
+    """A language model's targets for `ids` (samples, tokens): the token after each, and none after the last."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], ignore_index)], dim=1)
 
 
 def sampled_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -66,6 +66,11 @@ class Objective:
         known = dict(self.model.named_parameters())
         return tuple(known[name] for name in self.names)
 
+    @cached_property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters by name."""
+        return dict(zip(self.names, self.parameters, strict=True))
+
     @property
     def size(self) -> int:
         """Entries of θ."""
@@ -100,9 +105,8 @@ class Objective:
         if not some:
             raise DataError("the data holds no batch: give at least one sample")
 
-    def sampled_targets(self, index: int, inputs: Any, targets: Tensor, seed: int | None) -> Tensor:
-        """Targets of batch number `index` drawn from the model itself: the same for the same seed, or new for None."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed + index)
+    def sampled_targets(self, inputs: Any, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Targets of a batch drawn from the model itself."""
         with torch.no_grad():
             return self.loss.sampled_targets(self.outputs(inputs), targets, generator)
 
@@ -114,6 +118,10 @@ class Objective:
             replaced = dict(zip(self.names, parameters, strict=True))
             result: Tensor = functional_call(_Forward(self.model, self._call), _prefixed(replaced), (inputs,))
             return result
+
+    def outputs_once(self, inputs: Any) -> Tensor:
+        """The model's outputs where one derivative of them is enough: attention may be fused."""
+        return self._call(self.model, inputs)
 
     def _call(self, model: nn.Module, inputs: Any) -> Tensor:
         outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
@@ -132,11 +140,25 @@ class Objective:
         """
         if self.loss.reduction == "sum":
             return 1.0
+        return self.scale_of(sum(self.count(inputs, targets) for inputs, targets in self.batches()))
+
+    def count(self, inputs: Any, targets: Tensor) -> int:
+        """Terms of the loss of some samples."""
+        known = self.loss.count(targets)
+        if known is not None:
+            return known
         with torch.no_grad():
-            terms = sum(self.loss.count(self.outputs(inputs), targets) for inputs, targets in self.batches())
+            return self.loss.terms(self.outputs(inputs), targets).numel()
+
+    def scale_of(self, terms: int) -> float:
+        """What the sum over `terms` terms, all there are, is multiplied by.
+
+        Raises:
+            DataError: there is none.
+        """
         if terms == 0:
             raise DataError("no sample has a term of the loss: all targets are masked")
-        return 1 / terms
+        return 1.0 if self.loss.reduction == "sum" else 1 / terms
 
     def value(self) -> float:
         """L(θ)."""
@@ -160,6 +182,11 @@ class Objective:
         if not bool(torch.isfinite(total).all()):
             raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
         return total * self.scale
+
+
+def label_generator(seed: int | None) -> torch.Generator | None:
+    """What draws the labels of all data, in its order; other ones each time for None."""
+    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def each(function: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:

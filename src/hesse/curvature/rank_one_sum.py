@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
+from hesse.curvature.origin import Origin
 from hesse.curvature.symmetric import add_upper, mirrored
 from hesse.errors import ConditioningError, DataError, OptionError
 
@@ -32,8 +33,8 @@ class RankOneSum(Curvature):
     inner_products: Tensor  # (m, m) float64
 
     @classmethod
-    def from_gradients(cls, gradients: Tensor) -> Self:
-        """The sum over `gradients` (m, *shape), one a sample.
+    def from_gradients(cls, gradients: Tensor, origin: Origin | None = None) -> Self:
+        """The sum over `gradients` (m, *shape), one a sample, of the stated origin.
 
         Raises:
             DataError: there is none, or one is not finite.
@@ -49,7 +50,7 @@ class RankOneSum(Curvature):
         if not bool(torch.isfinite(total).all()):
             index = int((~torch.isfinite(total.diagonal())).nonzero().flatten().tolist()[0])
             raise DataError(f"gradient {index} holds NaN or infinity, or overflows when it is squared")
-        return cls(gradients=gradients, inner_products=mirrored(total))
+        return cls(gradients=gradients, inner_products=mirrored(total), origin=origin)
 
     def __post_init__(self) -> None:
         if self.inner_products.shape != (len(self.gradients), len(self.gradients)):

@@ -1,26 +1,26 @@
 """From data to curvature: what flows through a network fills these."""
 
-from hesse.estimation.gradients import (
-    fisher_blocks,
-    fisher_diagonal,
-    fisher_rank_one_sum,
-    per_sample_gradients,
-)
+from hesse.estimation.backward import BackwardWalk, layer_part
+from hesse.estimation.curvatures import estimate_curvatures
+from hesse.estimation.eigen import eigen_kronecker
+from hesse.estimation.estimates import Estimates, Sums
+from hesse.estimation.gradients import per_sample_gradients
 from hesse.estimation.gram import GramAccumulator
-from hesse.estimation.kronecker import LayerFactors, eigen_kronecker, kronecker_factors
-from hesse.estimation.sensitivity import output_sensitivities
+from hesse.estimation.statistics import Statistics
 from hesse.estimation.storage import load_curvature, save_curvature
+from hesse.estimation.sums import OutputMoments
 
 __all__ = [
+    "BackwardWalk",
+    "Estimates",
     "GramAccumulator",
-    "LayerFactors",
+    "OutputMoments",
+    "Statistics",
+    "Sums",
     "eigen_kronecker",
-    "fisher_blocks",
-    "fisher_diagonal",
-    "fisher_rank_one_sum",
-    "kronecker_factors",
+    "estimate_curvatures",
+    "layer_part",
     "load_curvature",
-    "output_sensitivities",
     "per_sample_gradients",
     "save_curvature",
 ]

@@ -9,23 +9,36 @@ from hesse.errors import DataError
 
 
 class GramAccumulator:
-    """Σ xxᵀ over tokens in float32, and the number of tokens."""
+    """Σ xxᵀ over tokens in float32, and the number of tokens; with reference inputs x₀ also Σ x x₀ᵀ."""
 
     def __init__(self, name: str, width: int, device: torch.device) -> None:
         self.name = name
         self.total = torch.zeros(width, width, device=device)
+        self.cross: Tensor | None = None
         self.tokens = 0
         self._wide = self.total[:0]  # inputs in float32; kept, since fresh memory costs more than what is done with it
 
-    def add(self, inputs: Tensor) -> None:
-        """Add `inputs` (..., in)."""
+    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
+        """Add `inputs` (..., in), and what they were in another stream: with all, or with none.
+
+        Raises:
+            DataError: some inputs came with a reference and some without, or of another shape.
+        """
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if self.tokens and (reference is None) != (self.cross is None):
+            raise DataError(f"some inputs of {self.name} came with a reference and some without: give it with all")
         self.tokens += flat.shape[0]
         if flat.dtype != torch.float32:
             if len(self._wide) < len(flat):
                 self._wide = torch.empty_like(flat, dtype=torch.float32)
             flat = self._wide[: len(flat)].copy_(flat)
         add_upper(self.total, flat)
+        if reference is not None:
+            if reference.shape != inputs.shape:
+                raise DataError(f"the inputs of {self.name} and their reference differ in shape")
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.total)
+            self.cross.addmm_(flat.T, reference.reshape(flat.shape).to(flat))
 
     def gram(self) -> Gram:
         """The Gram per token; zero if there were no tokens.
@@ -33,9 +46,12 @@ class GramAccumulator:
         Raises:
             DataError: an input was NaN or infinite.
         """
-        if not bool(torch.isfinite(self.total).all()):
+        sums = [self.total] if self.cross is None else [self.total, self.cross]
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
             raise DataError(
                 f"the inputs of {self.name} hold NaN or infinity: the model overflows on this data in its own "
                 "precision, or its weights are damaged"
             )
-        return Gram(second_moment=mirrored(self.total) / max(self.tokens, 1), tokens=self.tokens)
+        tokens = max(self.tokens, 1)
+        cross = None if self.cross is None else self.cross / tokens
+        return Gram(second_moment=mirrored(self.total) / tokens, tokens=self.tokens, cross_moment=cross)

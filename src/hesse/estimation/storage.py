@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hesse.curvature import Curvature
+from hesse.curvature import Curvature, Origin
 from hesse.errors import CheckpointError, UnsupportedProduct
 from hesse.version import __version__
 
@@ -61,6 +61,8 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Curvature):
         inner = {f.name: _describe(getattr(value, f.name), f"{name}{f.name}", tensors) for f in fields(value)}
         return {"curvature": type(value).__name__, "fields": inner}
+    if isinstance(value, Origin):
+        return {"origin": asdict(value)}
     if isinstance(value, tuple):
         return {"tuple": [_describe(item, f"{name}.{index}.", tensors) for index, item in enumerate(value)]}
     if isinstance(value, dict):
@@ -77,6 +79,8 @@ def _restore(described: Any, tensors: dict[str, Tensor], path: str | Path) -> An
         if described["tensor"] not in tensors:
             raise CheckpointError(f"{path} lacks the tensor {described['tensor']}: estimate it again")
         return tensors[described["tensor"]]
+    if "origin" in described:
+        return Origin(**described["origin"])
     if "tuple" in described:
         return tuple(_restore(item, tensors, path) for item in described["tuple"])
     if "dict" in described:

@@ -122,8 +122,7 @@ def _evaluation(
     encoder = network.kind == "encoder"
     n = hidden.tokens if encoder else totals.tokens
     loss = None if encoder else totals.loss / n
-    kl = totals.divergence / n if compared and not encoder else None
-    variance = max(totals.divergence_square / n - (totals.divergence / n) ** 2, 0.0)
+    kl, kl_error = (None, None) if encoder or not compared else totals.mean_divergence()
     reference_loss = totals.reference_loss / n if compared and not encoder else None
     return Evaluation(
         kind=network.kind,
@@ -135,7 +134,7 @@ def _evaluation(
         reference_loss=reference_loss,
         loss_increase=None if loss is None or reference_loss is None else loss - reference_loss,
         kl=kl,
-        kl_standard_error=None if kl is None else math.sqrt(variance / n),
+        kl_standard_error=kl_error,
         top1_agreement=totals.agreement / n if compared and not encoder else None,
         hidden_error=hidden.half_square / n if encoder else None,
         hidden_relative_error=2 * hidden.half_square / hidden.reference_square if encoder else None,

@@ -30,6 +30,11 @@ class Totals:
         for rows in zip(predicted, labels, dense, strict=True):
             self._add(*rows)
 
+    def mean_divergence(self) -> tuple[float, float]:
+        """The mean divergence in nats per token, and its standard error over tokens."""
+        mean = self.divergence / self.tokens
+        return mean, (max(self.divergence_square / self.tokens - mean**2, 0.0) / self.tokens) ** 0.5
+
     def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
         logs = logits.float().log_softmax(-1)
         self.tokens += len(labels)

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hesse.curvature import CrossEntropy, Diagonal, GaussNewton, Hessian, Objective
+from hesse.curvature import CrossEntropy, Curvature, GaussNewton, Hessian, Identity, Objective
+from hesse.curvature.losses import next_tokens
 from hesse.data import Samples, read_samples
 from hesse.errors import UnsupportedModelError
-from hesse.estimation import eigen_kronecker, fisher_diagonal, kronecker_factors
+from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
 from hesse.evaluation.evaluate import check_ids
 from hesse.evaluation.metrics import Totals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
-from hesse.models.network import Network
+from hesse.models.network import Layer, Network
 from hesse.progress import Clock, Progress
-from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, spectral_density
+from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
 
 LANCZOS_PRODUCTS = 25  # for both ends of the spectrum
 TRACE_PRODUCTS = 15
 DENSITY_PROBES, DENSITY_STEPS = 2, 12
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Inspection:
     samples: int
     tokens: int
     parameters: int
+    curvature: str | None  # the folder of statistics that predictions were made from, in place of these samples
     loss: float
     gradient_norm: float
     largest_eigenvalue: tuple[float, float]  # of the Hessian, and its residual: a true one lies so near
@@ -59,6 +60,7 @@ def inspect_checkpoint(
     model: Path,
     name: str,
     data: str | Path | list[list[int]] | None,
+    curvature: Path | None,
     samples: int,
     length: int,
     seed: int,
@@ -67,13 +69,19 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Inspect the causal language model in the folder `model`, in float32 and wholly in memory.
 
+    With a folder `curvature` that `hesse estimate` wrote, predictions are made from what it holds.
+
     Raises:
         UnsupportedModelError: it has no next-token loss, or no linear layers of its own kind.
         HesseError: the model or the data cannot be used.
     """
     clock = Clock()
     with clock.phase("read"):
-        network = Network(open_checkpoint(model), torch.float32, device)
+        checkpoint = open_checkpoint(model)
+        statistics = None if curvature is None else Statistics(curvature)
+        if statistics is not None:
+            statistics.check_model(checkpoint)
+        network = Network(checkpoint, torch.float32, device)
         if network.kind != "causal-lm":
             raise UnsupportedModelError(f"{model} is an encoder without a loss of its own: inspect a language model")
         limit = network.input_limit
@@ -88,7 +96,7 @@ def inspect_checkpoint(
         )
         check_ids(network, chosen.batches(1))
     with network.whole() as whole:
-        return _Inspector(network, whole, name, chosen, seed, clock, progress).run()
+        return _Inspector(network, whole, name, statistics, chosen, seed, clock, progress).run()
 
 
 class _Inspector:
@@ -99,50 +107,47 @@ class _Inspector:
         network: Network,
         model: PreTrainedModel,
         name: str,
+        statistics: Statistics | None,
         samples: Samples,
         seed: int,
         clock: Clock,
         progress: Progress,
     ) -> None:
+        self.statistics, self.device = statistics, network.device
         self.name, self.seed, self.clock, self.progress = name, seed, clock, progress
         self.batches = samples.batches(1)
         self.model = model
-        self.linear = {
-            layer.name: layer.module
-            for block in network.blocks
-            for layer in block.layers
-            if isinstance(layer.module, nn.Linear)
-        }
+        self.layers = {layer.name: layer for block in network.blocks for layer in block.layers}
         modules = {module: path for path, module in model.named_modules()}
-        self.paths = {name: modules[module] for name, module in self.linear.items()}
-        if not self.linear:
-            raise UnsupportedModelError(f"the blocks of {type(model).__name__} hold no nn.Linear that can be inspected")
-        for module in self.linear.values():
-            module.weight.requires_grad_(True)
-        data = [(ids, _next_tokens(ids)) for ids in self.batches]
-        weights = [f"{path}.weight" for path in self.paths.values()]
+        self.parameters = {name: f"{modules[layer.module]}.weight" for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.module.weight.requires_grad_(True)
+        data = [(ids, next_tokens(ids)) for ids in self.batches]
+        weights = list(self.parameters.values())
         self.objective = Objective.of(model, CrossEntropy(), data, weights, forward=_logits)
 
     def run(self) -> Inspection:
         """Everything, in turn."""
         objective = self.objective
-        self.progress.begin("estimate", 4)
+        self.progress.begin("estimate", 3)
         with self.clock.phase("estimate"):
             gradient = objective.gradient()
             self.progress.advance()
-            factors = kronecker_factors(objective, "sampled", "position", seed=self.seed)
+            reached = [name for name in objective.names if bool(_part(objective, gradient, name).any())]
+            part = Objective.of(self.model, objective.loss, objective.data, reached, objective.forward)
+            kinds = ["gram", "kronecker", "fisher"] if self.statistics is None else ["fisher"]
+            found = estimate_curvatures(part, kinds, seed=self.seed)  # type: ignore[arg-type]
             self.progress.advance()
-            corrected = eigen_kronecker(objective, factors, "sampled", seed=self.seed)
+            corrected = eigen_kronecker(part, found.kronecker, seed=self.seed) if found.kronecker else {}
             self.progress.advance()
-            diagonal = objective.split(fisher_diagonal(objective, "sampled", seed=self.seed).values)
-            self.progress.advance()
-        layers = self._layers(factors, corrected, diagonal)
+        layers = self._layers(found, corrected, part.scale)
         ends, trace, density = self._spectrum()
         return Inspection(
             model=self.name,
             samples=len(self.batches),
             tokens=sum(ids.numel() for ids in self.batches),
             parameters=objective.size,
+            curvature=None if self.statistics is None else str(self.statistics.folder),
             loss=objective.value(),
             gradient_norm=float(gradient.double().norm()),
             largest_eigenvalue=(float(ends.values[0]), float(ends.residuals[0])),
@@ -154,31 +159,46 @@ class _Inspector:
             seconds={"total": self.clock.total, **self.clock.seconds},
         )
 
-    def _layers(self, factors: Any, corrected: Any, diagonal: tuple[Tensor, ...]) -> list[LayerInspection]:
+    def _layers(self, found: Estimates, corrected: dict[str, Any], scale: float) -> list[LayerInspection]:
+        """Each layer that the data reaches, changed alone."""
         dense = [self._predict(ids) for ids in self.batches]
 
-        def measure() -> float:
+        def measure() -> tuple[float, float]:
             totals = Totals()
             for ids, wanted in zip(self.batches, dense, strict=True):
                 totals.add(self._predict(ids), ids, wanted)
-            return totals.divergence / totals.tokens
+            return totals.mean_divergence()
 
-        reached = [name for name, path in self.paths.items() if path in factors]
+        inspected = []
+        reached = [layer for name, layer in self.layers.items() if self.parameters[name] in found.fisher]
         self.progress.begin("change each layer", len(reached) * len(SCHEMES))
-        values = dict(zip(self.paths, diagonal, strict=True))
         with self.clock.phase("measure"):
-            return [
-                inspect_layer(
-                    name,
-                    self.linear[name],
-                    factors[self.paths[name]],
-                    corrected[self.paths[name]],
-                    Diagonal(values=values[name]),
-                    measure,
-                    self.progress.advance,
-                )
-                for name in reached
-            ]
+            for layer in reached:
+                name = self.parameters[layer.name]
+                curvatures = self._curvatures(layer, found, corrected)
+                norms = found.squared_norms[name]
+                trace = mean_of(norms.double() * (scale * len(norms)))
+                inspected.append(inspect_layer(layer, curvatures, trace, measure, self.progress.advance))
+        return inspected
+
+    def _curvatures(self, layer: Layer, found: Estimates, corrected: dict[str, Any]) -> dict[str, Curvature]:
+        """What predicts changes of a layer: estimated here, or before."""
+        name, statistics = self.parameters[layer.name], self.statistics
+        if statistics is None:
+            return {
+                "identity": Identity(),
+                "gram": found.gram[name],
+                "fisher diagonal": found.fisher[name],
+                "kronecker": found.kronecker[name],
+                "eigen-kronecker": corrected[name],
+            }
+        held: dict[str, Curvature | None] = {
+            "identity": Identity(),
+            "gram": statistics.gram(layer.name, self.device),
+            "fisher diagonal": statistics.fisher(layer.name, self.device),
+            "kronecker": statistics.kronecker(layer.name, self.device),
+        }
+        return {kind: curvature for kind, curvature in held.items() if curvature is not None}
 
     def _predict(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -208,6 +228,6 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _next_tokens(ids: Tensor) -> Tensor:
-    """The token after each, and nothing after the last."""
-    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+def _part(objective: Objective, vector: Tensor, name: str) -> Tensor:
+    """The entries of a flat vector that belong to a parameter."""
+    return objective.split(vector)[objective.names.index(name)]

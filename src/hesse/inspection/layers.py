@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, Sparse
-from hesse.curvature import Diagonal, EigenKronecker, Identity
-from hesse.estimation import LayerFactors
-from hesse.solvers import Nearest, solve
+from hesse.curvature import Curvature, Gram, Identity
+from hesse.models.network import Layer
+from hesse.solvers import Estimate, Nearest, solve
 
 SCHEMES: dict[str, Constraint] = {
     "8 bits": Grid(8, 128),
@@ -26,46 +26,50 @@ class LayerInspection:
 
     name: str
     shape: tuple[int, int]
-    trace: float  # of its block of the Fisher (EK-FAC), in nats per token
+    trace: tuple[float, float]  # of its block of the Fisher, in nats per token, and its standard error over samples
     mean_eigenvalue: float
     predicted: dict[str, dict[str, float]]  # scheme: curvature: ½ dᵀHd, nats per token where the curvature has nats
-    measured: dict[str, float]  # scheme: KL(model || changed) in nats per token
+    measured: dict[str, tuple[float, float]]  # scheme: KL(model || changed) in nats per token, and its standard error
 
 
 def inspect_layer(
-    name: str,
-    layer: nn.Linear,
-    factors: LayerFactors,
-    corrected: EigenKronecker,
-    diagonal: Diagonal,
-    measure: Callable[[], float],
+    layer: Layer,
+    curvatures: dict[str, Curvature],
+    trace: Estimate,
+    measure: Callable[[], tuple[float, float]],
     advance: Callable[[], None],
 ) -> LayerInspection:
     """Change `layer` by each scheme, plainly rounded or zeroed, and put it back.
 
-    `diagonal` is of its weight's shape; `measure` is asked while the layer is changed.
+    `curvatures` are of its parameter, (in, out) where the layer is `transposed`, but for a Gram, which is of its rows.
+    `measure` is asked while the layer is changed.
     """
-    weight = layer.weight.detach()
-    curvatures = {
-        "identity": Identity(),
-        "gram": factors.gram,
-        "fisher diagonal": diagonal,
-        "kronecker": factors.kronecker,
-        "eigen-kronecker": corrected,
-    }
+    weight = layer.weight.detach().clone()
     predicted: dict[str, dict[str, float]] = {}
-    measured: dict[str, float] = {}
+    measured: dict[str, tuple[float, float]] = {}
     for scheme, constraint in SCHEMES.items():
         changed = solve(weight, Identity(), constraint, Nearest()).weight.to(weight)
-        predicted[scheme] = {kind: curvature.quadratic(changed - weight) for kind, curvature in curvatures.items()}
-        layer.weight.data = changed
+        change = changed - weight
+        stored = change.T if layer.transposed else change
+        predicted[scheme] = {
+            kind: curvature.quadratic(change if isinstance(curvature, Gram) else stored)
+            for kind, curvature in curvatures.items()
+        }
+        layer.weight.data.copy_(changed)
         try:
             measured[scheme] = measure()
         finally:
-            layer.weight.data = weight
+            layer.weight.data.copy_(weight)
         advance()
-    trace = corrected.trace()
-    return LayerInspection(name, (weight.shape[0], weight.shape[1]), trace, trace / weight.numel(), predicted, measured)
+    value = float(trace.value)
+    return LayerInspection(
+        layer.name,
+        (weight.shape[0], weight.shape[1]),
+        (value, float(trace.standard_error)),
+        value / weight.numel(),
+        predicted,
+        measured,
+    )
 
 
 def rank_correlations(layers: list[LayerInspection]) -> dict[str, dict[str, float]]:
@@ -74,7 +78,7 @@ def rank_correlations(layers: list[LayerInspection]) -> dict[str, dict[str, floa
         scheme: {
             kind: rank_correlation(
                 torch.tensor([layer.predicted[scheme][kind] for layer in layers]),
-                torch.tensor([layer.measured[scheme] for layer in layers]),
+                torch.tensor([layer.measured[scheme][0] for layer in layers]),
             )
             for kind in layers[0].predicted[scheme]
         }

@@ -12,7 +12,7 @@ from hesse.reporting.terminal import number
 if TYPE_CHECKING:
     from hesse.inspection import Inspection
 
-SHOWN = "4 bits"  # the scheme whose costs stand in the table of layers
+SHOWN = ("4 bits", "50 % zeros")  # the schemes whose costs stand in the table of layers
 
 
 def inspection_summary(inspection: "Inspection") -> RenderableType:
@@ -47,16 +47,30 @@ def _whole(inspection: "Inspection") -> Table:
 
 
 def _layers(inspection: "Inspection") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="each layer alone, nats per token", title_justify="left")
+    kind = predicts(inspection)
+    title = f"each layer alone, nats per token ± standard error; predicted by {kind}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for heading in ("trace", "mean eigenvalue", f"{SHOWN}: predicted", "measured", "50 % zeros: predicted", "measured"):
+    for heading in ("trace", "mean eigenvalue", *(x for s in SHOWN for x in (f"{s}: predicted", "measured"))):
         table.add_column(heading, justify="right")
     for layer in inspection.layers:
         costs = []
-        for scheme in (SHOWN, "50 % zeros"):
-            costs += [number(layer.predicted[scheme]["eigen-kronecker"], 2), number(layer.measured[scheme], 2)]
-        table.add_row(layer.name, number(layer.trace, 3), number(layer.mean_eigenvalue, 2), *costs)
+        for scheme in SHOWN:
+            costs += [number(layer.predicted[scheme][kind], 2), with_error(layer.measured[scheme])]
+        table.add_row(layer.name, with_error(layer.trace), number(layer.mean_eigenvalue, 2), *costs)
     return table
+
+
+def predicts(inspection: "Inspection") -> str:
+    """The curvature whose predictions are shown: the first of these, in nats, that there is."""
+    kinds = list(next(iter(inspection.rank_correlations.values())))
+    return next(kind for kind in ("eigen-kronecker", "kronecker", "fisher diagonal", *kinds) if kind in kinds)
+
+
+def with_error(pair: tuple[float, float]) -> str:
+    """A value with its standard error."""
+    value, error = pair
+    return f"{number(value, 3)} ± {number(error, 1)}"
 
 
 def _trust(inspection: "Inspection") -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hesse.errors import OptionError, OutputError
-from hesse.reporting.inspection import advice, facts
+from hesse.reporting.inspection import advice, facts, predicts, with_error
 from hesse.reporting.terminal import number
 from hesse.version import __version__
 
@@ -56,11 +56,12 @@ def inspection_page(inspection: "Inspection") -> str:
 
     source = files("hesse.reporting").joinpath("templates").joinpath("inspection.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = number
+    environment.filters.update(number=number, with_error=with_error)
     return environment.from_string(source).render(
         inspection=inspection,
         facts=facts(inspection),
         advice=advice(inspection),
+        shown=predicts(inspection),
         schemes=list(inspection.rank_correlations),
         curvatures=list(next(iter(inspection.rank_correlations.values()))),
         spectrum=_svg(_spectrum(inspection)),
@@ -104,11 +105,12 @@ def _spectrum(inspection: "Inspection") -> "Figure":
 def _traces(inspection: "Inspection") -> "Figure":
     layers = inspection.layers
     figure, (axis,) = _figure(8, 1 + 0.17 * len(layers))
-    axis.barh(range(len(layers)), [layer.trace for layer in layers], color="#31688e")
+    values, errors = zip(*(layer.trace for layer in layers), strict=True)
+    axis.barh(range(len(layers)), values, xerr=errors, color="#31688e", ecolor="#999999", error_kw={"linewidth": 0.8})
     axis.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=7)
     axis.invert_yaxis()
     axis.set_ylim(len(layers) - 0.4, -0.6)
-    axis.set_xlabel("trace of the layer's block of the Fisher (EK-FAC), nats per token")
+    axis.set_xlabel("trace of the layer's block of the Fisher, nats per token, ± standard error over samples")
     return figure
 
 
@@ -117,7 +119,7 @@ def _predictions(inspection: "Inspection") -> "Figure":
     figure, axes = _figure(13, 3.4, len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
         for scheme, color in zip(inspection.rank_correlations, _colors(len(inspection.rank_correlations)), strict=True):
-            pairs = [(layer.predicted[scheme][kind], layer.measured[scheme]) for layer in inspection.layers]
+            pairs = [(layer.predicted[scheme][kind], layer.measured[scheme][0]) for layer in inspection.layers]
             shown = [(x, y) for x, y in pairs if x > 0 and y > 0]
             axis.scatter([x for x, _ in shown], [y for _, y in shown], s=9, color=color, label=scheme)
         axis.set_xscale("log")

@@ -3,7 +3,7 @@
 from hesse.solvers.base import Solution, Solver, solve, solve_with
 from hesse.solvers.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
 from hesse.solvers.error_feedback import ErrorFeedback
-from hesse.solvers.estimate import Estimate
+from hesse.solvers.estimate import Estimate, mean_of
 from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
@@ -26,6 +26,7 @@ __all__ = [
     "lanczos",
     "linear_solve",
     "log_determinant",
+    "mean_of",
     "solve",
     "solve_with",
     "spectral_density",

@@ -1,43 +1,42 @@
 """The curvature of a model that was estimated before, on disk."""
 
 import hashlib
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hesse.compression.tokens import Calibration
-from hesse.curvature import Gram
+from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.data import Samples
 from hesse.errors import CheckpointError, DataError
-from hesse.estimation import load_curvature
+from hesse.estimation.storage import load_curvature
 from hesse.models.checkpoint import Checkpoint, read_json
 
 INDEX_FILE = "statistics.json"
 SENSITIVITIES_FILE = "sensitivities.safetensors"
 READ_AT_ONCE = 1 << 22
+Kind = TypeVar("Kind", bound=Curvature)
 
 
-@dataclass(eq=False)
 class Statistics:
-    """A folder that `hesse estimate` wrote: a Gram for each layer's inputs, and E[g²] at its outputs.
+    """A folder that `hesse estimate` wrote: E[g²] at each layer's outputs, and for each layer what was asked for.
+
+    That is a Gram of its inputs, Kronecker factors, or the diagonal of the Fisher; each in a file of its own.
 
     Raises:
         CheckpointError: the folder is no such folder.
     """
 
-    folder: Path
-
-    def __post_init__(self) -> None:
-        if not (self.folder / INDEX_FILE).is_file():
-            raise CheckpointError(f"{self.folder} has no {INDEX_FILE}: give a folder that `hesse estimate` wrote")
-        self.content: dict[str, Any] = read_json(self.folder / INDEX_FILE)
-        self._last: tuple[str, Gram] | None = None
+    def __init__(self, folder: Path) -> None:
+        if not (folder / INDEX_FILE).is_file():
+            raise CheckpointError(f"{folder} has no {INDEX_FILE}: give a folder that `hesse estimate` wrote")
+        self.folder = folder
+        self.content: dict[str, Any] = read_json(folder / INDEX_FILE)
+        self._last: dict[str, tuple[str, Curvature]] = {}  # of each kind what was read last
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Refuse another model.
@@ -51,12 +50,6 @@ class Statistics:
                     f"{self.folder} is of another model than {checkpoint.folder}: {name} differs; estimate it again"
                 )
 
-    def calibration(self, asked: Calibration) -> Calibration:
-        """What to check the result with: `asked`, or without data the samples that the statistics are of."""
-        if asked.data is not None:
-            return replace(asked, samples=1)
-        return Calibration(batch_size=asked.batch_size, **self.content["samples"])
-
     def check_samples(self, samples: Samples) -> None:
         """Refuse data that changed since.
 
@@ -68,17 +61,38 @@ class Statistics:
                 f"{samples.source} has changed since {self.folder} was estimated: estimate it again, or give --data"
             )
 
+    def check_holds(self, kind: str) -> None:
+        """Refuse statistics that lack a kind of curvature.
+
+        Raises:
+            CheckpointError: they do.
+        """
+        if kind not in self.content["curvatures"]:
+            held = ", ".join(self.content["curvatures"])
+            raise CheckpointError(f"{self.folder} holds {held} but no {kind}: estimate it with --curvature {kind}")
+
     def gram(self, layer: str, device: torch.device) -> Gram | None:
         """The Gram of a layer's inputs; None where no token reached it. Layers with one input get one object."""
-        file = self.content["grams"].get(layer)
+        return self._curvature("gram", layer, device, Gram)
+
+    def kronecker(self, layer: str, device: torch.device) -> Kronecker | None:
+        """The Kronecker factors of a layer's weight, per position, in nats per token; None where there are none."""
+        return self._curvature("kronecker", layer, device, Kronecker)
+
+    def fisher(self, layer: str, device: torch.device) -> Diagonal | None:
+        """The diagonal of the Fisher on a layer's weight, per sample, in nats per token; None where there is none."""
+        return self._curvature("fisher", layer, device, Diagonal)
+
+    def _curvature(self, kind: str, layer: str, device: torch.device, wanted: type[Kind]) -> Kind | None:
+        file = self.content["curvatures"].get(kind, {}).get(layer)
         if file is None:
             return None
-        if self._last is None or self._last[0] != file:
-            gram = load_curvature(self.folder / file, str(device))
-            if not isinstance(gram, Gram):
-                raise CheckpointError(f"{self.folder / file} holds a {type(gram).__name__}, not a Gram")
-            self._last = (file, gram)
-        return self._last[1]
+        if self._last.get(kind, ("", None))[0] != file:
+            self._last[kind] = (file, load_curvature(self.folder / file, str(device)))
+        found = self._last[kind][1]
+        if not isinstance(found, wanted):
+            raise CheckpointError(f"{self.folder / file} holds a {type(found).__name__}, not a {wanted.__name__}")
+        return found
 
     @cached_property
     def sensitivities(self) -> dict[str, Tensor]:

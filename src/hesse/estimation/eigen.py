@@ -1,0 +1,114 @@
+"""The second pass of EK-FAC: the eigenvalues that the factors' eigenvectors really have."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hesse.curvature import Curvature, EigenKronecker, Kronecker, Objective
+from hesse.errors import OptionError
+from hesse.estimation.parts import Part
+from hesse.estimation.passage import Passage, Per, Rows
+from hesse.estimation.walk import BUDGET, Kind, Walk
+
+TOGETHER = 1 << 26  # bytes of rotated gradients at once
+
+
+def eigen_kronecker(
+    objective: Objective, kronecker: Mapping[str, Curvature], *, seed: int = 0, budget: int = BUDGET
+) -> dict[str, EigenKronecker]:
+    """Eigenvectors of the Kronecker curvatures in `kronecker`, by parameter, with eigenvalues measured in a pass.
+
+    Labels and reduction are those that the factors say they are of. Per position Λ = Σ (Rᵀg)² (Cᵀx)² over positions;
+    per sample Λ = Σ (Rᵀ (Σ g xᵀ) C)² with the whole gradient of each sample. With the factors' `seed` no matrix with
+    these eigenvectors is nearer to the Fisher's block. What is no single Kronecker product (biases, norms, a weight
+    tied to an embedding) is left as it was: out. Source: George et al., 2018.
+
+    Raises:
+        OptionError: a factor does not say what it was estimated as, or the factors differ in it.
+    """
+    factors = {name: c for name, c in kronecker.items() if isinstance(c, Kronecker)}
+    origins = {c.origin for c in factors.values()}
+    if len(origins) != 1 or None in origins:
+        raise OptionError("the Kronecker factors must be of one origin: take those of estimate_curvatures")
+    origin = next(iter(origins))
+    assert origin is not None
+    kind: Kind = "empirical" if origin.matrix == "empirical Fisher" else "sampled"
+    per: Per = "position" if origin.per == "position" else "sample"
+    part_of = Objective(objective.model, objective.loss, objective.data, tuple(factors), objective.forward)
+    walk = Walk(part_of, kind, seed=seed, budget=budget, apart=per == "sample")
+    sums = _Eigenvalues({name: walk.parts[name][0] for name in factors}, factors, per)
+    for passage in walk:
+        sums.add(passage)
+    if walk.others:
+        raise OptionError(f"{walk.others[0]} is not the weight of a layer here: take the factors' own objective")
+    return {
+        name: EigenKronecker(
+            row_vectors=sums.vectors[name][0],
+            column_vectors=sums.vectors[name][1],
+            eigenvalues=sums.totals[name] * walk.scale,
+            origin=origin,
+        )
+        for name in factors
+    }
+
+
+class _Eigenvalues:
+    """Σ of squared gradients in the eigenvectors' basis."""
+
+    def __init__(self, parts: dict[str, Part], factors: dict[str, Kronecker], per: Per) -> None:
+        self.parts, self.per = parts, per
+        known: dict[int, Tensor | None] = {}  # layers with the same inputs share a factor, and so its eigenvectors
+        self.vectors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.totals: dict[str, Tensor] = {}
+        for name, curvature in factors.items():
+            self.totals[name] = torch.zeros(curvature.shape, dtype=curvature.dtype, device=curvature.device)
+            sides = []
+            for factor in curvature.factors:
+                if id(factor) not in known:
+                    known[id(factor)] = None if factor.ndim == 1 else torch.linalg.eigh(factor.double())[1].to(factor)
+                sides.append(known[id(factor)])
+            self.vectors[name] = (sides[0], sides[1])
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        rotated: dict[object, Tensor] = {}  # inputs that several layers share
+        for name, part in self.parts.items():
+            rows = passage.rows(part)
+            if rows is not None:
+                self.totals[name] += self._squares(name, part, rows, rotated)
+
+    def _squares(self, name: str, part: Part, rows: Rows, rotated: dict[object, Tensor]) -> Tensor:
+        first, second = self.vectors[name]
+        left, right = (second, first) if part.transposed else (first, second)
+        dtype = self.totals[name].dtype
+        gradients = rows.gradients.to(dtype) if left is None else rows.gradients.to(dtype) @ left
+        key = (rows.source, id(right))
+        if key not in rotated:
+            inputs = rows.inputs if rows.vocabulary else rows.inputs.to(dtype)
+            rotated[key] = inputs if right is None else inputs @ right
+        square = self._summed(gradients, rotated[key], rows)
+        return square.T if part.transposed else square
+
+    def _summed(self, gradients: Tensor, inputs: Tensor, rows: Rows) -> Tensor:
+        """Σ of squares (out, in) over positions, or over samples' sums."""
+        if rows.vocabulary:
+            return _of_tokens(gradients, inputs, rows.vocabulary, self.per)
+        if self.per == "position":
+            return gradients.flatten(0, 1).square().T @ inputs.flatten(0, 1).square()
+        total = gradients.new_zeros(gradients.shape[-1], inputs.shape[-1])
+        step = max(TOGETHER // (total.numel() * total.element_size()), 1)
+        for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
+            total += (some.transpose(1, 2) @ others).square().sum(0)
+        return total
+
+
+def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: Per) -> Tensor:
+    """The same for an embedding: gradients by the token they are of."""
+    if per == "position":
+        total = gradients.new_zeros(vocabulary, gradients.shape[-1])
+        return total.index_add_(0, ids.flatten(), gradients.flatten(0, 1).square()).T
+    total = gradients.new_zeros(vocabulary, gradients.shape[-1])
+    for tokens, slopes in zip(ids, gradients, strict=True):
+        total += gradients.new_zeros(total.shape).index_add_(0, tokens, slopes).square()
+    return total.T

@@ -1,0 +1,148 @@
+"""Curvatures made of what a pass has summed up: which sums each needs, and how it follows from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Kronecker, Origin, RankOneSum, Sum
+from hesse.errors import DataError
+from hesse.estimation.parts import Part
+from hesse.estimation.passage import Passage, Per
+from hesse.estimation.sums import FlatGradients, GradientBlocks, GradientSquares, InputMoments, OutputMoments
+
+Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
+
+
+class Adds(Protocol):
+    """Anything that is summed up as a pass goes on."""
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """What was asked for, by parameter; only `rank_one` is on all of them as one flat vector."""
+
+    gram: dict[str, Gram] = field(default_factory=dict)
+    kronecker: dict[str, Curvature] = field(default_factory=dict)
+    fisher: dict[str, Diagonal] = field(default_factory=dict)
+    blocks: dict[str, BlockRankOneSum] = field(default_factory=dict)
+    rank_one: RankOneSum | None = None
+    squared_norms: dict[str, Tensor] = field(default_factory=dict)  # with fisher: of each sample's gradient (samples,)
+
+
+class Sums:
+    """What the curvatures that were asked need, each thing summed once."""
+
+    def __init__(
+        self,
+        parts: dict[str, list[Part]],
+        parameters: Mapping[str, Tensor],
+        asked: Sequence[Name],
+        per: Per = "position",
+        block_size: int = 50,
+    ) -> None:
+        self.parts, self.asked, self.per = parts, set(asked), per
+        every = [part for several in parts.values() for part in several]
+        self.without_factors = {
+            name: p for name, p in parameters.items() if not parts[name] or any(x.role == "scale" for x in parts[name])
+        }
+        self._inputs = InputMoments(every, per)
+        self._positions = self._inputs if per == "position" else InputMoments(every, "position")
+        self._outputs = OutputMoments(every, per)
+        self._simple = GradientSquares(parts, self.without_factors, per)
+        self._squares = GradientSquares(parts, parameters, "sample")
+        self._blocks = GradientBlocks(parts, parameters, block_size) if "blocks" in asked else None
+        self._flat = FlatGradients(parts, parameters)
+        needs: dict[Name, list[Adds]] = {
+            "gram": [self._positions],
+            "kronecker": [self._inputs, self._outputs, self._simple],
+            "fisher": [self._squares],
+            "blocks": [] if self._blocks is None else [self._blocks],
+            "rank-one": [self._flat],
+        }
+        self._wanted = list({id(s): s for name in needs if name in asked for s in needs[name]}.values())
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        for statistic in self._wanted:
+            statistic.add(passage)
+
+    def leave_out_unreached(self) -> None:
+        """Forget the parameters of layers that no position with a gradient reached, such as an expert's."""
+        reached = {key for sums in (self._inputs, self._positions) for key, moment in sums.sums.items() if moment.count}
+        for name in [n for n, parts in self.parts.items() if not all(part.modules in reached for part in parts)]:
+            del self.parts[name]
+
+    def estimates(self, scale: float, matrix: str, unit: str) -> Estimates:
+        """The curvatures, with sums times `scale`; `matrix` and `unit` go into their origin.
+
+        Raises:
+            DataError: a sum is not finite, or a layer was never reached.
+        """
+        of_samples, of_factors = Origin(matrix, "sample", unit), Origin(matrix, self.per, unit)
+        asked = self.asked
+        return Estimates(
+            gram=self._grams() if "gram" in asked else {},
+            kronecker=self._kronecker(scale, of_factors) if "kronecker" in asked else {},
+            fisher=self._diagonals(self._squares, scale, of_samples) if "fisher" in asked else {},
+            blocks={} if self._blocks is None else self._blocks.curvatures(scale, of_samples),
+            rank_one=self._flat.curvature(scale, of_samples) if "rank-one" in asked else None,
+            squared_norms=self._squares.squared_norms() if "fisher" in asked else {},
+        )
+
+    def _grams(self) -> dict[str, Gram]:
+        origin = Origin("layer output", "position", "squared output")
+        found = {}
+        for name, parts in self.parts.items():
+            for part in parts:
+                if part.role == "matrix":
+                    second_moment = self._input(self._positions, part)
+                    full = second_moment.diag() if second_moment.ndim == 1 else second_moment
+                    count = self._positions.sums[part.modules].count
+                    found[name] = Gram(second_moment=full, tokens=count, origin=origin)
+        return found
+
+    def _kronecker(self, scale: float, origin: Origin) -> dict[str, Curvature]:
+        found: dict[str, Curvature] = dict(self._diagonals(self._simple, scale, origin))
+        for name, parts in self.parts.items():
+            if name not in found:
+                terms = [self._factors(part, scale, origin) for part in parts]
+                found[name] = terms[0] if len(terms) == 1 else Sum(terms=tuple(terms))
+        return found
+
+    def _factors(self, part: Part, scale: float, origin: Origin) -> Curvature:
+        moment = self._outputs.sums.get(part.modules)
+        if moment is None or not moment.count:
+            raise _unreached(part)
+        outputs = moment.value(f"output gradients of {part.modules[0]}") * scale
+        if part.role == "offset":
+            return Gram(second_moment=outputs, tokens=moment.count, origin=origin)
+        inputs = self._input(self._inputs, part)
+        return Kronecker(output_factor=outputs, input_factor=inputs, transposed=part.transposed, origin=origin)
+
+    def _input(self, sums: InputMoments, part: Part) -> Tensor:
+        """E[xxᵀ] of a part; one tensor for layers that share it."""
+        moment = sums.sums.get(part.modules)
+        if moment is None or not moment.count:
+            raise _unreached(part)
+        return moment.mean(f"inputs of {part.modules[0]}")
+
+    def _diagonals(self, squares: GradientSquares, scale: float, origin: Origin) -> dict[str, Diagonal]:
+        found = {}
+        for name, parameter in squares.parameters.items():
+            if name not in self.parts:
+                continue
+            total = squares.sums.get(name, torch.zeros_like(parameter))
+            if not bool(torch.isfinite(total).all()):
+                raise DataError(f"a gradient of {name} holds NaN or infinity: the loss overflows on this data")
+            found[name] = Diagonal(values=total * scale, origin=origin)
+        return found
+
+
+def _unreached(part: Part) -> DataError:
+    return DataError(f"no position of {part.modules[0]} has a gradient: the loss does not depend on its output")

@@ -1,0 +1,150 @@
+"""A network's parameters as matrices, offsets and scales of the layers that they belong to."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from hesse.curvature import Objective
+from hesse.errors import UnsupportedModelError
+
+Role = Literal["matrix", "offset", "scale"]
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter as layers of one kind use it; most have one part, and a weight tied to an embedding has two.
+
+    A matrix multiplies a layer's inputs, an offset is added to its outputs, and a scale multiplies them entry by entry.
+    """
+
+    parameter: str  # its name in the objective
+    role: Role
+    modules: tuple[str, ...]  # whose calls are its positions
+    transposed: bool = False  # whether the matrix is (in, out)
+
+
+def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.Module]]:
+    """The parts of each parameter of the objective, and the modules by name; no part where no layer here has it.
+
+    Raises:
+        UnsupportedModelError: a layer mixes the samples of a batch, or a convolution is of a kind not known here.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in objective.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise UnsupportedModelError(
+                f"{name} takes statistics over a batch, so samples depend on one another: call model.eval() first"
+            )
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module, key))
+    parts: dict[str, list[Part]] = {}
+    modules: dict[str, nn.Module] = {}
+    for name, parameter in zip(objective.names, objective.parameters, strict=True):
+        uses: dict[tuple[Role, bool], list[str]] = {}
+        for owner, module, key in owners[id(parameter)]:
+            role = _role(module, key)
+            if role is None:
+                uses.clear()  # one use that is not known spoils the others
+                break
+            _check(owner, module)
+            modules[owner] = module
+            uses.setdefault((role, role == "matrix" and input_side_first(module)), []).append(owner)
+        parts[name] = [Part(name, role, tuple(found), first) for (role, first), found in uses.items()]
+    return parts, modules
+
+
+def _role(module: nn.Module, key: str) -> Role | None:
+    if isinstance(module, MATRICES):
+        return {"weight": "matrix", "bias": "offset"}.get(key)  # type: ignore[return-value]
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if own <= {"weight", "bias"} and not any(True for _ in module.children()):
+        return {"weight": "scale", "bias": "offset"}.get(key)  # type: ignore[return-value]
+    return None
+
+
+def input_side_first(module: nn.Module) -> bool:
+    """Whether the weight is (in, out)."""
+    return isinstance(module, nn.Embedding | Conv1D)
+
+
+def _check(name: str, module: nn.Module) -> None:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return
+    if module.groups != 1:
+        raise UnsupportedModelError(f"{name} is a convolution with groups, which is no single matrix: leave it out")
+    if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        raise UnsupportedModelError(f"{name} pads by name or not with zeros: its patches are not known here")
+
+
+def as_rows(module: nn.Module, inputs: Tensor, gradients: Tensor, flat: bool) -> tuple[Tensor, Tensor]:
+    """What reached a call of `module`, (samples, positions, in), and gradients at its output (samples, positions, out).
+
+    Token ids stay (samples, positions), a convolution's inputs become patches, and those of a scale what it multiplies.
+    `flat` takes all rows of the call as positions of one sample.
+    """
+    if isinstance(module, nn.Linear | Conv1D):
+        return _grouped(inputs, 1, flat), _grouped(gradients, 1, flat)
+    if isinstance(module, nn.Embedding):
+        return _grouped(inputs, 0, flat), _grouped(gradients, 1, flat)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return _patches(module, inputs), gradients.flatten(2).transpose(1, 2)
+    axes, entries = _scaled_axes(module)
+    scaled = _what_is_scaled(module, inputs).movedim(axes, tuple(range(-len(axes), 0)))
+    aligned = gradients.movedim(axes, tuple(range(-len(axes), 0)))
+    shape = (1, -1, entries) if flat else (len(gradients), -1, entries)
+    return scaled.reshape(shape), aligned.reshape(shape)
+
+
+def _grouped(tensor: Tensor, inner: int, flat: bool) -> Tensor:
+    """`tensor` (samples, ..., *inner) as (samples, positions, *inner)."""
+    return tensor.reshape(1 if flat else len(tensor), -1, *tensor.shape[tensor.ndim - inner :])
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+    """The inputs that each output position sees (samples, positions, in · kernel)."""
+    line = isinstance(module, nn.Conv1d)
+
+    def pair(value: tuple[int, ...], filler: int) -> tuple[int, ...]:
+        return (filler, *value) if line else value
+
+    assert not isinstance(module.padding, str)
+    return nn.functional.unfold(
+        inputs.unsqueeze(2) if line else inputs,
+        pair(module.kernel_size, 1),
+        pair(module.dilation, 1),
+        pair(module.padding, 0),
+        pair(module.stride, 1),
+    ).transpose(1, 2)
+
+
+def fits(module: nn.Module, output: Tensor) -> bool:
+    """Whether `output` can be that of such a layer: a module of the user's own may only look like a scale."""
+    if isinstance(module, MATRICES):
+        return True
+    axes, _ = _scaled_axes(module)
+    shape = next(p.shape for p in module._parameters.values() if p is not None)
+    return output.ndim > len(axes) and tuple(output.shape[axis] for axis in axes) == tuple(shape)
+
+
+def _scaled_axes(module: nn.Module) -> tuple[tuple[int, ...], int]:
+    """The axes of a scale's output that its parameters run along, and their number of entries."""
+    parameter = next(p for p in module._parameters.values() if p is not None)
+    if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+        return (1,), parameter.numel()
+    return tuple(range(-parameter.ndim, 0)), parameter.numel()
+
+
+def _what_is_scaled(module: nn.Module, inputs: Tensor) -> Tensor:
+    """X in the module's output x ⊙ weight + ...: its output at a weight of one less that at a weight of zero."""
+    outputs = []
+    for value in (1.0, 0.0):
+        replaced = {name: torch.full_like(p, value) for name, p in module.named_parameters() if name == "weight"}
+        outputs.append(functional_call(module, replaced, (inputs,)))
+    difference: Tensor = outputs[0] - outputs[1]
+    return difference

@@ -1,0 +1,203 @@
+"""Sums over the layers of a network as a pass shows them; curvatures are made of these."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSum
+from hesse.curvature.symmetric import add_upper, mirrored
+from hesse.errors import DataError
+from hesse.estimation.parts import Part
+from hesse.estimation.passage import Passage, Per, Rows
+from hesse.estimation.sample_gradients import flat_gradients, sample_gradients
+
+Key = tuple[str, ...]  # the modules of a part
+
+
+@dataclass(eq=False)
+class Moment:
+    """Σ x xᵀ over rows x, or its diagonal, in float32 at least."""
+
+    total: Tensor  # (n, n), or (n,)
+    count: int = 0  # rows
+    _mean: Tensor | None = None
+
+    @classmethod
+    def like(cls, rows: Tensor, width: int, diagonal: bool = False) -> "Moment":
+        """An empty moment for such rows."""
+        dtype = torch.promote_types(rows.dtype if rows.is_floating_point() else torch.float32, torch.float32)
+        return cls(torch.zeros((width,) if diagonal else (width, width), dtype=dtype, device=rows.device))
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (k, n), or token ids (k,), which stand for unit vectors."""
+        self.count += len(rows)
+        if rows.ndim == 1:
+            self.total += torch.bincount(rows, minlength=len(self.total)).to(self.total)
+        elif self.total.ndim == 1:
+            self.total += rows.to(self.total).square().sum(0)
+        else:
+            add_upper(self.total, rows.to(self.total))
+
+    def value(self, what: str) -> Tensor:
+        """The sum.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        if not bool(torch.isfinite(self.total).all()):
+            raise DataError(f"the {what} hold NaN or infinity: the model overflows on this data")
+        return self.total if self.total.ndim == 1 else mirrored(self.total)
+
+    def mean(self, what: str) -> Tensor:
+        """The sum over the number of rows; one tensor, however often it is asked for."""
+        if self._mean is None:
+            self._mean = self.value(what) / self.count
+        return self._mean
+
+
+class InputMoments:
+    """Σ x xᵀ of each matrix's inputs; one moment for layers with the same inputs and the same positions that count.
+
+    Of token ids, which stand for unit vectors, the diagonal.
+    """
+
+    def __init__(self, parts: list[Part], per: Per) -> None:
+        self.parts = list({part.modules: part for part in parts if part.role == "matrix"}.values())
+        self.per = per
+        self.sums: dict[Key, Moment] = {}
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        groups: dict[object, dict[Key, Rows]] = {}
+        for part in self.parts:
+            rows = passage.rows(part)
+            if rows is not None:
+                groups.setdefault((rows.source, id(self.sums.get(part.modules))), {})[part.modules] = rows
+        for members in groups.values():
+            while members:
+                first = next(iter(members.values()))
+                alike = [key for key, rows in members.items() if torch.equal(rows.live, first.live)]
+                self._moment(alike, first).add(first.per(self.per)[0])
+                members = {key: rows for key, rows in members.items() if key not in alike}
+
+    def _moment(self, keys: list[Key], rows: Rows) -> Moment:
+        """The moment that layers share from now on: a copy, where others share it that part from them here."""
+        moment = self.sums.get(keys[0])
+        if moment is None:
+            width = rows.vocabulary or rows.inputs.shape[-1]
+            moment = Moment.like(rows.gradients, width, diagonal=rows.vocabulary > 0)
+        elif any(other is moment and key not in keys for key, other in self.sums.items()):
+            moment = Moment(moment.total.clone(), moment.count)
+        self.sums.update(dict.fromkeys(keys, moment))
+        return moment
+
+
+class OutputMoments:
+    """Σ g gᵀ of the gradients at each layer's outputs, or with `diagonal` Σ g²."""
+
+    def __init__(self, parts: list[Part], per: Per, diagonal: bool = False) -> None:
+        self.parts = list({part.modules: part for part in parts if part.role != "scale"}.values())
+        self.per, self.diagonal = per, diagonal
+        self.sums: dict[Key, Moment] = {}
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        for part in self.parts:
+            rows = passage.rows(part)
+            if rows is None:
+                continue
+            gradients = rows.per(self.per)[1]
+            if part.modules not in self.sums:
+                self.sums[part.modules] = Moment.like(gradients, gradients.shape[1], self.diagonal)
+            self.sums[part.modules].add(gradients)
+
+
+class GradientSquares:
+    """Σ g² of each parameter's gradients of samples, or of positions, and ‖g‖² of each sample's."""
+
+    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], per: Per) -> None:
+        self.parts, self.parameters, self.per = parts, parameters, per
+        self.sums: dict[str, Tensor] = {}
+        self.norms: dict[str, list[Tensor]] = {name: [] for name in parameters}  # per sample only
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        for name, parameter in self.parameters.items():
+            for square in self._squares(passage, name, parameter):
+                self.sums[name] = self.sums[name] + square if name in self.sums else square
+
+    def squared_norms(self) -> dict[str, Tensor]:
+        """‖g‖² of each sample's gradient of each parameter (samples,)."""
+        return {name: torch.cat(norms) for name, norms in self.norms.items()}
+
+    def _squares(self, passage: Passage, name: str, parameter: Tensor) -> list[Tensor]:
+        """Those of one parameter for some samples."""
+        if self.per == "position":
+            found = [(part, passage.rows(part)) for part in self.parts[name]]
+            return [_position_squares(part, rows, parameter) for part, rows in found if rows is not None]
+        squares = []
+        for gradients in sample_gradients(passage, name, self.parts[name], parameter):
+            square = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square()
+            self.norms[name].append(square.flatten(1).sum(1))
+            squares.append(square.sum(0))
+        if not squares:
+            self.norms[name].append(torch.zeros(passage.samples, device=parameter.device))
+        return squares
+
+
+def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
+    """Σ over positions of the squared gradient of one part (*shape)."""
+    inputs, gradients = rows.positions
+    gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+    if part.role == "offset":
+        return gradients.square().sum(0).view(parameter.shape)
+    if part.role == "scale":
+        return (inputs * gradients).square().sum(0).view(parameter.shape)
+    if inputs.ndim == 1:
+        return gradients.new_zeros(parameter.shape).index_add_(0, inputs, gradients.square())
+    sides = (inputs.to(gradients).square(), gradients.square())
+    square = sides[0].T @ sides[1] if part.transposed else sides[1].T @ sides[0]
+    return square.view(parameter.shape)
+
+
+class GradientBlocks:
+    """The diagonal blocks of Σ g gᵀ of each parameter's gradients of samples."""
+
+    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], block_size: int) -> None:
+        self.parts, self.parameters = parts, parameters
+        self.sums = {
+            name: BlockAccumulator(parameter.shape, block_size, parameter.dtype, parameter.device)
+            for name, parameter in parameters.items()
+        }
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        for name, parameter in self.parameters.items():
+            for gradients in sample_gradients(passage, name, self.parts[name], parameter):
+                self.sums[name].add(gradients)
+
+    def curvatures(self, scale: float, origin: Origin) -> dict[str, BlockRankOneSum]:
+        """The blocks of `scale` Σ g gᵀ."""
+        return {
+            name: BlockRankOneSum(matrices=sums.total * scale, weight_shape=tuple(sums.shape), origin=origin)
+            for name, sums in self.sums.items()
+        }
+
+
+class FlatGradients:
+    """Each sample's gradient of all parameters as one flat vector, kept; `rows` are (samples, parameters)."""
+
+    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> None:
+        self.parts, self.parameters = parts, parameters
+        self.rows: list[Tensor] = []
+
+    def add(self, passage: Passage) -> None:
+        """Add what a pass shows of some samples."""
+        self.rows.append(flat_gradients(passage, self.parts, self.parameters))
+
+    def curvature(self, scale: float, origin: Origin) -> RankOneSum:
+        """`scale` Σ g gᵀ."""
+        gradients = torch.cat(self.rows)
+        return RankOneSum.from_gradients(gradients * (scale * len(gradients)) ** 0.5, origin)
