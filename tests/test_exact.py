@@ -343,3 +343,26 @@ def test_each_says_which_matrix_it_is() -> None:
         "Gauss-Newton per term in sum loss",
         "empirical Fisher per sample in sum loss",
     ]
+
+
+class Resampled:
+    """Other samples at each walk."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets, self.generator = inputs, targets, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        some = torch.randperm(len(self.inputs), generator=self.generator)[:2]
+        yield self.inputs[some], self.targets[some]
+
+
+def test_data_may_be_resampled_for_each_product() -> None:
+    whole = make("mlp", "squared error")
+    inputs, targets = everything(whole)
+    some = Objective.of(whole.model, whole.loss, Resampled(inputs, targets))
+    curvature, vector = GaussNewton(objective=some), normal(9, whole.size)
+    products = torch.stack([curvature.matvec(vector) for _ in range(400)])
+    assert not torch.equal(products[0], products[1])
+    expected = GaussNewton(objective=whole).matvec(vector)
+    error = products.std(0) / 400**0.5
+    assert bool(((products.mean(0) - expected).abs() < 5 * error + 1e-9).all())

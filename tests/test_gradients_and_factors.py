@@ -350,6 +350,39 @@ def test_deep_linear_network_with_squared_error_is_exact() -> None:
         torch.testing.assert_close(Hessian(objective=part).matrix(), exact)
 
 
+class Shared(nn.Module):
+    """A deep linear network on each position, whose outputs are one loss's together, or a loss's each."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((3, 4), (4, 2))))
+        self.pooled = pooled
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layers(inputs)
+        return outputs.mean(1) if self.pooled else outputs
+
+
+@PERS
+def test_deep_linear_network_with_shared_weights_is_exact(per: Any) -> None:
+    """Eschenhagen et al., 2023: reduce where positions are averaged before the loss, expand where each has its own."""
+    pooled = per == "sample"
+    model, inputs = Shared(pooled).double(), normal(8, 6, 5, 3)
+    outputs = model(inputs).detach()
+    plain = Objective.of(model, SquaredError(reduction="sum"), [(inputs, outputs)])
+    # The expectation over labels: noise of one position at a time, ± each unit vector.
+    places = torch.eye(outputs[0].numel()).view(-1, *outputs.shape[1:]).double()
+    noise = torch.cat([places, -places])
+    repeated, targets = inputs.repeat_interleave(len(noise), 0), outputs.repeat_interleave(len(noise), 0)
+    noisy = Objective.of(
+        model, SquaredError(reduction="sum"), [(repeated, targets + noise.repeat(6, *[1] * (noise.ndim - 1)))]
+    )
+    for name, curvature in estimate_curvatures(noisy, ["kronecker"], "empirical", per).kronecker.items():
+        part = Objective.of(model, plain.loss, plain.data, [name])
+        torch.testing.assert_close(curvature.matrix() / 4, GaussNewton(objective=part).matrix())
+
+
 def test_rank_deficient_factors_are_refused_without_damping_and_solved_with() -> None:
     objective = make("mlp", "cross-entropy")
     inputs, targets = next(iter(objective.batches()))

@@ -253,6 +253,18 @@ class CurvatureLaws:
         if "solve" in self.offers:
             self._check(there.solve(vector.cuda()).cpu(), self._damped(torch.float64).solve(vector), torch.float64)
 
+    def test_tensors_of_another_shape_type_or_place_are_refused(self) -> None:
+        curvature = self._damped(torch.float64)
+        if not len(curvature.shape):
+            pytest.skip("acts on tensors of every shape")
+        for product in (curvature.matvec, curvature.solve) if "solve" in self.offers else (curvature.matvec,):
+            with pytest.raises(OptionError, match="was given a tensor"):
+                product(torch.zeros(*self.weight()[:-1], self.weight()[-1] + 1, dtype=torch.float64))
+            with pytest.raises(OptionError, match="floating-point"):
+                product(torch.zeros(self.weight(), dtype=torch.long))
+            with pytest.raises(OptionError, match="on meta: move one"):
+                product(torch.zeros(self.weight(), dtype=torch.float64, device="meta"))
+
     def test_products_that_are_not_offered_are_refused_by_name(self) -> None:
         damped = self._damped(torch.float64)
         for product in {"solve", "inverse_diagonal", "diagonal", "trace", "rank"} - set(self.offers):

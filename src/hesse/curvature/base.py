@@ -3,8 +3,10 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from functools import wraps
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,16 @@ class Curvature(ABC):
     """A symmetric positive semi-definite approximation H of the second derivative of a loss, plus λI.
 
     H acts on tensors whose trailing dimensions are `shape`; any leading dimensions are independent right-hand
-    sides. `damping` is the absolute λ; only `solve` and `inverse_diagonal` see it. Units: `quadratic` is in the
-    unit of the loss that H was estimated from; estimators note it, with the reduction, in `origin`.
+    sides; other tensors are refused. `damping` is the absolute λ; only `solve` and `inverse_diagonal` see it. Units:
+    `quadratic` is in the unit of the loss that H was estimated from; estimators note it, with the reduction, in
+    `origin`.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for product in ("matvec", "solve"):
+            if product in cls.__dict__:
+                setattr(cls, product, _checked(cls.__dict__[product]))
 
     undamped: ClassVar[tuple[str, ...]] = ()  # cached properties that the damping does not change
 
@@ -115,3 +124,26 @@ class Curvature(ABC):
         other = replace(self, damping=damping)
         other.__dict__.update({name: self.__dict__[name] for name in self.undamped if name in self.__dict__})
         return other
+
+
+Product = Callable[[Any, Tensor], Tensor]
+
+
+def _checked(product: Product) -> Product:
+    """`product`, refusing tensors that H does not act on."""
+
+    @wraps(product)
+    def checked(self: Curvature, vector: Tensor) -> Tensor:
+        shape, inner = tuple(self.shape), len(self.shape)
+        if not vector.is_floating_point():
+            raise OptionError(f"a {type(self).__name__} acts on floating-point tensors, not on {vector.dtype}")
+        if tuple(vector.shape[vector.ndim - inner :]) != shape or vector.ndim < inner:
+            wanted = ", ".join(("...", *map(str, shape)))
+            raise OptionError(f"a {type(self).__name__} on ({wanted}) was given a tensor {tuple(vector.shape)}")
+        if inner and vector.device != self.device:
+            raise OptionError(
+                f"a {type(self).__name__} on {self.device} was given a tensor on {vector.device}: move one"
+            )
+        return product(self, vector)
+
+    return checked

@@ -21,7 +21,8 @@ from hesse.models.network import Layer, Network
 from hesse.progress import Clock, Progress
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
 
-LANCZOS_PRODUCTS = 25  # for both ends of the spectrum
+EIGENVALUES = 3  # of each end of the spectrum
+LANCZOS_PRODUCTS = 25  # for both ends
 TRACE_PRODUCTS = 15
 DENSITY_PROBES, DENSITY_STEPS = 2, 12
 
@@ -37,8 +38,8 @@ class Inspection:
     curvature: str | None  # the folder of statistics that predictions were made from, in place of these samples
     loss: float
     gradient_norm: float
-    largest_eigenvalue: tuple[float, float]  # of the Hessian, and its residual: a true one lies so near
-    smallest_eigenvalue: tuple[float, float]
+    largest_eigenvalues: list[tuple[float, float]]  # of the Hessian, each with its residual: a true one lies so near
+    smallest_eigenvalues: list[tuple[float, float]]
     spectrum: list[tuple[float, float]]  # eigenvalues of the Hessian, and how many a probe sees about there
     trace: tuple[float, float]  # of the Gauss-Newton matrix, and its standard error
     layers: list[LayerInspection]
@@ -48,7 +49,7 @@ class Inspection:
     @property
     def at_a_minimum(self) -> bool:
         """Whether no direction of negative curvature beyond the residual was met."""
-        value, residual = self.smallest_eigenvalue
+        value, residual = self.smallest_eigenvalues[0]
         return value >= -residual
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +143,7 @@ class _Inspector:
             self.progress.advance()
         layers = self._layers(found, corrected, part.scale)
         ends, trace, density = self._spectrum()
+        pairs = list(zip(ends.values.tolist(), ends.residuals.tolist(), strict=True))
         return Inspection(
             model=self.name,
             samples=len(self.batches),
@@ -150,8 +152,8 @@ class _Inspector:
             curvature=None if self.statistics is None else str(self.statistics.folder),
             loss=objective.value(),
             gradient_norm=float(gradient.double().norm()),
-            largest_eigenvalue=(float(ends.values[0]), float(ends.residuals[0])),
-            smallest_eigenvalue=(float(ends.values[-1]), float(ends.residuals[-1])),
+            largest_eigenvalues=pairs[:EIGENVALUES],
+            smallest_eigenvalues=pairs[EIGENVALUES:],
             spectrum=list(zip(density.nodes.flatten().tolist(), _counts(density), strict=True)),
             trace=(float(trace.value), float(trace.standard_error)),
             layers=layers,
@@ -208,7 +210,7 @@ class _Inspector:
         hessian, square = Hessian(objective=self.objective), GaussNewton(objective=self.objective)
         self.progress.begin("spectrum", 3)
         with self.clock.phase("spectrum"):
-            ends = lanczos(hessian, which="both", max_products=LANCZOS_PRODUCTS, seed=self.seed)
+            ends = lanczos(hessian, EIGENVALUES, which="both", max_products=LANCZOS_PRODUCTS, seed=self.seed)
             self.progress.advance()
             trace = hutch_plus_plus(square, TRACE_PRODUCTS, self.seed)
             self.progress.advance()

@@ -22,7 +22,6 @@ def inspection_summary(inspection: "Inspection") -> RenderableType:
 
 def facts(inspection: "Inspection") -> list[tuple[str, str]]:
     """What is known of the whole model, as labels and values."""
-    (top, top_residual), (low, low_residual) = inspection.largest_eigenvalue, inspection.smallest_eigenvalue
     trace, error = inspection.trace
     verdict = "yes, as far as was seen" if inspection.at_a_minimum else "no: the loss falls along it, on this data"
     return [
@@ -30,11 +29,15 @@ def facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("parameters looked at", f"{inspection.parameters:,}"),
         ("loss, nats per token", number(inspection.loss, 5)),
         ("norm of the gradient", number(inspection.gradient_norm)),
-        ("largest eigenvalue of the Hessian, ± residual", f"{number(top)} ± {number(top_residual, 2)}"),
-        ("smallest eigenvalue of the Hessian, ± residual", f"{number(low)} ± {number(low_residual, 2)}"),
+        ("largest eigenvalues of the Hessian, ± residual", _listed(inspection.largest_eigenvalues)),
+        ("smallest eigenvalues of the Hessian, ± residual", _listed(inspection.smallest_eigenvalues)),
         ("no negative curvature", verdict),
         ("trace of the Gauss-Newton matrix, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
     ]
+
+
+def _listed(pairs: list[tuple[float, float]]) -> str:
+    return ", ".join(f"{number(value)} ± {number(residual, 2)}" for value, residual in pairs)
 
 
 def _whole(inspection: "Inspection") -> Table:

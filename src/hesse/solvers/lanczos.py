@@ -12,6 +12,8 @@ from hesse.errors import OptionError
 from hesse.solvers.estimate import Estimate, mean_of
 from hesse.solvers.stochastic import random_signs
 
+FIRST_VECTORS = 16  # room that is made at first
+
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
@@ -75,7 +77,7 @@ def lanczos(
         converged = ended or bool((residuals[order] <= tolerance * float(values.abs().max())).all())
         if converged or len(walk.alphas) >= max_products:
             break
-    vectors = coordinates[:, order].T @ torch.stack(walk.basis[: len(walk.alphas)])
+    vectors = coordinates[:, order].T @ walk.basis[: len(walk.alphas)]
     shaped = vectors.reshape(-1, *curvature.shape).to(curvature.dtype)
     return Eigenpairs(values[order], shaped, residuals[order], len(walk.alphas), converged)
 
@@ -146,33 +148,45 @@ class _Walk:
 
     def __init__(self, curvature: Curvature, start: Tensor) -> None:
         self.curvature = curvature
-        self.basis = [start / start.norm()]
+        self._rows = torch.empty(FIRST_VECTORS, len(start), dtype=torch.float64, device=start.device)
+        self._rows[0] = start / start.norm()
+        self._count = 1
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
+    @property
+    def basis(self) -> Tensor:
+        """The Lanczos vectors so far (n, size)."""
+        return self._rows[: self._count]
+
     def step(self) -> bool:
         """One product more; False when the basis cannot grow, since H maps its span into itself."""
-        vector = self.basis[-1]
+        basis, vector = self.basis, self.basis[-1]
         shaped = vector.reshape(self.curvature.shape).to(self.curvature.dtype)
         image = self.curvature.matvec(shaped).double().flatten()
         self.alphas.append(float(vector @ image))
-        basis = torch.stack(self.basis)
         for _ in range(2):  # twice is enough (Kahan and Parlett)
             image = image - basis.T @ (basis @ image)
         beta = float(image.norm())
         scale = max(abs(a) for a in self.alphas)
         limit = max(scale, beta) * torch.finfo(self.curvature.dtype).eps * 10
-        if beta <= limit or len(self.basis) == len(vector):
+        if beta <= limit or len(basis) == len(vector):
             self.betas.append(0.0)
             return False
         self.betas.append(beta)
-        self.basis.append(image / beta)
+        self._append(image / beta)
         return True
+
+    def _append(self, vector: Tensor) -> None:
+        if self._count == len(self._rows):  # twice the room, so that vectors are copied once on the average
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
+        self._rows[self._count] = vector
+        self._count += 1
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Approximate eigenvalues (n,), their vectors in the basis as columns (n, n), and residual norms (n,)."""
         inner = torch.tensor(self.betas[:-1], dtype=torch.float64)
         matrix = torch.diag(torch.tensor(self.alphas, dtype=torch.float64)) + inner.diag(1) + inner.diag(-1)
         values, coordinates = torch.linalg.eigh(matrix)
-        device = self.basis[0].device
+        device = self._rows.device
         return values.to(device), coordinates.to(device), (self.betas[-1] * coordinates[-1].abs()).to(device)
