@@ -51,6 +51,8 @@ def page(results: dict[str, Any]) -> str:
         "and the peak itself, with the packages. Difference: of the last product, from Hesse's, relative to its "
         "largest entry.",
     ]
+    if results["repeats"] < 3:
+        lines += ["", "**Provisional: fewer than three repeats, so other work on the machine shows in these seconds.**"]
     for step in STEPS:
         rows = [row for row in results["rows"] if row["step"] == step]
         lines += ["", f"## {STEPS[step]}", "", NOTES[step]] if rows else []
@@ -73,7 +75,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [f"{name} {row['version']}" + (f", {variant}" if variant else "")]
         cells += [f"{row['seconds'][n]:.3f} ({own['seconds'][n] / row['seconds'][n]:.2f})" for n in names]
         cells += [f"{(row['peak'] - row['before']) / 1e6:.0f}", f"{row['peak'] / 1e6:.0f}"]
-        cells += [f"{row['difference']:.0e}" if row.get("difference") else "-"]
+        cells += [f"{row['difference']:.0e}" if "difference" in row and row is not own else "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
