@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from environments import peer_python
 from machine import limits
 from table import markdown
 
@@ -25,7 +26,6 @@ from hesse.data import read_samples
 from hesse.models.locate import DEFAULT_FOLDER
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = HERE.parent / ".bench"
 SAMPLES, LENGTH = 128, 256
 HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 128, 256
 ONLY_GPTQ_ROWS = ("autoround", "gptqmodel")  # they do not prune, and their rounding is the point; run once, for time
@@ -53,18 +53,6 @@ CASES = (
     Case("50 %, SparseGPT", "sparsegpt", "sparsegpt", sparsity="0.5"),
     Case("2:4, SparseGPT", "sparsegpt", "sparsegpt", sparsity="2:4"),
 )
-
-
-def peer_python(peer: str) -> Path:
-    """The interpreter of a peer's environment, which is made if it is not there."""
-    folder = ENVIRONMENTS / peer
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        requirements = HERE / "peers" / f"requirements-{peer}.txt"
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(requirements)], check=True)
-        (folder / "ready").touch()
-    return python
 
 
 def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
