@@ -228,6 +228,22 @@ def test_factors_and_eigenvalues(setting: str, loss: str, kind: Any, per: Any) -
         assert (ours.matrix() - truth).norm() <= far * (1 + 1e-6) + 1e-9
 
 
+@pytest.mark.parametrize("length", [2, 40])
+def test_eigenvalues_of_samples_by_either_way(length: int) -> None:
+    """Positions are rotated where they are few, each sample's gradient where they are many."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    inputs, targets = normal(0, 6, length, 3), torch.randint(0, 3, (6, length))
+    objective = Objective.of(model, CrossEntropy(), [(inputs, targets)], ["2.weight"])
+    kronecker = estimate_curvatures(objective, ["kronecker"], "empirical", "sample").kronecker
+    ours = eigen_kronecker(objective, kronecker)["2.weight"]
+    truth = Fisher(objective=objective, kind="empirical").matrix()
+    assert ours.row_vectors is not None
+    assert ours.column_vectors is not None
+    vectors = torch.kron(ours.row_vectors, ours.column_vectors)
+    torch.testing.assert_close(ours.eigenvalues, (vectors.T @ truth @ vectors).diagonal().view(3, 4))
+
+
 @KINDS
 @PERS
 def test_an_embedding_by_itself(kind: Any, per: Any) -> None:

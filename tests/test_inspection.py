@@ -151,7 +151,7 @@ def test_on_the_command_line(family_folder: FolderOf, hesse_command: CommandLine
     assert content["model"] == str(source)
     assert content["layers"][0]["predicted"].keys() == SCHEMES.keys()
     ran = hesse_command("inspect", source, "--data", data)
-    assert "smallest eigenvalues of the Hessian" in ran.stdout
+    assert "smallest eigenvalues" in ran.stdout
     assert "rank correlation" in ran.stdout
     assert "To rank this model's layers, trust the" in ran.stdout
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import hesse_ekfac
+import torch
 from curvature_common import Meter, run
 from curvature_models import Problem, block_layers
 from torch import Tensor, nn
 
 import hesse
 from hesse import GaussNewton, Hessian, Objective
-from hesse.estimation import fisher_diagonal
+from hesse.estimation import estimate_curvatures
 from hesse.solvers import hutchinson_trace
 
 KEPT = "keep_graph"
@@ -54,8 +55,14 @@ def diagonal(problem: Problem, meter: Meter, _: str) -> dict[str, Tensor]:
     """Mean square of samples' gradients, with the labels of the data."""
     objective = objective_of(problem)
     meter.begin()
-    meter.time("diagonal", lambda: fisher_diagonal(objective, "empirical"))
-    return {"product": fisher_diagonal(objective, "empirical").diagonal()}
+    meter.time("diagonal", lambda: fisher_diagonal(objective))
+    return {"product": fisher_diagonal(objective)}
+
+
+def fisher_diagonal(objective: Objective) -> Tensor:
+    """The diagonal of the empirical Fisher over all parameters, of whole samples."""
+    found = estimate_curvatures(objective, ["fisher"], "empirical").fisher
+    return torch.cat([diagonal.values.flatten() for diagonal in found.values()])
 
 
 def ekfac(problem: Problem, meter: Meter, variant: str) -> dict[str, Tensor]:
@@ -82,7 +89,7 @@ def agreement(problem: Problem, meter: Meter, _: str) -> dict[str, Tensor]:
         "Hessian product": Hessian(objective=objective).matvec(vector),
         "Gauss-Newton product": gauss_newton.matvec(vector),
         "Gauss-Newton diagonal": gauss_newton.matrix().diagonal(),
-        "empirical Fisher diagonal": fisher_diagonal(objective, "empirical").diagonal(),
+        "empirical Fisher diagonal": fisher_diagonal(objective),
     }
     directions = dict(zip(objective.names, objective.split(vector), strict=True))
     for per, words in (("position", "expand"), ("sample", "reduce")):

@@ -1,6 +1,7 @@
 """Kronecker factors whose eigenvalues were measured again (EK-FAC)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class EigenKronecker(Curvature):
     def matvec(self, vector: Tensor) -> Tensor:
         return self._through(vector, self.eigenvalues)
 
-    @property
+    @cached_property
     def _inverse(self) -> Tensor:
         damped = self.eigenvalues + self.damping
         limit = damped.max() * torch.finfo(damped.dtype).eps

@@ -53,6 +53,7 @@ class Exact(Curvature):
             for start in range(0, len(flat), self.columns):
                 pieces = product(objective.split(flat[start : start + self.columns]))
                 total[start : start + self.columns] += torch.cat([piece.flatten(1) for piece in pieces], dim=1)
+            del product  # or its graph would be there beside that of the next batch
         return (total * objective.scale).view(vector.shape).to(vector)
 
     @abstractmethod

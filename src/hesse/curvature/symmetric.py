@@ -20,6 +20,15 @@ def add_upper(total: Tensor, flat: Tensor) -> None:
     total[:middle, middle:].addmm_(flat[:, :middle].T, flat[:, middle:])
 
 
+def mirror(upper: Tensor) -> None:
+    """Copy the upper triangle of `upper` (n, n) onto the lower one, a few rows at a time."""
+    for start in range(0, len(upper), LEAF):
+        rows = slice(start, start + LEAF)
+        block = upper[rows, rows].triu()
+        upper[rows, rows] = block + block.triu(1).T
+        upper[start + LEAF :, rows] = upper[rows, start + LEAF :].T
+
+
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with the upper triangle of `upper`."""
     triangle = upper.triu()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hesse.curvature import CrossEntropy, Origin
@@ -60,10 +60,13 @@ class BackwardWalk:
 
     def _passages(self, block: Block, index: int) -> Iterator[Passage]:
         modules = {layer.name: layer.module for layer in block.layers}
+        copied: set[str] = set()  # layers whose outputs the block changes in place
         for number, (flow, hidden) in enumerate(zip(self.flows, self.inputs[index], strict=True)):
             flow.hidden = hidden.detach().requires_grad_()
-            with torch.enable_grad(), Recorder(modules) as recorder:
-                output = flow.through(block.module, index)
+            output, recorder = _recorded(flow, block, index, modules, copied)
+            if recorder.changed:
+                copied |= recorder.changed
+                output, recorder = _recorded(flow, block, index, modules, copied)
             wanted = [flow.hidden, *recorder.outputs]
             back, *slopes = torch.autograd.grad(output, wanted, self._gradients[number], allow_unused=True)
             mixed = not recorder.leading(len(flow.ids), output.ndim)
@@ -87,6 +90,13 @@ class BackwardWalk:
         loss = CrossEntropy()
         labels = loss.sampled_targets(output, next_tokens(ids), generator)
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
+
+
+def _recorded(
+    flow: Flow, block: Block, index: int, modules: dict[str, nn.Module], copied: set[str]
+) -> tuple[Tensor, Recorder]:
+    with torch.enable_grad(), Recorder(modules, copied) as recorder:
+        return flow.through(block.module, index), recorder
 
 
 def layer_part(layer: Layer) -> Part:

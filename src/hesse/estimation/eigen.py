@@ -58,6 +58,7 @@ class _Eigenvalues:
 
     def __init__(self, parts: dict[str, Part], factors: dict[str, Kronecker], per: Per) -> None:
         self.parts, self.per = parts, per
+        # In the factors' own precision: the eigenvalues are measured in whatever basis this gives.
         known: dict[int, Tensor | None] = {}  # layers with the same inputs share a factor, and so its eigenvectors
         self.vectors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.totals: dict[str, Tensor] = {}
@@ -66,7 +67,7 @@ class _Eigenvalues:
             sides = []
             for factor in curvature.factors:
                 if id(factor) not in known:
-                    known[id(factor)] = None if factor.ndim == 1 else torch.linalg.eigh(factor.double())[1].to(factor)
+                    known[id(factor)] = None if factor.ndim == 1 else torch.linalg.eigh(factor)[1]
                 sides.append(known[id(factor)])
             self.vectors[name] = (sides[0], sides[1])
 
@@ -82,12 +83,15 @@ class _Eigenvalues:
         first, second = self.vectors[name]
         left, right = (second, first) if part.transposed else (first, second)
         dtype = self.totals[name].dtype
-        gradients = rows.gradients.to(dtype) if left is None else rows.gradients.to(dtype) @ left
+        gradients = rows.gradients.to(dtype)
+        if left is not None and right is not None and self.per == "sample" and _many_positions(rows):
+            square = _of_samples(rows.inputs.to(dtype), gradients, left, right)
+            return square.T if part.transposed else square
         key = (rows.source, id(right))
         if key not in rotated:
             inputs = rows.inputs if rows.vocabulary else rows.inputs.to(dtype)
             rotated[key] = inputs if right is None else inputs @ right
-        square = self._summed(gradients, rotated[key], rows)
+        square = self._summed(gradients if left is None else gradients @ left, rotated[key], rows)
         return square.T if part.transposed else square
 
     def _summed(self, gradients: Tensor, inputs: Tensor, rows: Rows) -> Tensor:
@@ -101,6 +105,21 @@ class _Eigenvalues:
         for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
             total += (some.transpose(1, 2) @ others).square().sum(0)
         return total
+
+
+def _many_positions(rows: Rows) -> bool:
+    """Whether to rotate a sample's gradient costs less than to rotate its positions."""
+    (_, positions, wide), narrow = rows.inputs.shape, rows.gradients.shape[-1]
+    return wide * narrow * (wide + narrow) < positions * (wide**2 + narrow**2)
+
+
+def _of_samples(inputs: Tensor, gradients: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Σ over samples of (Lᵀ (Σ g xᵀ) R)² (out, in)."""
+    total = gradients.new_zeros(gradients.shape[-1], inputs.shape[-1])
+    step = max(TOGETHER // (total.numel() * total.element_size()), 1)
+    for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
+        total += (left.T @ (some.transpose(1, 2) @ others) @ right).square().sum(0)
+    return total
 
 
 def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: Per) -> Tensor:

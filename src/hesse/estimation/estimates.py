@@ -119,7 +119,7 @@ class Sums:
         moment = self._outputs.sums.get(part.modules)
         if moment is None or not moment.count:
             raise _unreached(part)
-        outputs = moment.value(f"output gradients of {part.modules[0]}") * scale
+        outputs = moment.times(scale, f"output gradients of {part.modules[0]}")
         if part.role == "offset":
             return Gram(second_moment=outputs, tokens=moment.count, origin=origin)
         inputs = self._input(self._inputs, part)

@@ -13,7 +13,7 @@ from hesse.errors import UnsupportedModelError
 from hesse.estimation.parts import Part, as_rows, fits
 
 Per = Literal["position", "sample"]
-Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients (n, out)
+Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients (m, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +28,14 @@ class Rows:
     @cached_property
     def live(self) -> Tensor:
         """Which positions (samples, positions) have a gradient: padding has none, and counts nowhere."""
-        return self.gradients.abs().amax(-1) > 0
+        live: Tensor = (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
+        return live
 
     @cached_property
     def positions(self) -> Flat:
-        """The live positions, each by itself."""
-        if bool(self.live.all()):
-            return self.inputs.flatten(0, 1), self.gradients.flatten(0, 1)
-        return self.inputs[self.live], self.gradients[self.live]
+        """The live positions' inputs, and all gradients: those that are zero add nothing."""
+        inputs = self.inputs.flatten(0, 1) if bool(self.live.all()) else self.inputs[self.live]
+        return inputs, self.gradients.flatten(0, 1)
 
     @cached_property
     def samples(self) -> Flat:
@@ -85,11 +85,15 @@ def joined(several: list[Rows]) -> Rows:
 
 
 class Recorder:
-    """Notes what reaches each call of the given modules, and what they give, while it is open."""
+    """Notes what reaches each call of the given modules, and what they give, while it is open.
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    The network goes on with a copy of the outputs of the modules in `copied`: those that it changes in place.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], copied: Iterable[str] = ()) -> None:
         self.calls: list[tuple[str, Tensor, Tensor]] = []  # name, input, output
-        self._modules = modules
+        self._versions: list[int] = []
+        self._modules, self._copied = modules, set(copied)
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "Recorder":
@@ -115,7 +119,14 @@ class Recorder:
         if not output.requires_grad:  # all before it is frozen, and so is it
             output = output.detach().requires_grad_()
         self.calls.append((name, received.detach(), output))
-        return output.clone()  # the network may go on to change it in place
+        self._versions.append(output._version)
+        return output.clone() if name in self._copied else output
+
+    @property
+    def changed(self) -> set[str]:
+        """Modules whose outputs were changed in place, so that gradients at them are not to be had."""
+        calls = zip(self.calls, self._versions, strict=True)
+        return {name for (name, _, output), version in calls if output._version != version}
 
     @property
     def outputs(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSum
-from hesse.curvature.symmetric import add_upper, mirrored
+from hesse.curvature.symmetric import add_upper, mirror
 from hesse.errors import DataError
 from hesse.estimation.parts import Part
 from hesse.estimation.passage import Passage, Per, Rows
@@ -22,7 +22,7 @@ class Moment:
 
     total: Tensor  # (n, n), or (n,)
     count: int = 0  # rows
-    _mean: Tensor | None = None
+    finished: bool = False
 
     @classmethod
     def like(cls, rows: Tensor, width: int, diagonal: bool = False) -> "Moment":
@@ -40,21 +40,24 @@ class Moment:
         else:
             add_upper(self.total, rows.to(self.total))
 
-    def value(self, what: str) -> Tensor:
-        """The sum.
+    def times(self, factor: float, what: str) -> Tensor:
+        """The sum times `factor`, in its own memory: nothing is added afterwards, and it is asked for alike.
 
         Raises:
             DataError: it is not finite.
         """
-        if not bool(torch.isfinite(self.total).all()):
-            raise DataError(f"the {what} hold NaN or infinity: the model overflows on this data")
-        return self.total if self.total.ndim == 1 else mirrored(self.total)
+        if not self.finished:
+            if not bool(torch.isfinite(self.total).all()):
+                raise DataError(f"the {what} hold NaN or infinity: the model overflows on this data")
+            self.total.mul_(factor)
+            if self.total.ndim == 2:
+                mirror(self.total)
+            self.finished = True
+        return self.total
 
     def mean(self, what: str) -> Tensor:
-        """The sum over the number of rows; one tensor, however often it is asked for."""
-        if self._mean is None:
-            self._mean = self.value(what) / self.count
-        return self._mean
+        """The sum over the number of rows."""
+        return self.times(1 / self.count, what)
 
 
 class InputMoments:
@@ -134,9 +137,15 @@ class GradientSquares:
 
     def _squares(self, passage: Passage, name: str, parameter: Tensor) -> list[Tensor]:
         """Those of one parameter for some samples."""
+        found = [(part, rows) for part in self.parts[name] if (rows := passage.rows(part)) is not None]
         if self.per == "position":
-            found = [(part, passage.rows(part)) for part in self.parts[name]]
-            return [_position_squares(part, rows, parameter) for part, rows in found if rows is not None]
+            return [_position_squares(part, rows, parameter) for part, rows in found]
+        if len(found) == 1 and found[0][1].gradients.shape[1] == 1 and found[0][0].role == "matrix":
+            part, rows = found[0]  # one position a sample: its gradient is a product, and need not be formed
+            if not rows.vocabulary:
+                sizes = rows.inputs.square().sum((1, 2)) * rows.gradients.square().sum((1, 2))
+                self.norms[name].append(sizes)
+                return [_position_squares(part, rows, parameter)]
         squares = []
         for gradients in sample_gradients(passage, name, self.parts[name], parameter):
             square = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square()
@@ -149,7 +158,7 @@ class GradientSquares:
 
 def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
     """Σ over positions of the squared gradient of one part (*shape)."""
-    inputs, gradients = rows.positions
+    inputs, gradients = rows.inputs.flatten(0, 1), rows.gradients.flatten(0, 1)
     gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
     if part.role == "offset":
         return gradients.square().sum(0).view(parameter.shape)

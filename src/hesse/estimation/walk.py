@@ -16,7 +16,7 @@ from hesse.estimation.passage import Passage, Recorder, backward
 from hesse.estimation.sample_gradients import summed_gradient
 
 Kind = Literal["sampled", "empirical"]
-BUDGET = 1 << 30  # bytes
+BUDGET = 1 << 27  # bytes
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}  # of hooks with autograd; less in 16 bits
 
 
@@ -53,6 +53,7 @@ class Walk:
         self._unchecked = [name for name, parts in self.parts.items() if parts]
         self._at_once, self._measured = 1, False
         self._mixed = False  # whether a layer's rows are not one sample after another
+        self._copied: set[str] = set()  # modules whose outputs the network changes in place
         self._terms = 0
 
     @property
@@ -64,7 +65,6 @@ class Walk:
         self._terms = 0
         draw = partial(self.objective.loss.sampled_targets, generator=label_generator(self.seed))
         for inputs, targets in self.objective.batches():
-            self._terms += self.objective.count(inputs, targets)
             start = 0
             while start < len(targets):
                 part = slice(start, start + (1 if self._mixed and self.apart else self._at_once))
@@ -73,13 +73,17 @@ class Walk:
 
     def _part(self, inputs: Any, targets: Tensor, draw: Callable[[Tensor, Tensor], Tensor] | None) -> Iterator[Passage]:
         objective, samples = self.objective, len(targets)
-        with torch.enable_grad(), Recorder(self.modules) as recorder:
+        with torch.enable_grad(), Recorder(self.modules, self._copied) as recorder:
             outputs = objective.outputs_once(inputs)
             if not bool(torch.isfinite(outputs).all()):
                 raise DataError("the model's outputs hold NaN or infinity: it overflows on this data, or is damaged")
             if draw is not None:
                 targets = draw(outputs.detach(), targets)
-            loss = objective.loss.terms(outputs, targets).sum()
+            terms = objective.loss.terms(outputs, targets)
+        if recorder.changed:
+            self._copied |= recorder.changed
+            yield from self._part(inputs, targets, None)
+            return
         mixed = not recorder.leading(samples, outputs.ndim)
         self._mixed = self._mixed or mixed
         if mixed and self.apart and samples > 1:
@@ -87,7 +91,9 @@ class Walk:
                 yield from self._part(rows_of(inputs, slice(k, k + 1)), targets[k : k + 1], None)
             return
         unchecked = {name: objective.named[name] for name in self._unchecked}
-        slopes, wanted = backward(loss, recorder, unchecked.values())
+        counted = objective.loss.count(targets)
+        self._terms += terms.numel() if counted is None else counted
+        slopes, wanted = backward(terms.sum(), recorder, unchecked.values())
         passage = Passage(recorder.rows(slopes, flat=mixed), samples)
         self._check(passage, dict(zip(unchecked, wanted, strict=True)))
         if self.others and self.apart:
@@ -98,8 +104,10 @@ class Walk:
 
     def _choose_size(self, recorder: Recorder, samples: int) -> None:
         """How many samples go together, from what one has shown."""
-        recorded = sum(t.nbytes for _, received, output in recorder.calls for t in (received, output, output))
-        one = 2 * recorded // samples + self.extra  # what lies between layers is about as large as what lies at them
+        inputs = {received.data_ptr(): received.nbytes for _, received, _ in recorder.calls}
+        outputs = sum(output.nbytes for output in recorder.outputs)
+        # Outputs and their gradients; what lies between layers is about as large again.
+        one = 2 * (sum(inputs.values()) + 2 * outputs) // samples + self.extra
         self._at_once, self._measured = max(self.budget // max(one, 1), 1), True
 
     def _check(self, passage: Passage, gradients: dict[str, Tensor | None]) -> None:

@@ -1,5 +1,6 @@
 """An inspection as a person reads it in a terminal."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -29,15 +30,15 @@ def facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("parameters looked at", f"{inspection.parameters:,}"),
         ("loss, nats per token", number(inspection.loss, 5)),
         ("norm of the gradient", number(inspection.gradient_norm)),
-        ("largest eigenvalues of the Hessian, ± residual", _listed(inspection.largest_eigenvalues)),
-        ("smallest eigenvalues of the Hessian, ± residual", _listed(inspection.smallest_eigenvalues)),
+        ("Hessian's largest eigenvalues, ± residual", _listed(inspection.largest_eigenvalues)),
+        ("Hessian's smallest eigenvalues, ± residual", _listed(inspection.smallest_eigenvalues)),
         ("no negative curvature", verdict),
-        ("trace of the Gauss-Newton matrix, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
+        ("Gauss-Newton trace, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
     ]
 
 
 def _listed(pairs: list[tuple[float, float]]) -> str:
-    return ", ".join(f"{number(value)} ± {number(residual, 2)}" for value, residual in pairs)
+    return ", ".join(f"{number(value)} ± {number(residual, 1)}" for value, residual in pairs)
 
 
 def _whole(inspection: "Inspection") -> Table:
@@ -50,18 +51,26 @@ def _whole(inspection: "Inspection") -> Table:
 
 
 def _layers(inspection: "Inspection") -> Table:
-    kind = predicts(inspection)
-    title = f"each layer alone, nats per token ± standard error; predicted by {kind}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
+    title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 1))
     table.add_column("layer", no_wrap=True)
-    for heading in ("trace", "mean eigenvalue", *(x for s in SHOWN for x in (f"{s}: predicted", "measured"))):
+    for heading in ("trace ± error", "mean eigenvalue", *(x for s in SHOWN for x in (f"{s}: predicted", "measured"))):
         table.add_column(heading, justify="right")
     for layer in inspection.layers:
         costs = []
         for scheme in SHOWN:
-            costs += [number(layer.predicted[scheme][kind], 2), with_error(layer.measured[scheme])]
-        table.add_row(layer.name, with_error(layer.trace), number(layer.mean_eigenvalue, 2), *costs)
+            costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
+        eigenvalue = number(layer.mean_eigenvalue, 2)
+        table.add_row(layer.name.removeprefix(prefix), with_error(layer.trace), eigenvalue, *costs)
     return table
+
+
+def common_prefix(names: list[str]) -> str:
+    """The parts that all dotted names begin with, with the last dot."""
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    shared = [same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, parts)]
+    return "".join(f"{part}." for part in shared)
 
 
 def predicts(inspection: "Inspection") -> str:

@@ -1,5 +1,7 @@
 """Trace and diagonal of a curvature from its products with random vectors."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,11 +9,15 @@ from hesse.curvature import Curvature
 from hesse.errors import OptionError
 from hesse.solvers.estimate import Estimate, mean_of
 
+TOGETHER = 8  # probes whose products are asked for at once
+
 
 def hutchinson_trace(curvature: Curvature, probes: int = 32, seed: int = 0) -> Estimate:
     """Tr H as the mean of zᵀHz over random signs z; without damping. Source: Hutchinson, 1989."""
-    signs = random_signs(curvature, probes, seed)
-    return mean_of((signs * curvature.matvec(signs)).double().flatten(1).sum(1))
+    samples = [
+        (signs * curvature.matvec(signs)).double().flatten(1).sum(1) for signs in _some_signs(curvature, probes, seed)
+    ]
+    return mean_of(torch.cat(samples))
 
 
 def hutch_plus_plus(curvature: Curvature, products: int = 33, seed: int = 0) -> Estimate:
@@ -38,8 +44,14 @@ def hutch_plus_plus(curvature: Curvature, products: int = 33, seed: int = 0) -> 
 
 def hutchinson_diagonal(curvature: Curvature, probes: int = 32, seed: int = 0) -> Estimate:
     """diag(H) as the mean of z ⊙ Hz over random signs z; without damping. Source: Bekas, Kokiopoulou and Saad, 2007."""
-    signs = random_signs(curvature, probes, seed)
-    return mean_of((signs * curvature.matvec(signs)).double())
+    samples = [(signs * curvature.matvec(signs)).double() for signs in _some_signs(curvature, probes, seed)]
+    return mean_of(torch.cat(samples))
+
+
+def _some_signs(curvature: Curvature, number: int, seed: int) -> Iterator[Tensor]:
+    """`number` random signs, a few at a time."""
+    for start in range(0, max(number, 1), TOGETHER):
+        yield random_signs(curvature, min(TOGETHER, number - start), seed + start)
 
 
 def random_signs(curvature: Curvature, number: int, seed: int) -> Tensor:
