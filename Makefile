@@ -39,8 +39,10 @@ lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## run the benchmarks
+bench: $(STAMP) ## run the benchmarks: hours, and environments for the peers
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/curvature.py
+	$(BIN)/python bench/curvature_peers.py
 
 docs: $(DOCS_STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -111,6 +111,13 @@ class TestGram(OfOneLayer):
         return hessian(lambda weight: layer_loss(weight, self.inputs))
 
 
+class TestGramOfTwoStreams(TestGram):
+    """The cross moment is saved and loaded with it, and changes no product."""
+
+    def build(self, dtype: torch.dtype) -> Curvature:
+        return Gram.from_inputs(self.inputs.to(dtype), normal(43, *self.inputs.shape).to(dtype))
+
+
 class TestGramOfTooFewTokens(TestGram):
     inputs = normal(10, 2, IN)
 

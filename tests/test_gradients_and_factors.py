@@ -317,6 +317,22 @@ def test_the_budget_changes_no_result(setting: str) -> None:
         torch.testing.assert_close(wide.fisher[name].values, narrow.fisher[name].values)
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared error", "user"])
+def test_a_summed_loss_is_its_mean_times_its_terms(loss: str) -> None:
+    """Whatever the sizes of the batches, of which the last one is smaller."""
+    names: list[Any] = ["kronecker", "fisher", "blocks", "rank-one"]
+    mean, total = (
+        estimate_curvatures(make("conv", loss, reduction), names, "empirical") for reduction in ("mean", "sum")
+    )
+    terms = {"cross-entropy": 4, "squared error": 15, "user": 5}[loss]
+    assert mean.rank_one is not None
+    assert total.rank_one is not None
+    assert total.rank_one.trace() == pytest.approx(terms * mean.rank_one.trace())
+    for kind in ("kronecker", "fisher", "blocks"):
+        for name, curvature in getattr(mean, kind).items():
+            assert getattr(total, kind)[name].trace() == pytest.approx(terms * curvature.trace())
+
+
 def test_samples_norms_are_kept_beside_the_diagonal() -> None:
     objective = make("attention", "cross-entropy")
     found = estimate_curvatures(objective, ["fisher"], "empirical")

@@ -156,6 +156,13 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
     assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
 
 
+@pytest.mark.parametrize("kind", ["gram", "kronecker", "fisher"])
+def test_one_kind_alone(kind: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
+    _, folder = estimated(curvatures=(kind,))
+    found = Statistics(folder).content["curvatures"]
+    assert {name: len(layers) for name, layers in found.items()} == {kind: 14}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
 def test_kronecker_and_fisher_of_other_families(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
     source, folder = estimated(name, curvatures=("kronecker", "fisher"))

@@ -75,8 +75,9 @@ class Sums:
     def leave_out_unreached(self) -> None:
         """Forget the parameters of layers that no position with a gradient reached, such as an expert's."""
         reached = {key for sums in (self._inputs, self._positions) for key, moment in sums.sums.items() if moment.count}
-        for name in [n for n, parts in self.parts.items() if not all(part.modules in reached for part in parts)]:
-            del self.parts[name]
+        for name, parts in list(self.parts.items()):
+            if name not in self._squares.sums and not all(part.modules in reached for part in parts):
+                del self.parts[name]
 
     def estimates(self, scale: float, matrix: str, unit: str) -> Estimates:
         """The curvatures, with sums times `scale`; `matrix` and `unit` go into their origin.

@@ -24,7 +24,7 @@ def inspection_summary(inspection: "Inspection") -> RenderableType:
 def facts(inspection: "Inspection") -> list[tuple[str, str]]:
     """What is known of the whole model, as labels and values."""
     trace, error = inspection.trace
-    verdict = "yes, as far as was seen" if inspection.at_a_minimum else "no: the loss falls along it, on this data"
+    verdict = "as far as was seen" if inspection.at_a_minimum else "no: there is negative curvature, on this data"
     return [
         ("samples, tokens", f"{inspection.samples}, {inspection.tokens:,}"),
         ("parameters looked at", f"{inspection.parameters:,}"),
@@ -32,7 +32,7 @@ def facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("norm of the gradient", number(inspection.gradient_norm)),
         ("Hessian's largest eigenvalues, ± residual", _listed(inspection.largest_eigenvalues)),
         ("Hessian's smallest eigenvalues, ± residual", _listed(inspection.smallest_eigenvalues)),
-        ("no negative curvature", verdict),
+        ("at a minimum", verdict),
         ("Gauss-Newton trace, ± standard error", f"{number(trace)} ± {number(error, 2)}"),
     ]
 
