@@ -31,7 +31,8 @@ def markdown(results: dict[str, Any], model: Path) -> str:
         "# Benchmarks",
         "",
         "Compression. For curvatures see [sums of rank-one matrices](benchmarks-curvature.md), against the machine's "
-        "limits, and [EK-FAC, Hessian products, traces and diagonals](benchmarks-curvature-peers.md), beside six programs.",
+        "limits, and [EK-FAC, Hessian products, traces and diagonals](benchmarks-curvature-peers.md), beside six "
+        "programs.",
         "",
         f"Made by `make bench` (`bench/run.py`) with hesse {hesse.__version__}. Machine: {machine['processor']}, "
         f"{machine['threads']} threads, no GPU; Python {machine['python']}, torch {machine['torch']}. Measured in the "

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vjp
 
 from hesse.curvature.base import Curvature
@@ -16,17 +16,19 @@ from hesse.curvature.origin import Origin
 from hesse.errors import OptionError, UnsupportedProduct
 
 Columns = tuple[Tensor, ...]  # one tensor (columns, *shape) a parameter
+COLUMNS = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exact(Curvature):
     """A matrix on the flat vector of an objective's parameters, in the unit of its loss; never formed.
 
-    Each product walks the data. Several right-hand sides share a walk, `columns` of them at once in memory.
+    Each product walks the data. Several right-hand sides share a walk, `columns` of them at once in memory: by default
+    8, or 1 where that is faster.
     """
 
     objective: Objective
-    columns: int = 8
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self._origin())
@@ -49,12 +51,16 @@ class Exact(Curvature):
         objective = self.objective
         flat = vector.reshape(-1, objective.size).to(objective.parameters[0])
         total = torch.zeros_like(flat)
+        columns = self.columns or self._best_columns()
         for product in self._batches():
-            for start in range(0, len(flat), self.columns):
-                pieces = product(objective.split(flat[start : start + self.columns]))
-                total[start : start + self.columns] += torch.cat([piece.flatten(1) for piece in pieces], dim=1)
+            for start in range(0, len(flat), columns):
+                pieces = product(objective.split(flat[start : start + columns]))
+                total[start : start + columns] += torch.cat([piece.flatten(1) for piece in pieces], dim=1)
             del product  # or its graph would be there beside that of the next batch
         return (total * objective.scale).view(vector.shape).to(vector)
+
+    def _best_columns(self) -> int:
+        return COLUMNS
 
     @abstractmethod
     def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
@@ -134,6 +140,9 @@ class GaussNewton(Exact):
     Positive semi-definite for a convex ℓ. Forward mode for J and backward for Jᵀ (Schraudolph, 2002).
     """
 
+    def _best_columns(self) -> int:
+        return _best_vmap(self.objective)
+
     def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
         for inputs, targets in self.objective.batches():
             yield self._products(inputs, targets)
@@ -181,6 +190,9 @@ class Fisher(Exact):
             self.objective.loss.sampled_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
         super().__post_init__()
 
+    def _best_columns(self) -> int:
+        return _best_vmap(self.objective)
+
     def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
         objective, generator = self.objective, label_generator(self.seed)
         if self.kind == "exact":
@@ -199,6 +211,12 @@ class Fisher(Exact):
             return terms.flatten(1).sum(1) if self.per == "sample" and terms.ndim > 1 else terms.flatten()
 
         return _sandwich(losses, objective.parameters, lambda _, tangents: tangents)
+
+
+def _best_vmap(objective: Objective) -> int:
+    """Columns that go through vmap together: one where convolutions would become slow grouped ones."""
+    convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in objective.model.modules())
+    return 1 if convolutions else COLUMNS
 
 
 def _sandwich(

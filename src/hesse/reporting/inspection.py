@@ -53,10 +53,11 @@ def _whole(inspection: "Inspection") -> Table:
 def _layers(inspection: "Inspection") -> Table:
     kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
     title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
     table.add_column("layer", no_wrap=True)
-    for heading in ("trace ± error", "mean eigenvalue", *(x for s in SHOWN for x in (f"{s}: predicted", "measured"))):
-        table.add_column(heading, justify="right")
+    costs_of = (heading for scheme in SHOWN for heading in (f"{scheme}:\npredicted", "measured"))
+    for heading in ("trace,\n± error", "mean\neigen-\nvalue", *costs_of):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in inspection.layers:
         costs = []
         for scheme in SHOWN:
