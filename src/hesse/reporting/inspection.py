@@ -42,7 +42,7 @@ def _listed(pairs: list[tuple[float, float]]) -> str:
 
 
 def _whole(inspection: "Inspection") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False)
+    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False, padding=0)
     table.add_column("")
     table.add_column("", justify="right")
     for label, value in facts(inspection):
@@ -53,9 +53,9 @@ def _whole(inspection: "Inspection") -> Table:
 def _layers(inspection: "Inspection") -> Table:
     kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
     title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0, show_edge=False)
     table.add_column("layer", no_wrap=True)
-    costs_of = (heading for scheme in SHOWN for heading in (f"{scheme}:\npredicted", "measured"))
+    costs_of = (heading for s in SHOWN for heading in ("\n".join([*s.rsplit(" ", 1), "predicted"]), "measured"))
     for heading in ("trace,\n± error", "mean\neigen-\nvalue", *costs_of):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in inspection.layers:
@@ -83,7 +83,7 @@ def predicts(inspection: "Inspection") -> str:
 def with_error(pair: tuple[float, float]) -> str:
     """A value with its standard error."""
     value, error = pair
-    return f"{number(value, 3)} ± {number(error, 1)}"
+    return f"{number(value, 2)} ± {number(error, 1)}"
 
 
 def _trust(inspection: "Inspection") -> Table:
