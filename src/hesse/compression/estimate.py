@@ -190,7 +190,7 @@ class _Estimation:
                 for name in parts:
                     if isinstance(kronecker := estimates.kronecker.get(name), Kronecker):
                         self.files["kronecker"][name] = self._save("kronecker", kronecker)
-                        found[name] = kronecker.output_factor.diagonal()
+                        found[name] = kronecker.output_factor.diagonal().clone()  # a view would keep it all
                     if isinstance(fisher := estimates.fisher.get(name), Diagonal):
                         self.files["fisher"][name] = self._save("fisher", fisher)
                 self.progress.advance()
