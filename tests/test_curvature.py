@@ -308,6 +308,14 @@ def test_curvatures_of_different_origin_are_not_joined() -> None:
     assert Scaled(original=one, factor=2.0, origin=samples).origin == samples
 
 
+def test_the_order_of_the_flat_vector_is_that_of_the_shapes() -> None:
+    one, other = Diagonal(values=torch.tensor([1.0, 2.0])), Diagonal(values=torch.tensor([3.0]))
+    shapes = {"a": (2,), "b": (1,)}
+    for blocks in ({"a": one, "b": other}, {"b": other, "a": one}):
+        whole = BlockDiagonal(blocks=blocks, shapes=shapes)
+        assert whole.diagonal().tolist() == whole.matvec(torch.ones(3)).tolist() == [1.0, 2.0, 3.0]
+
+
 def test_the_damping_changes_no_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
     kronecker = Kronecker(output_factor=OUTPUT_MOMENT, input_factor=moment(INPUTS))
     vector = normal(13, OUT, IN)

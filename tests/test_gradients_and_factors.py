@@ -185,7 +185,7 @@ def test_factors_and_eigenvalues(setting: str, loss: str, kind: Any, per: Any) -
     objective = make(setting, loss)
     found = estimate_curvatures(objective, ["gram", "kronecker"], kind, per)
     corrected = eigen_kronecker(objective, {n: c for n, c in found.kronecker.items() if isinstance(c, Kronecker)})
-    assert set(found.kronecker) == set(objective.names)
+    assert tuple(found.kronecker) == objective.names
     assert {c.origin for c in found.kronecker.values()} == {Origin(f"{kind} Fisher", per, "mean loss")}
     for name, curvature in found.kronecker.items():
         module = objective.model.get_submodule(name.rpartition(".")[0])

@@ -104,7 +104,7 @@ class Sum(Curvature):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockDiagonal(Curvature):
-    """One curvature a parameter, on all parameters as one flat vector, in the order of `blocks`.
+    """One curvature a parameter, on all parameters as one flat vector, in the order of `shapes`.
 
     `shapes` are the parameters' own, since a block may act on a part of them that repeats (a Gram on each row), or on
     the same entries in another shape (a convolution's weight as a matrix). The damping is added to every block; blocks
@@ -163,7 +163,7 @@ class BlockDiagonal(Curvature):
         return self._each(vector, lambda block, piece: block.solve(piece), self._damped)
 
     def _spread(self, values: dict[str, Tensor]) -> Tensor:
-        return torch.cat([value.flatten().repeat(self._repeats(name)) for name, value in values.items()])
+        return torch.cat([values[name].flatten().repeat(self._repeats(name)) for name in self.shapes])
 
     def diagonal(self) -> Tensor:
         return self._spread({name: block.diagonal() for name, block in self.blocks.items()})

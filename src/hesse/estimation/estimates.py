@@ -109,11 +109,10 @@ class Sums:
         return found
 
     def _kronecker(self, scale: float, origin: Origin) -> dict[str, Curvature]:
-        found: dict[str, Curvature] = dict(self._diagonals(self._simple, scale, origin))
+        diagonals, found = self._diagonals(self._simple, scale, origin), dict[str, Curvature]()
         for name, parts in self.parts.items():
-            if name not in found:
-                terms = [self._factors(part, scale, origin) for part in parts]
-                found[name] = terms[0] if len(terms) == 1 else Sum(terms=tuple(terms))
+            terms = [diagonals[name]] if name in diagonals else [self._factors(p, scale, origin) for p in parts]
+            found[name] = terms[0] if len(terms) == 1 else Sum(terms=tuple(terms))
         return found
 
     def _factors(self, part: Part, scale: float, origin: Origin) -> Curvature:
