@@ -7,12 +7,11 @@ Results go to `bench/curvature.json` and `docs/benchmarks-curvature.md`.
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import limits
+from machine import best_of, limits
 from torch import Tensor
 
 from hesse.curvature import BlockAccumulator, GradientWindow, RankOneSum
@@ -26,16 +25,6 @@ SIZES = (
 )
 BLOCKS = (10**7, 50, 1024, 64)  # weights, block size, gradients, gradients at once
 DAMPING = 1e-4  # of the mean eigenvalue of the range
-
-
-def best_of(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds of the fastest run."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 class Woodbury:

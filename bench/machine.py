@@ -7,15 +7,20 @@ from collections.abc import Callable
 import torch
 
 
-def _seconds(action: Callable[[], object], repeats: int = 10) -> float:
-    """The fastest of `repeats` runs after one to warm up."""
-    action()
-    times = []
+def best_of(action: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest run."""
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _seconds(action: Callable[[], object], repeats: int = 10) -> float:
+    """The fastest of `repeats` runs after one to warm up."""
+    action()
+    return best_of(action, repeats)
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:

@@ -126,7 +126,7 @@ def test_paths_that_depend_on_the_data() -> None:
 # Kronecker factors
 
 
-def contributions(module: nn.Module, role: str, received: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+def contributions(module: nn.Module, received: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each position's input and output gradient of one sample's call, by loops."""
     rows: list[tuple[Tensor, Tensor]] = []
     if isinstance(module, nn.Conv2d):
@@ -165,7 +165,7 @@ def brute(objective: Objective, module: nn.Module, kind: str, per: str) -> tuple
         rows: list[tuple[Tensor, Tensor]] = []
         for received, output in calls:
             (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
-            rows += contributions(module, "", received[0], gradient[0])
+            rows += contributions(module, received[0], gradient[0])
         if per == "sample" and rows:
             weights.append(sum((torch.outer(g, a) for a, g in rows), torch.zeros(())))
             rows = [(torch.stack([a for a, _ in rows]).mean(0), torch.stack([g for _, g in rows]).sum(0))]

@@ -181,8 +181,7 @@ class _Estimation:
             self.progress.advance()
             for block, passages in walk:
                 parts = {layer.name: [layer_part(layer)] for layer in block.layers}
-                weights = {layer.name: layer.module.weight for layer in block.layers}
-                sums = Sums(parts, weights, kinds)  # type: ignore[arg-type]
+                sums = Sums(parts, {layer.name: layer.parameter for layer in block.layers}, kinds)
                 for passage in passages:
                     sums.add(passage)
                 sums.leave_out_unreached()

@@ -31,5 +31,6 @@ def mirror(upper: Tensor) -> None:
 
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with the upper triangle of `upper`."""
-    triangle = upper.triu()
-    return triangle + triangle.triu(1).T
+    result = upper.clone()
+    mirror(result)
+    return result

@@ -85,7 +85,7 @@ class _Eigenvalues:
         dtype = self.totals[name].dtype
         gradients = rows.gradients.to(dtype)
         if left is not None and right is not None and self.per == "sample" and _many_positions(rows):
-            square = _of_samples(rows.inputs.to(dtype), gradients, left, right)
+            square = _of_samples(gradients, rows.inputs.to(dtype), left, right)
             return square.T if part.transposed else square
         key = (rows.source, id(right))
         if key not in rotated:
@@ -100,11 +100,7 @@ class _Eigenvalues:
             return _of_tokens(gradients, inputs, rows.vocabulary, self.per)
         if self.per == "position":
             return gradients.flatten(0, 1).square().T @ inputs.flatten(0, 1).square()
-        total = gradients.new_zeros(gradients.shape[-1], inputs.shape[-1])
-        step = max(TOGETHER // (total.numel() * total.element_size()), 1)
-        for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
-            total += (some.transpose(1, 2) @ others).square().sum(0)
-        return total
+        return _of_samples(gradients, inputs)
 
 
 def _many_positions(rows: Rows) -> bool:
@@ -113,21 +109,22 @@ def _many_positions(rows: Rows) -> bool:
     return wide * narrow * (wide + narrow) < positions * (wide**2 + narrow**2)
 
 
-def _of_samples(inputs: Tensor, gradients: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Σ over samples of (Lᵀ (Σ g xᵀ) R)² (out, in)."""
+def _of_samples(gradients: Tensor, inputs: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """Σ over samples of (Lᵀ (Σ g xᵀ) R)² (out, in); without L or R of what is rotated already."""
     total = gradients.new_zeros(gradients.shape[-1], inputs.shape[-1])
     step = max(TOGETHER // (total.numel() * total.element_size()), 1)
     for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
-        total += (left.T @ (some.transpose(1, 2) @ others) @ right).square().sum(0)
+        summed = some.transpose(1, 2) @ others
+        summed = summed if left is None else left.T @ summed
+        total += (summed if right is None else summed @ right).square().sum(0)
     return total
 
 
 def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: Per) -> Tensor:
     """The same for an embedding: gradients by the token they are of."""
-    if per == "position":
-        total = gradients.new_zeros(vocabulary, gradients.shape[-1])
-        return total.index_add_(0, ids.flatten(), gradients.flatten(0, 1).square()).T
     total = gradients.new_zeros(vocabulary, gradients.shape[-1])
+    if per == "position":
+        return total.index_add_(0, ids.flatten(), gradients.flatten(0, 1).square()).T
     for tokens, slopes in zip(ids, gradients, strict=True):
         total += gradients.new_zeros(total.shape).index_add_(0, tokens, slopes).square()
     return total.T

@@ -12,6 +12,8 @@ from hesse.curvature import Objective
 from hesse.errors import UnsupportedModelError
 
 Role = Literal["matrix", "offset", "scale"]
+MATRIX_ROLES: dict[str, Role] = {"weight": "matrix", "bias": "offset"}
+SCALE_ROLES: dict[str, Role] = {"weight": "scale", "bias": "offset"}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
 
 
@@ -61,10 +63,10 @@ def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.
 
 def _role(module: nn.Module, key: str) -> Role | None:
     if isinstance(module, MATRICES):
-        return {"weight": "matrix", "bias": "offset"}.get(key)  # type: ignore[return-value]
+        return MATRIX_ROLES.get(key)
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
-    if own <= {"weight", "bias"} and not any(True for _ in module.children()):
-        return {"weight": "scale", "bias": "offset"}.get(key)  # type: ignore[return-value]
+    if own <= SCALE_ROLES.keys() and not any(True for _ in module.children()):
+        return SCALE_ROLES.get(key)
     return None
 
 

@@ -13,6 +13,7 @@ from hesse.curvature.losses import next_tokens
 from hesse.data import Samples, read_samples
 from hesse.errors import UnsupportedModelError
 from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
+from hesse.estimation.estimates import Name
 from hesse.evaluation.evaluate import check_ids
 from hesse.evaluation.metrics import Totals
 from hesse.formats import open_checkpoint
@@ -122,7 +123,7 @@ class _Inspector:
         modules = {module: path for path, module in model.named_modules()}
         self.parameters = {name: f"{modules[layer.module]}.weight" for name, layer in self.layers.items()}
         for layer in self.layers.values():
-            layer.module.weight.requires_grad_(True)
+            layer.parameter.requires_grad_(True)
         data = [(ids, next_tokens(ids)) for ids in self.batches]
         weights = list(self.parameters.values())
         self.objective = Objective.of(model, CrossEntropy(), data, weights, forward=_logits)
@@ -136,8 +137,8 @@ class _Inspector:
             self.progress.advance()
             reached = [name for name in objective.names if bool(_part(objective, gradient, name).any())]
             part = Objective.of(self.model, objective.loss, objective.data, reached, objective.forward)
-            kinds = ["gram", "kronecker", "fisher"] if self.statistics is None else ["fisher"]
-            found = estimate_curvatures(part, kinds, seed=self.seed)  # type: ignore[arg-type]
+            kinds: tuple[Name, ...] = ("gram", "kronecker", "fisher") if self.statistics is None else ("fisher",)
+            found = estimate_curvatures(part, kinds, seed=self.seed)
             self.progress.advance()
             corrected = eigen_kronecker(part, found.kronecker, seed=self.seed) if found.kronecker else {}
             self.progress.advance()

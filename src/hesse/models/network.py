@@ -37,17 +37,20 @@ class Layer:
         return isinstance(self.module, Conv1D)
 
     @property
-    def weight(self) -> Tensor:
-        """The weight as (out, in)."""
+    def parameter(self) -> Tensor:
+        """The weight as the module keeps it."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.T if self.transposed else weight
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (out, in)."""
+        return self.parameter.T if self.transposed else self.parameter
 
     def replace(self, weight: Tensor) -> None:
         """Put `weight` (out, in) in the place of the present one, in its type."""
-        present = self.module.weight
-        assert isinstance(present, Tensor)
-        changed = (weight.T if self.transposed else weight).to(present)
+        changed = (weight.T if self.transposed else weight).to(self.parameter)
         self.module.weight = nn.Parameter(changed.contiguous(), requires_grad=False)
 
 
