@@ -85,7 +85,7 @@ def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, Back
 def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
     """The network, and E[g²] of its layers' outputs by the walk over blocks."""
     network, walk = walked(folder, batch)
-    return network, output_sensitivities(walk, lambda: None)
+    return network, output_sensitivities(walk, (), lambda: None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "gpt-neox", "bert"])

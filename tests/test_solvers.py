@@ -12,7 +12,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, LowRank, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, ConditioningWarning, DataError, OptionError, UnsupportedProduct
-from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, WhitenedSVD, solve
+from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, TwoSidedFeedback, WhitenedSVD, solve
 from hesse.solvers.base import solve_with
 from hesse.solvers.refit import refit
 
@@ -32,6 +32,11 @@ def correlated_inputs(seed: int, tokens: int, width: int) -> Tensor:
 
 def correlated_gram(seed: int, width: int, amount: float = 0.01) -> Gram:
     return Gram.from_inputs(correlated_inputs(seed, 4 * width, width)).damped(amount)
+
+
+def correlated_kronecker(seed: int, rows: int, columns: int) -> Kronecker:
+    inputs, outputs = (correlated_gram(seed + k, width).second_moment for k, width in ((0, columns), (9, rows)))
+    return Kronecker(output_factor=outputs, input_factor=inputs).with_damped_factors(0.1, 0.01)
 
 
 def row_costs(curvature: Curvature, change: Tensor) -> Tensor:
@@ -551,6 +556,7 @@ PAIRS: dict[str, tuple[Solver, Curvature, Constraint]] = {
     "error-feedback-descending": (ErrorFeedback("descending"), correlated_gram(0, 16), Grid(4, 8)),
     "error-feedback-n-of-m": (ErrorFeedback(), correlated_gram(0, 16), Sparse(2, 4)),
     "error-feedback-joint": (ErrorFeedback(), correlated_gram(0, 16), Sparse(2, 4) & Grid(4, 8)),
+    "two-sided-feedback": (TwoSidedFeedback(), correlated_kronecker(0, 8, 16), Grid(4, 8, headroom=1.0, signed=True)),
     "whitened-svd": (WhitenedSVD(), correlated_gram(0, 16), LowRank(3)),
 }
 EVERY_PAIR = pytest.mark.parametrize(("solver", "curvature", "constraint"), PAIRS.values(), ids=PAIRS.keys())

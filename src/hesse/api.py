@@ -27,7 +27,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = "gptq",
+    method: str = "kronecker",
     recipe: Recipe | None = None,
     options: Options | None = None,
     ignore: Sequence[str] = (),

@@ -74,7 +74,7 @@ def _top(
 def compress(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gptq",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "kronecker",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,

@@ -4,7 +4,6 @@ import json
 import platform
 import resource
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import compressed_tensors
@@ -12,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from hesse.compression.dense import DensePass, dense_pass
+from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.inputs import InputGrams
-from hesse.compression.layers import LayerSolver, digest, predicted_increase, relative_error
+from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
 from hesse.compression.output import check_output, copy_companions, temporary_folder
 from hesse.compression.plan import Plan, make_plan
 from hesse.compression.report import CompressionReport, LayerReport, Verification
@@ -79,21 +78,8 @@ class _Run:
     def run(self, folder: Path, out: Path, model_name: str, version: str) -> CompressionReport:
         """Do it all; everything is written into `folder`."""
         plan, blocks = self.plan, self.plan.network.blocks
-        self.progress.begin("probe the loss", 2 * len(blocks) + 1)
         length = max(len(ids) for ids in plan.samples.ids)
-        size = evaluation_batch(vocabulary(plan.dense), length)
-        check = plan.check.batches(size)
-        probes = plan.probes.batches(size) if plan.held_out else check
-        dense = dense_pass(
-            plan.dense,
-            check,
-            probes if plan.statistics is None else None,
-            plan.calibration.seed,
-            self.clock,
-            self.progress.advance,
-        )
-        if plan.statistics is not None:
-            dense = replace(dense, sensitivities=plan.statistics.sensitivities)
+        dense = self._dense_pass(length)
         self.progress.begin("compress", len(blocks))
         flows: list[Flow] = []
         if plan.statistics is None:
@@ -119,6 +105,18 @@ class _Run:
         report = self._report(folder, out, model_name, version, length, verification)
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
+
+    def _dense_pass(self, length: int) -> DensePass:
+        """What the loss feels of each layer's outputs, and where the check samples end in the unchanged model."""
+        plan, seed, step = self.plan, self.plan.calibration.seed, self.progress.advance
+        walks = 1 if plan.statistics is not None else 3
+        self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
+        batch_size = evaluation_batch(vocabulary(plan.dense), length)
+        flows = check_pass(plan.dense, plan.check.batches(batch_size), self.clock, step)
+        if plan.statistics is not None:
+            return DensePass(plan.statistics.sensitivities, flows)
+        probes = plan.probes.batches(min(batch_size, calibration_batch(length)))
+        return DensePass(probe(plan.network, probes, plan.whole_factors, seed, self.clock, step), flows)
 
     def _report(
         self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification
@@ -218,14 +216,13 @@ class _Run:
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
-            weight = layer.weight.float()
-            solved = self.solver.solve(layer.name, weight, gram, rule, constraint)
+            weight, sensitivity = layer.weight.float(), self._output_factor(layer.name, dense)
+            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint))
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
             layer.replace(stored)
         self.notes += solved.notes
         with self.clock.phase("predict"):
-            sensitivity = self._output_factor(layer.name, dense)
             if sensitivity is None and gram.tokens:
                 self.notes.append(f"{layer.name}: no prediction: the tokens that probed the loss did not reach it")
             change = stored - weight

@@ -1,7 +1,7 @@
 """The dense model's own pass: what its layers' outputs mean to the loss, and what it predicts on the check samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,33 +13,36 @@ from hesse.progress import Clock
 
 @dataclass(frozen=True, eq=False)
 class DensePass:
-    """E[g²] at each layer's outputs (out,) in nats per token, and the check samples' flows after the last block."""
+    """What the loss feels of each layer's outputs, and the check samples' flows after the last block.
+
+    `sensitivities` are E[ggᵀ] (out, out) at the outputs of layers whose whole factor was asked for, and E[g²] (out,) of
+    the others, in nats per token.
+    """
 
     sensitivities: dict[str, Tensor]
     flows: list[Flow]
 
 
-def dense_pass(
-    network: Network,
-    check: list[Tensor],
-    sensitivity: list[Tensor] | None,
-    seed: int,
-    clock: Clock,
-    step: Callable[[], None],
-) -> DensePass:
-    """Take the batches `check` and `sensitivity` (samples, tokens) through the unchanged model; `step` after blocks.
-
-    Where both are one list, its flows are taken through once. Without `sensitivity` there are no sensitivities.
-    """
+def check_pass(network: Network, check: list[Tensor], clock: Clock, step: Callable[[], None]) -> list[Flow]:
+    """The batches `check` (samples, tokens) after all blocks of the unchanged model; `step` after each block."""
     with clock.phase("probe"):
         flows = start(network, check)
-        probes = [] if sensitivity is None else flows if sensitivity is check else start(network, sensitivity)
-    inputs = forward_walk(network, flows if probes is flows else [*flows, *probes], probes, clock, step)
-    if not probes:
-        return DensePass({}, flows)
+    forward_walk(network, flows, [], clock, step)
+    return flows
+
+
+def probe(
+    network: Network, batches: list[Tensor], whole: Collection[str], seed: int, clock: Clock, step: Callable[[], None]
+) -> dict[str, Tensor]:
+    """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
+
+    The batches go through the unchanged model and back.
+    """
     with clock.phase("probe"):
-        ended = [replace(flow) for flow in probes]  # the walk back moves them
-        return DensePass(output_sensitivities(BackwardWalk(network, ended, inputs, seed), step), flows)
+        flows = start(network, batches)
+    inputs = forward_walk(network, flows, flows, clock, step)
+    with clock.phase("probe"):
+        return output_sensitivities(BackwardWalk(network, flows, inputs, seed), whole, step)
 
 
 def forward_walk(
@@ -56,17 +59,26 @@ def forward_walk(
     return inputs
 
 
-def output_sensitivities(walk: BackwardWalk, step: Callable[[], None]) -> dict[str, Tensor]:
-    """E[g²] of each layer's outputs (out,), in nats per token: the diagonal of its Kronecker factor, per position.
+def output_sensitivities(walk: BackwardWalk, whole: Collection[str], step: Callable[[], None]) -> dict[str, Tensor]:
+    """What the loss feels of each layer's outputs, in nats per token: their factor of a Kronecker, per position.
 
-    With the Gram of the layer's inputs it gives the loss increase of a change d as ½ Σ_i E[g_i²] d_i E[xxᵀ] d_iᵀ.
+    It is E[ggᵀ] (out, out) for the layers `whole`, its diagonal E[g²] (out,) for others. With the Gram of the layer's
+    inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ).
     """
     step()
     found: dict[str, Tensor] = {}
     for block, passages in walk:
-        sums = OutputMoments([layer_part(layer) for layer in block.layers], "position", diagonal=True)
+        kinds = [
+            OutputMoments([layer_part(layer) for layer in layers], "position", diagonal)
+            for diagonal in (False, True)
+            if (layers := [layer for layer in block.layers if (layer.name in whole) != diagonal])
+        ]
         for passage in passages:
-            sums.add(passage)
-        found.update({modules[0]: m.total * walk.scale for modules, m in sums.sums.items() if m.count})
+            for sums in kinds:
+                sums.add(passage)
+        for sums in kinds:
+            for modules, moment in sums.sums.items():
+                if moment.count:
+                    found[modules[0]] = moment.times(walk.scale, f"gradients at the outputs of {modules[0]}")
         step()
     return found

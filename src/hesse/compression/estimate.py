@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hesse.compression.dense import dense_pass, forward_walk
+from hesse.compression.dense import forward_walk, probe
 from hesse.compression.inputs import InputGrams
 from hesse.compression.output import check_output, temporary_folder
 from hesse.compression.plan import open_networks
@@ -144,7 +144,7 @@ class _Estimation:
         self.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
         probes = self.probes.batches(evaluation_batch(vocabulary(self.dense), self.length))
         seed = self.calibration.seed
-        return dense_pass(self.dense, probes, probes, seed, self.clock, self.progress.advance).sensitivities
+        return probe(self.dense, probes, (), seed, self.clock, self.progress.advance)
 
     def _grams(self) -> None:
         """The Gram of each layer's inputs; one file for layers with the same inputs."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,18 @@ class Solved:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One layer's weight, what is known of its inputs and outputs, and what is asked for."""
+
+    name: str
+    weight: Tensor  # (out, in)
+    gram: Gram
+    outputs: Tensor | None  # what the loss feels of the outputs: E[ggᵀ] (out, out), or its diagonal (out,)
+    rule: Rule
+    constraint: Constraint
+
+
 class LayerSolver:
     """Solves the layers of one input in turn, factoring that input's Gram once for each solver."""
 
@@ -35,78 +47,85 @@ class LayerSolver:
         self._gram: Gram | None = None
         self._states: dict[tuple[str, Solver, float], tuple[Curvature, Any]] = {}
 
-    def solve(self, name: str, weight: Tensor, gram: Gram, rule: Rule, constraint: Constraint) -> Solved:
-        """The solution for `weight` (out, in) of the layer `name`.
+    def solve(self, problem: LayerProblem) -> Solved:
+        """The solution for a layer.
 
         Raises:
             HesseError: the layer cannot be solved; the message begins with its name.
         """
+        name, gram, rule = problem.name, problem.gram, problem.rule
         if gram is not self._gram:
             self._gram, self._states = gram, {}
         notes: list[str] = []
         try:
             if rule.curvature == "identity":
-                return self._solved(name, weight, gram, rule, constraint, Nearest(), 0.0, notes)
+                return self._solved(problem, Nearest(), 0.0, notes)
             if gram.tokens == 0:
                 notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
                 identity = rule.model_copy(update={"curvature": "identity"})
-                return self._solved(name, weight, gram, identity, constraint, Nearest(), 0.0, notes)
-            notes += _gaps(name, gram, rule)
+                return self._solved(replace(problem, rule=identity), Nearest(), 0.0, notes)
+            notes += _gaps(problem)
             solver = rule.solver.build()
             damping = 0.0 if rule.solver.name == "nearest" else rule.solver.damping
             for attempt in (damping, *(max(damping, 1e-4) * step for step in DAMPING_STEPS)):
                 if attempt > damping:
                     notes.append(f"{name}: the Gram could not be factorised; damping was raised to {attempt:g}")
                 try:
-                    return self._solved(name, weight, gram, rule, constraint, solver, attempt, notes)
+                    return self._solved(problem, solver, attempt, notes)
                 except ConditioningError:
                     continue
             raise ConditioningError("the Gram could not be factorised at any damping: use more calibration tokens")
         except HesseError as error:
             raise type(error)(f"{name}: {error}") from None
 
-    def _solved(
-        self,
-        name: str,
-        weight: Tensor,
-        gram: Gram,
-        rule: Rule,
-        constraint: Constraint,
-        solver: Solver,
-        damping: float,
-        notes: list[str],
-    ) -> Solved:
-        key = (rule.curvature, solver, damping)
-        if key not in self._states:
+    def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
+        key = (problem.rule.curvature, solver, damping)
+        if key in self._states:
+            curvature, state = self._states[key]
+        else:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ConditioningWarning)
-                curvature = _curvature(gram, rule, damping)
-            notes += [f"{name}: {warning.message}" for warning in caught]
-            self._states[key] = (curvature, solver.init(curvature))
-        curvature, state = self._states[key]
-        solution = solve_with(weight, curvature, constraint, solver, state)
-        method = " × ".join(type(part).__name__ for part in (curvature, constraint, solver))
+                curvature = _curvature(problem, damping)
+            notes += [f"{problem.name}: {warning.message}" for warning in caught]
+            state = solver.init(curvature)
+            if not isinstance(curvature, Kronecker):  # the outputs' factor is of one layer alone
+                self._states[key] = (curvature, state)
+        solution = solve_with(problem.weight, curvature, problem.constraint, solver, state)
+        method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)
 
 
-def _curvature(gram: Gram, rule: Rule, damping: float) -> Curvature:
+def _curvature(problem: LayerProblem, damping: float) -> Curvature:
+    gram, rule = problem.gram, problem.rule
     if rule.curvature == "identity":
         return Identity()
+    if rule.curvature == "kronecker":
+        outputs = torch.ones_like(problem.weight[:, 0]) if _unknown(problem.outputs) else problem.outputs
+        assert outputs is not None
+        kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment)
+        return kronecker.with_damped_factors(rule.solver.output_damping, damping)
     return gram.diagonal_part() if rule.curvature == "gram_diagonal" else gram.damped(damping)
 
 
-def _gaps(name: str, gram: Gram, rule: Rule) -> list[str]:
-    """What the Gram does not know, and what that means for the solution."""
+def _unknown(outputs: Tensor | None) -> bool:
+    return outputs is None or not bool(outputs.any())
+
+
+def _gaps(problem: LayerProblem) -> list[str]:
+    """What the curvature does not know, and what that means for the solution."""
     notes = []
+    name, gram, rule = problem.name, problem.gram, problem.rule
     width = gram.shape[0]
     dead = int((gram.diagonal() == 0).sum())
     if dead:
         effect = "rounded to nearest" if rule.constraint.sparse is None else "judged to cost nothing"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
-    if rule.curvature == "gram" and gram.tokens < width:
+    if rule.curvature in ("gram", "kronecker") and gram.tokens < width:
         notes.append(
             f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
         )
+    if rule.curvature == "kronecker" and _unknown(problem.outputs):
+        notes.append(f"{name}: the tokens that probed the loss did not reach it; its outputs were taken as equals")
     return notes
 
 

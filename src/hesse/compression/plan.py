@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hesse.compression.tokens import Calibration, select_samples
+from hesse.compression.tokens import PROBE_TOKENS, Calibration, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.estimation import Statistics
@@ -13,6 +13,9 @@ from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule, matches
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
+
+FACTOR_TOKENS = 8192  # to estimate E[ggᵀ] (out, out) from, at least
+FACTOR_TOKENS_PER_OUTPUT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,11 @@ class Plan:
     held_out: bool  # whether `check` is no part of `samples`
     notes: list[str]  # departures from what was asked
 
+    @property
+    def whole_factors(self) -> set[str]:
+        """The layers whose rule needs all of E[ggᵀ] at their outputs."""
+        return {name for name, rule in self.rules.items() if rule is not None and rule.curvature == "kronecker"}
+
 
 def make_plan(
     model: Path,
@@ -53,11 +61,14 @@ def make_plan(
     checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
     format = _format(format_name, network, rules)
+    whole = any(rule is not None and rule.curvature == "kronecker" for rule in rules.values())
     if statistics is not None:
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")
+        if whole:
+            statistics.check_holds("kronecker")
         calibration = statistics_calibration(statistics, calibration)
-    selected = select_samples(model, calibration, network)
+    selected = select_samples(model, calibration, network, _probe_tokens(network, rules))
     samples = selected.samples
     if statistics is not None and calibration == statistics_calibration(statistics, replace(calibration, data=None)):
         statistics.check_samples(samples)
@@ -79,6 +90,16 @@ def make_plan(
         held_out=selected.held_out,
         notes=[*format.notes, *selected.notes],
     )
+
+
+def _probe_tokens(network: Network, rules: dict[str, Rule | None]) -> int:
+    """Tokens to estimate the outputs' factors from: more where a rule needs them whole."""
+    outputs = [
+        layer.weight.shape[0]
+        for layer in network.layers
+        if (rule := rules[layer.name]) is not None and rule.curvature == "kronecker"
+    ]
+    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs)) if outputs else PROBE_TOKENS
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:

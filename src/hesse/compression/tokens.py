@@ -8,7 +8,7 @@ from hesse.evaluation.evaluate import check_ids
 from hesse.models.network import Network
 
 DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 1024  # for the sensitivities, and again for the check; at least two samples each
+PROBE_TOKENS = 1024  # for diagonal sensitivities, and again for the check; at least two samples each
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,12 @@ class Selection:
     notes: list[str]  # departures from what was asked
 
 
-def select_samples(model: Path, calibration: Calibration, network: Network) -> Selection:
+def select_samples(
+    model: Path, calibration: Calibration, network: Network, probe_tokens: int = PROBE_TOKENS
+) -> Selection:
     """Samples to calibrate on, and others to check the result with (none where the data gives ready tokens).
+
+    The probes are the first of the samples, `probe_tokens` of them or a little more.
 
     Raises:
         HesseError: the data or a setting cannot be used.
@@ -48,18 +52,18 @@ def select_samples(model: Path, calibration: Calibration, network: Network) -> S
         seed=calibration.seed,
         purpose="calibration",
         limit=network.input_limit,
-        reserve=_probe_count(length),
+        reserve=_count(PROBE_TOKENS, length),
     )
     check_ids(network, samples.batches(1))
-    probes = Samples(samples.ids[: _probe_count(len(samples.ids[0]))], samples.source, samples.exact)
+    probes = Samples(samples.ids[: _count(probe_tokens, len(samples.ids[0]))], samples.source, samples.exact)
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
     return Selection(samples, probes, reserved if reserved.ids else probes, bool(reserved.ids), notes)
 
 
-def _probe_count(length: int) -> int:
-    return max(PROBE_TOKENS // length, 2)
+def _count(tokens: int, length: int) -> int:
+    return max(tokens // length, 2)
 
 
 def sample_length(network: Network, asked: int | None) -> int:

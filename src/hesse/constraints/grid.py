@@ -32,14 +32,17 @@ class Grid(Constraint):
 
     Symmetric scales are max|w| / ((2^bits - 1 + headroom) / 2), asymmetric ones (max - min) / (2^bits - 1) over a range
     that includes 0. Without headroom the largest weight of a group lies half-way between two codes, where noise
-    decides; more of it makes all steps finer and clips the largest weights, which error feedback can make good. Scales
-    are rounded to `dtype` before codes are chosen. A last group may be narrower than the others.
+    decides; more of it makes all steps finer and clips the largest weights, which error feedback can make good. With
+    `signed` a symmetric scale is negative where a group's largest weight is positive, so that the code without a
+    counterpart, -2^(bits-1), serves the longer side. Scales are rounded to `dtype` before codes are chosen. A last
+    group may be narrower than the others.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     headroom: float = 0.0
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -48,8 +51,8 @@ class Grid(Constraint):
             raise OptionError(
                 f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
             )
-        if not 0 <= self.headroom <= 1:
-            raise OptionError(f"headroom is {self.headroom}, but must be between 0 and 1 steps")
+        if not 0 <= self.headroom <= 2:
+            raise OptionError(f"headroom is {self.headroom}, but must be between 0 and 2 steps")
 
     @property
     def rows_are_independent(self) -> bool:
@@ -86,9 +89,11 @@ class Grid(Constraint):
         """Scales whose range is [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
         levels = 2**self.bits - 1 + (self.headroom if self.symmetric else 0)
         extent = 2 * torch.maximum(top, -bottom) if self.symmetric else top - bottom
+        if self.signed and self.symmetric:
+            extent = torch.where(top > -bottom, -extent, extent)
         scale = round_to(extent / levels, self.dtype)
         # A group of zeros, or one so small that its scale underflows, is stored as zeros of scale 1.
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = torch.where(scale != 0, scale, torch.ones_like(scale))
         if self.symmetric:
             return Scales(scale, None)
         return Scales(scale, (self.lowest - bottom / scale).round().clamp(self.lowest, self.highest))

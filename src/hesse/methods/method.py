@@ -23,6 +23,7 @@ class Options:
     group_size: int | None = None
     symmetric: bool | None = None
     headroom: float | None = None
+    signed: bool | None = None
     sparsity: str | float | None = None
     scope: str | None = None
     rank: int | None = None
@@ -66,7 +67,9 @@ class Method:
         if options.act_order and pattern:
             raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
         constraint = ConstraintOptions(
-            grid=_given(GridOptions, chosen, ("bits", "group_size", "symmetric", "headroom")) if chosen.bits else None,
+            grid=_given(GridOptions, chosen, ("bits", "group_size", "symmetric", "headroom", "signed"))
+            if chosen.bits
+            else None,
             sparse=SparseOptions(amount=chosen.sparsity, scope=chosen.scope or "layer")  # type: ignore[arg-type]
             if chosen.sparsity is not None
             else None,
@@ -90,11 +93,12 @@ class Method:
             "group_size": grid,
             "symmetric": grid,
             "headroom": grid,
+            "signed": grid,
             "sparsity": "sparse" in has,
             "scope": "sparse" in has,
             "rank": "low_rank" in has,
             "act_order": self.solver == "error_feedback",
-            "damping": self.solver in ("error_feedback", "whitened_svd"),
+            "damping": self.solver in ("error_feedback", "two_sided_feedback", "whitened_svd"),
         }
         if options.bits == 0:
             raise OptionError("bits is 0, but a Grid has 2 to 8")
@@ -102,7 +106,9 @@ class Method:
             if getattr(options, field.name) is not None and not allowed[field.name]:
                 option = "--" + field.name.replace("_", "-")
                 reason = (
-                    "without --bits" if field.name in ("group_size", "symmetric", "headroom") and "grid" in has else ""
+                    "without --bits"
+                    if field.name in ("group_size", "symmetric", "headroom", "signed") and "grid" in has
+                    else ""
                 )
                 raise OptionError(f"{option} has no meaning for the method {self.name} {reason}".rstrip())
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hesse.constraints import Constraint, Grid, LowRank, Sparse
 from hesse.errors import OptionError
-from hesse.solvers import ErrorFeedback, Nearest, Solver, WhitenedSVD
+from hesse.solvers import ErrorFeedback, Nearest, Solver, TwoSidedFeedback, WhitenedSVD
 
 
 class _Strict(BaseModel):
@@ -23,6 +23,7 @@ class GridOptions(_Strict):
     group_size: int = 128
     symmetric: bool = True
     headroom: float = 0.0
+    signed: bool = False
 
 
 class SparseOptions(_Strict):
@@ -65,16 +66,23 @@ class ConstraintOptions(_Strict):
 
 
 class SolverOptions(_Strict):
-    """Which solver, and its options; `damping` is a share of the Gram's mean eigenvalue (trace / width)."""
+    """Which solver, and its options.
 
-    name: Literal["nearest", "error_feedback", "whitened_svd"]
+    `damping` is a share of the Gram's mean eigenvalue (trace / width), `output_damping` of that of a Kronecker's factor
+    of the outputs.
+    """
+
+    name: Literal["nearest", "error_feedback", "two_sided_feedback", "whitened_svd"]
     damping: float = Field(default=0.01, ge=0, le=1e4, allow_inf_nan=False)
+    output_damping: float = Field(default=0.3, ge=0, le=1e4, allow_inf_nan=False)
     order: Literal["given", "descending"] = "given"
 
     def build(self) -> Solver:
         """The solver."""
         if self.name == "error_feedback":
             return ErrorFeedback(order=self.order)
+        if self.name == "two_sided_feedback":
+            return TwoSidedFeedback()
         return WhitenedSVD() if self.name == "whitened_svd" else Nearest()
 
 
@@ -82,7 +90,7 @@ class Rule(_Strict):
     """What is done to the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
 
     layers: tuple[str, ...] = ("*",)
-    curvature: Literal["identity", "gram_diagonal", "gram"]
+    curvature: Literal["identity", "gram_diagonal", "gram", "kronecker"]
     constraint: ConstraintOptions
     solver: SolverOptions
 

@@ -22,4 +22,13 @@ METHODS = (
         needs="calibration text",
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
     ),
+    Method(
+        name="kronecker",
+        curvature="kronecker",
+        constraints=("grid",),
+        solver="two_sided_feedback",
+        source="GPTQ's update on K-FAC's curvature (Martens and Grosse, 2015, arXiv:1503.05671)",
+        needs="calibration text",
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=1.0, signed=True, damping=0.01),
+    ),
 )

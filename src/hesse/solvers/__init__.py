@@ -7,6 +7,7 @@ from hesse.solvers.estimate import Estimate, mean_of
 from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
+from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 from hesse.solvers.whitened_svd import WhitenedSVD
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Spectrum",
+    "TwoSidedFeedback",
     "WhitenedSVD",
     "conjugate_gradients",
     "hutch_plus_plus",

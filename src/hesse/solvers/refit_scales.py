@@ -1,0 +1,47 @@
+"""The best scales for codes that are chosen."""
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Grid, GridCode
+from hesse.curvature import Curvature
+
+
+def refit_scales(code: GridCode, weight: Tensor, curvature: Curvature, grid: Grid, steps: int) -> Tensor:
+    """Scales (out, groups) that lower ½ dᵀHd, d = codes · scales - weight, from those of `code` on; not rounded.
+
+    A least-squares problem, on which conjugate gradients, preconditioned by the diagonal of H over the codes, take
+    `steps` steps: one product with H each. No step raises the cost, beyond rounding. A group whose codes are all zero
+    keeps its scale.
+    """
+    columns = weight.shape[1]
+    codes = code.codes.to(weight.dtype)
+    if code.scales.zero_point is not None:
+        codes = codes - grid.expand(code.scales.zero_point, columns)
+
+    def by_group(values: Tensor) -> Tensor:
+        width = grid.group_width(columns)
+        padded = torch.nn.functional.pad(values, (0, grid.groups(columns) * width - columns))
+        return padded.view(len(values), -1, width).sum(-1)
+
+    def product(scale: Tensor) -> Tensor:
+        return by_group(codes * curvature.matvec(codes * grid.expand(scale, columns)))
+
+    scale = code.scales.scale.to(weight.dtype)
+    metric = by_group(codes.square() * curvature.diagonal().to(weight.dtype))
+    used = metric > 0
+    metric = torch.where(used, metric, 1)
+    residual = torch.where(used, by_group(codes * curvature.matvec(weight - codes * grid.expand(scale, columns))), 0)
+    direction = residual / metric
+    strength = (residual * direction).sum()
+    for _ in range(steps):
+        if not strength > 0:
+            break
+        image = product(direction)
+        length = strength / (direction * image).sum()
+        scale = scale + length * direction
+        residual = residual - length * image
+        scaled = residual / metric
+        before, strength = strength, (residual * scaled).sum()
+        direction = scaled + strength / before * direction
+    return scale

@@ -1,0 +1,109 @@
+"""The inner loops of two-sided rounding, compiled: a code depends on the one before it, which no tensor product can do.
+
+Each takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out), and scales
+and the lowest and highest codes of each weight's group, alike. The compiler keeps its result in a cache beside this
+file, or in the user's cache folder; the first call ever takes seconds.
+"""
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`loop` as machine code, kept for the next process where there is a place for it."""
+    compiled: Any
+    try:
+        compiled = numba.njit(cache=True, nogil=True)(loop)
+    except RuntimeError:  # no folder that can be written
+        compiled = numba.njit(nogil=True)(loop)
+    typed: Callable[Arguments, Result] = compiled
+    return typed
+
+
+@_compiled
+def _stored(value: np.float32, split: np.float32) -> np.float32:
+    """`value` with the precision of the stored type (Veltkamp, 1968); `split` 0 keeps it whole."""
+    big = np.float32(split * value)
+    return np.float32(big - np.float32(big - value)) if split else value
+
+
+@_compiled
+def _add(target: Floats, values: Floats, factor: np.float32) -> None:
+    """Add `factor` times `values` to `target`."""
+    for k in range(len(target)):
+        target[k] += factor * values[k]
+
+
+@_compiled
+def feed_back(
+    work: Floats,
+    codes: Floats,
+    errors: Floats,
+    scale: Floats,
+    lowest: Floats,
+    highest: Floats,
+    columns: Floats,
+    rows: Floats,
+    split: np.float32,
+) -> None:
+    """Error feedback over the columns of a block and, within a column, over rows.
+
+    `work` is used up, `codes` filled, and `errors` with what the columns after the block are to be given. `columns`
+    (columns, columns) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i) takes
+    columns[j, k] · rows[i, l] · e from weight (k, l), k ≥ j, l ≥ i.
+    """
+    width, height = work.shape
+    for j in range(width):
+        weight, spread = work[j], errors[j]
+        spread[:] = 0
+        for i in range(height):
+            wanted, s = weight[i] - spread[i], scale[j, i]
+            code = min(max(np.rint(wanted / s), lowest[j, i]), highest[j, i])
+            codes[j, i] = code
+            _add(spread[i:], rows[i, i:], np.float32(wanted - _stored(np.float32(code * s), split)))
+        for k in range(j + 1, width):
+            _add(work[k], spread, -columns[j, k])
+
+
+@_compiled
+def descend(
+    codes: Floats,
+    gradient: Floats,
+    changes: Floats,
+    scale: Floats,
+    lowest: Floats,
+    highest: Floats,
+    input_factor: Floats,
+    output_factor: Floats,
+    split: np.float32,
+) -> None:
+    """Coordinate descent on ½ tr(G d A dᵀ), once over the codes of a block, which are changed in place.
+
+    `gradient` is (A d G) for the present difference d, and used up; `changes` is filled with the changes of the
+    weights times G. `input_factor` is A (columns, columns) of the block, `output_factor` G (out, out). A code changes
+    only where that lowers the cost.
+    """
+    width, height = codes.shape
+    for j in range(width):
+        slope, moved, own = gradient[j], changes[j], input_factor[j, j]
+        moved[:] = 0
+        for i in range(height):
+            curvature = output_factor[i, i] * own
+            s, before = scale[j, i], codes[j, i]
+            value = _stored(np.float32(before * s), split)
+            steepness = slope[i] + own * moved[i]
+            code = min(max(np.rint((value - steepness / curvature) / s), lowest[j, i]), highest[j, i])
+            change = np.float32(_stored(np.float32(code * s), split) - value)
+            if change * (steepness + np.float32(0.5) * curvature * change) < 0:
+                codes[j, i] = code
+                _add(moved, output_factor[i], change)
+        for k in range(j + 1, width):
+            _add(gradient[k], moved, input_factor[j, k])
