@@ -71,7 +71,18 @@ def test_a_printed_recipe_is_the_same_plan(method: str, hesse_command: CommandLi
 
 
 def test_a_recipe_does_what_its_options_do(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
-    options = ("--bits", "3", "--group-size", "32", "--symmetric", "--no-act-order", "--damping", "0.1")
+    options = (
+        "--method",
+        "gptq",
+        "--bits",
+        "3",
+        "--group-size",
+        "32",
+        "--symmetric",
+        "--no-act-order",
+        "--damping",
+        "0.1",
+    )
     data = ("--data", write_ids(tmp_path / "ids.jsonl"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(hesse_command("compress", "MODEL", *options, "--print-recipe").stdout, encoding="utf-8")
@@ -127,7 +138,7 @@ def test_compress_prints_everything_for_machines(
     assert report == json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
     numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight", "predicted_loss_increase")
     assert all(report[key] > 0 for key in numbers)
-    assert report["method"] == "gptq"
+    assert report["method"] == "kronecker"
     assert report["seconds"]["total"] > 0
     assert report["fallbacks"] == []
     assert len(report["layers"]) == 14
@@ -146,7 +157,7 @@ def test_compress_and_evaluate_print_for_people(
     source, out = family_folder("llama"), tmp_path / "out"
     ran = hesse_command("compress", source, out, "--bits", "4", "--group-size", "48", *data)
     assert ran.code == 0
-    for expected in ("Gram × Grid × ErrorFeedback", "loss increase predicted", "read back: 21 tensors", "fallbacks"):
+    for expected in ("Kronecker × Grid", "loss increase predicted", "read back: 21 tensors", "fallbacks"):
         assert expected in ran.stdout
     table = hesse_command("evaluate", out, "--reference", source, *data)
     assert table.code == 0

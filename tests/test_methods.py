@@ -16,6 +16,7 @@ OPTION_VALUES = {
 TAKES = {
     "rtn": {"bits"},
     "gptq": {"bits", "sparsity", "act_order", "damping"},
+    "kronecker": {"bits", "damping"},
     "magnitude": {"bits", "sparsity"},
     "wanda": {"bits", "sparsity"},
     "sparsegpt": {"bits", "sparsity", "act_order", "damping"},

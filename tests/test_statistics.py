@@ -86,7 +86,7 @@ def test_sensitivities_are_those_of_a_whole_run(estimated: Callable[..., tuple[P
 def test_other_families(name: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, folder = estimated(name)
     report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
-    assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
+    assert 1 / 4 < report.predicted_loss_increase / report.verification.measured < 3
 
 
 @pytest.mark.parametrize("method", ["rtn", "wanda", "sparsegpt", "activation-svd"])
@@ -153,7 +153,7 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
         assert 1 / 5 < kronecker.trace() / fisher.trace() < 5  # positions are not independent
         torch.testing.assert_close(kronecker.output_factor.diagonal(), statistics.sensitivities[layer.name])
     report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
-    assert 1 / 3 < report.predicted_loss_increase / report.verification.measured < 3
+    assert 1 / 4 < report.predicted_loss_increase / report.verification.measured < 3
 
 
 @pytest.mark.parametrize("kind", ["gram", "kronecker", "fisher"])

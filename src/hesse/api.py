@@ -14,7 +14,7 @@ from hesse.evaluation import Evaluation, evaluate_checkpoint
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.inspection import Inspection, inspect_checkpoint
-from hesse.methods import Options, Recipe, find_method
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.models.locate import locate
 from hesse.models.network import Network
 from hesse.progress import Progress, Silence
@@ -27,7 +27,7 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = "kronecker",
+    method: str = DEFAULT_METHOD,
     recipe: Recipe | None = None,
     options: Options | None = None,
     ignore: Sequence[str] = (),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hesse.cli.progress import Bars
 from hesse.errors import HesseError, OptionError
-from hesse.methods import METHODS, Options, Recipe, find_method, load_recipe
+from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
 from hesse.reporting import (
     check_page,
     compression_summary,
@@ -74,7 +74,7 @@ def _top(
 def compress(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "kronecker",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
@@ -274,7 +274,7 @@ def methods(as_json: JsonOption = False) -> None:
 @app.command(epilog="Example: `hesse demo`")
 def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write; replaced if it is a model folder.")] = Path(
-        "default-gptq-4bit"
+        "default-4bit"
     ),
 ) -> None:
     """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
@@ -303,7 +303,7 @@ def demo(
 def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:
     if path is None:
         return find_method(method).recipe(options, ignore)
-    if options != Options() or ignore or method != "gptq":
+    if options != Options() or ignore or method != DEFAULT_METHOD:
         raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
     return load_recipe(path)
 

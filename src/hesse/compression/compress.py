@@ -15,7 +15,7 @@ from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
 from hesse.compression.output import check_output, copy_companions, temporary_folder
-from hesse.compression.plan import Plan, make_plan
+from hesse.compression.plan import Plan, make_plan, whole_factors
 from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.tokens import Calibration
 from hesse.compression.verify import verify
@@ -115,8 +115,7 @@ class _Run:
         flows = check_pass(plan.dense, plan.check.batches(batch_size), self.clock, step)
         if plan.statistics is not None:
             return DensePass(plan.statistics.sensitivities, flows)
-        probes = plan.probes.batches(min(batch_size, calibration_batch(length)))
-        return DensePass(probe(plan.network, probes, plan.whole_factors, seed, self.clock, step), flows)
+        return DensePass(probe(plan.network, plan.probes, whole_factors(plan.rules), seed, self.clock, step), flows)
 
     def _report(
         self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification

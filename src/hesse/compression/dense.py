@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hesse.data import Samples
 from hesse.estimation import BackwardWalk, OutputMoments, layer_part
+from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Network
-from hesse.models.stream import Flow, advance, check_finite, start
+from hesse.models.stream import Flow, advance, calibration_batch, check_finite, start
 from hesse.progress import Clock
 
 
@@ -32,14 +34,16 @@ def check_pass(network: Network, check: list[Tensor], clock: Clock, step: Callab
 
 
 def probe(
-    network: Network, batches: list[Tensor], whole: Collection[str], seed: int, clock: Clock, step: Callable[[], None]
+    network: Network, samples: Samples, whole: Collection[str], seed: int, clock: Clock, step: Callable[[], None]
 ) -> dict[str, Tensor]:
     """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
 
-    The batches go through the unchanged model and back.
+    The samples go through the unchanged model and back.
     """
+    length = max(len(ids) for ids in samples.ids)
+    size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
     with clock.phase("probe"):
-        flows = start(network, batches)
+        flows = start(network, samples.batches(size))
     inputs = forward_walk(network, flows, flows, clock, step)
     with clock.phase("probe"):
         return output_sensitivities(BackwardWalk(network, flows, inputs, seed), whole, step)

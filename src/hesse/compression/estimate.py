@@ -16,12 +16,11 @@ from hesse.compression.dense import forward_walk, probe
 from hesse.compression.inputs import InputGrams
 from hesse.compression.output import check_output, temporary_folder
 from hesse.compression.plan import open_networks
-from hesse.compression.tokens import Calibration, Selection, sample_length, select_samples
+from hesse.compression.tokens import Calibration, Selection, factor_tokens, sample_length, select_samples
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.errors import OptionError
 from hesse.estimation import BackwardWalk, Sums, layer_part, save_curvature
 from hesse.estimation.statistics import INDEX_FILE, SENSITIVITIES_FILE, file_digests
-from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
 from hesse.models.stream import advance_with_stops, calibration_batch, start
@@ -63,7 +62,8 @@ def estimate_checkpoint(
         raise OptionError("statistics name their data, so that it can be read again: give a file, not token ids")
     with clock.phase("read"):
         checkpoint, dense, network = open_networks(model, device)
-        selected = select_samples(model, calibration, network)
+        outputs = [layer.weight.shape[0] for layer in network.layers]
+        selected = select_samples(model, calibration, network, factor_tokens(outputs))
     with temporary_folder(out, _expected_bytes(network, kinds)) as folder:
         run = _Estimation(folder, dense, network, selected, calibration, clock, progress)
         content = run.run([kind for kind in KINDS if kind in kinds])
@@ -81,7 +81,8 @@ def _expected_bytes(network: Network, kinds: Sequence[str]) -> int:
         "kronecker": sum(rows**2 + columns**2 for rows, columns in shapes),
         "fisher": sum(rows * columns for rows, columns in shapes),
     }
-    return 4 * sum(each[kind] for kind in kinds)
+    probed = 0 if "kronecker" in kinds else sum(rows**2 for rows, _ in shapes)
+    return 4 * (probed + sum(each[kind] for kind in kinds))
 
 
 def _identity(
@@ -140,11 +141,10 @@ class _Estimation:
         return {"curvatures": self.files}
 
     def _probe(self) -> dict[str, Tensor]:
-        """E[g²] at the layers' outputs, from a few samples."""
+        """E[ggᵀ] at the layers' outputs, from some of the samples."""
         self.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
-        probes = self.probes.batches(evaluation_batch(vocabulary(self.dense), self.length))
-        seed = self.calibration.seed
-        return probe(self.dense, probes, (), seed, self.clock, self.progress.advance)
+        every, seed = {layer.name for layer in self.network.layers}, self.calibration.seed
+        return probe(self.network, self.probes, every, seed, self.clock, self.progress.advance)
 
     def _grams(self) -> None:
         """The Gram of each layer's inputs; one file for layers with the same inputs."""

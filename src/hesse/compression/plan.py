@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hesse.compression.tokens import PROBE_TOKENS, Calibration, select_samples
+from hesse.compression.tokens import Calibration, factor_tokens, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.estimation import Statistics
@@ -13,9 +13,6 @@ from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule, matches
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
-
-FACTOR_TOKENS = 8192  # to estimate E[ggᵀ] (out, out) from, at least
-FACTOR_TOKENS_PER_OUTPUT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +34,6 @@ class Plan:
     held_out: bool  # whether `check` is no part of `samples`
     notes: list[str]  # departures from what was asked
 
-    @property
-    def whole_factors(self) -> set[str]:
-        """The layers whose rule needs all of E[ggᵀ] at their outputs."""
-        return {name for name, rule in self.rules.items() if rule is not None and rule.curvature == "kronecker"}
-
 
 def make_plan(
     model: Path,
@@ -61,14 +53,13 @@ def make_plan(
     checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
     format = _format(format_name, network, rules)
-    whole = any(rule is not None and rule.curvature == "kronecker" for rule in rules.values())
     if statistics is not None:
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")
-        if whole:
-            statistics.check_holds("kronecker")
         calibration = statistics_calibration(statistics, calibration)
-    selected = select_samples(model, calibration, network, _probe_tokens(network, rules))
+    whole = whole_factors(rules)
+    outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
+    selected = select_samples(model, calibration, network, factor_tokens(outputs))
     samples = selected.samples
     if statistics is not None and calibration == statistics_calibration(statistics, replace(calibration, data=None)):
         statistics.check_samples(samples)
@@ -92,14 +83,9 @@ def make_plan(
     )
 
 
-def _probe_tokens(network: Network, rules: dict[str, Rule | None]) -> int:
-    """Tokens to estimate the outputs' factors from: more where a rule needs them whole."""
-    outputs = [
-        layer.weight.shape[0]
-        for layer in network.layers
-        if (rule := rules[layer.name]) is not None and rule.curvature == "kronecker"
-    ]
-    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs)) if outputs else PROBE_TOKENS
+def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
+    """The layers whose rule needs all of E[ggᵀ] at their outputs."""
+    return {name for name, rule in rules.items() if rule is not None and rule.curvature == "kronecker"}
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:

@@ -1,5 +1,6 @@
 """Which tokens a run looks at: to calibrate, to probe the loss, and to measure the result."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from hesse.models.network import Network
 
 DEFAULT_LENGTH = 2048
 PROBE_TOKENS = 1024  # for diagonal sensitivities, and again for the check; at least two samples each
+FACTOR_TOKENS = 8192  # to estimate E[ggᵀ] at a layer's outputs (out, out) from, at least
+FACTOR_TOKENS_PER_OUTPUT = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ def select_samples(
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
     return Selection(samples, probes, reserved if reserved.ids else probes, bool(reserved.ids), notes)
+
+
+def factor_tokens(outputs: Collection[int]) -> int:
+    """Tokens to probe the loss with, where layers with so many `outputs` need their whole factor E[ggᵀ]."""
+    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs)) if outputs else PROBE_TOKENS
 
 
 def _count(tokens: int, length: int) -> int:

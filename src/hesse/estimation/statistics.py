@@ -96,7 +96,7 @@ class Statistics:
 
     @cached_property
     def sensitivities(self) -> dict[str, Tensor]:
-        """E[g²] of each layer's outputs (out,), in nats per token."""
+        """E[ggᵀ] of each layer's outputs (out, out), in nats per token; with "kronecker" beside it, its diagonal."""
         try:
             return load_file(self.folder / SENSITIVITIES_FILE)
         except (OSError, SafetensorError) as error:

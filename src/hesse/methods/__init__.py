@@ -6,8 +6,9 @@ from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 
 METHODS: dict[str, Method] = {m.name: m for family in (rounding, pruning, low_rank) for m in family.METHODS}
+DEFAULT_METHOD = "kronecker"
 
-__all__ = ["METHODS", "Method", "Options", "Recipe", "Rule", "find_method", "load_recipe"]
+__all__ = ["DEFAULT_METHOD", "METHODS", "Method", "Options", "Recipe", "Rule", "find_method", "load_recipe"]
 
 
 def find_method(name: str) -> Method:
