@@ -1,10 +1,11 @@
 """Hesse beside its peers: the same model, the same calibration tokens, the same bits, one table.
 
     make bench        or        python bench/run.py [--peers llmcompressor,autoround,gptqmodel] [--repeats 3]
+    python bench/run.py --model FOLDER --only " bit," --without "nearest"      another model, made by train_models.py
 
 Each peer runs in a virtual environment of its own, made from `bench/peers/requirements-*.txt` on the first run. All
-checkpoints are evaluated by `hesse.evaluate` on the held-out text, in float32. Results go to `bench/results.json` and,
-as a table with ratios, to `docs/benchmarks.md`.
+checkpoints are evaluated by `hesse.evaluate` on the held-out text, in float32. Results go to `bench/results.json`, of
+another model to `bench/results-NAME.json`, and, as tables with ratios, to `docs/benchmarks.md`.
 """
 
 import argparse
@@ -23,12 +24,16 @@ from table import markdown
 
 import hesse
 from hesse.data import read_samples
+from hesse.models.checkpoint import read_json
 from hesse.models.locate import DEFAULT_FOLDER
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, LENGTH = 128, 256
-HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 128, 256
-ONLY_GPTQ_ROWS = ("autoround", "gptqmodel")  # they do not prune, and their rounding is the point; run once, for time
+ONLY_ROUNDING_ROWS = (
+    "autoround",
+    "gptqmodel",
+)  # they do not prune, and their rounding is the point; run once, for time
+PLAIN = "hesse, gptq"  # beside the default method
 ONE_SAMPLE = "llmcompressor, 1 sample a batch"  # its default; beside it, it gets 32, to be fast
 
 
@@ -47,9 +52,9 @@ class Case:
 CASES = (
     Case("4 bit, group 64, round to nearest", "rtn", "rtn", 4, 64),
     Case("3 bit, group 64, round to nearest", "rtn", "rtn", 3, 64),
-    Case("4 bit, group 64, GPTQ", "gptq", "gptq", 4, 64),
-    Case("3 bit, group 64, GPTQ", "gptq", "gptq", 3, 64),
-    Case("2 bit, group 32, GPTQ", "gptq", "gptq", 2, 32),
+    Case("4 bit, group 64", "kronecker", "gptq", 4, 64),
+    Case("3 bit, group 64", "kronecker", "gptq", 3, 64),
+    Case("2 bit, group 32", "kronecker", "gptq", 2, 32),
     Case("50 %, SparseGPT", "sparsegpt", "sparsegpt", sparsity="0.5"),
     Case("2:4, SparseGPT", "sparsegpt", "sparsegpt", sparsity="2:4"),
 )
@@ -71,17 +76,18 @@ def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[s
     return account
 
 
-def run_hesse(case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
+def run_hesse(method: str, case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
     """Run the command line in a process of its own, as a person would."""
     command = [sys.executable, "-m", "hesse", "compress", str(model), str(out), "--json", "--data", str(ids)]
-    command += ["--method", case.method]
+    command += ["--method", method]
     for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
         command += [option, str(value)] if value is not None else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    phases = ("solve",) if case.method == "rtn" else ("calibrate", "estimate", "solve")
+    phases = {"rtn": ("solve",), "kronecker": ("probe", "calibrate", "estimate", "solve")}
+    phases_of_method = phases.get(method, ("calibrate", "estimate", "solve"))
     return {
-        "seconds": sum(report["seconds"].get(phase, 0.0) for phase in phases),
+        "seconds": sum(report["seconds"].get(phase, 0.0) for phase in phases_of_method),
         "seconds_with_io": report["seconds"]["total"],
         "phases": report["seconds"],
         "peak_rss_bytes": report["peak_rss_bytes"],
@@ -90,7 +96,9 @@ def run_hesse(case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, programs: list[str], model: Path, ids: Path, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    case: Case, programs: list[str], model: Path, ids: Path, held_out: Path | None, repeats: int
+) -> list[dict[str, Any]]:
     """One row for each program: the fastest of its runs, and the quality of its last checkpoint.
 
     The programs take turns, so that a machine that changes its clock does so for all of them.
@@ -99,15 +107,17 @@ def measure(case: Case, programs: list[str], model: Path, ids: Path, repeats: in
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(repeats):
             for program in programs:
-                if (repeat and program in ONLY_GPTQ_ROWS) or "error" in best.get(program, {}):
+                if (repeat and program in ONLY_ROUNDING_ROWS) or "error" in best.get(program, {}):
                     continue
                 out = Path(scratch) / program / str(repeat)
                 out.parent.mkdir(exist_ok=True)
-                runner = run_hesse if program == "hesse" else partial(run_peer, program)
+                own = {"hesse": case.method, PLAIN: "gptq"}
+                runner = partial(run_hesse, own[program]) if program in own else partial(run_peer, program)
                 account = runner(case, model, ids, out)
                 if "error" not in account:
-                    quality = hesse.evaluate(out, reference=model, samples=HELD_OUT_SAMPLES, length=HELD_OUT_LENGTH)
-                    account |= {f"eval_{k}": v for k, v in asdict(quality).items()}
+                    evaluate = partial(hesse.evaluate, out, reference=model, length=LENGTH)
+                    account |= {f"eval_{k}": v for k, v in asdict(evaluate(data=held_out, samples=SAMPLES)).items()}
+                    account["calibration_kl"] = evaluate(data=ids).kl
                 if program not in best or account.get("seconds", 0) < best[program]["seconds"]:
                     best[program] = account
     return [{"case": case.name, "program": program, **best[program]} for program in programs]
@@ -115,7 +125,9 @@ def measure(case: Case, programs: list[str], model: Path, ids: Path, repeats: in
 
 def _programs(case: Case, peers: list[str]) -> list[str]:
     """Who takes part in a row."""
-    programs = ["hesse", *(p for p in peers if p and (case.method == "gptq" or p not in ONLY_GPTQ_ROWS))]
+    rounding = case.method == "kronecker"
+    programs = ["hesse", *([PLAIN] if rounding else [])]
+    programs += [p for p in peers if p and (rounding or p not in ONLY_ROUNDING_ROWS)]
     calibrated = case.method != "rtn"
     return [*programs, ONE_SAMPLE] if calibrated and "llmcompressor" in peers else programs
 
@@ -126,28 +138,35 @@ def main() -> None:
     parser.add_argument("--peers", default="llmcompressor,autoround,gptqmodel")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="run the rows with this in their name, and keep the others")
-    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--without", default="nothing", help="leave out the rows with this in their name")
+    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER, help="a folder that train_models.py made")
     arguments = parser.parse_args()
     model = arguments.model.resolve()
+    shipped = model == DEFAULT_FOLDER.resolve()
+    place = HERE / ("results.json" if shipped else f"results-{model.name}.json")
+    calibration, held_out = (None, None) if shipped else (model / "calibration.txt", model / "held_out.txt")
     samples, _ = read_samples(
-        None, arguments.model, count=SAMPLES, length=LENGTH, seed=0, purpose="calibration", limit=None
+        calibration, model, count=SAMPLES, length=LENGTH, seed=0, purpose="calibration", limit=None
     )
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         ids = Path(scratch) / "calibration.jsonl"
         ids.write_text("".join(json.dumps({"input_ids": sample.tolist()}) + "\n" for sample in samples.ids))
         machine = limits()
-        kept = json.loads((HERE / "results.json").read_text())["rows"] if arguments.only else []
+        kept = json.loads(place.read_text())["rows"] if arguments.only and place.exists() else []
         for case in CASES:
-            if arguments.only not in case.name:
+            if arguments.only not in case.name or arguments.without in case.name:
                 rows += [row for row in kept if row["case"] == case.name]
                 continue
-            for row in measure(case, _programs(case, arguments.peers.split(",")), model, ids, arguments.repeats):
+            programs = _programs(case, arguments.peers.split(","))
+            for row in measure(case, programs, model, ids, held_out, arguments.repeats):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "phases"}), flush=True)
-    results = {"machine": machine, "samples": SAMPLES, "length": LENGTH, "repeats": arguments.repeats, "rows": rows}
-    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (HERE.parent / "docs" / "benchmarks.md").write_text(markdown(results, arguments.model))
+    facts = read_json(model / "training.json")
+    results = {"machine": machine, "model": {"name": model.name, **facts}, "samples": SAMPLES, "length": LENGTH}
+    place.write_text(json.dumps({**results, "repeats": arguments.repeats, "rows": rows}, indent=2) + "\n")
+    every = [json.loads(path.read_text()) for path in (HERE / "results.json", *sorted(HERE.glob("results-*.json")))]
+    (HERE.parent / "docs" / "benchmarks.md").write_text(markdown(every, DEFAULT_FOLDER))
 
 
 if __name__ == "__main__":

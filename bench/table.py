@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import hesse
-from hesse.models.checkpoint import Checkpoint, read_json
+from hesse.models.checkpoint import Checkpoint
 
 
 def operations(model: Path, tokens: int) -> dict[str, float]:
@@ -23,58 +23,74 @@ def operations(model: Path, tokens: int) -> dict[str, float]:
     return {"calibrate": forward, "estimate": gram, "solve": feedback + sum(2 * width**3 / 3 for width in widths)}
 
 
-def markdown(results: dict[str, Any], model: Path) -> str:
-    """The page."""
-    machine, rows = results["machine"], results["rows"]
-    facts = read_json(model / "training.json") if (model / "training.json").exists() else {}
+def markdown(every: list[dict[str, Any]], model: Path) -> str:
+    """The page: the results of the default model, `model`, and then those of others."""
+    results, machine = every[0], every[0]["machine"]
     lines = [
         "# Benchmarks",
         "",
-        "Compression. For curvatures see [sums of rank-one matrices](benchmarks-curvature.md), against the machine's "
-        "limits, and [EK-FAC, Hessian products, traces and diagonals](benchmarks-curvature-peers.md), beside six "
-        "programs.",
+        "Compression. What each part of the default rounding is worth: [rounding](rounding.md). For curvatures see "
+        "[sums of rank-one matrices](benchmarks-curvature.md), against the machine's limits, and [EK-FAC, Hessian "
+        "products, traces and diagonals](benchmarks-curvature-peers.md), beside six programs.",
         "",
         f"Made by `make bench` (`bench/run.py`) with hesse {hesse.__version__}. Machine: {machine['processor']}, "
         f"{machine['threads']} threads, no GPU; Python {machine['python']}, torch {machine['torch']}. Measured in the "
         f"same run: matrix product {machine['gemm_float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{machine['gemm_bfloat16'] / 1e9:.0f} in bfloat16, memory {machine['memory_bandwidth'] / 1e9:.0f} GB/s.",
         "",
-        f"Model: the default model ({facts.get('parameters', 0) / 1e6:.1f} million parameters). Calibration: "
-        f"{results['samples']} samples of {results['length']} tokens, the same tokens for every program. Quality: "
-        "KL(dense || compressed) in nats per token on 128 windows of the held-out text, in float32, by `hesse "
-        "evaluate`. Symmetric integers, weights only, `lm_head` left alone.",
+        f"Calibration: {results['samples']} samples of {results['length']} tokens, the same tokens for every program. "
+        "Quality: KL(dense || compressed) in nats per token on 128 windows of held-out text, and beside it on the "
+        "calibration samples themselves, in float32, by `hesse evaluate`. Symmetric integers, weights only, `lm_head` "
+        "left alone. `hesse` is the default method, `hesse, gptq` the plain one; llm-compressor and GPTQModel run "
+        "GPTQ, AutoRound 200 iterations.",
         "",
         "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, estimate, "
-        "solve; for plain rounding, which needs no data, solve). Seconds, whole: from disk to disk; for Hesse with the "
-        "probing of the loss that the prediction needs, and with reading the file back and measuring it. Imports are "
-        f"left out for all. The fastest of {results['repeats']} runs is shown for Hesse and llm-compressor, taking "
-        "turns; one run for the others.",
+        "solve, and with the default method probe; for plain rounding, which needs no data, solve). Seconds, whole: "
+        "from disk to disk; for Hesse with the probing of the loss that the prediction needs, and with reading the "
+        "file back and measuring it. Imports are left out for all. The fastest of "
+        f"{results['repeats']} runs is shown for "
+        "Hesse and llm-compressor, taking turns; one run for the others. Ratios are Hesse / program: below 1 is better "
+        "for Hesse.",
         "",
-        "| case | program | KL | ± | ratio | seconds, compressing | ratio | seconds, whole | ratio | peak memory, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in every:
+        lines += _section(found)
+    lines += [
+        "llm-compressor ran with 32 samples a batch, which makes it faster, and with 1, its default, where that is "
+        "named. In the rows of plain rounding the peer does nothing else, while most of Hesse's whole time goes to "
+        "predicting the cost, reading the file back and measuring.",
+        "",
+    ]
+    return "\n".join(lines + _limits(results, model))
+
+
+def _section(results: dict[str, Any]) -> list[str]:
+    """One model's table."""
+    rows, model = results["rows"], results["model"]
+    lines = [
+        f"## The {model['name']} model",
+        "",
+        f"{model['parameters'] / 1e6:.1f} million parameters, trained on {model['text']}; held-out perplexity "
+        f"{model['held_out_perplexity']:.1f}, that of a trigram model {model['trigram_perplexity']:.1f}.",
+        "",
+        "| case | program | KL, held out | ± | ratio | KL, calibration | seconds, compressing | ratio | seconds, whole "
+        "| ratio | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         own = next(r for r in rows if r["case"] == row["case"] and r["program"] == "hesse")
         if "error" in row:
-            lines.append(f"| {row['case']} | {row['program']} | failed: {row['error']} | | | | | | | |")
+            lines.append(f"| {row['case']} | {row['program']} | failed: {row['error']} | | | | | | | | |")
             continue
-        name = row["program"] if row["program"] == "hesse" else f"{row['program']} {row.get('version', '')}"
+        name = row["program"] if row["program"].startswith("hesse") else f"{row['program']} {row.get('version', '')}"
         lines.append(
             f"| {row['case']} | {name} | {row['eval_kl']:.5f} | {row['eval_kl_standard_error']:.5f} "
-            f"| {own['eval_kl'] / row['eval_kl']:.2f} "
+            f"| {own['eval_kl'] / row['eval_kl']:.2f} | {row['calibration_kl']:.5f} "
             f"| {_seconds(row['seconds'])} | {own['seconds'] / row['seconds']:.2f} "
             f"| {_seconds(row['seconds_with_io'])} | {own['seconds_with_io'] / row['seconds_with_io']:.2f} "
             f"| {row['peak_rss_bytes'] / 1e6:.0f} |"
         )
-    lines += [
-        "",
-        "Ratios are Hesse / program: below 1 is better for Hesse. llm-compressor ran with 32 samples a batch, which "
-        "makes it faster, and with 1, its default, where that is named. In the rows of plain rounding the peer does "
-        "nothing else, while most of Hesse's whole time goes to predicting the cost, reading the file back and "
-        "measuring.",
-        "",
-    ]
-    return "\n".join(lines + _limits(results, model))
+    return [*lines, ""]
 
 
 def _seconds(value: float) -> str:
@@ -82,8 +98,8 @@ def _seconds(value: float) -> str:
 
 
 def _limits(results: dict[str, Any], model: Path) -> list[str]:
-    """What share of the machine's rate each phase of the GPTQ run reaches."""
-    row = next((r for r in results["rows"] if r["program"] == "hesse" and "4 bit, group 64, GPTQ" in r["case"]), None)
+    """What share of the machine's rate each phase of the plain GPTQ run reaches."""
+    row = next((r for r in results["rows"] if r["program"] == "hesse, gptq" and "4 bit, group 64" in r["case"]), None)
     if row is None:
         return []
     machine, tokens = results["machine"], results["samples"] * results["length"]
@@ -91,8 +107,8 @@ def _limits(results: dict[str, Any], model: Path) -> list[str]:
     lines = [
         "## Where the time goes",
         "",
-        "The 4-bit GPTQ run, by phase. The rate counts the linear layers' products in the calibration pass (peak: "
-        "bfloat16, in which it runs where the processor has it), full symmetric products for the Grams (peak: "
+        "The plain 4-bit GPTQ run, by phase. The rate counts the linear layers' products in the calibration pass "
+        "(peak: bfloat16, in which it runs where the processor has it), full symmetric products for the Grams (peak: "
         "float32), of which little more than half is computed, and for the solve the products of error feedback and "
         "of factoring the Grams (float32): its time goes to the vectors of one column after another.",
         "",
