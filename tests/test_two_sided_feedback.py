@@ -115,11 +115,10 @@ def test_after_enough_passes_no_single_code_can_be_bettered(seed: int) -> None:
     weight, curvature = normal(seed, 4, 6), kronecker(seed, 4, 6)
     grid = Grid(3, 3, signed=True).stored_as(torch.float32)
     loops = _Loops(TwoSidedFeedback().init(curvature), grid, weight)
-    code = grid.round(weight, grid.fit(weight))
-    costs = [loops.priced(code).cost]
+    priced = [loops.priced(grid.round(weight, grid.fit(weight)))]
     for _ in range(12):
-        code = loops.descended(code)
-        costs.append(loops.priced(code).cost)
+        priced.append(loops.priced(loops.descended(priced[-1])))
+    code, costs = priced[-1].code, [each.cost for each in priced]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
     assert costs[-1] < costs[0]
     for row, column, other in product(range(4), range(6), range(-4, 4)):
@@ -166,7 +165,7 @@ def test_refitted_scales_are_the_least_squares_solution(grid: Grid) -> None:
     ).flatten(1)
     hessian = curvature.matrix()
     wanted = torch.linalg.solve(directions @ hessian @ directions.T, directions @ hessian @ weight.flatten())
-    found = refit_scales(code, weight, curvature, grid, 60)
+    found = refit_scales(code, curvature.matvec(grid.decode(code) - weight), curvature, grid, 60)
     torch.testing.assert_close(found, wanted.view(4, groups), rtol=1e-7, atol=1e-9)
 
 
@@ -177,7 +176,7 @@ def test_refitting_scales_never_costs(seed: int, steps: int) -> None:
     weight, curvature = normal(seed, 3, 10), kronecker(seed + 1, 3, 10)
     weight[:, 4:8] = 0  # a group of zeros, whose scale no code uses
     code = grid.encode(weight)
-    scale = refit_scales(code, weight, curvature, grid, steps)
+    scale = refit_scales(code, curvature.matvec(grid.decode(code) - weight), curvature, grid, steps)
     after = curvature.quadratic(code.codes * grid.expand(scale, 10) - weight)
     assert after <= curvature.quadratic(grid.decode(code) - weight) * (1 + 1e-6)
     assert torch.equal(scale[:, 1], code.scales.scale[:, 1].double())

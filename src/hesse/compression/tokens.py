@@ -58,11 +58,14 @@ def select_samples(
         reserve=_count(PROBE_TOKENS, length),
     )
     check_ids(network, samples.batches(1))
-    probes = Samples(samples.ids[: _count(probe_tokens, len(samples.ids[0]))], samples.source, samples.exact)
+    probes, check = (
+        Samples(samples.ids[: _count(tokens, len(samples.ids[0]))], samples.source, samples.exact)
+        for tokens in (probe_tokens, PROBE_TOKENS)
+    )
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
-    return Selection(samples, probes, reserved if reserved.ids else probes, bool(reserved.ids), notes)
+    return Selection(samples, probes, reserved if reserved.ids else check, bool(reserved.ids), notes)
 
 
 def factor_tokens(outputs: Collection[int]) -> int:

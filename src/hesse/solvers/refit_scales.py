@@ -7,15 +7,15 @@ from hesse.constraints import Grid, GridCode
 from hesse.curvature import Curvature
 
 
-def refit_scales(code: GridCode, weight: Tensor, curvature: Curvature, grid: Grid, steps: int) -> Tensor:
+def refit_scales(code: GridCode, slope: Tensor, curvature: Curvature, grid: Grid, steps: int) -> Tensor:
     """Scales (out, groups) that lower ½ dᵀHd, d = codes · scales - weight, from those of `code` on; not rounded.
 
-    A least-squares problem, on which conjugate gradients, preconditioned by the diagonal of H over the codes, take
-    `steps` steps: one product with H each. No step raises the cost, beyond rounding. A group whose codes are all zero
-    keeps its scale.
+    `slope` (out, in) is H d for the scales of `code`. A least-squares problem, on which conjugate gradients,
+    preconditioned by the diagonal of H over the codes, take `steps` steps: one product with H each. No step raises the
+    cost, beyond rounding. A group whose codes are all zero keeps its scale.
     """
-    columns = weight.shape[1]
-    codes = code.codes.to(weight.dtype)
+    columns = slope.shape[1]
+    codes = code.codes.to(slope.dtype)
     if code.scales.zero_point is not None:
         codes = codes - grid.expand(code.scales.zero_point, columns)
 
@@ -27,11 +27,11 @@ def refit_scales(code: GridCode, weight: Tensor, curvature: Curvature, grid: Gri
     def product(scale: Tensor) -> Tensor:
         return by_group(codes * curvature.matvec(codes * grid.expand(scale, columns)))
 
-    scale = code.scales.scale.to(weight.dtype)
-    metric = by_group(codes.square() * curvature.diagonal().to(weight.dtype))
+    scale = code.scales.scale.to(slope.dtype)
+    metric = by_group(codes.square() * curvature.diagonal().to(slope.dtype))
     used = metric > 0
     metric = torch.where(used, metric, 1)
-    residual = torch.where(used, by_group(codes * curvature.matvec(weight - codes * grid.expand(scale, columns))), 0)
+    residual = torch.where(used, -by_group(codes * slope), 0)
     direction = residual / metric
     strength = (residual * direction).sum()
     for _ in range(steps):

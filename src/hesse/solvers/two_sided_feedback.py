@@ -47,7 +47,7 @@ class TwoSidedFeedback:
     """
 
     passes: int = 1
-    refit_steps: int = 4
+    refit_steps: int = 3
 
     def init(self, curvature: Curvature) -> TwoSidedState:
         if not isinstance(curvature, Kronecker) or curvature.input_factor.ndim != 2 or curvature.transposed:
@@ -75,12 +75,13 @@ class TwoSidedFeedback:
         best = loops.cheaper(loops.priced(loops.fed_back(scales)), constraint.round(weight, scales))
         for _ in range(self.passes):
             best = loops.refitted(best, self.refit_steps)
-            best = loops.cheaper(best, loops.descended(best.code))
+            best = loops.cheaper(best, loops.descended(best))
         return loops.refitted(best, self.refit_steps).code
 
 
 class _Priced(NamedTuple):
     code: GridCode
+    slope: Tensor  # H d (out, in)
     cost: float  # ½ dᵀHd
 
 
@@ -92,8 +93,12 @@ class _Loops:
         self.split = np.float32(0 if grid.dtype == torch.float32 else 2.0**23 * torch.finfo(grid.dtype).eps + 1)
 
     def priced(self, code: GridCode) -> _Priced:
-        """`code` with ½ dᵀHd of the weight that it stands for."""
-        return _Priced(code, self.state.curvature.quadratic(self.grid.decode(code) - self.weight))
+        """`code` with H d and ½ dᵀHd, d being its difference from the weight."""
+        difference = self.grid.decode(code) - self.weight
+        slope = self.state.curvature.matvec(difference)
+        return _Priced(
+            code, slope, float(torch.linalg.vecdot(difference.flatten().double(), slope.flatten().double())) / 2
+        )
 
     def cheaper(self, best: _Priced, code: GridCode) -> _Priced:
         """The one that costs less."""
@@ -102,7 +107,7 @@ class _Loops:
     def refitted(self, best: _Priced, steps: int) -> _Priced:
         """`best` with better scales, if they still are once rounded to the stored type."""
         scales = best.code.scales
-        found = refit_scales(best.code, self.weight, self.state.curvature, self.grid, steps)
+        found = refit_scales(best.code, best.slope, self.state.curvature, self.grid, steps)
         stored = round_to(found, self.grid.dtype)
         kept = torch.where(stored.isfinite() & (stored != 0), stored, scales.scale)
         return self.cheaper(best, GridCode(best.code.codes, Scales(kept, scales.zero_point)))
@@ -120,12 +125,12 @@ class _Loops:
             work[stop:].addmm_(columns[:, stop:].T, errors, alpha=-1)
         return self._code(codes, scales)
 
-    def descended(self, code: GridCode) -> GridCode:
+    def descended(self, best: _Priced) -> GridCode:
         """The codes after one pass of coordinate descent."""
-        difference, scales = self.grid.decode(code) - self.weight, code.scales
-        gradient = self._taken(self.state.curvature.matvec(difference)).clone()
-        zero_point = 0 if scales.zero_point is None else self.grid.expand(scales.zero_point, difference.shape[1])
-        codes, factor = self._taken(code.codes.to(difference) - zero_point), self.state.output_factor.numpy()
+        scales, gradient = best.code.scales, self._taken(best.slope).clone()
+        zero_point = 0 if scales.zero_point is None else self.grid.expand(scales.zero_point, self.weight.shape[1])
+        codes = self._taken(best.code.codes.to(self.weight) - zero_point)
+        factor = self.state.output_factor.numpy()
         for start, stop, settings in self._blocks(scales):
             inputs = self.state.input_factor[start:stop]
             changes = torch.empty_like(codes[start:stop])
