@@ -35,8 +35,15 @@ def _gguf() -> Writer:
     return write_gguf
 
 
+def _onnx() -> Writer:
+    from hesse.exporting.onnx_folder import write_onnx
+
+    return write_onnx
+
+
 TARGETS = {
     "gguf": Target(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
+    "onnx": Target(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
 }
 
 
