@@ -41,9 +41,16 @@ def _onnx() -> Writer:
     return write_onnx
 
 
+def _torchao() -> Writer:
+    from hesse.exporting.torchao_folder import write_torchao
+
+    return write_torchao
+
+
 TARGETS = {
     "gguf": Target(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
     "onnx": Target(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
+    "torchao": Target(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
 }
 
 
