@@ -106,9 +106,8 @@ def _departures(layers: list[ExportedLayer]) -> list[str]:
     inexact = [layer for layer in layers if layer.scale_error]
     if inexact:
         worst = max(inexact, key=lambda layer: layer.scale_error)
-        notes.append(
-            f"{len(inexact)} layers: scales are rounded, by {worst.scale_error:.2g} of themselves at most ({worst.name})"
-        )
+        worst_error = f"{worst.scale_error:.2g} of themselves ({worst.name})"
+        notes.append(f"{len(inexact)} layers: scales are rounded, by at most {worst_error}")
     moved = [layer for layer in layers if layer.offset_error]
     if moved:
         worst = max(moved, key=lambda layer: layer.offset_error)

@@ -113,7 +113,7 @@ def _pairs_side_by_side(name: str, config: Any) -> Tensor | None:
 
 
 def _queries_first(name: str, config: Any) -> Tensor | None:
-    """GPT-NeoX keeps query, key and value of each head together; llama.cpp takes all queries, then keys, then values."""
+    """GPT-NeoX has query, key and value of a head together; llama.cpp takes all queries, then keys, then values."""
     if not name.endswith("query_key_value"):
         return None
     head = head_width(config)
@@ -157,7 +157,10 @@ FAMILIES = {
     "qwen2": Family("qwen2", _describe_rotary, _as_they_are, SILU),
     "qwen3": Family("qwen3", _describe_rotary, _as_they_are, SILU),
     "gpt_neox": Family(
-        "gptneox", _describe_neox, _queries_first, {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")}
+        "gptneox",
+        _describe_neox,
+        _queries_first,
+        {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")},
     ),
     "gpt2": Family(
         "gpt2",

@@ -142,7 +142,7 @@ def _check_family(config: Any) -> None:
 
 
 def _rotary_tables(config: Any) -> dict[str, NDArray[np.float32]]:
-    """cos and sin of each position and frequency, (positions, head // 2), by transformers' own rule."""
+    """The cos and sin of each position and frequency, (positions, head // 2), by transformers' own rule."""
     positions = torch.arange(config.max_position_embeddings)[None]
     tables = LlamaRotaryEmbedding(config)(torch.empty(1, dtype=torch.float32), positions)
     half = tables[0].shape[-1] // 2  # both halves of a head turn alike

@@ -1,4 +1,4 @@
-"""A checkpoint as torchao tensors that run in transformers on a CPU: 4-bit codes in its kernel's layout, or 8-bit ones."""
+"""A checkpoint as torchao tensors that transformers runs on a CPU: 4-bit codes in its kernel's layout, or 8-bit."""
 
 from hashlib import blake2b
 from pathlib import Path
