@@ -71,8 +71,7 @@ def benchmark_checkpoint(
         HesseError: a model cannot be read, or the sequence is longer than one has positions for.
     """
     chosen = find_runtimes(runtimes)
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
-    assert threads is not None
+    threads = threads or _processors()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     models = _models(model, reference)
     tokens = _prompt(model, prompt)
@@ -208,6 +207,11 @@ def _agreement(truth: Floats, logits: Floats) -> tuple[float, float]:
     wanted, got = (torch.from_numpy(values).double().log_softmax(-1) for values in (truth, logits))
     kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
     return float(kl), float((wanted.argmax(-1) == got.argmax(-1)).double().mean())
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
+from hesse.exporting.layers import head_width
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -118,11 +119,6 @@ def _queries_first(name: str, config: Any) -> Tensor | None:
         return None
     head = head_width(config)
     return torch.arange(3 * config.hidden_size).view(-1, 3, head).transpose(0, 1).reshape(-1)
-
-
-def head_width(config: Any) -> int:
-    """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def context_length(config: Any) -> int:

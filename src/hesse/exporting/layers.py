@@ -1,6 +1,7 @@
 """What every target needs of a checkpoint: its tensors in order, and those on a grid by it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,11 @@ def _source(checkpoint: Checkpoint, name: str) -> Source:
         return Source(name, checkpoint.shape(name), checkpoint.dtype(name), None)
     tensor = checkpoint.read([name])[name]  # codes of another kind
     return Source(name, tensor.shape, tensor.dtype, None)
+
+
+def head_width(config: Any) -> int:
+    """Width of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def describe_grid(grid: Grid) -> str:

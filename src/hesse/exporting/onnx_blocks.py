@@ -55,18 +55,3 @@ def to_nbits(grid: Grid, code: GridCode, block: int) -> NBits:
 def _packed(values: Tensor, bits: int) -> Tensor:
     """Bytes (out, n · bits / 8) of small numbers (out, n), n even."""
     return values.contiguous() if bits == 8 else values[:, ::2] | (values[:, 1::2] << 4)
-
-
-def from_nbits(stored: NBits, columns: int) -> tuple[Tensor, Tensor | None]:
-    """Codes (out, in) and zero points (out, blocks) as they were before `to_nbits`, both int8."""
-    middle = 1 << (stored.bits - 1)
-    rows, blocks = stored.scales.shape
-    codes = _unpacked(stored.codes.reshape(rows, -1), stored.bits)[:, :columns].to(torch.int16) - middle
-    if stored.zero_points is None:
-        return codes.to(torch.int8), None
-    zero_points = _unpacked(stored.zero_points, stored.bits)[:, :blocks].to(torch.int16) - middle
-    return codes.to(torch.int8), zero_points.to(torch.int8)
-
-
-def _unpacked(values: Tensor, bits: int) -> Tensor:
-    return values if bits == 8 else torch.stack((values & 15, values >> 4), dim=-1).flatten(1)

@@ -56,7 +56,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
             weights.add(kind, table, file)
     graph.initializer.extend(weights.tensors)
     opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
-    model = helper.make_model(graph, opset_imports=opsets, producer_name="hesse", ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, producer_name="hesse", doc_string=name, ir_version=10)
     onnx.save(model, folder / MODEL)
     copy_companions(checkpoint.folder, folder)
     write_text(folder / "config.json", config.to_json_string())

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-Constant = Callable[[str, NDArray[Any]], str]  # adds a constant by name, and returns the name
+from hesse.exporting.layers import head_width
+
 Product = Callable[[str, str], str]  # (input, layer) to the name of layer's output, its bias added
 
 OWN = "com.microsoft"
@@ -96,7 +96,7 @@ def _block(
         OWN,
         num_heads=config.num_attention_heads,
         kv_num_heads=config.num_key_value_heads,
-        scale=config_head_width(config) ** -0.5,
+        scale=head_width(config) ** -0.5,
         do_rotary=1,
         local_window_size=window or -1,
     )
@@ -118,15 +118,10 @@ def _normalised(hidden: str, layer: str, config: Any, builder: GraphBuilder) -> 
 
 def _normalised_heads(states: str, layer: str, heads: int, config: Any, builder: GraphBuilder) -> str:
     """Each head normalised alone."""
-    head = config_head_width(config)
+    head = head_width(config)
     split = builder.add("Reshape", [states, builder.integers(0, -1, head)], f"{layer}.heads")
     joined = _normalised(split, layer, config, builder)
     return builder.add("Reshape", [joined, builder.integers(0, -1, heads * head)], f"{layer}.joined")
-
-
-def config_head_width(config: Any) -> int:
-    """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _inputs(config: Any) -> list[Any]:
@@ -144,7 +139,7 @@ def _outputs(config: Any) -> list[Any]:
 
 
 def _cache(config: Any, name: str, length: str) -> list[Any]:
-    shape = ["batch", config.num_key_value_heads, length, config_head_width(config)]
+    shape = ["batch", config.num_key_value_heads, length, head_width(config)]
     return [
         helper.make_tensor_value_info(f"{name}.{index}.{kind}", TensorProto.FLOAT, shape)
         for index in range(config.num_hidden_layers)
