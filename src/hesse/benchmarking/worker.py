@@ -96,7 +96,7 @@ class LlamaSession:
 
     def _eval(self, tokens: list[int]) -> Floats:
         self._llama.eval(tokens)
-        logits = self._llama._ctx.get_logits()
+        logits = self._llama._ctx.get_logits_ith(-1)
         return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
 
     def prefill(self, tokens: list[int]) -> Floats:
