@@ -20,7 +20,7 @@ from hesse.errors import OptionError
 from hesse.methods import METHODS, load_recipe
 
 FolderOf = Callable[[str], Path]
-COMMANDS = ("compress", "evaluate", "methods", "demo")
+COMMANDS = ("compress", "evaluate", "export", "benchmark", "methods", "demo")
 
 
 def test_version(hesse_command: CommandLine) -> None:

@@ -26,7 +26,7 @@ from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import compress, estimate, evaluate, inspect
+    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect
 
 __all__ = [
     "METHODS",
@@ -53,9 +53,11 @@ __all__ = [
     "Sparse",
     "WhitenedSVD",
     "__version__",
+    "benchmark",
     "compress",
     "estimate",
     "evaluate",
+    "export",
     "inspect",
     "load_recipe",
     "solve",
@@ -64,7 +66,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("compress", "estimate", "evaluate", "inspect"):
+    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect"):
         from hesse import api
 
         return getattr(api, name)

@@ -1,4 +1,4 @@
-"""`hesse.compress`, `hesse.estimate`, `hesse.evaluate` and `hesse.inspect`: what the command line does, from Python."""
+"""`hesse.compress`, `hesse.estimate`, `hesse.evaluate` and the others: what the command line does, from Python."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from hesse.benchmarking import RUNTIMES, Benchmark, benchmark_checkpoint
 from hesse.compression import Calibration, CompressionReport, compress_checkpoint, estimate_checkpoint
 from hesse.compression.tokens import sample_length
 from hesse.data import read_samples
 from hesse.errors import OptionError
 from hesse.evaluation import Evaluation, evaluate_checkpoint
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.exporting import ExportReport, export_checkpoint
 from hesse.formats import open_checkpoint
 from hesse.inspection import Inspection, inspect_checkpoint
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
@@ -219,6 +221,94 @@ def inspect(
         seed,
         find_device(device),
         progress or Silence(),
+    )
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str = "gguf",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model for another runtime, with the codes and scales of its layers as they are.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        out: the file (gguf) or folder (onnx, torchao) to write; it must not exist unless `overwrite`.
+        to: `gguf` for llama.cpp, `onnx` for onnxruntime, `torchao` for transformers with torchao.
+        overwrite: whether a file or an exported folder at `out` may be replaced.
+        progress: told how far the run is.
+
+    Returns:
+        How each layer is stored, and every departure from the checkpoint: scales that are rounded, by how much, and
+        layers whose codes no type of the target holds.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    return export_checkpoint(
+        locate(model),
+        Path(out),
+        to,
+        overwrite=overwrite,
+        progress=progress or Silence(),
+        name=str(model),
+        version=__version__,
+    )
+
+
+def benchmark(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
+    prompt: int = 128,
+    generate: int = 64,
+    threads: int | None = None,
+    repeats: int = 3,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure how fast a model loads, reads a prompt and decodes in each runtime on this machine, and its memory.
+
+    Each measurement is a process of its own; models take turns. What a runtime needs is exported to a temporary folder
+    first, and the export is not part of the time.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense or compressed.
+        reference: the dense model to measure beside it.
+        runtimes: of `transformers`, `llama.cpp`, `onnxruntime`, `torchao`; those not installed are listed as missing.
+        prompt: tokens of the prompt.
+        generate: tokens to decode, one by one.
+        threads: of each runtime; None for as many as there are processors.
+        repeats: processes for each measurement.
+        progress: told how far the run is.
+
+    Returns:
+        Medians and spreads, and the divergence of each runtime from the same checkpoint in transformers.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    for option, value in (
+        ("--prompt", prompt),
+        ("--generate", generate),
+        ("--repeats", repeats),
+        ("--threads", threads),
+    ):
+        _at_least(option, value, 1)
+    return benchmark_checkpoint(
+        locate(model),
+        None if reference is None else locate(reference),
+        list(runtimes),
+        prompt=prompt,
+        generate=generate,
+        threads=threads,
+        repeats=repeats,
+        progress=progress or Silence(),
+        names=(str(model), None if reference is None else str(reference)),
+        version=__version__,
     )
 
 

@@ -100,7 +100,7 @@ class CompressedCheckpoint(Checkpoint):
 
     def _unpacked(self, layer: str, parts: dict[str, Tensor]) -> Tensor:
         """The weight that the tensors of a quantised layer stand for, by compressed-tensors' own arithmetic."""
-        format, scheme = self._scheme(layer)
+        format, scheme = self.scheme(layer)
         try:
             if format == PackedFormat.name:
                 _check_words(parts, scheme)
@@ -112,8 +112,16 @@ class CompressedCheckpoint(Checkpoint):
             ) from None
         return weight
 
-    def _scheme(self, layer: str) -> tuple[str, QuantizationScheme]:
-        """Format and scheme of the first target that names the layer, its pattern or any class of layers."""
+    def is_quantised(self, layer: str) -> bool:
+        """Whether the weight of `layer` is stored as codes."""
+        return layer in self._quantised
+
+    def scheme(self, layer: str) -> tuple[str, QuantizationScheme]:
+        """Format and scheme of the first target that names the layer, its pattern or any class of layers.
+
+        Raises:
+            CheckpointError: no target names it.
+        """
         for target, chosen in self._schemes.items():
             if target.startswith("re:"):
                 named = re.match(target[3:], layer) is not None

@@ -1,0 +1,80 @@
+"""The integers and scales of a stored layer as they are on disk, for programs that take them as they are."""
+
+import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from hesse.constraints import Grid, GridCode
+from hesse.constraints.grid import Scales
+from hesse.errors import CheckpointError
+from hesse.formats.packed import PackedFormat
+from hesse.formats.reading import CompressedCheckpoint
+from hesse.models.checkpoint import Checkpoint
+
+
+def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:
+    """The grid that the weight of `layer` is stored on, its scales' type included; None if it is stored otherwise."""
+    if not isinstance(checkpoint, CompressedCheckpoint) or not checkpoint.is_quantised(layer):
+        return None
+    format, scheme = checkpoint.scheme(layer)
+    arguments = scheme.weights
+    if format != PackedFormat.name or arguments.type != "int":
+        return None
+    group_size = -1 if (width := _group_width(arguments)) is None else width
+    dtype = checkpoint.dtype(f"{layer}.weight_scale")
+    return Grid(arguments.num_bits, group_size, bool(arguments.symmetric), dtype=dtype)
+
+
+def read_grid_code(checkpoint: Checkpoint, layer: str) -> GridCode:
+    """The codes (out, in), scales and zero points (out, groups) of a layer for which there is a `stored_grid`.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the shapes do not fit one another.
+    """
+    grid = stored_grid(checkpoint, layer)
+    assert grid is not None and isinstance(checkpoint, CompressedCheckpoint)
+    parts = ["weight_packed", "weight_scale", "weight_shape", *([] if grid.symmetric else ["weight_zero_point"])]
+    stored = checkpoint.read_stored([f"{layer}.{part}" for part in parts])
+    packed, scale, shape = (stored[f"{layer}.{part}"] for part in parts[:3])
+    arguments = checkpoint.scheme(layer)[1].weights
+    try:
+        codes = unpack_from_int32(packed, grid.bits, torch.Size(shape.tolist()))
+        zero_point = None if grid.symmetric else _zero_point(stored[f"{layer}.weight_zero_point"], arguments, scale)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: the codes of {layer} cannot be unpacked ({error})") from None
+    if _along_columns(arguments):
+        codes, scale = codes.T.contiguous(), scale.T.contiguous()
+        zero_point = None if zero_point is None else zero_point.T.contiguous()
+    if scale.shape != (codes.shape[0], grid.groups(codes.shape[1])):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {layer} has scales of shape {tuple(scale.shape)} for codes of shape "
+            f"{tuple(codes.shape)} in groups of {grid.group_size}: copy the folder again"
+        )
+    return GridCode(codes, Scales(scale.float(), None if zero_point is None else zero_point.float()))
+
+
+def is_transposed(checkpoint: Checkpoint, layer: str) -> bool:
+    """Whether the codes of a layer for which there is a `stored_grid` are (in, out) on disk."""
+    assert isinstance(checkpoint, CompressedCheckpoint)
+    return _along_columns(checkpoint.scheme(layer)[1].weights)
+
+
+def _zero_point(stored: Tensor, arguments: QuantizationArgs, scale: Tensor) -> Tensor:
+    """Zero points in the shape of `scale`: packed along the rows, but whole where the grid is stored by blocks."""
+    if arguments.strategy == "block":
+        return stored
+    unpacked: Tensor = unpack_from_int32(stored, arguments.num_bits, scale.shape, packed_dim=0)
+    return unpacked
+
+
+def _group_width(arguments: QuantizationArgs) -> int | None:
+    """Columns that share a scale; None for whole rows."""
+    if arguments.strategy == "block":
+        return max(arguments.block_structure)
+    return None if arguments.strategy == "channel" else int(arguments.group_size)
+
+
+def _along_columns(arguments: QuantizationArgs) -> bool:
+    """Whether the file holds (in, out), so that groups run down its columns."""
+    return arguments.strategy == "block" and arguments.block_structure[0] > 1

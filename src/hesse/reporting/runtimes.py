@@ -1,0 +1,78 @@
+"""Exports and benchmarks as a person reads them in a terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hesse.reporting.terminal import number, size
+
+if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
+    from hesse.benchmarking import Benchmark, Measured, Row
+    from hesse.exporting import ExportReport
+
+
+def export_summary(report: "ExportReport") -> RenderableType:
+    """What was stored how, what departs from the checkpoint, and where it is."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{report.model} to {report.target}", title_justify="left")
+    for heading in ("stored as", "layers", "were"):
+        table.add_column(heading, justify="right" if heading == "layers" else "left")
+    for stored, count in report.stored.items():
+        grids = dict.fromkeys(layer.grid for layer in report.layers if layer.stored == stored)
+        table.add_row(stored, str(count), ", ".join(grids))
+    for stored, count in report.dense.items():
+        table.add_row(stored, str(count), "not quantised")
+    exact = f"codes and scales carried over exactly: {report.exact_layers} of {len(report.layers)} layers"
+    parts: list[RenderableType] = [table, *([Text(exact)] if report.layers else [])]
+    parts += [Text(note, style="yellow") for note in report.notes]
+    parts.append(Text(f"read back: {report.tensors_checked} tensors equal what was to be written"))
+    parts.append(Text(f"bytes: {report.bytes:,}, and {report.bytes_before:,} in the checkpoint"))
+    parts.append(Text(f"written to {report.out}", style="bold"))
+    return Group(*parts)
+
+
+def benchmark_summary(result: "Benchmark") -> RenderableType:
+    """The table of measurements, the ratios, and what is missing."""
+    title = f"{result.model} on {result.processor}, {result.threads} of {result.processors} processors"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for heading in ("runtime", "model", "stored as"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("on disk", "load, s", "prompt, tokens/s", "decode, tokens/s", "× dense", "peak memory", "KL"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(*_cells(result, row))
+    parts: list[RenderableType] = [table]
+    parts.append(
+        Text(
+            f"{result.prompt} tokens of prompt, {result.generate} decoded one by one; medians of {result.repeats} "
+            "processes, ± half of their range. KL: from the same checkpoint in transformers, nats per token."
+        )
+    )
+    if result.load_average is not None and result.load_average > 0.5:
+        parts.append(
+            Text(f"The machine was busy: its load was {result.load_average:.1f} at the start.", style="bold yellow")
+        )
+    parts += [Text(f"{entry.runtime}: {entry.reason}", style="yellow") for entry in result.missing]
+    return Group(*parts)
+
+
+def _cells(result: "Benchmark", row: "Row") -> list[str]:
+    ratio = result.speed_up(row.runtime) if row.model == "compressed" else None
+    return [
+        row.runtime,
+        row.model,
+        row.stored,
+        size(row.bytes),
+        number(row.load_seconds.median, 3),
+        _with_spread(row.prefill),
+        _with_spread(row.decode),
+        number(ratio, 3),
+        size(int(row.peak_memory.median)),
+        number(row.kl, 2),
+    ]
+
+
+def _with_spread(measured: "Measured") -> str:
+    return f"{measured.median:.4g} ± {(measured.highest - measured.lowest) / 2:.2g}"
