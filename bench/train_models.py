@@ -33,7 +33,8 @@ from hesse.data import read_samples
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from language_model_training import LENGTH, VOCABULARY, prepare, save, split, train
 
-BATCH = 8
+BATCH = 2  # few tokens are seen on a busy machine: small batches make many steps of them
+PEAK_LEARNING_RATE = 1.5e-3
 COMMON = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": LENGTH,
@@ -177,7 +178,7 @@ def main() -> None:
     write_ids(arguments.out)
     model = recipe.build()
     generator = np.random.default_rng(len(tokens.training))
-    done = train(model, tokens.training, generator, BATCH, arguments.tokens, arguments.minutes)
+    done = train(model, tokens.training, generator, BATCH, PEAK_LEARNING_RATE, arguments.tokens, arguments.minutes)
     save(model, tokens, arguments.out, {"text": recipe.text, **done})
 
 

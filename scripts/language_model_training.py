@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
 LENGTH = 512
-PEAK_LEARNING_RATE = 3e-3
 END_OF_TEXT = "<|endoftext|>"
 TEXT_BYTES = 400_000  # of calibration and of held-out text, each
 HELD_OUT_BATCH = 16
@@ -118,9 +117,9 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return total / (windows.shape[0] * (LENGTH - 1))
 
 
-def learning_rate(progress: float) -> float:
+def learning_rate(peak: float, progress: float) -> float:
     """Warm-up over 2 %, constant, then linear decay to zero over the last 40 %."""
-    return PEAK_LEARNING_RATE * min(progress / 0.02, 1.0, (1 - progress) / 0.4)
+    return peak * min(progress / 0.02, 1.0, (1 - progress) / 0.4)
 
 
 def prepare(splits: dict[str, list[str]], out: Path) -> Tokens:
@@ -141,13 +140,16 @@ def train(
     tokens: np.ndarray,  # (tokens,)
     generator: np.random.Generator,  # of the order of the windows
     batch_size: int,
+    peak_learning_rate: float,
     budget: int,
     minutes: float,
 ) -> dict[str, int]:
     """Train for `budget` tokens or `minutes`, whichever ends first; the learning rate falls to zero by then.
 
+    The clock starts after the first step, which compiles the model: on a busy machine it would take the warm-up's time.
+
     Returns:
-        `tokens_seen` and `seconds`.
+        `tokens_seen`, and `seconds` by that clock.
     """
     decayed = [p for p in model.parameters() if p.ndim == 2]
     other = [p for p in model.parameters() if p.ndim != 2]
@@ -174,17 +176,18 @@ def train(
         picked, order = order[:batch_size], order[batch_size:]
         batch = torch.from_numpy(np.stack([tokens[i : i + LENGTH + 1] for i in picked]))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(max(progress, 0.5 / steps))
+            group["lr"] = learning_rate(peak_learning_rate, max(progress, 0.5 / steps))
         loss = compiled(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
-            seen = (step + 1) * batch_size * LENGTH
-            rate = seen / (time.time() - start)
+            rate = step * batch_size * LENGTH / (time.time() - start)
             print(f"step {step}/{steps} {progress:.0%} loss {loss.item():.4f} {rate:.0f} tokens/s", flush=True)
         step += 1
+        if step == 1:
+            start = time.time()
         progress = max(step / steps, (time.time() - start) / (60 * minutes))
     return {"tokens_seen": step * batch_size * LENGTH, "seconds": round(time.time() - start)}
 

@@ -20,6 +20,7 @@ from language_model_training import LENGTH, VOCABULARY, prepare, save, split, tr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BATCH = 16
+PEAK_LEARNING_RATE = 3e-3
 CONFIG = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -64,7 +65,7 @@ def main() -> None:
     if arguments.resume is not None:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(arguments.resume, dtype=torch.float32).state_dict())
     generator = np.random.default_rng(len(tokens.training) + (arguments.resume is not None))
-    done = train(model, tokens.training, generator, BATCH, arguments.tokens, arguments.minutes)
+    done = train(model, tokens.training, generator, BATCH, PEAK_LEARNING_RATE, arguments.tokens, arguments.minutes)
     facts = {
         "text": f"source of the Python {platform.python_version()} standard library",
         "tokens_seen": arguments.seen + done["tokens_seen"],
