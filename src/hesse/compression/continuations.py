@@ -1,7 +1,7 @@
 """What the dense and the compressed model write after the same words."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,11 +41,11 @@ def continuations(
     notes, decode = _decoder(dense.checkpoint.folder)
     found = []
     for prompt, ours, theirs in zip(prompts, first, second, strict=True):
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        shared = next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
         before = decode(prompt.tolist())
-        ends = [decode([*prompt.tolist(), *tokens])[len(before) :] for tokens in (ours, theirs)]
-        found.append(Continuation(before, ends[0], ends[1], max(len(ours), len(theirs)), shared))
+        one, other = (decode([*prompt.tolist(), *tokens])[len(before) :] for tokens in (ours, theirs))
+        same = _shared(one, other)
+        count = max(len(ours), len(theirs))
+        found.append(Continuation(before, one[:same], one[same:], other[same:], count, _shared(ours, theirs)))
     return found, notes
 
 
@@ -77,6 +77,12 @@ def _write(network: Network, prompts: list[Tensor]) -> list[list[int]]:
             )
             found.append(result[0, len(prompt) :].tolist())
         return found
+
+
+def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many of the first items are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _decoder(folder: Path) -> tuple[list[str], Callable[[list[int]], str]]:

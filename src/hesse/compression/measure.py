@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hesse.compression.continuations import continuations
 from hesse.compression.measurements import (
     BAND,
+    LAYER_BAND,
     Continuation,
     LayerMeasurement,
     LinePoint,
@@ -29,6 +30,8 @@ from hesse.progress import Progress
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 # Each layer alone costs its own run through all blocks after it: on no more tokens than this, if samples are longer.
 TOKENS_ALONE = 1024
+# The flows of each walk: by the name of what is changed alone, or by the share of the whole change.
+Walks = dict[str | float, list[Flow]]
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
@@ -48,12 +51,12 @@ def measure(
     progress.begin("measure", len(network.blocks) + 1 + 2 * language_model)
     beside = Beside(network, written, check, seen)
     beside.walk(set(predicted), progress.advance)
-    notes, written_text = [], list[Continuation]()
+    notes, written_text = list[str](), list[Continuation]()
     if language_model:
         written_text, notes = continuations(network, written, check, progress.advance)
     on_check, on_seen = beside.texts()
     line = beside.line(sum(value or 0.0 for value in predicted.values()))
-    return Measurements(BAND, beside.layers(predicted), line, on_check, on_seen, written_text, notes)
+    return Measurements(BAND, LAYER_BAND, beside.layers(predicted), line, on_check, on_seen, written_text, notes)
 
 
 class Beside:
@@ -71,9 +74,9 @@ class Beside:
             "seen": [] if seen is None else start(network, seen.batches(size)),
             "few": start(network, Samples(tuple(few), check.source, check.exact).batches(size)),
         }
-        self._line = {share: _branch(self._dense["check"]) for share in SHARES}
+        self._line: Walks = {share: _branch(self._dense["check"]) for share in SHARES}
         self._seen = _branch(self._dense["seen"])
-        self._alone: dict[str, list[Flow]] = {}
+        self._alone: Walks = {}
         self._members: dict[str, list[str]] = {}
 
     def walk(self, changed: set[str], step: Callable[[], None]) -> None:
@@ -113,19 +116,15 @@ class Beside:
             self._alone[name] = _branch(self._dense["few"])
             with _moved(members, weights, 1.0):
                 advance(self._alone[name], module, index)
-        for share, flows in self._line.items():
+        for share in SHARES:
             with _moved(layers, weights, share):
-                advance([*flows, *(self._seen if share == 1.0 else ())], module, index)
+                advance([*self._line[share], *(self._seen if share == 1.0 else ())], module, index)
         for flows in self._dense.values():
             advance(flows, module, index)
 
     def _compare(self) -> "dict[str | float, _Difference]":
         """What the flows of each walk predict, against the dense ones from the same samples."""
-        of_dense: dict[str, dict[str | float, list[Flow]]] = {
-            "few": {**self._alone},
-            "check": {**self._line},
-            "seen": {"seen": self._seen},
-        }
+        of_dense: dict[str, Walks] = {"few": self._alone, "check": self._line, "seen": {"seen": self._seen}}
         found: dict[str | float, _Difference] = {}
         with self._network.surroundings() as model, torch.no_grad():
             for kind, several in of_dense.items():

@@ -1,10 +1,12 @@
-"""What a report measures beside its predictions: layer by layer, along the change, on text seen and unseen, in words."""
+"""What a report measures: each layer alone, the way along the change, text seen and unseen, continuations."""
 
 import math
 from dataclasses import dataclass
 
-# Measured over predicted increase, where the prediction can be relied on; docs/report.md says what it was drawn from.
-BAND = (0.5, 2.0)
+Band = tuple[float, float]
+# Measured over predicted cost, where predictions can be relied on; docs/report.md says what they were drawn from.
+BAND: Band = (0.5, 2.0)  # all layers together
+LAYER_BAND: Band = (1 / 3, 3.0)  # one layer alone
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LayerMeasurement:
     @property
     def outside(self) -> bool:
         """Whether the ratio leaves the band by more than two standard errors."""
-        return leaves_band(self.measured, self.predicted)
+        return leaves(LAYER_BAND, self.measured, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class LinePoint:
     def ratio(self) -> float | None:
         """Measured over predicted; None without a prediction."""
         return ratio(self.measured.value, self.predicted)
+
+    @property
+    def outside(self) -> bool:
+        """Whether the ratio leaves the band by more than two standard errors."""
+        return leaves(BAND, self.measured, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Continuation:
     """What both models write after the same tokens, the likeliest token each time."""
 
     prompt: str
-    dense: str
+    shared: str  # what both write
+    dense: str  # what comes after it
     compressed: str
     tokens: int
     shared_tokens: int  # how many are the same before they part
@@ -76,7 +84,8 @@ class Continuation:
 class Measurements:
     """Everything that is measured for a report."""
 
-    band: tuple[float, float]
+    band: Band
+    layer_band: Band
     layers: list[LayerMeasurement]
     line: list[LinePoint]  # by rising share
     check: TextMeasurement  # on samples that calibration did not see, unless nothing was held out
@@ -85,11 +94,16 @@ class Measurements:
     notes: list[str]  # what could not be measured, and why
 
     @property
+    def whole(self) -> LinePoint:
+        """The change that was made, all of it."""
+        return next(point for point in self.line if point.share == 1)
+
+    @property
     def holds_up_to(self) -> float | None:
         """The largest share of the change up to which the quadratic model holds; None where it never does."""
         held = None
         for point in self.line:
-            if leaves_band(point.measured, point.predicted):
+            if point.outside:
                 break
             held = point.share
         return held
@@ -100,11 +114,11 @@ def ratio(measured: float, predicted: float | None) -> float | None:
     return measured / predicted if predicted else None
 
 
-def leaves_band(measured: Measured, predicted: float | None) -> bool:
-    """Whether measured over predicted lies outside `BAND`, by more than two standard errors of what was measured."""
+def leaves(band: Band, measured: Measured, predicted: float | None) -> bool:
+    """Whether measured over predicted lies outside `band`, by more than two standard errors of what was measured."""
     if predicted is None:
         return False
     if not math.isfinite(measured.value):
         return True
     low, high = (measured.value + sign * 2 * measured.standard_error for sign in (-1, 1))
-    return low > BAND[1] * predicted or high < BAND[0] * predicted
+    return low > band[1] * predicted or high < band[0] * predicted
