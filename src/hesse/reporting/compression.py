@@ -47,6 +47,7 @@ def compression_page(report: "CompressionReport", command: str | None = None) ->
         percent=percent,
         prefix=prefix,
         rows=layer_rows(report, measured, prefix),
+        methods=list(dict.fromkeys(layer.method for layer in report.layers)),
         ranked=any(layer.rank is not None for layer in report.layers),
         experts=expert_tables(report.layers),
         recipe=Recipe.model_validate(report.recipe).to_yaml(),
@@ -60,9 +61,13 @@ def compression_page(report: "CompressionReport", command: str | None = None) ->
 
 
 def unit(measured: "Measurements") -> str:
-    """What losses are in."""
-    language_model = measured.check.dense_loss is not None
-    return "nats per token" if language_model else "half the squared error of hidden states, per token"
+    """What costs are in."""
+    return "half squared error per token" if measured.check.dense_loss is None else "nats per token"
+
+
+def _cost(report: "CompressionReport", measured: "Measurements") -> str:
+    """What the cost is, and what it is in."""
+    return f"{report.verification.loss_name}, {unit(measured).removeprefix('half squared error ')}"
 
 
 def with_error(measured: "Measured") -> str:
@@ -100,7 +105,7 @@ def _tiles(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
         change = math.exp(check.compressed_loss - check.dense_loss) - 1
         yield number(_perplexity(check.compressed_loss)), f"perplexity, {100 * change:+.2g} % of the dense model's"
         yield percent(check.top1_agreement), "of tokens have the dense model's likeliest next token"
-    yield number(check.divergence.value, 3), f"{report.verification.loss_name}, {unit(measured)}"
+    yield number(check.divergence.value, 3), _cost(report, measured)
 
 
 def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tuple[str, str, str]]:
@@ -113,7 +118,7 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
         yield "loss, nats per token", number(check.dense_loss, 5), number(check.compressed_loss, 5)
         yield "perplexity", number(_perplexity(check.dense_loss), 5), number(_perplexity(check.compressed_loss), 5)
         yield "likeliest next token as the dense model's", "100 %", f"{100 * check.top1_agreement:.2f} %"
-    yield f"{report.verification.loss_name}, {unit(measured)}", "0", with_error(check.divergence)
+    yield _cost(report, measured), "0", with_error(check.divergence)
 
 
 def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:

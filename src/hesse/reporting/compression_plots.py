@@ -42,7 +42,7 @@ def scatter(content: "tuple[Measurements, str]") -> "Figure":
     axis.plot(ends, ends, color=GREY, linewidth=0.8, zorder=1)
     axis.set_xlim(ends)
     axis.set_xlabel("predicted")
-    axis.set_ylabel(f"measured, {unit}" if len(unit) < 20 else "measured")
+    axis.set_ylabel(f"measured, {unit}")
     axis.legend(fontsize=8, loc="upper left")
     return drawing
 

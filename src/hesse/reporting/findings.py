@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from hesse.compression import CompressionReport, Measurements, TextMeasurement
 
 ROUTERS = (
-    " In a mixture of experts that is usual: the choice of experts is not smooth, and a small change already sends some "
-    "tokens to others."
+    " In a mixture of experts that is usual: the choice of experts is not smooth, and a small change already sends "
+    "some tokens to others."
 )
 
 
@@ -133,8 +133,8 @@ def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
     """Departures from what was asked."""
     count = len(report.fallbacks)
     if count:
-        what = "one departure" if count == 1 else f"{count} departures"
-        yield Finding("Not everything was done as asked.", f"There were {what}: see the fallbacks below.", True)
+        what = "There was one departure" if count == 1 else f"There were {count} departures"
+        yield Finding("Not everything was done as asked.", f"{what}: see the fallbacks below.", True)
 
 
 def _band(band: tuple[float, float]) -> str:
