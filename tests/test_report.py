@@ -381,6 +381,10 @@ def test_on_the_command_line(
     assert not (tmp_path / "other").exists()
     ran = hesse_command("compress", source, tmp_path / "out", *options, "--overwrite", "--json")
     assert (ran.code, "measurements" in json.loads(ran.stdout)) == (0, True)
+    inside = ("--bits", "4", "--group-size", "32", "--data", data, "--report", tmp_path / "other" / "report.html")
+    assert hesse_command("compress", source, tmp_path / "other", *inside).code == 0
+    assert (tmp_path / "other" / "report.html").is_file()
+    shutil.rmtree(tmp_path / "other")
     monkeypatch.setattr("hesse.reporting.page.find_spec", lambda _: None)
     lacking = hesse_command("compress", source, tmp_path / "other", *options, "--overwrite")
     assert (lacking.code, "leave out --report" in lacking.error) == (2, True)

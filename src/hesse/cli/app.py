@@ -122,7 +122,7 @@ def compress(
     if out is None:
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
     if report is not None:
-        check_page(report, overwrite, "--report")
+        check_page(report, overwrite, "--report", made=out)
     from hesse import api
 
     with _bars(as_json) as bars:

@@ -8,20 +8,21 @@ from hesse.reporting.terminal import number, size
 from hesse.version import __version__
 
 
-def check_page(path: Path, overwrite: bool, option: str) -> None:
-    """Refuse, before anything is computed, a page that cannot be drawn or must not be written; `option` asked for it.
+def check_page(path: Path, overwrite: bool, option: str, made: Path | None = None) -> None:
+    """Refuse, before anything is computed, a page that cannot be drawn or must not be written.
+
+    `option` asked for it; the folder `made` will be there by the time that the page is written.
 
     Raises:
         OptionError: the packages that draw it are not installed.
         OutputError: the file exists, or its folder does not.
     """
     if any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
-        raise OptionError(
-            f"a page needs matplotlib and jinja2: pip install 'hesse[report]', or leave out {option}",
-        )
+        raise OptionError(f"a page needs matplotlib and jinja2: pip install 'hesse[report]', or leave out {option}")
     if path.exists() and not (overwrite and path.is_file()):
         raise OutputError(f"{path} exists: give another name, or --overwrite to replace a file")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir() and (made is None or folder != made.absolute()):
         raise OutputError(f"the folder of {path} does not exist: make it first")
 
 
