@@ -16,7 +16,7 @@ from hesse.reporting.plots import svg
 from hesse.reporting.terminal import number, size
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, Measured, Measurements
+    from hesse.compression import CompressionReport, Measured, Measurements, TextMeasurement
 
 SHIPPED = "default calibration text"
 
@@ -126,7 +126,7 @@ def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:
     check, seen = measured.check, measured.seen
     if seen is None:
         return
-    yield "samples, tokens", f"{seen.samples}, {seen.tokens:,}", f"{check.samples}, {check.tokens:,}"
+    yield "text", _amount(seen), _amount(check)
     yield f"cost, {unit(measured)}", with_error(seen.divergence), with_error(check.divergence)
     if seen.dense_loss is not None and seen.compressed_loss is not None:
         assert check.dense_loss is not None and check.compressed_loss is not None
@@ -134,6 +134,10 @@ def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:
         yield "loss of the compressed model", number(seen.compressed_loss, 5), number(check.compressed_loss, 5)
         increases = (seen.compressed_loss - seen.dense_loss, check.compressed_loss - check.dense_loss)
         yield "loss increase", number(increases[0], 3), number(increases[1], 3)
+
+
+def _amount(text: "TextMeasurement") -> str:
+    return f"{text.samples} samples, {text.tokens:,} tokens"
 
 
 def _perplexity(loss: float) -> float:

@@ -77,7 +77,7 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
     """Predicted and measured of the costliest layers, by name."""
     measured, prefix, unit = content
     shown = sorted(measured.layers, key=lambda group: -group.measured.value)[:COSTLIEST]
-    drawing, (axis,) = figure(8, 1 + 0.22 * len(shown))
+    drawing, (axis,) = figure(6.4, 1 + 0.22 * len(shown))
     for place, group in enumerate(shown):
         ends = [group.measured.value, group.measured.value if group.predicted is None else group.predicted]
         axis.plot(ends, [place, place], color=GREY, linewidth=1, zorder=1)
@@ -102,7 +102,7 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
 
 def alternatives(report: "CompressionReport") -> "Figure":
     """Size against predicted cost: what was planned, what was chosen, and what the choice cost when measured."""
-    drawing, (axis,) = figure(8, 3.6)
+    drawing, (axis,) = figure(6.4, 3.4)
     others = [plan for plan in report.front or [] if not plan["chosen"] and plan["predicted"] > 0]
     others.sort(key=lambda plan: plan["bytes"])
     if others:

@@ -112,10 +112,8 @@ def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
         f"{number(check.divergence.value, 3)} on held-out text, {number(seen.divergence.value, 3)} on calibration text"
     )
     if difference <= 2 * error:
-        text = (
-            f"{costs}: no more than the two standard errors of the difference ({number(2 * error, 2)}) apart, or less."
-        )
-        return Finding("Calibration is not overfitted.", text, False)
+        apart = "the difference is within two of its standard errors" if difference > -2 * error else "that is less"
+        return Finding("Calibration is not overfitted.", f"{costs}: {apart}.", False)
     return Finding(
         "Calibration is overfitted, or the held-out text is harder.",
         f"{costs}: {number(difference / error, 2)} standard errors more. Use more --samples, or more damping.",
