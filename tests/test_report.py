@@ -312,6 +312,17 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
     assert "a fallback" in text
 
 
+def test_a_page_without_predictions(of_family: Callable[[str], CompressionReport]) -> None:
+    report = of_family("llama-tied")
+    found = measured(report)
+    line = [replace(point, predicted=0.0) for point in found.line]
+    layers = [replace(group, predicted=None) for group in found.layers]
+    unknown = replace(report, predicted_loss_increase=0.0, measurements=replace(found, line=line, layers=layers))
+    text = Reader(compression_page(unknown)).text
+    assert "Nothing was predicted." in text
+    assert "The quadratic model" not in text
+
+
 def test_whatever_came_from_outside_is_escaped(of_family: Callable[[str], CompressionReport]) -> None:
     evil = "<script>alert(1)</script>$x_{$&\"'"
     report = of_family("llama-tied")

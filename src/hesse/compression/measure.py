@@ -92,8 +92,8 @@ class Beside:
         """Each layer alone, beside its prediction."""
         found = []
         for name, members in self._members.items():
-            parts = [predicted[member] for member in members]
-            total = None if None in parts else sum(part for part in parts if part is not None)
+            parts = [part for member in members if (part := predicted[member]) is not None]
+            total = sum(parts) if parts else None
             found.append(LayerMeasurement(name, members, total, self._totals[name].measured()))
         return found
 

@@ -23,7 +23,7 @@ class LayerMeasurement:
 
     name: str
     layers: list[str]
-    predicted: float | None  # the sum over them; None where one has none
+    predicted: float | None  # the sum over those that have one
     measured: Measured
 
     @property

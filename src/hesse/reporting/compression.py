@@ -114,6 +114,9 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
     yield "bytes on disk", f"{report.bytes_before:,}", f"{report.bytes_after:,}"
     yield "bits per weight, compressed layers", "", number(report.bits_per_weight)
     yield "bits per weight, whole model", "", number(report.bits_per_weight_model)
+    weights = [layer.shape[0] * layer.shape[1] for layer in report.layers]
+    zeros = sum(layer.sparsity * count for layer, count in zip(report.layers, weights, strict=True))
+    yield "zeros, compressed layers", "", percent(zeros / sum(weights))
     if check.dense_loss is not None and check.compressed_loss is not None and check.top1_agreement is not None:
         yield "loss, nats per token", number(check.dense_loss, 5), number(check.compressed_loss, 5)
         yield "perplexity", number(_perplexity(check.dense_loss), 5), number(_perplexity(check.compressed_loss), 5)

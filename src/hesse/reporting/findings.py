@@ -25,16 +25,18 @@ class Finding:
     warning: bool
 
 
+UNKNOWN = Finding("Nothing was predicted.", "No sample that probed the loss reached a compressed layer.", True)
+
+
 def findings(report: "CompressionReport", measured: "Measurements") -> list[Finding]:
     """What a reader should know first."""
-    return [_whole(report, measured), _layers(measured), _line(measured), _fit(report, measured), *_fallbacks(report)]
+    predicted = [_whole(measured), _layers(measured), _line(measured)] if report.predicted_loss_increase else [UNKNOWN]
+    return [*predicted, _fit(report, measured), *_fallbacks(report)]
 
 
-def _whole(report: "CompressionReport", measured: "Measurements") -> Finding:
+def _whole(measured: "Measurements") -> Finding:
     """The prediction for all layers together."""
     whole, band = measured.whole, _band(measured.band)
-    if not report.predicted_loss_increase:
-        return Finding("Nothing was predicted.", "No sample that probed the loss reached a compressed layer.", True)
     text = (
         f"Predicted {number(whole.predicted, 3)}, measured {number(whole.measured.value, 3)} ± "
         f"{number(whole.measured.standard_error, 1)}: measured / predicted is {number(whole.ratio, 3)}"
