@@ -312,6 +312,15 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
     assert "a fallback" in text
 
 
+def test_cheap_layers_outside_of_the_band_are_no_warning(of_family: Callable[[str], CompressionReport]) -> None:
+    report = of_family("llama-tied")
+    found = measured(report)
+    cheap = replace(found.layers[0], predicted=1e-9, measured=Measured(1e-8, 0.0))
+    layers = [cheap, *(replace(group, predicted=group.measured.value) for group in found.layers[1:])]
+    text = Reader(compression_page(replace(report, measurements=replace(found, layers=layers)))).text
+    assert "All layers that matter cost what was predicted. 1 of 14 layers, changed alone, are outside" in text
+
+
 def test_a_page_without_predictions(of_family: Callable[[str], CompressionReport]) -> None:
     report = of_family("llama-tied")
     found = measured(report)

@@ -10,6 +10,7 @@ from hesse.reporting.terminal import number
 if TYPE_CHECKING:
     from hesse.compression import CompressionReport, Measurements, TextMeasurement
 
+MATTERS = 0.02  # share of the cost below which it is no matter what was predicted
 ROUTERS = (
     " In a mixture of experts that is usual: the choice of experts is not smooth, and a small change already sends "
     "some tokens to others."
@@ -56,16 +57,18 @@ def _layers(measured: "Measurements") -> Finding:
     outside = sorted((group for group in known if group.outside), key=lambda group: -group.measured.value)
     band, count = _band(measured.layer_band), len(known)
     if not outside:
-        return Finding("So is each layer's.", f"All {count} layers, changed alone, are inside the band {band}.", False)
+        return Finding("Each layer costs what was predicted.", f"All {count}, changed alone, are inside {band}.", False)
     named = ", ".join(f"{group.name} ({number(group.ratio, 2)})" for group in outside[:5])
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-    share = sum(group.measured.value for group in outside) / sum(group.measured.value for group in known)
-    return Finding(
-        "Some layers do not cost what was predicted.",
+    whole = sum(group.measured.value for group in known)
+    share = sum(group.measured.value for group in outside) / whole if whole > 0 else 1.0
+    text = (
         f"{len(outside)} of {count} layers, changed alone, are outside of the band {band}: {named}{more}. They make up "
-        f"{100 * share:.2g} % of the cost of all layers alone. If that is much, give these layers more bits.",
-        True,
+        f"{100 * share:.2g} % of the cost of all layers alone"
     )
+    if share < MATTERS:
+        return Finding("All layers that matter cost what was predicted.", f"{text}, which is little.", False)
+    return Finding("Some layers do not cost what was predicted.", f"{text}: give them more bits if it is much.", True)
 
 
 def _line(measured: "Measurements") -> Finding:
