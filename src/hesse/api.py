@@ -42,6 +42,7 @@ def compress(
     device: str = "auto",
     format: str = "auto",
     overwrite: bool = False,
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Compress a language model or encoder on disk into a new folder that other programs load.
@@ -62,6 +63,8 @@ def compress(
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `dense` or `low-rank`.
         overwrite: whether a model folder at `out` may be replaced.
+        measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
+            calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It costs time.
         progress: told how far the run is.
 
     Returns:
@@ -85,6 +88,7 @@ def compress(
         format=format,
         device=find_device(device),
         overwrite=overwrite,
+        measured=measure,
         progress=progress or Silence(),
         name=str(model),
         version=__version__,

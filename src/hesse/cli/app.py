@@ -1,6 +1,7 @@
 """The commands: parse, call, print."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from hesse.errors import HesseError, OptionError
 from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
 from hesse.reporting import (
     check_page,
+    compression_page,
     compression_summary,
     cost_table,
     evaluation_table,
@@ -97,7 +99,10 @@ def compress(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     format: Annotated[str, typer.Option(help="auto, pack-quantized, dense or low-rank.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT, and a report.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress a model from disk to disk: quantise, prune or factorise it with a small calibration text."""
@@ -116,10 +121,12 @@ def compress(
         return
     if out is None:
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
+    if report is not None:
+        check_page(report, overwrite, "--report", made=out)
     from hesse import api
 
     with _bars(as_json) as bars:
-        report = api.compress(
+        result = api.compress(
             model,
             out,
             recipe=chosen,
@@ -132,12 +139,17 @@ def compress(
             device=device,
             format=format,
             overwrite=overwrite,
+            measure=report is not None,
             progress=bars,
         )
+    if report is not None:
+        write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
     if as_json:
-        _print_json(report.to_dict())
-    else:
-        out_console.print(compression_summary(report))
+        _print_json(result.to_dict())
+        return
+    out_console.print(compression_summary(result))
+    if report is not None:
+        out_console.print(f"The report: {report.absolute()}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
@@ -228,7 +240,7 @@ def inspect(
     from hesse import api
 
     if out is not None:
-        check_page(out, overwrite)
+        check_page(out, overwrite, "--out")
     with _bars(as_json) as bars:
         result = api.inspect(
             model,

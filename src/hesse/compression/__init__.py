@@ -2,13 +2,27 @@
 
 from hesse.compression.compress import compress_checkpoint
 from hesse.compression.estimate import estimate_checkpoint
+from hesse.compression.measurements import (
+    Continuation,
+    LayerMeasurement,
+    LinePoint,
+    Measured,
+    Measurements,
+    TextMeasurement,
+)
 from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.tokens import Calibration
 
 __all__ = [
     "Calibration",
     "CompressionReport",
+    "Continuation",
+    "LayerMeasurement",
     "LayerReport",
+    "LinePoint",
+    "Measured",
+    "Measurements",
+    "TextMeasurement",
     "Verification",
     "compress_checkpoint",
     "estimate_checkpoint",

@@ -14,11 +14,13 @@ from torch import Tensor
 from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
+from hesse.compression.measure import measure
 from hesse.compression.output import check_output, copy_companions, temporary_folder
 from hesse.compression.plan import Plan, make_plan, whole_factors
 from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.tokens import Calibration
 from hesse.compression.verify import verify
+from hesse.constraints import LowRank
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
@@ -42,11 +44,14 @@ def compress_checkpoint(
     format: str,
     device: torch.device,
     overwrite: bool,
+    measured: bool,
     progress: Progress,
     name: str,
     version: str,
 ) -> CompressionReport:
     """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
+
+    Where `measured`, the result is measured layer by layer, along the change and in words too, for a report.
 
     With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
     each layer is then solved for the inputs that the dense model gives it.
@@ -62,14 +67,14 @@ def compress_checkpoint(
     size = plan.checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with temporary_folder(out, expected_bytes) as folder:
-        return _Run(plan, clock, progress).run(folder, out, name, version)
+        return _Run(plan, clock, progress, measured).run(folder, out, name, version)
 
 
 class _Run:
     """The state of one run: its plan, and what each layer came to."""
 
-    def __init__(self, plan: Plan, clock: Clock, progress: Progress) -> None:
-        self.plan, self.clock, self.progress = plan, clock, progress
+    def __init__(self, plan: Plan, clock: Clock, progress: Progress, measured: bool) -> None:
+        self.plan, self.clock, self.progress, self.measured = plan, clock, progress, measured
         self.layers: list[LayerReport] = []
         self.notes = list(plan.notes)
         self.digests: dict[str, str] = {}
@@ -103,6 +108,13 @@ class _Run:
                 folder, plan.checkpoint, plan.dense, dense, self.digests, predicted, plan.held_out, self.progress
             )
         report = self._report(folder, out, model_name, version, length, verification)
+        if self.measured:
+            with self.clock.phase("measure"):
+                costs = {layer.name: layer.predicted_loss_increase for layer in self.layers}
+                result = open_checkpoint(folder)
+                measurements = measure(plan.dense, result, plan.check, plan.seen, costs, self.progress)
+            seconds = {"total": self.clock.total, **self.clock.seconds}
+            report = replace(report, measurements=measurements, seconds=seconds, peak_rss_bytes=peak_memory())
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
@@ -139,6 +151,7 @@ class _Run:
             verification=verification,
             calibration={
                 "source": plan.samples.source,
+                "curvature": None if plan.statistics is None else str(plan.statistics.folder),
                 "samples": len(plan.samples.ids),
                 "length": length,
                 "tokens": sum(len(ids) for ids in plan.samples.ids),
@@ -233,6 +246,8 @@ class _Run:
                     tokens=gram.tokens,
                     damping=solved.damping,
                     bits_per_weight=self.plan.format.stored_bits(layer.name),
+                    sparsity=float((stored == 0).float().mean()),
+                    rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
                     predicted_loss_increase=predicted_increase(change, gram, sensitivity),
                     relative_output_error=relative_error(change, weight, gram),
                 )

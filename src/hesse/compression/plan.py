@@ -32,6 +32,7 @@ class Plan:
     probes: Samples  # some of them, for the sensitivities
     check: Samples  # to measure the result with
     held_out: bool  # whether `check` is no part of `samples`
+    seen: Samples | None  # as many as `check` that layers are solved for; None if nothing is held out, or calibrated
     notes: list[str]  # departures from what was asked
 
 
@@ -61,10 +62,15 @@ def make_plan(
     outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
     selected = select_samples(model, calibration, network, factor_tokens(outputs))
     samples = selected.samples
-    if statistics is not None and calibration == statistics_calibration(statistics, replace(calibration, data=None)):
-        statistics.check_samples(samples)
-    if statistics is not None or all(rule is None or rule.curvature == "identity" for rule in rules.values()):
+    calibrated = any(rule is not None and rule.curvature != "identity" for rule in rules.values())
+    if statistics is not None:
+        same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
+        if same:
+            statistics.check_samples(samples)
+        calibrated = calibrated and same
+    if statistics is not None or not calibrated:
         samples = selected.probes  # only the prediction looks at them
+    seen = replace(samples, ids=samples.ids[: len(selected.check.ids)])
     return Plan(
         model=model,
         recipe=recipe,
@@ -79,6 +85,7 @@ def make_plan(
         probes=selected.probes,
         check=selected.check,
         held_out=selected.held_out,
+        seen=seen if selected.held_out and calibrated else None,
         notes=[*format.notes, *selected.notes],
     )
 

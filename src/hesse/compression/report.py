@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hesse.compression.measurements import Measurements
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -14,6 +16,8 @@ class LayerReport:
     tokens: int
     damping: float  # share of the Gram's mean eigenvalue
     bits_per_weight: float
+    sparsity: float  # share of zeros
+    rank: int | None  # where the layer is stored as two factors
     predicted_loss_increase: float | None
     relative_output_error: float | None  # E‖(W' - W)x‖² / E‖Wx‖²
 
@@ -52,6 +56,8 @@ class CompressionReport:
     layers: list[LayerReport]
     recipe: dict[str, Any]
     versions: dict[str, str]
+    front: list[dict[str, Any]] | None = None  # what was planned: bytes, predicted, chosen and label of each plan
+    measurements: Measurements | None = None  # made only when asked for
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""

@@ -150,7 +150,7 @@ def _exact_sample(place: str, raw: object, limit: int | None) -> Tensor:
 
 def _tokenise(texts: list[str], folder: Path) -> Tensor:
     """All documents' token ids (tokens,), with a separator between each two."""
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     documents = [text for text in texts if text]
     separator = torch.tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=torch.int64)
     if not len(separator):
@@ -164,7 +164,12 @@ def _tokenise(texts: list[str], folder: Path) -> Tensor:
     return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer whose files lie in `folder`.
+
+    Raises:
+        DataError: there are none, or they cannot be used.
+    """
     from transformers import AutoTokenizer  # imported late: it takes time, and ready token ids need no tokenizer
 
     way_out = "copy them from the original model, or give a .jsonl file with input_ids, which needs no tokenizer"

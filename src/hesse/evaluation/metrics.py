@@ -32,8 +32,7 @@ class Totals:
 
     def mean_divergence(self) -> tuple[float, float]:
         """The mean divergence in nats per token, and its standard error over tokens."""
-        mean = self.divergence / self.tokens
-        return mean, (max(self.divergence_square / self.tokens - mean**2, 0.0) / self.tokens) ** 0.5
+        return _mean(self.divergence, self.divergence_square, self.tokens)
 
     def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
         logs = logits.float().log_softmax(-1)
@@ -55,6 +54,7 @@ class HiddenTotals:
 
     tokens: int = 0
     half_square: float = 0.0
+    half_square_square: float = 0.0
     reference_square: float = 0.0
     cosine: float = 0.0
 
@@ -62,6 +62,18 @@ class HiddenTotals:
         """Add `hidden` and `reference` (samples, tokens, width)."""
         h, r = (t.double().flatten(0, 1) for t in (hidden, reference))
         self.tokens += len(h)
-        self.half_square += 0.5 * (h - r).square().sum().item()
+        errors = 0.5 * (h - r).square().sum(-1)
+        self.half_square += errors.sum().item()
+        self.half_square_square += errors.square().sum().item()
         self.reference_square += r.square().sum().item()
         self.cosine += torch.nn.functional.cosine_similarity(h, r).sum().item()
+
+    def mean_divergence(self) -> tuple[float, float]:
+        """The mean of half the squared error, and its standard error over tokens."""
+        return _mean(self.half_square, self.half_square_square, self.tokens)
+
+
+def _mean(total: float, squares: float, count: int) -> tuple[float, float]:
+    """The mean of numbers with that sum and sum of squares, and its standard error."""
+    mean = total / count
+    return mean, (max(squares / count - mean**2, 0.0) / count) ** 0.5

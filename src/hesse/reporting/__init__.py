@@ -1,11 +1,14 @@
 """What a person reads."""
 
+from hesse.reporting.compression import compression_page
 from hesse.reporting.inspection import inspection_summary
-from hesse.reporting.page import check_page, inspection_page, write_page
+from hesse.reporting.inspection_page import inspection_page
+from hesse.reporting.page import check_page, write_page
 from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table
 
 __all__ = [
     "check_page",
+    "compression_page",
     "compression_summary",
     "cost_table",
     "evaluation_table",

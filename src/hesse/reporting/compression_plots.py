@@ -1,0 +1,138 @@
+"""The plots of a compression's page."""
+
+import math
+from typing import TYPE_CHECKING
+
+from hesse.reporting.plots import BAND_GREY, BLUE, GREY, ORANGE, figure, name_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hesse.compression import CompressionReport, LayerMeasurement, Measurements
+
+COSTLIEST = 30  # layers that are drawn by name
+
+
+def scatter(content: "tuple[Measurements, str]") -> "Figure":
+    """Measured against predicted, a point a layer; inside the band or not."""
+    measured, unit = content
+    drawing, (axis,) = figure(6, 4.2)
+    known = [group for group in measured.layers if group.predicted and group.measured.value > 0]
+    for outside, color, label in ((False, BLUE, "a layer alone"), (True, ORANGE, "outside of the band")):
+        shown = [group for group in known if group.outside == outside]
+        if shown:
+            axis.errorbar(
+                [group.predicted for group in shown],
+                [group.measured.value for group in shown],
+                yerr=_errors(shown),
+                fmt="o",
+                color=color,
+                ecolor=GREY,
+                markersize=4,
+                elinewidth=0.8,
+                label=label,
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ends = axis.get_xlim()
+    low, high = measured.layer_band
+    axis.fill_between(
+        ends, [low * x for x in ends], [high * x for x in ends], color=BAND_GREY, zorder=0, label="the band"
+    )
+    axis.plot(ends, ends, color=GREY, linewidth=0.8, zorder=1)
+    axis.set_xlim(ends)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel(f"measured, {unit}")
+    axis.legend(fontsize=8, loc="upper left")
+    return drawing
+
+
+def along_the_change(measured: "Measurements") -> "Figure":
+    """Measured over predicted, at shares of the change."""
+    drawing, (axis,) = figure(6, 4.2)
+    points = [point for point in measured.line if point.predicted and math.isfinite(point.measured.value)]
+    shares = [point.share for point in points]
+    axis.axhspan(*measured.band, color=BAND_GREY, zorder=0, label="the band")
+    axis.axhline(1, color=GREY, linewidth=0.8, zorder=1)
+    axis.axvline(1, color=ORANGE, linewidth=1, linestyle="--", zorder=1, label="the change made")
+    axis.errorbar(
+        shares,
+        [point.measured.value / point.predicted for point in points],
+        yerr=[2 * point.measured.standard_error / point.predicted for point in points],
+        fmt="o-",
+        color=BLUE,
+        ecolor=GREY,
+        markersize=4,
+        elinewidth=0.8,
+    )
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("share of the change")
+    axis.set_ylabel("measured / predicted")
+    axis.legend(fontsize=8, loc="lower right")
+    return drawing
+
+
+def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
+    """Predicted and measured of the costliest layers, by name."""
+    measured, prefix, unit = content
+    shown = sorted(measured.layers, key=lambda group: -group.measured.value)[:COSTLIEST]
+    drawing, (axis,) = figure(6.4, 1 + 0.22 * len(shown))
+    for place, group in enumerate(shown):
+        ends = [group.measured.value, group.measured.value if group.predicted is None else group.predicted]
+        axis.plot(ends, [place, place], color=GREY, linewidth=1, zorder=1)
+    places = range(len(shown))
+    axis.scatter([group.measured.value for group in shown], places, s=22, color=BLUE, label="measured", zorder=2)
+    known = [(group.predicted, place) for place, group in enumerate(shown) if group.predicted is not None]
+    axis.scatter(
+        [value for value, _ in known],
+        [place for _, place in known],
+        s=22,
+        facecolors="white",
+        edgecolors=ORANGE,
+        label="predicted",
+        zorder=2,
+    )
+    name_rows(axis, [_short(group.name.removeprefix(prefix)) for group in shown], 8)
+    axis.set_xlim(left=min(0.0, *(group.measured.value for group in shown)))
+    axis.set_xlabel(f"cost of the layer alone, {unit}")
+    axis.legend(fontsize=8, loc="lower right")
+    return drawing
+
+
+def alternatives(report: "CompressionReport") -> "Figure":
+    """Size against predicted cost: what was planned, what was chosen, and what the choice cost when measured."""
+    drawing, (axis,) = figure(6.4, 3.4)
+    others = [plan for plan in report.front or [] if not plan["chosen"] and plan["predicted"] > 0]
+    others.sort(key=lambda plan: plan["bytes"])
+    if others:
+        sizes, costs = [plan["bytes"] / 1e6 for plan in others], [plan["predicted"] for plan in others]
+        axis.plot(sizes, costs, "o-", color=GREY, markersize=4, linewidth=0.8, label="alternatives, predicted")
+    after, check = report.bytes_after / 1e6, report.verification
+    chosen = [plan for plan in report.front or [] if plan["chosen"]]
+    predicted = chosen[0]["predicted"] if chosen else report.predicted_loss_increase
+    if predicted > 0:
+        axis.plot(
+            [after], [predicted], "o", markersize=8, markerfacecolor="white", color=ORANGE, label="chosen, predicted"
+        )
+    if check.measured > 0:
+        axis.plot([after], [check.measured], "o", markersize=6, color=BLUE, label="chosen, measured")
+    axis.axvline(report.bytes_before / 1e6, color=GREY, linestyle="--", linewidth=0.8, label="the dense model: no cost")
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, high / 10) / 1.5, max(high, low * 10) * 1.5)  # so that small differences look small
+    axis.set_xlim(left=0)
+    axis.set_xlabel("size on disk, MB")
+    axis.set_ylabel("cost")
+    axis.legend(fontsize=8, loc="upper right", bbox_to_anchor=(0.97, 1))
+    return drawing
+
+
+def _errors(groups: "list[LayerMeasurement]") -> list[list[float]]:
+    """Bars of one standard error that do not reach zero, where a logarithm ends."""
+    below = [min(group.measured.standard_error, 0.9 * group.measured.value) for group in groups]
+    return [below, [group.measured.standard_error for group in groups]]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 48 else f"…{name[-47:]}"

@@ -1,0 +1,144 @@
+"""What the measurements of a compression mean, in sentences, each of them good or a warning."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hesse.reporting.terminal import number
+
+if TYPE_CHECKING:
+    from hesse.compression import CompressionReport, Measurements, TextMeasurement
+
+MATTERS = 0.02  # share of the cost below which it is no matter what was predicted
+ROUTERS = (
+    " In a mixture of experts that is usual: the choice of experts is not smooth, and a small change already sends "
+    "some tokens to others."
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of them."""
+
+    heading: str
+    text: str
+    warning: bool
+
+
+UNKNOWN = Finding("Nothing was predicted.", "No sample that probed the loss reached a compressed layer.", True)
+
+
+def findings(report: "CompressionReport", measured: "Measurements") -> list[Finding]:
+    """What a reader should know first."""
+    predicted = [_whole(measured), _layers(measured), _line(measured)] if report.predicted_loss_increase else [UNKNOWN]
+    return [*predicted, _fit(report, measured), *_fallbacks(report)]
+
+
+def _whole(measured: "Measurements") -> Finding:
+    """The prediction for all layers together."""
+    whole, band = measured.whole, _band(measured.band)
+    text = (
+        f"Predicted {number(whole.predicted, 3)}, measured {number(whole.measured.value, 3)} ± "
+        f"{number(whole.measured.standard_error, 1)}: measured / predicted is {number(whole.ratio, 3)}"
+    )
+    if not whole.outside:
+        return Finding("The cost is as predicted.", f"{text}, inside the band {band}.", False)
+    advice = (
+        "The change is too large for a quadratic model, or the text that probed the loss is unlike the text that "
+        "checked it: trust the measured cost, and do not compare plans by their predictions here."
+    )
+    return Finding("The cost is not as predicted.", f"{text}, outside of the band {band}. {advice}", True)
+
+
+def _layers(measured: "Measurements") -> Finding:
+    """Predictions for each layer alone."""
+    known = [group for group in measured.layers if group.predicted is not None]
+    outside = sorted((group for group in known if group.outside), key=lambda group: -group.measured.value)
+    band, count = _band(measured.layer_band), len(known)
+    if not outside:
+        return Finding("Each layer costs what was predicted.", f"All {count}, changed alone, are inside {band}.", False)
+    named = ", ".join(f"{group.name} ({number(group.ratio, 2)})" for group in outside[:5])
+    more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+    whole = sum(group.measured.value for group in known)
+    share = sum(group.measured.value for group in outside) / whole if whole > 0 else 1.0
+    text = (
+        f"{len(outside)} of {count} layers, changed alone, are outside of the band {band}: {named}{more}. They make up "
+        f"{100 * share:.2g} % of the cost of all layers alone"
+    )
+    if share < MATTERS:
+        return Finding("All layers that matter cost what was predicted.", f"{text}, which is little.", False)
+    return Finding("Some layers do not cost what was predicted.", f"{text}: give them more bits if it is much.", True)
+
+
+def _line(measured: "Measurements") -> Finding:
+    """Where the quadratic model breaks down."""
+    held, first, whole, last = measured.holds_up_to, measured.line[0], measured.whole, measured.line[-1]
+    detail = (
+        f"measured / predicted is {number(first.ratio, 3)} at {number(first.share)} of the change, which is the error "
+        f"of the predicted curvature, and {number(whole.ratio, 3)} at the whole change"
+    )
+    if held is None:
+        return Finding(
+            "The quadratic model does not hold, even for small shares of the change.",
+            f"M{detail[1:]}.{ROUTERS if any(len(group.layers) > 1 for group in measured.layers) else ''}",
+            True,
+        )
+    if held < 1:
+        return Finding(
+            "The change made is outside of where the quadratic model holds.",
+            f"It breaks down beyond {number(held)} of the change: {detail}.",
+            True,
+        )
+    reach = (
+        f"up to {number(held)} times the change, as far as was looked"
+        if held == last.share
+        else f"and breaks down beyond {number(held)} times the change"
+    )
+    return Finding(
+        "The change made is inside of where the quadratic model holds.", f"It holds {reach}: {detail}.", False
+    )
+
+
+def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
+    """Whether calibration was fitted too closely to its text."""
+    check, seen = measured.check, measured.seen
+    if seen is None:
+        if report.verification.held_out:
+            return Finding("Nothing could be fitted too closely.", "No sample of this text was calibrated on.", False)
+        return Finding(
+            "Nothing was held out.",
+            "The data gave ready samples, and the first of those that were calibrated on also measured the result. "
+            "Run hesse evaluate on other text.",
+            True,
+        )
+    difference, error = _difference(check, seen)
+    costs = (
+        f"{number(check.divergence.value, 3)} on held-out text, {number(seen.divergence.value, 3)} on calibration text"
+    )
+    if difference <= 2 * error:
+        apart = "the difference is within two of its standard errors" if difference > -2 * error else "that is less"
+        return Finding("Calibration is not overfitted.", f"{costs}: {apart}.", False)
+    return Finding(
+        "Calibration is overfitted, or the held-out text is harder.",
+        f"{costs}: {number(difference / error, 2)} standard errors more. Use more --samples, or more damping.",
+        True,
+    )
+
+
+def _difference(check: "TextMeasurement", seen: "TextMeasurement") -> tuple[float, float]:
+    """How much more the change costs on held-out text, and the standard error of that."""
+    one, other = check.divergence, seen.divergence
+    return one.value - other.value, math.hypot(one.standard_error, other.standard_error)
+
+
+def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
+    """Departures from what was asked."""
+    count = len(report.fallbacks)
+    if count:
+        what = "There was one departure" if count == 1 else f"There were {count} departures"
+        yield Finding("Not everything was done as asked.", f"{what}: see the fallbacks below.", True)
+
+
+def _band(band: tuple[float, float]) -> str:
+    return f"{number(band[0], 2)} to {number(band[1], 2)}"

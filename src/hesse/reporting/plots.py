@@ -1,0 +1,56 @@
+"""Plots as SVG elements, drawn by matplotlib."""
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY, BAND_GREY = "#31688e", "#c2571a", "#999999", "#e9edf1"
+# Text stays text. The salt makes files repeatable.
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hesse",
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+Content = TypeVar("Content")
+
+
+def svg(draw: Callable[[Content], "Figure"], content: Content, title: str) -> str:
+    """What `draw` makes of `content` as an SVG element, with its text as text; `title` describes it."""
+    import matplotlib  # imported late: optional
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        draw(content).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+
+
+def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", list[Any]]:
+    """A figure of so many inches, and its axes side by side."""
+    from matplotlib.figure import Figure  # not pyplot: nothing is shown, and no window system is asked for
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots(1, columns, squeeze=False, sharey=columns > 1)
+    return made, list(axes[0])
+
+
+def name_rows(axis: Any, names: Sequence[str], size: float) -> None:
+    """Rows of `axis` from the top, by name; a name is never read as a formula, whatever is in it."""
+    axis.set_yticks(range(len(names)), names, fontsize=size)
+    for label in axis.get_yticklabels():
+        label.set_parse_math(False)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+
+
+def colors(count: int) -> list[Any]:
+    """Colours that stay in order in black and white."""
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](index / max(count - 1, 1) * 0.9) for index in range(count)]
