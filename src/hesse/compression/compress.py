@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compressed_tensors
