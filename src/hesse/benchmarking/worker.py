@@ -74,10 +74,12 @@ class TorchSession:
 
     def prefill(self, tokens: list[int]) -> Floats:
         self._cache = None
-        return self._run(tokens, 1)[-1]
+        last: Floats = self._run(tokens, 1)[-1]
+        return last
 
     def step(self, token: int) -> Floats:
-        return self._run([token], 1)[-1]
+        last: Floats = self._run([token], 1)[-1]
+        return last
 
     def all_logits(self, tokens: list[int]) -> Floats:
         self._cache = None
@@ -97,7 +99,8 @@ class LlamaSession:
     def _eval(self, tokens: list[int]) -> Floats:
         self._llama.eval(tokens)
         logits = self._llama._ctx.get_logits_ith(-1)
-        return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
+        copied: Floats = np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
+        return copied
 
     def prefill(self, tokens: list[int]) -> Floats:
         self._llama.reset()
@@ -140,10 +143,12 @@ class OnnxSession:
 
     def prefill(self, tokens: list[int]) -> Floats:
         self._past = self._empty
-        return self._run(tokens, 1)[-1]
+        last: Floats = self._run(tokens, 1)[-1]
+        return last
 
     def step(self, token: int) -> Floats:
-        return self._run([token], 1)[-1]
+        last: Floats = self._run([token], 1)[-1]
+        return last
 
     def all_logits(self, tokens: list[int]) -> Floats:
         self._past = self._empty
@@ -155,7 +160,7 @@ def _transformers(path: Path, threads: int, length: int) -> Session:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return TorchSession(AutoModelForCausalLM.from_pretrained(path).eval())
+    return TorchSession(AutoModelForCausalLM.from_pretrained(path))  # in evaluation mode
 
 
 def _torchao(path: Path, threads: int, length: int) -> Session:

@@ -81,8 +81,8 @@ def _rounded_scales(scale: Floats) -> tuple[NDArray[np.float16], float]:
     with np.errstate(over="ignore"):
         rounded = scale.astype(np.float16)
     if not np.isfinite(rounded).all():
-        raise CheckpointError(f"a scale is {scale.max():g}, and GGUF's float16 ends at 65504")
-    return rounded, float(np.max(np.abs(rounded.astype(np.float64) - scale) / scale))
+        raise CheckpointError(f"a scale is {np.abs(scale).max():g}, and GGUF's float16 ends at 65504")
+    return rounded, float(np.max(np.abs((rounded.astype(np.float64) - scale) / scale)))
 
 
 def _per_column(per_group: NDArray[np.generic], grid: Grid, columns: int) -> NDArray[np.generic]:
@@ -99,7 +99,7 @@ def _packed(blocks: NDArray[np.int16], type: str) -> list[NDArray[np.uint8]]:
     if type == "Q8_0":
         return [blocks.astype(np.int8).view(np.uint8)]
     codes = blocks.astype(np.uint8)
-    nibbles = (codes[..., :16] & 15) | ((codes[..., 16:] & 15) << 4)
+    nibbles = ((codes[..., :16] & 15) | ((codes[..., 16:] & 15) << 4)).astype(np.uint8)
     if type.startswith("Q4"):
         return [nibbles]
-    return [np.packbits(codes >> 4, axis=-1, bitorder="little"), nibbles]
+    return [np.packbits((codes >> 4).astype(np.uint8), axis=-1, bitorder="little"), nibbles]

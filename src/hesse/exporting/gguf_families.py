@@ -125,7 +125,7 @@ def context_length(config: Any) -> int:
     """Positions for which llama.cpp computes what transformers computes: it attends to all, not to a sliding window."""
     window = getattr(config, "sliding_window", None)
     used = window if getattr(config, "use_sliding_window", True) else None
-    return min(config.max_position_embeddings, used or config.max_position_embeddings)
+    return int(min(config.max_position_embeddings, used or config.max_position_embeddings))
 
 
 def rotary_factors(config: Any) -> Tensor | None:
@@ -138,7 +138,8 @@ def rotary_factors(config: Any) -> Tensor | None:
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     turns = rope["original_max_position_embeddings"] / waves
     share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it was
-    return (1 / ((1 - share) / factor + share)).float()
+    divided: Tensor = 1 / ((1 - share) / factor + share)
+    return divided.float()
 
 
 def rotary(config: Any) -> dict[str, Any]:

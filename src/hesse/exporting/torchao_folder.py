@@ -87,7 +87,9 @@ def load_torchao(folder: Path) -> PreTrainedModel:
     tied = set(model.all_tied_weights_keys)
     if unknown or set(missing) - tied:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit {config.architectures[0]}: export the model again")
-    return model.eval().requires_grad_(False)
+    model.train(False)
+    model.requires_grad_(False)
+    return model
 
 
 def _kind(checkpoint: Checkpoint, source: Source) -> str | None:
@@ -98,8 +100,8 @@ def _kind(checkpoint: Checkpoint, source: Source) -> str | None:
     rows, columns = source.shape
     width = grid.group_width(columns)
     if grid.bits <= 4 and width in KERNEL_GROUPS and columns % width == 0 and rows % KERNEL_ROWS == 0:
-        return Int4OpaqueTensor.__name__
-    return Int8Tensor.__name__ if grid.symmetric and columns % width == 0 else None
+        return str(Int4OpaqueTensor.__name__)
+    return str(Int8Tensor.__name__) if grid.symmetric and columns % width == 0 else None
 
 
 def to_tensor(grid: Grid, code: GridCode, kind: str) -> tuple[Tensor, float]:

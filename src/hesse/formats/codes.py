@@ -71,10 +71,10 @@ def _zero_point(stored: Tensor, arguments: QuantizationArgs, scale: Tensor) -> T
 def _group_width(arguments: QuantizationArgs) -> int | None:
     """Columns that share a scale; None for whole rows."""
     if arguments.strategy == "block":
-        return max(arguments.block_structure)
+        return int(max(arguments.block_structure))
     return None if arguments.strategy == "channel" else int(arguments.group_size)
 
 
 def _along_columns(arguments: QuantizationArgs) -> bool:
     """Whether the file holds (in, out), so that groups run down its columns."""
-    return arguments.strategy == "block" and arguments.block_structure[0] > 1
+    return bool(arguments.strategy == "block" and arguments.block_structure[0] > 1)
