@@ -26,7 +26,7 @@ from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import compress, estimate, evaluate, inspect
+    from hesse.api import compress, estimate, evaluate, inspect, plan
 
 __all__ = [
     "METHODS",
@@ -58,13 +58,14 @@ __all__ = [
     "evaluate",
     "inspect",
     "load_recipe",
+    "plan",
     "solve",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("compress", "estimate", "evaluate", "inspect"):
+    if name in ("compress", "estimate", "evaluate", "inspect", "plan"):
         from hesse import api
 
         return getattr(api, name)

@@ -1,15 +1,19 @@
 """The main job: compress a checkpoint from disk to disk, and say what it cost."""
 
+from hesse.compression.budget import Budget, BudgetPlan, plan_budget
 from hesse.compression.compress import compress_checkpoint
 from hesse.compression.estimate import estimate_checkpoint
 from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.tokens import Calibration
 
 __all__ = [
+    "Budget",
+    "BudgetPlan",
     "Calibration",
     "CompressionReport",
     "LayerReport",
     "Verification",
     "compress_checkpoint",
     "estimate_checkpoint",
+    "plan_budget",
 ]

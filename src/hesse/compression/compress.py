@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hesse.compression.budget import BudgetPlan
 from hesse.compression.dense import DensePass, dense_pass
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerSolver, digest, predicted_increase, relative_error
@@ -31,6 +32,7 @@ from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 def compress_checkpoint(
@@ -40,6 +42,8 @@ def compress_checkpoint(
     calibration: Calibration,
     statistics: Path | None = None,
     *,
+    target: str | None = None,
+    planned: BudgetPlan | None = None,
     format: str,
     device: torch.device,
     overwrite: bool,
@@ -49,6 +53,7 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
 
+    A `target` refuses what that loader does not serve; `planned` is where the recipe comes from, for the report.
     With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
     each layer is then solved for the inputs that the dense model gives it.
 
@@ -59,20 +64,22 @@ def compress_checkpoint(
     check_output(out, model, overwrite)
     with clock.phase("read"):
         estimated = None if statistics is None else Statistics(statistics)
-        plan = make_plan(model, recipe, calibration, estimated, format, device)
+        plan = make_plan(model, recipe, calibration, estimated, format, device, target)
     size = plan.checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with temporary_folder(out, expected_bytes) as folder:
-        return _Run(plan, clock, progress).run(folder, out, name, version)
+        return _Run(plan, planned, clock, progress).run(folder, out, name, version)
 
 
 class _Run:
     """The state of one run: its plan, and what each layer came to."""
 
-    def __init__(self, plan: Plan, clock: Clock, progress: Progress) -> None:
-        self.plan, self.clock, self.progress = plan, clock, progress
+    def __init__(self, plan: Plan, planned: BudgetPlan | None, clock: Clock, progress: Progress) -> None:
+        self.plan, self.planned, self.clock, self.progress = plan, planned, clock, progress
         self.layers: list[LayerReport] = []
-        self.notes = list(plan.notes)
+        self.notes = [*([] if planned is None else planned.notes), *plan.notes]
+        if planned is not None:
+            clock.seconds["plan"] = planned.seconds
         self.digests: dict[str, str] = {}
         self.solver = LayerSolver()
 
@@ -117,6 +124,7 @@ class _Run:
                 folder, plan.checkpoint, plan.dense, dense, self.digests, predicted, plan.held_out, self.progress
             )
         report = self._report(folder, out, model_name, version, length, verification)
+        write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
@@ -132,7 +140,7 @@ class _Run:
             model=model_name,
             out=str(out),
             format=plan.format.name,
-            seconds={"total": self.clock.total, **self.clock.seconds},
+            seconds={"total": self.clock.total + self.clock.seconds.get("plan", 0.0), **self.clock.seconds},
             peak_rss_bytes=peak_memory(),
             bytes_before=plan.checkpoint.file_bytes,
             bytes_after=after.file_bytes,
@@ -158,6 +166,7 @@ class _Run:
                 "compressed_tensors": compressed_tensors.__version__,
                 "python": platform.python_version(),
             },
+            front=None if self.planned is None else self.planned.front,
         )
 
     def _block(

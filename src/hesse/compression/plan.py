@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from hesse.compression.layers import check_products
+from hesse.compression.targets import check_served
 from hesse.compression.tokens import Calibration, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
@@ -42,17 +44,22 @@ def make_plan(
     statistics: Statistics | None,
     format_name: str,
     device: torch.device,
+    target: str | None = None,
 ) -> Plan:
     """Open the model folder `model` and settle everything.
 
-    With `statistics` the samples only check the result; without data of their own they are those of the statistics.
+    With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data of their own they are those of the statistics.
 
     Raises:
         HesseError: something is wrong with the model, the data, the statistics or the options.
     """
     checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
+    for rule in recipe.rules:
+        check_products(rule)
     format = _format(format_name, network, rules)
+    if target is not None:
+        check_served(target, network, {layer.name: format.constraint(layer.name) for layer in network.layers})
     if statistics is not None:
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")

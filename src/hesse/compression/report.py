@@ -52,6 +52,7 @@ class CompressionReport:
     layers: list[LayerReport]
     recipe: dict[str, Any]
     versions: dict[str, str]
+    front: list[dict[str, Any]] | None = None  # of a planned run: kind, label, bytes and predicted of other choices
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""

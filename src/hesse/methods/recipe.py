@@ -91,6 +91,7 @@ class Recipe(_Strict):
     """Rules, of which the first that matches a layer's name counts, and the layers that are left as they are."""
 
     method: str = "recipe"
+    about: str | None = None  # for people
     rules: tuple[Rule, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
 

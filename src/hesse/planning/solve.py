@@ -118,7 +118,9 @@ class _Program:
         if self.tangents:
             points = np.stack(self.tangents)
             slopes = points @ self.rest
-            under = np.hstack([2 * slopes[:, self.owner] * np.sqrt(self.losses) / self.unit, -np.ones((len(points), 1))])
+            under = np.hstack(
+                [2 * slopes[:, self.owner] * np.sqrt(self.losses) / self.unit, -np.ones((len(points), 1))]
+            )
             rows.append(LinearConstraint(under, -np.inf, (slopes * points).sum(1) / self.unit))
         found = milp(
             objective,
