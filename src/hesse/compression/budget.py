@@ -23,7 +23,7 @@ from hesse.progress import Clock, Progress
 
 FRONT_POINTS = 12
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-HEADER_ENTRY = 128  # bytes that a tensor takes in the header of a safetensors file, at most, besides its name
+HEADER_ENTRY = 64  # bytes that a tensor takes in the header of a safetensors file besides its name and its place
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,25 @@ def plan_budget(
         estimated.check_model(checkpoint)
         estimated.check_holds("gram")
         meter.read(network, estimated, progress)
-    plan = _Plan(checkpoint, menu, meter.costs)
-    choice = plan.choose(budget)
+    priced = PricedMenu(checkpoint, menu, meter.costs)
+    choice = priced.choose(budget)
     return BudgetPlan(
-        recipe=plan.recipe(choice, method, ignore),
-        size=plan.rest + plan.problem.size(choice),
-        bits=8 * plan.problem.size(choice) / plan.weights,
-        loss=plan.problem.loss(choice),
-        front=plan.front(choice),
+        recipe=priced.recipe(choice, method, ignore),
+        size=priced.rest + priced.problem.size(choice),
+        bits=8 * priced.problem.size(choice) / priced.weights,
+        loss=priced.problem.loss(choice),
+        front=priced.front(choice),
         notes=meter.notes,
         seconds=clock.total,
     )
 
 
-class _Plan:
+class PricedMenu:
     """A menu with its costs, as a problem of planning."""
 
     def __init__(self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]]) -> None:
         self.menu, self.checkpoint = menu, checkpoint
-        self.problem = Problem.additive(
+        self.problem = Problem(
             tuple(
                 Group(
                     group.name,
@@ -139,7 +139,8 @@ class _Plan:
         self.weights = sum(layer.weight.numel() for layer in layers)
         names = [*checkpoint.stored_names(), *(3 * [f"{layer.name}.weight_packed" for layer in layers])]
         dense = sum(checkpoint.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
-        header = sum(len(name.encode()) + HEADER_ENTRY for name in names)
+        entry = HEADER_ENTRY + 2 * len(str(checkpoint.file_bytes))
+        header = sum(len(name.encode()) + entry for name in names)
         self.rest = checkpoint.stored_bytes - dense + header  # bytes of the files that no choice changes
 
     def choose(self, budget: Budget) -> Choice:
@@ -166,17 +167,17 @@ class _Plan:
         if budget.bits is not None:
             room = int(budget.bits * self.weights / 8)
             if room < least:
-                smallest = 8 * least / self.weights
+                smallest = _up(8 * least / self.weights, 3)
                 raise OptionError(
-                    f"{budget.bits:g} bits cannot be reached: the smallest mean is {_up(smallest, 3):g}, scales included"
+                    f"{budget.bits:g} bits cannot be reached: the smallest mean is {smallest:g} bits, scales included"
                 )
             return room
         wanted = budget.bytes_of(whole)
         if wanted < self.rest + least:
             raise OptionError(
                 f"{wanted:,} bytes cannot be reached: the smallest size is {self.rest + least:,} bytes "
-                f"({_up(100 * (self.rest + least) / whole, 1):g}%), of which {self.rest:,} are what is not planned, such as "
-                "embeddings"
+                f"({_up(100 * (self.rest + least) / whole, 1):g}%), of which {self.rest:,} are not planned, "
+                "such as embeddings"
             )
         return wanted - self.rest
 

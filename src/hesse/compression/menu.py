@@ -54,17 +54,18 @@ def make_menu(
     if not layers:
         raise OptionError("no layer is left to compress: leave out an --ignore")
     groups = fused_groups(layers, one_scheme=_one_scheme(network, layers))
-    menu, reasons = [], list[str]()
+    menu, refused, offered = [], list[str](), False
     for name, members in groups.items():
         offers = []
         for label, rule in _rules(method, options, members):
             try:
                 offers.append(_offer(network, members, label, rule, target, format))
             except HesseError as error:
-                reasons.append(str(error))
+                refused.append(str(error))
+        offered |= any(offer.rule for offer in offers)
         menu.append(LayerGroup(name, tuple(members), tuple(_useful(offers))))
     if not any(offer.rule for group in menu for offer in group.offers):
-        reason = reasons[0] if reasons else f"--format {format} stores each layer in as many bytes as it has now"
+        reason = refused[0] if not offered else f"--format {format} stores each layer in as many bytes as it has now"
         raise OptionError(f"no budget can be shared out: {reason}")
     return menu
 

@@ -48,7 +48,8 @@ def make_plan(
 ) -> Plan:
     """Open the model folder `model` and settle everything.
 
-    With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data of their own they are those of the statistics.
+    With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data
+    of their own they are those of the statistics.
 
     Raises:
         HesseError: something is wrong with the model, the data, the statistics or the options.

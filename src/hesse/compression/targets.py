@@ -30,10 +30,8 @@ def fused_groups(layers: list[Layer], one_scheme: bool) -> dict[str, list[Layer]
     for layer in layers:
         parent, _, leaf = layer.name.rpartition(".")
         fused = next((names for names in FUSED if leaf in names), (leaf,))
-        if EXPERT.match(layer.name):
-            name = "*.experts.*"
-        else:
-            name = "*" if one_scheme else f"{parent}.{'+'.join(fused)}"
+        name = "*" if one_scheme else f"{parent}.{'+'.join(fused)}"
+        name = "*.experts.*" if EXPERT.match(layer.name) else name
         groups.setdefault(name, []).append(layer)
     return groups
 

@@ -1,14 +1,10 @@
 """What is shared: groups of layers, what may be done to each, and what choices cost together."""
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hesse.errors import OptionError
 
-Matrix = NDArray[np.float64]
 Choice = tuple[int, ...]  # for each group the place of its candidate
 
 
@@ -29,52 +25,35 @@ class Group:
     candidates: tuple[Candidate, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Problem:
-    """Groups to choose for, and how their errors add up.
-
-    With s_i the square root of what the choice for group i costs alone, all choices together cost sᵀ R s nats per token.
-    R (groups, groups) are the `correlations` of the changes' effects on the model's outputs, with ones on the diagonal;
-    the identity is the sum of the single costs, which is what layer-wise sensitivities assume.
+    """Groups to choose for; the losses of their choices add up, as those of a block-diagonal curvature do.
 
     Raises:
-        OptionError: a group has no candidates, a loss is negative or not finite, or R is no correlation matrix.
+        OptionError: a group has no candidates, or a loss is negative or not finite.
     """
 
     groups: tuple[Group, ...]
-    correlations: Matrix
 
     def __post_init__(self) -> None:
-        count, matrix = len(self.groups), self.correlations
         for group in self.groups:
             if not group.candidates:
                 raise OptionError(f"{group.name} has no candidates to choose among")
             for candidate in group.candidates:
-                if not (np.isfinite(candidate.loss) and candidate.loss >= 0):
+                if not (math.isfinite(candidate.loss) and candidate.loss >= 0):
                     raise OptionError(f"{group.name}: {candidate.label} costs {candidate.loss}: give 0 or more nats")
-        if matrix.shape != (count, count) or not np.allclose(matrix, matrix.T) or not np.allclose(np.diag(matrix), 1):
-            raise OptionError(f"correlations of {count} groups are a symmetric matrix with ones on its diagonal")
-        if self.lowest_eigenvalue < -1e-6:
-            raise OptionError(f"correlations have no negative eigenvalue, but these have {self.lowest_eigenvalue:.3g}")
 
-    @staticmethod
-    def additive(groups: tuple[Group, ...]) -> "Problem":
-        """Groups whose costs simply add up."""
-        return Problem(groups, np.eye(len(groups)))
-
-    @cached_property
-    def lowest_eigenvalue(self) -> float:
-        """Of the correlations."""
-        return float(np.linalg.eigvalsh(self.correlations)[0]) if self.groups else 1.0
+    def chosen(self, choice: Choice) -> list[Candidate]:
+        """Each group's candidate."""
+        return [group.candidates[place] for group, place in zip(self.groups, choice, strict=True)]
 
     def size(self, choice: Choice) -> int:
         """Bytes of all groups together."""
-        return sum(group.candidates[index].size for group, index in zip(self.groups, choice, strict=True))
+        return sum(candidate.size for candidate in self.chosen(choice))
 
     def loss(self, choice: Choice) -> float:
         """Predicted loss increase of all choices together, in nats per token."""
-        roots = np.sqrt([g.candidates[index].loss for g, index in zip(self.groups, choice, strict=True)])
-        return float(roots @ self.correlations @ roots)
+        return math.fsum(candidate.loss for candidate in self.chosen(choice))
 
     @property
     def smallest(self) -> int:
@@ -83,5 +62,5 @@ class Problem:
 
     @property
     def largest(self) -> int:
-        """Bytes above which nothing more is gained: every group at the cheapest size of its least loss."""
+        """Bytes above which nothing is gained: every group at its least loss."""
         return sum(min((c.loss, c.size) for c in group.candidates)[1] for group in self.groups)
