@@ -3,9 +3,9 @@
     python bench/planning.py [--method gptq] [--model FOLDER]
 
 For each budget of mean bits: the plan of `hesse compress --bits 3.2`; the largest uniform recipe of that size or less,
-and the smallest of that size or more; and a plan that also knows how the layers' changes interact. For the last each
-group is changed alone (3 bits, groups of 64), and the correlations of what that does to the logits, in the metric of the
-model's own probabilities, say how the square roots of the costs add up. Results go to `bench/planning.json`.
+and the smallest of that size or more; and a plan that also knows how the layers' changes interact. For that each
+group is changed alone (3 bits, groups of 64), and the correlations of what that does to the logits, in the metric of
+the model's own probabilities, say how the square roots of the costs add up. Results go to `bench/planning.json`.
 """
 
 import argparse
