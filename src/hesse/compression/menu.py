@@ -14,7 +14,7 @@ from hesse.models.network import Layer, Network
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-RANKS = (1 / 8, 1 / 4)  # of a group's shortest side; above, 8 bits take fewer bytes and cost less
+RANKS = (1 / 8, 1 / 4)  # of a group's shortest side: above, the factors take about as many bytes as 8 bits
 SPARSITIES: tuple[float | str, ...] = (0.5, "2:4")
 
 
