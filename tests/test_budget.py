@@ -168,6 +168,7 @@ def test_ignored_layers_are_not_planned(half_folder: FolderOf) -> None:
         (("--size", "50%", "--target", "onnx"), "there is no target 'onnx'"),
         (("--size", "50%", "--target", "vllm", "--group-size", "48"), "vllm does not serve"),
         (("--size", "50%", "--ignore", "*"), "no layer is left"),
+        (("--size", "50%", "--ignore", "nothing"), "the pattern 'nothing' matches no layer"),
         (("--bits", "4", "--group-size", "48", "--target", "vllm"), "vllm does not serve"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from hesse.compression.costs import CostMeter
 from hesse.compression.menu import LayerGroup, Offer, make_menu
-from hesse.compression.plan import open_networks
+from hesse.compression.plan import check_patterns, open_networks
 from hesse.compression.targets import check_target
 from hesse.compression.tokens import Calibration, select_samples
 from hesse.errors import OptionError
@@ -96,6 +96,7 @@ def plan_budget(
     clock = Clock()
     check_target(target)
     checkpoint, dense, network = open_networks(model, device)
+    check_patterns(network, ignore)
     menu = make_menu(network, method, options, ignore, target, format)
     meter = CostMeter(menu)
     if statistics is None:

@@ -62,6 +62,8 @@ def make_menu(
                 offers.append(_offer(network, members, label, rule, target, format))
             except HesseError as error:
                 refused.append(str(error))
+        if not offers:
+            raise OptionError(f"nothing is on offer: {refused[-1]}")
         offered |= any(offer.rule for offer in offers)
         menu.append(LayerGroup(name, tuple(members), tuple(_useful(offers))))
     if not any(offer.rule for group in menu for offer in group.offers):

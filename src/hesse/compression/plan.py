@@ -125,15 +125,20 @@ def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
     Raises:
         OptionError: a pattern matches nothing, or nothing is left to compress.
     """
-    names = [layer.name for layer in network.layers]
-    known = [*names, *(name for name, _ in network.model.named_modules())]
-    for pattern in (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)):
-        if not any(matches(name, pattern) for name in known):
-            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
-    rules = {name: recipe.rule_for(name) for name in names}
+    check_patterns(network, (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)))
+    rules = {layer.name: recipe.rule_for(layer.name) for layer in network.layers}
     if not any(rules.values()):
         raise OptionError("no layer is left to compress: leave out an --ignore, or widen the recipe's patterns")
     return rules
+
+
+def check_patterns(network: Network, patterns: tuple[str, ...]) -> None:
+    """Raise OptionError for a pattern that matches nothing."""
+    names = [layer.name for layer in network.layers]
+    known = [*names, *(name for name, _ in network.model.named_modules())]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in known):
+            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
 
 
 def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Format:
