@@ -29,7 +29,7 @@ def cheapest_within(problem: Problem, size: int) -> Choice:
     room = (size - problem.smallest) // step + 0.5  # half a step more lets no other choice in
     unit = float(losses.max()) or 1.0
     while True:  # HiGHS works to absolute tolerances, so losses are taken in units of the answer
-        choice = _minimum(problem, losses / unit, steps, room)
+        choice = _minimum(problem, losses / unit, steps / room)
         if problem.size(choice) > size:  # a tolerance again
             room -= (problem.size(choice) - size) / step
             continue
@@ -48,9 +48,9 @@ def smallest_within(problem: Problem, loss: float) -> Choice:
     least = sum(min(candidate.loss for candidate in group.candidates) for group in problem.groups)
     if least > loss:
         raise OptionError(f"nothing costs as little as {loss:g} nats per token: the least is {least:.3g}")
-    unit, limit, steps = loss or 1.0, loss, _steps(problem)[0]
+    limit, steps = loss or 1e-30, _steps(problem)[0]
     while True:
-        choice = _minimum(problem, steps, _losses(problem) / unit, limit / unit)
+        choice = _minimum(problem, steps / max(steps.max(), 1), _losses(problem) / limit)
         if problem.loss(choice) <= loss:
             return choice
         limit -= 2 * (problem.loss(choice) - loss)  # let through by a tolerance
@@ -68,18 +68,19 @@ def _steps(problem: Problem) -> tuple[NDArray[np.float64], int]:
     return np.array(above) / step, step
 
 
-def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[np.float64], limit: float) -> Choice:
-    """The choice of the least sum of `objective` with a sum of `limited` of at most `limit`."""
+def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[np.float64]) -> Choice:
+    """The choice of the least sum of `objective` with a sum of `limited` of at most 1."""
     counts = [len(group.candidates) for group in problem.groups]
     starts = np.cumsum([0, *counts])
     columns = np.arange(starts[-1])
     one_each = csr_array((np.ones(len(columns)), (np.repeat(np.arange(len(counts)), counts), columns)))
+    shares = np.minimum(limited, 2)  # what is too much alone stays so, and HiGHS' tolerances mean the same in all
     found = milp(
         objective,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(limited[None], -np.inf, limit)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(shares[None], -np.inf, 1)],
         integrality=np.ones(len(columns)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP},
+        options={"mip_rel_gap": GAP, "presolve": False},  # with it HiGHS may print a line, amid what is for machines
     )
     if found.x is None:
         raise OptionError(f"the budget could not be shared out: HiGHS says {found.message}")
