@@ -43,6 +43,7 @@ bench: $(STAMP) ## run the benchmarks: hours, and environments for the peers
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/curvature.py
 	$(BIN)/python bench/curvature_peers.py
+	$(BIN)/python bench/planning.py
 
 docs: $(DOCS_STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -346,7 +346,7 @@ def test_whatever_came_from_outside_is_escaped(of_family: Callable[[str], Compre
         fallbacks=[evil],
         calibration={**report.calibration, "source": evil},
         recipe={**report.recipe, "ignore": [evil]},
-        front=[{"bytes": 10, "predicted": 0.1, "chosen": False, "label": evil}],
+        front=[{"bytes": 10, "predicted": 0.1, "kind": "uniform", "label": evil}],
         measurements=replace(found, layers=groups, continuations=written, notes=[evil]),
     )
     page = compression_page(hostile, f"hesse {evil}")
@@ -357,12 +357,12 @@ def test_whatever_came_from_outside_is_escaped(of_family: Callable[[str], Compre
 def test_the_front(of_family: Callable[[str], CompressionReport]) -> None:
     report = of_family("llama-tied")
     front = [
-        {"bytes": 200_000, "predicted": 0.5, "chosen": False, "label": "2 bits"},
-        {"bytes": report.bytes_after, "predicted": 0.1, "chosen": True, "label": "a plan"},
-        {"bytes": 400_000, "predicted": 0.01, "chosen": False, "label": "4 bits"},
+        {"bytes": 200_000, "predicted": 0.5, "kind": "uniform", "label": "2 bits"},
+        {"bytes": report.bytes_after, "predicted": 0.1, "kind": "chosen", "label": ""},
+        {"bytes": 400_000, "predicted": 0.01, "kind": "front", "label": ""},
     ]
     text = Reader(compression_page(replace(report, front=front))).text
-    assert "a plan, chosen" in text
+    assert "all layers: 2 bits" in text
     assert "2 bits 200,000 0.5" in text
     assert "No alternatives were planned" not in text
 

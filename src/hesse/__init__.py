@@ -26,7 +26,7 @@ from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect
+    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan
 
 __all__ = [
     "METHODS",
@@ -60,13 +60,14 @@ __all__ = [
     "export",
     "inspect",
     "load_recipe",
+    "plan",
     "solve",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect"):
+    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan"):
         from hesse import api
 
         return getattr(api, name)

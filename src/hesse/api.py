@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from hesse.benchmarking import RUNTIMES, Benchmark, benchmark_checkpoint
-from hesse.compression import Calibration, CompressionReport, compress_checkpoint, estimate_checkpoint
+from hesse.compression import (
+    Budget,
+    BudgetPlan,
+    Calibration,
+    CompressionReport,
+    compress_checkpoint,
+    estimate_checkpoint,
+    plan_budget,
+)
+from hesse.compression.output import check_output
 from hesse.compression.tokens import sample_length
 from hesse.data import read_samples
 from hesse.errors import OptionError
@@ -41,6 +50,10 @@ def compress(
     batch_size: int | None = None,
     device: str = "auto",
     format: str = "auto",
+    size: str | int | None = None,
+    mean_bits: float | None = None,
+    loss: float | None = None,
+    target: str | None = None,
     overwrite: bool = False,
     measure: bool = False,
     progress: Progress | None = None,
@@ -62,6 +75,11 @@ def compress(
         batch_size: samples that go through the model together; it changes memory and time, not the result.
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `dense` or `low-rank`.
+        size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
+            `mean_bits` or `loss` the recipe is planned: see `plan`.
+        mean_bits: a budget of bits a weight over the planned layers, scales included.
+        loss: a budget of predicted loss in nats per token.
+        target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
         overwrite: whether a model folder at `out` may be replaced.
         measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
             calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It costs time.
@@ -73,18 +91,45 @@ def compress(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
     """
-    chosen = recipe
-    if chosen is None:
+    folder, statistics = locate(model), None if curvature is None else Path(curvature)
+    calibration = _calibration(data, samples, length, seed, batch_size)
+    planned, chosen = None, recipe
+    if any(budget is not None for budget in (size, mean_bits, loss)):
+        if recipe is not None:
+            raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
+        check_output(Path(out), folder, overwrite)
+        planned = plan(
+            model,
+            method=method,
+            options=options,
+            ignore=ignore,
+            data=data,
+            curvature=curvature,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            format=format,
+            size=size,
+            mean_bits=mean_bits,
+            loss=loss,
+            target=target,
+            progress=progress,
+        )
+        chosen = planned.recipe
+    elif chosen is None:
         chosen = find_method(method).recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
         raise OptionError("a recipe says everything itself: leave out options and ignore")
-    calibration = _calibration(data, samples, length, seed, batch_size)
     return compress_checkpoint(
-        locate(model),
+        folder,
         Path(out),
         chosen,
         calibration,
-        None if curvature is None else Path(curvature),
+        statistics,
+        target=target,
+        planned=planned,
         format=format,
         device=find_device(device),
         overwrite=overwrite,
@@ -92,6 +137,49 @@ def compress(
         progress=progress or Silence(),
         name=str(model),
         version=__version__,
+    )
+
+
+def plan(
+    model: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    options: Options | None = None,
+    ignore: Sequence[str] = (),
+    data: Data = None,
+    curvature: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "auto",
+    size: str | int | None = None,
+    mean_bits: float | None = None,
+    loss: float | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> BudgetPlan:
+    """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
+
+    Exactly one of `size`, `mean_bits` and `loss` is given; with `loss` the smallest such recipe is found. `options`
+    that are given hold for all layers. Arguments are those of `compress`; `target` is `transformers` if absent.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; a budget that cannot be met says what can.
+    """
+    return plan_budget(
+        locate(model),
+        Budget(size, mean_bits, loss),
+        find_method(method),
+        options or Options(),
+        tuple(ignore),
+        _calibration(data, samples, length, seed, batch_size),
+        None if curvature is None else Path(curvature),
+        target=target or "transformers",
+        format=format,
+        device=find_device(device),
+        progress=progress or Silence(),
     )
 
 

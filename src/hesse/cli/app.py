@@ -77,7 +77,12 @@ def compress(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
-    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits a weight, 2 to 8; with a point, such as 3.2, a mean to be planned.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Plan for a size: 40% of the dense weights, or 5MB.")] = None,
+    loss: Annotated[float | None, typer.Option(help="Plan for a predicted loss, in nats per token.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only what transformers, vllm or any loader serves.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
     sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
@@ -106,8 +111,9 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress a model from disk to disk: quantise, prune or factorise it with a small calibration text."""
+    mean_bits = _mean_bits(bits)
     options = Options(
-        bits=bits,
+        bits=_whole_bits(bits) if mean_bits is None else None,
         group_size=group_size,
         symmetric=symmetric,
         sparsity=sparsity,
@@ -115,32 +121,40 @@ def compress(
         act_order=act_order,
         damping=damping,
     )
-    chosen = _recipe(recipe, method, options, tuple(ignore or ()))
-    if print_recipe:
+    planned = any(budget is not None for budget in (size, mean_bits, loss))
+    if planned and recipe is not None:
+        raise OptionError("--recipe says everything itself: leave out --size, --loss and a mean of --bits")
+    chosen = None if planned else _recipe(recipe, method, options, tuple(ignore or ()))
+    if print_recipe and chosen is not None:
         sys.stdout.write(chosen.to_yaml())
         return
-    if out is None:
+    if out is None and not print_recipe:
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
     from hesse import api
 
+    settings: dict[str, Any] = {
+        "data": data,
+        "curvature": curvature,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device,
+        "format": format,
+        "target": target,
+    }
+    if planned:
+        settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
+        settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
     with _bars(as_json) as bars:
+        if print_recipe or out is None:
+            sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
+            return
+        measured = report is not None
         result = api.compress(
-            model,
-            out,
-            recipe=chosen,
-            data=data,
-            curvature=curvature,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            format=format,
-            overwrite=overwrite,
-            measure=report is not None,
-            progress=bars,
+            model, out, recipe=chosen, **settings, overwrite=overwrite, measure=measured, progress=bars
         )
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
@@ -310,6 +324,23 @@ def demo(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _mean_bits(text: str | None) -> float | None:
+    """Bits with a point, which are a mean over layers."""
+    try:
+        return float(text) if text is not None and "." in text else None
+    except ValueError:
+        return None
+
+
+def _whole_bits(text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise OptionError(
+            f"--bits is {text!r}: give whole bits such as 4, or a mean to be planned such as 3.2"
+        ) from None
 
 
 def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:

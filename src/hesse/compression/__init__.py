@@ -1,5 +1,6 @@
 """The main job: compress a checkpoint from disk to disk, and say what it cost."""
 
+from hesse.compression.budget import Budget, BudgetPlan, plan_budget
 from hesse.compression.compress import compress_checkpoint
 from hesse.compression.estimate import estimate_checkpoint
 from hesse.compression.measurements import (
@@ -14,6 +15,8 @@ from hesse.compression.report import CompressionReport, LayerReport, Verificatio
 from hesse.compression.tokens import Calibration
 
 __all__ = [
+    "Budget",
+    "BudgetPlan",
     "Calibration",
     "CompressionReport",
     "Continuation",
@@ -26,4 +29,5 @@ __all__ = [
     "Verification",
     "compress_checkpoint",
     "estimate_checkpoint",
+    "plan_budget",
 ]

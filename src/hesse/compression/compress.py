@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hesse.compression.budget import BudgetPlan
 from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
@@ -33,6 +34,7 @@ from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "compression.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 def compress_checkpoint(
@@ -42,6 +44,8 @@ def compress_checkpoint(
     calibration: Calibration,
     statistics: Path | None = None,
     *,
+    target: str | None = None,
+    planned: BudgetPlan | None = None,
     format: str,
     device: torch.device,
     overwrite: bool,
@@ -54,6 +58,7 @@ def compress_checkpoint(
 
     Where `measured`, the result is measured layer by layer, along the change and in words too, for a report.
 
+    A `target` refuses what that loader does not serve; `planned` is where the recipe comes from, for the report.
     With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
     each layer is then solved for the inputs that the dense model gives it.
 
@@ -64,20 +69,24 @@ def compress_checkpoint(
     check_output(out, model, overwrite)
     with clock.phase("read"):
         estimated = None if statistics is None else Statistics(statistics)
-        plan = make_plan(model, recipe, calibration, estimated, format, device)
+        plan = make_plan(model, recipe, calibration, estimated, format, device, target)
     size = plan.checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with temporary_folder(out, expected_bytes) as folder:
-        return _Run(plan, clock, progress, measured).run(folder, out, name, version)
+        return _Run(plan, planned, clock, progress, measured).run(folder, out, name, version)
 
 
 class _Run:
     """The state of one run: its plan, and what each layer came to."""
 
-    def __init__(self, plan: Plan, clock: Clock, progress: Progress, measured: bool) -> None:
-        self.plan, self.clock, self.progress, self.measured = plan, clock, progress, measured
+    def __init__(
+        self, plan: Plan, planned: BudgetPlan | None, clock: Clock, progress: Progress, measured: bool
+    ) -> None:
+        self.plan, self.planned, self.clock, self.progress, self.measured = plan, planned, clock, progress, measured
         self.layers: list[LayerReport] = []
-        self.notes = list(plan.notes)
+        self.notes = [*([] if planned is None else planned.notes), *plan.notes]
+        if planned is not None:
+            clock.seconds["plan"] = planned.seconds
         self.digests: dict[str, str] = {}
         self.solver = LayerSolver()
 
@@ -116,6 +125,7 @@ class _Run:
                 measurements = measure(plan.dense, result, plan.check, plan.seen, costs, self.progress)
             seconds = {"total": self.clock.total, **self.clock.seconds}
             report = replace(report, measurements=measurements, seconds=seconds, peak_rss_bytes=peak_memory())
+        write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
@@ -142,7 +152,7 @@ class _Run:
             model=model_name,
             out=str(out),
             format=plan.format.name,
-            seconds={"total": self.clock.total, **self.clock.seconds},
+            seconds={"total": self.clock.total + self.clock.seconds.get("plan", 0.0), **self.clock.seconds},
             peak_rss_bytes=peak_memory(),
             bytes_before=plan.checkpoint.file_bytes,
             bytes_after=after.file_bytes,
@@ -169,6 +179,7 @@ class _Run:
                 "compressed_tensors": compressed_tensors.__version__,
                 "python": platform.python_version(),
             },
+            front=None if self.planned is None else self.planned.front,
         )
 
     def _block(

@@ -3,18 +3,19 @@
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint
+from hesse.constraints import Constraint, Sparse, SparseGrid
 from hesse.curvature import Curvature, Gram, Identity, Kronecker
-from hesse.errors import ConditioningError, ConditioningWarning, HesseError
+from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
 from hesse.methods.recipe import Rule
 from hesse.solvers import Nearest, Solution, Solver
 from hesse.solvers.base import solve_with
 
+DRY_SIZE = 8  # of a matrix that a rule is tried on
 DAMPING_STEPS = (10.0, 100.0, 1000.0)  # what a damping is multiplied by when the Gram cannot be factorised
 
 
@@ -109,6 +110,41 @@ def _curvature(problem: LayerProblem, damping: float) -> Curvature:
 
 def _unknown(outputs: Tensor | None) -> bool:
     return outputs is None or not bool(outputs.any())
+
+
+def check_products(rule: Rule) -> None:
+    """Refuse a rule whose curvature lacks a product that its solver asks for, before any work is done.
+
+    Raises:
+        UnsupportedProduct: the message names the rule's layers, and the curvatures that have the product.
+    """
+    try:
+        _dry_run(rule)
+    except UnsupportedProduct as error:
+        kinds = get_args(Rule.model_fields["curvature"].annotation)
+        usable = [kind for kind in kinds if _runs(rule.model_copy(update={"curvature": kind}))]
+        have = (
+            f"with this solver and constraint use curvature {' or '.join(usable)}" if usable else "no curvature has it"
+        )
+        raise UnsupportedProduct(f"the rule for {', '.join(rule.layers[:3])}: {error}; {have}") from None
+
+
+def _runs(rule: Rule) -> bool:
+    try:
+        _dry_run(rule)
+    except UnsupportedProduct:
+        return False
+    return True
+
+
+def _dry_run(rule: Rule) -> None:
+    """Solve a small matrix by a rule."""
+    constraint, solver = rule.constraint.build(), rule.solver.build()
+    sparse = constraint.sparse if isinstance(constraint, SparseGrid) else constraint
+    whole_groups = sparse.of if isinstance(sparse, Sparse) and sparse.of else 1
+    weight = torch.eye(DRY_SIZE * whole_groups)
+    problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
+    solver.compute(solver.init(_curvature(problem, 0.01)), weight, constraint)
 
 
 def _gaps(problem: LayerProblem) -> list[str]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from hesse.compression.layers import check_products
+from hesse.compression.targets import check_served
 from hesse.compression.tokens import Calibration, factor_tokens, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
@@ -43,17 +45,23 @@ def make_plan(
     statistics: Statistics | None,
     format_name: str,
     device: torch.device,
+    target: str | None = None,
 ) -> Plan:
     """Open the model folder `model` and settle everything.
 
-    With `statistics` the samples only check the result; without data of their own they are those of the statistics.
+    With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data
+    of their own they are those of the statistics.
 
     Raises:
         HesseError: something is wrong with the model, the data, the statistics or the options.
     """
     checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
+    for rule in recipe.rules:
+        check_products(rule)
     format = _format(format_name, network, rules)
+    if target is not None:
+        check_served(target, network, {layer.name: format.constraint(layer.name) for layer in network.layers})
     if statistics is not None:
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")
@@ -92,7 +100,7 @@ def make_plan(
 
 def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
     """The layers whose rule needs all of E[ggᵀ] at their outputs."""
-    return {name for name, rule in rules.items() if rule is not None and rule.curvature == "kronecker"}
+    return {name for name, rule in rules.items() if rule is not None and rule.needs_output_factor}
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
@@ -131,15 +139,20 @@ def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
     Raises:
         OptionError: a pattern matches nothing, or nothing is left to compress.
     """
-    names = [layer.name for layer in network.layers]
-    known = [*names, *(name for name, _ in network.model.named_modules())]
-    for pattern in (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)):
-        if not any(matches(name, pattern) for name in known):
-            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
-    rules = {name: recipe.rule_for(name) for name in names}
+    check_patterns(network, (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)))
+    rules = {layer.name: recipe.rule_for(layer.name) for layer in network.layers}
     if not any(rules.values()):
         raise OptionError("no layer is left to compress: leave out an --ignore, or widen the recipe's patterns")
     return rules
+
+
+def check_patterns(network: Network, patterns: tuple[str, ...]) -> None:
+    """Raise OptionError for a pattern that matches nothing."""
+    names = [layer.name for layer in network.layers]
+    known = [*names, *(name for name, _ in network.model.named_modules())]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in known):
+            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
 
 
 def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Format:

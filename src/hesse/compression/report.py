@@ -56,7 +56,7 @@ class CompressionReport:
     layers: list[LayerReport]
     recipe: dict[str, Any]
     versions: dict[str, str]
-    front: list[dict[str, Any]] | None = None  # what was planned: bytes, predicted, chosen and label of each plan
+    front: list[dict[str, Any]] | None = None  # of a planned run: kind, label, bytes and predicted of other choices
     measurements: Measurements | None = None  # made only when asked for
 
     def to_dict(self) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class Grid(Constraint):
     def highest(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def levels(self) -> float:
+        """Steps that the range of a group is cut into."""
+        return (1 << self.bits) - 1 + (self.headroom if self.symmetric else 0.0)
+
     def check(self, shape: torch.Size) -> None:
         """Every matrix can be put on a grid."""
 
@@ -87,11 +92,10 @@ class Grid(Constraint):
 
     def _scales(self, bottom: Tensor, top: Tensor) -> Scales:
         """Scales whose range is [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
-        levels = 2**self.bits - 1 + (self.headroom if self.symmetric else 0)
         extent = 2 * torch.maximum(top, -bottom) if self.symmetric else top - bottom
         if self.signed and self.symmetric:
             extent = torch.where(top > -bottom, -extent, extent)
-        scale = round_to(extent / levels, self.dtype)
+        scale = round_to(extent / self.levels, self.dtype)
         # A group of zeros, or one so small that its scale underflows, is stored as zeros of scale 1.
         scale = torch.where(scale != 0, scale, torch.ones_like(scale))
         if self.symmetric:

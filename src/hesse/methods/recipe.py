@@ -94,11 +94,17 @@ class Rule(_Strict):
     constraint: ConstraintOptions
     solver: SolverOptions
 
+    @property
+    def needs_output_factor(self) -> bool:
+        """Whether its curvature is made of all of E[ggᵀ] at a layer's outputs, and not of inputs alone."""
+        return self.curvature == "kronecker"
+
 
 class Recipe(_Strict):
     """Rules, of which the first that matches a layer's name counts, and the layers that are left as they are."""
 
     method: str = "recipe"
+    about: str | None = None  # for people
     rules: tuple[Rule, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
 

@@ -103,13 +103,14 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
 def alternatives(report: "CompressionReport") -> "Figure":
     """Size against predicted cost: what was planned, what was chosen, and what the choice cost when measured."""
     drawing, (axis,) = figure(6.4, 3.4)
-    others = [plan for plan in report.front or [] if not plan["chosen"] and plan["predicted"] > 0]
-    others.sort(key=lambda plan: plan["bytes"])
-    if others:
-        sizes, costs = [plan["bytes"] / 1e6 for plan in others], [plan["predicted"] for plan in others]
-        axis.plot(sizes, costs, "o-", color=GREY, markersize=4, linewidth=0.8, label="alternatives, predicted")
+    for kind, style, label in (("front", "o-", "planned, predicted"), ("uniform", "x", "one scheme, predicted")):
+        others = [plan for plan in report.front or [] if plan["kind"] == kind and plan["predicted"] > 0]
+        if others:
+            others.sort(key=lambda plan: plan["bytes"])
+            sizes, costs = [plan["bytes"] / 1e6 for plan in others], [plan["predicted"] for plan in others]
+            axis.plot(sizes, costs, style, color=GREY, markersize=4, linewidth=0.8, label=label)
     after, check = report.bytes_after / 1e6, report.verification
-    chosen = [plan for plan in report.front or [] if plan["chosen"]]
+    chosen = [plan for plan in report.front or [] if plan["kind"] == "chosen"]
     predicted = chosen[0]["predicted"] if chosen else report.predicted_loss_increase
     if predicted > 0:
         axis.plot(

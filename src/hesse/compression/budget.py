@@ -1,0 +1,231 @@
+"""A budget of bytes, bits or loss, shared out among the layers of a model: the recipe that costs least."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hesse.compression.costs import CostMeter
+from hesse.compression.menu import LayerGroup, Offer, make_menu
+from hesse.compression.plan import check_patterns, open_networks
+from hesse.compression.targets import check_target
+from hesse.compression.tokens import Calibration, factor_tokens, select_samples
+from hesse.errors import OptionError
+from hesse.estimation import Statistics
+from hesse.methods import Method, Options
+from hesse.methods.recipe import Recipe, Rule
+from hesse.models.checkpoint import Checkpoint
+from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, size_loss_front, smallest_within
+from hesse.progress import Clock, Progress
+
+FRONT_POINTS = 12
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+HEADER_ENTRY = 64  # bytes that a tensor takes in the header of a safetensors file besides its name and its place
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be kept to: exactly one of the three.
+
+    Raises:
+        OptionError: none or more than one is given, or its value has no meaning.
+    """
+
+    size: str | int | None = None  # of the weights' files: "40%" of the dense ones, "5MB", or bytes
+    bits: float | None = None  # a weight, over the layers that are planned, scales and zero points included
+    loss: float | None = None  # nats per token that the plan may be predicted to cost
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.size, self.bits, self.loss)) != 1:
+            raise OptionError("give one budget: a size, mean bits, or a loss")
+        for name, value in (("bits", self.bits), ("loss", self.loss)):
+            if value is not None and not 0 < value < float("inf"):
+                raise OptionError(f"--{name} is {value}: give a number above 0")
+        if self.size is not None:
+            self.bytes_of(1)
+
+    def bytes_of(self, whole: int) -> int:
+        """The size in bytes, for a model whose files have `whole` bytes."""
+        text = str(self.size).strip()
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(%|[A-Za-z]*)", text)
+        unit = found[2].upper() if found else ""
+        if found is None or (unit not in ("", "%") and unit not in UNITS) or float(found[1]) == 0:
+            raise OptionError(f"--size is {text!r}: give a share such as 40%, or bytes such as 5MB or 1.5GB")
+        return int(float(found[1]) * (whole / 100 if unit == "%" else UNITS.get(unit, 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetPlan:
+    """The recipe that costs least within a budget, and what other sizes would cost."""
+
+    recipe: Recipe
+    size: int  # bytes of the weights' files, at most
+    bits: float  # a weight of the planned layers, scales and zero points included
+    loss: float  # predicted, nats per token
+    front: list[dict[str, Any]]  # kind ("front", "chosen" or "uniform"), label, bytes and predicted
+    notes: list[str]
+    seconds: float
+
+
+def plan_budget(
+    model: Path,
+    budget: Budget,
+    method: Method,
+    options: Options,
+    ignore: tuple[str, ...],
+    calibration: Calibration,
+    statistics: Path | None,
+    *,
+    target: str,
+    format: str,
+    device: torch.device,
+    progress: Progress,
+) -> BudgetPlan:
+    """Plan what becomes of each layer of the model folder `model`.
+
+    Every layer is solved alone, on the dense model, for everything that is on offer; the choice is the best under the
+    sum of these costs.
+
+    Raises:
+        OptionError: the budget cannot be met; the message says what can be reached.
+        HesseError: something is wrong with the model, the data or the options.
+    """
+    clock = Clock()
+    check_target(target)
+    checkpoint, _, network = open_networks(model, device)
+    check_patterns(network, ignore)
+    menu = make_menu(network, method, options, ignore, target, format)
+    meter = CostMeter(menu)
+    if statistics is None:
+        whole = [layer.weight.shape[0] for group in menu if group.needs_output_factor for layer in group.layers]
+        selected = select_samples(model, calibration, network, factor_tokens(whole))
+        meter.measure(network, selected, calibration, progress)
+    else:
+        estimated = Statistics(statistics)
+        estimated.check_model(checkpoint)
+        estimated.check_holds("gram")
+        meter.read(network, estimated, progress)
+    priced = PricedMenu(checkpoint, menu, meter.costs)
+    choice = priced.choose(budget)
+    return BudgetPlan(
+        recipe=priced.recipe(choice, method, ignore),
+        size=priced.rest + priced.problem.size(choice),
+        bits=8 * priced.problem.size(choice) / priced.weights,
+        loss=priced.problem.loss(choice),
+        front=priced.front(choice),
+        notes=meter.notes,
+        seconds=clock.total,
+    )
+
+
+class PricedMenu:
+    """A menu with its costs, as a problem of planning."""
+
+    def __init__(self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]]) -> None:
+        self.menu, self.checkpoint = menu, checkpoint
+        self.problem = Problem(
+            tuple(
+                Group(
+                    group.name,
+                    tuple(
+                        Candidate(offer.label, offer.size, cost)
+                        for offer, cost in zip(group.offers, costs[group.name], strict=True)
+                    ),
+                )
+                for group in menu
+            )
+        )
+        layers = [layer for group in menu for layer in group.layers]
+        self.weights = sum(layer.weight.numel() for layer in layers)
+        names = [*checkpoint.stored_names(), *(3 * [f"{layer.name}.weight_packed" for layer in layers])]
+        dense = sum(checkpoint.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
+        entry = HEADER_ENTRY + 2 * len(str(checkpoint.file_bytes))
+        header = sum(len(name.encode()) + entry for name in names)
+        self.rest = checkpoint.stored_bytes - dense + header  # bytes of the files that no choice changes
+
+    def choose(self, budget: Budget) -> Choice:
+        """The best choice.
+
+        Raises:
+            OptionError: there is none, or it is to leave everything alone.
+        """
+        if budget.loss is not None:
+            choice = smallest_within(self.problem, budget.loss)
+        else:
+            choice = cheapest_within(self.problem, self._room(budget))
+        if not any(group.offers[place].rule for group, place in zip(self.menu, choice, strict=True)):
+            raise OptionError("the dense model is within this budget already: nothing is to be compressed")
+        return choice
+
+    def _room(self, budget: Budget) -> int:
+        """Bytes that the planned layers may take.
+
+        Raises:
+            OptionError: they cannot be made so small.
+        """
+        least, whole = self.problem.smallest, self.checkpoint.file_bytes
+        if budget.bits is not None:
+            room = int(budget.bits * self.weights / 8)
+            if room < least:
+                smallest = _up(8 * least / self.weights, 3)
+                raise OptionError(
+                    f"{budget.bits:g} bits cannot be reached: the smallest mean is {smallest:g} bits, scales included"
+                )
+            return room
+        wanted = budget.bytes_of(whole)
+        if wanted < self.rest + least:
+            raise OptionError(
+                f"{wanted:,} bytes cannot be reached: the smallest size is {self.rest + least:,} bytes "
+                f"({_up(100 * (self.rest + least) / whole, 1):g}%), of which {self.rest:,} are not planned, "
+                "such as embeddings"
+            )
+        return wanted - self.rest
+
+    def recipe(self, choice: Choice, method: Method, ignore: tuple[str, ...]) -> Recipe:
+        """The choice as rules, from the smallest scheme to the largest."""
+        chosen: dict[str, tuple[Offer, list[LayerGroup]]] = {}
+        for group, place in zip(self.menu, choice, strict=True):
+            offer = group.offers[place]
+            chosen.setdefault(offer.label, (offer, []))[1].append(group)
+        alone, rules = list(ignore), list[Rule]()
+        for offer, groups in sorted(chosen.values(), key=lambda entry: entry[0].size / _weights(entry[1][0])):
+            patterns = tuple(pattern for group in groups for pattern in self._patterns(group))
+            if offer.rule is None:
+                alone += patterns
+            else:
+                rules.append(offer.rule.model_copy(update={"layers": patterns}))
+        about = (
+            f"planned: {self.problem.loss(choice):.4g} nats per token predicted, "
+            f"{self.rest + self.problem.size(choice):,} bytes, "
+            f"{8 * self.problem.size(choice) / self.weights:.3f} bits per planned weight"
+        )
+        return Recipe(method=method.name, about=about, rules=tuple(rules), ignore=tuple(alone))
+
+    def _patterns(self, group: LayerGroup) -> list[str]:
+        return [group.name] if "*" in group.name else [layer.name for layer in group.layers]
+
+    def front(self, choice: Choice) -> list[dict[str, Any]]:
+        """The best choices of all sizes, the one that was chosen, and those that are the same for every group."""
+        points = [self._point("front", "", point.choice) for point in size_loss_front(self.problem, FRONT_POINTS)]
+        labels = dict.fromkeys(offer.label for group in self.menu for offer in group.offers if offer.rule is not None)
+        for label in labels:
+            places = [next((i for i, o in enumerate(g.offers) if o.label == label), None) for g in self.menu]
+            if None not in places:
+                points.append(self._point("uniform", label, tuple(place for place in places if place is not None)))
+        return [*points, self._point("chosen", "", choice)]
+
+    def _point(self, kind: str, label: str, choice: Choice) -> dict[str, Any]:
+        size, loss = self.rest + self.problem.size(choice), self.problem.loss(choice)
+        return {"kind": kind, "label": label, "bytes": size, "predicted": loss}
+
+
+def _weights(group: LayerGroup) -> int:
+    return sum(layer.weight.numel() for layer in group.layers)
+
+
+def _up(value: float, digits: int) -> float:
+    """Rounded up, so that what is said to be reached is."""
+    return float(np.ceil(value * 10**digits) / 10**digits)

@@ -1,0 +1,111 @@
+"""What each offer of a menu would cost: every layer solved alone, on what the dense model gives it."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from hesse.compression.dense import probe
+from hesse.compression.inputs import InputGrams
+from hesse.compression.layers import LayerProblem, LayerSolver, predicted_increase
+from hesse.compression.menu import LayerGroup
+from hesse.compression.tokens import Calibration, Selection
+from hesse.constraints import Constraint, Grid
+from hesse.curvature import Gram
+from hesse.data import Samples
+from hesse.estimation import Statistics
+from hesse.models.network import Layer, Network
+from hesse.models.stream import advance_with_stops, calibration_batch, start
+from hesse.progress import Clock, Progress
+
+MOST_SAMPLES = 32  # to calibrate on: which layer costs more is settled sooner than what its weights should be
+SOLVED_BITS = 4  # finer grids are not solved: their loss follows from this one's, as the square of the step
+
+
+class CostMeter:
+    """Nats per token that each offer costs alone, summed over its group's layers as these come by.
+
+    A layer's cost is ½ dᵀ(G ⊗ E[xxᵀ])d of the change d that the offer's rule makes of it, with the Gram E[xxᵀ] of its
+    inputs and the output factor G of the dense model. Layers that no token reached cost nothing, and are noted.
+    """
+
+    def __init__(self, menu: list[LayerGroup]) -> None:
+        self.costs = {group.name: [0.0] * len(group.offers) for group in menu}
+        self.notes: list[str] = []
+        self._group_of = {layer.name: group for group in menu for layer in group.layers}
+        self._solver = LayerSolver()
+
+    def measure(
+        self,
+        network: Network,
+        selected: Selection,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> None:
+        """Take samples through the model, in the type that calibration runs in.
+
+        Raises:
+            HesseError: the data cannot be used, or a layer cannot be solved.
+        """
+        length = max(len(ids) for ids in selected.samples.ids)
+        progress.begin("probe the loss", 2 * len(network.blocks) + 1)
+        whole = [name for name, group in self._group_of.items() if group.needs_output_factor]
+        sensitivities = probe(network, selected.probes, whole, calibration.seed, Clock(), progress.advance)
+        progress.begin("solve for each choice", len(network.blocks))
+        samples = Samples(selected.samples.ids[:MOST_SAMPLES], selected.samples.source, selected.samples.exact)
+        flows = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
+        grams = InputGrams(Clock())
+
+        def solve(layer: Layer) -> None:
+            self._add(layer, grams.gram(), sensitivities.get(layer.name))
+
+        for index, block in enumerate(network.blocks):
+            with network.loaded(block):
+                missed = advance_with_stops(flows, block, index, grams.collect, solve)
+            for layer in missed:
+                self._add(layer, None, None)
+            progress.advance()
+
+    def read(self, network: Network, statistics: Statistics, progress: Progress) -> None:
+        """Take Grams and output factors from statistics in place of samples.
+
+        Raises:
+            HesseError: the statistics cannot be read, or a layer cannot be solved.
+        """
+        progress.begin("solve for each choice", len(network.blocks))
+        for block in network.blocks:
+            with network.loaded(block):
+                for layer in block.layers:
+                    kronecker = statistics.kronecker(layer.name, network.device)
+                    factor = statistics.sensitivities.get(layer.name)
+                    gram = statistics.gram(layer.name, network.device)
+                    self._add(layer, gram, factor if kronecker is None else kronecker.output_factor)
+            progress.advance()
+
+    def _add(self, layer: Layer, gram: Gram | None, output_factor: Tensor | None) -> None:
+        group = self._group_of.get(layer.name)
+        if group is None:
+            return
+        if gram is None or not gram.tokens or output_factor is None:
+            self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
+            return
+        weight = layer.weight.float()
+        found: dict[Constraint, float] = {}  # of this layer
+        for place, offer in enumerate(group.offers):
+            constraint = offer.constraints[layer.name]
+            if offer.rule is None or constraint is None:
+                continue
+            solved, share = _coarser(constraint)
+            if solved not in found:
+                problem = LayerProblem(layer.name, weight, gram, output_factor, offer.rule, solved)
+                solution = self._solver.solve(problem).solution
+                increase = predicted_increase(solution.weight - weight, gram, output_factor)
+                found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
+            self.costs[group.name][place] += share * found[solved]
+
+
+def _coarser(constraint: Constraint) -> tuple[Constraint, float]:
+    """The grid that is solved in place of a finer one, and the finer one's loss as a share of its loss."""
+    if not isinstance(constraint, Grid) or constraint.bits <= SOLVED_BITS:
+        return constraint, 1.0
+    coarse = replace(constraint, bits=SOLVED_BITS)
+    return coarse, (coarse.levels / constraint.levels) ** 2

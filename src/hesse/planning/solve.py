@@ -1,0 +1,87 @@
+"""The best choice under a budget: a multiple-choice knapsack, solved as a mixed-integer program.
+
+One 0/1 variable for each candidate, of which each group takes one. The programs are solved by HiGHS, through SciPy, to
+a proven gap.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from hesse.errors import OptionError
+from hesse.planning.problem import Choice, Problem
+
+GAP = 1e-4  # no other choice is better by more than this share
+
+
+def cheapest_within(problem: Problem, size: int) -> Choice:
+    """The choice of the least predicted loss among those of at most `size` bytes.
+
+    Raises:
+        OptionError: no choice is that small; the message says how small the smallest is.
+    """
+    if size < problem.smallest:
+        raise OptionError(f"nothing fits into {size:,} bytes: the smallest that can be reached is {problem.smallest:,}")
+    losses, (steps, step) = _losses(problem), _steps(problem)
+    room = (size - problem.smallest) // step + 0.5  # half a step more lets no other choice in
+    unit = float(losses.max()) or 1.0
+    while True:  # HiGHS works to absolute tolerances, so losses are taken in units of the answer
+        choice = _minimum(problem, losses / unit, steps / room)
+        if problem.size(choice) > size:  # a tolerance again
+            room -= (problem.size(choice) - size) / step
+            continue
+        found = problem.loss(choice)
+        if found == 0 or found > unit / 10:
+            return choice
+        unit = found
+
+
+def smallest_within(problem: Problem, loss: float) -> Choice:
+    """The choice of the fewest bytes among those that are predicted to cost at most `loss` nats per token.
+
+    Raises:
+        OptionError: no choice costs so little; the message says what the least is.
+    """
+    least = sum(min(candidate.loss for candidate in group.candidates) for group in problem.groups)
+    if least > loss:
+        raise OptionError(f"nothing costs as little as {loss:g} nats per token: the least is {least:.3g}")
+    limit, steps = loss or 1e-30, _steps(problem)[0]
+    while True:
+        choice = _minimum(problem, steps / max(steps.max(), 1), _losses(problem) / limit)
+        if problem.loss(choice) <= loss:
+            return choice
+        limit -= 2 * (problem.loss(choice) - loss)  # let through by a tolerance
+
+
+def _losses(problem: Problem) -> NDArray[np.float64]:
+    """Of all candidates of all groups, in one row."""
+    return np.array([candidate.loss for group in problem.groups for candidate in group.candidates])
+
+
+def _steps(problem: Problem) -> tuple[NDArray[np.float64], int]:
+    """Sizes above the group's smallest in a row, in steps of as many bytes as make them whole numbers."""
+    above = [c.size - min(o.size for o in group.candidates) for group in problem.groups for c in group.candidates]
+    step = math.gcd(*above) or 1
+    return np.array(above) / step, step
+
+
+def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[np.float64]) -> Choice:
+    """The choice of the least sum of `objective` with a sum of `limited` of at most 1."""
+    counts = [len(group.candidates) for group in problem.groups]
+    starts = np.cumsum([0, *counts])
+    columns = np.arange(starts[-1])
+    one_each = csr_array((np.ones(len(columns)), (np.repeat(np.arange(len(counts)), counts), columns)))
+    shares = np.minimum(limited, 2)  # what is too much alone stays so, and HiGHS' tolerances mean the same in all
+    found = milp(
+        objective,
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(shares[None], -np.inf, 1)],
+        integrality=np.ones(len(columns)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": GAP, "presolve": False},  # with it HiGHS may print a line, amid what is for machines
+    )
+    if found.x is None:
+        raise OptionError(f"the budget could not be shared out: HiGHS says {found.message}")
+    return tuple(int(np.argmax(taken)) for taken in np.split(found.x, starts[1:-1]))
