@@ -125,7 +125,9 @@ def test_a_plan_from_statistics(half_folder: FolderOf, tmp_path: Path) -> None:
 
 def test_options_hold_for_all_layers(half_folder: FolderOf) -> None:
     model = half_folder("llama")
-    plan = hesse.plan(model, mean_bits=4.0, data=IDS, options=hesse.Options(group_size=32, sparsity="2:4"))
+    plan = hesse.plan(
+        model, mean_bits=4.0, data=IDS, method="gptq", options=hesse.Options(group_size=32, sparsity="2:4")
+    )
     for rule in plan.recipe.rules:
         assert rule.constraint.grid is not None
         assert rule.constraint.grid.group_size == 32

@@ -110,7 +110,8 @@ class Method:
                     if field.name in ("group_size", "symmetric", "headroom", "signed") and "grid" in has
                     else ""
                 )
-                raise OptionError(f"{option} has no meaning for the method {self.name} {reason}".rstrip())
+                meant = f"{option} has no meaning for the method {self.name} {reason}".rstrip()
+                raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
 
 def _given(kind: type[GridOptions], options: Options, names: tuple[str, ...]) -> GridOptions:
