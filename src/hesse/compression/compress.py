@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,26 +93,11 @@ class _Run:
 
     def run(self, folder: Path, out: Path, model_name: str, version: str) -> CompressionReport:
         """Do it all; everything is written into `folder`."""
-        plan, blocks = self.plan, self.plan.network.blocks
+        plan = self.plan
         length = max(len(ids) for ids in plan.samples.ids)
-        dense = self._dense_pass(length)
-        self.progress.begin("compress", len(blocks))
-        flows: list[Flow] = []
-        if plan.statistics is None:
-            with self.clock.phase("calibrate"):
-                batch_size = plan.calibration.batch_size or calibration_batch(length)
-                flows = start(plan.network, plan.samples.batches(batch_size))
-        writer = ShardWriter(folder)
-        written: set[str] = set()
-        for index, block in enumerate(blocks):
-            self._block(index, block, flows, dense, writer, written)
-            self.progress.advance()
-        with self.clock.phase("write"):
-            for name in plan.checkpoint.stored_names():
-                if name not in written:
-                    writer.add(plan.checkpoint.read_stored([name]))
-            writer.close()
-            self._write_companions(folder)
+        with tempfile.TemporaryDirectory(prefix=".factors-", dir=folder) as factors:
+            dense = self._dense_pass(length, Path(factors))
+            self._compress(folder, length, dense)
         with self.clock.phase("verify"):
             predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.layers}
             verification = verify(
@@ -129,7 +115,28 @@ class _Run:
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
-    def _dense_pass(self, length: int) -> DensePass:
+    def _compress(self, folder: Path, length: int, dense: DensePass) -> None:
+        """Take the calibration samples through the blocks, and write each once it is solved."""
+        plan, blocks = self.plan, self.plan.network.blocks
+        self.progress.begin("compress", len(blocks))
+        flows: list[Flow] = []
+        if plan.statistics is None:
+            with self.clock.phase("calibrate"):
+                batch_size = plan.calibration.batch_size or calibration_batch(length)
+                flows = start(plan.network, plan.samples.batches(batch_size))
+        writer = ShardWriter(folder)
+        written: set[str] = set()
+        for index, block in enumerate(blocks):
+            self._block(index, block, flows, dense, writer, written)
+            self.progress.advance()
+        with self.clock.phase("write"):
+            for name in plan.checkpoint.stored_names():
+                if name not in written:
+                    writer.add(plan.checkpoint.read_stored([name]))
+            writer.close()
+            self._write_companions(folder)
+
+    def _dense_pass(self, length: int, folder: Path) -> DensePass:
         """What the loss feels of each layer's outputs, and where the check samples end in the unchanged model."""
         plan, seed, step = self.plan, self.plan.calibration.seed, self.progress.advance
         walks = 1 if plan.statistics is not None else 3
@@ -138,7 +145,9 @@ class _Run:
         flows = check_pass(plan.dense, plan.check.batches(batch_size), self.clock, step)
         if plan.statistics is not None:
             return DensePass(plan.statistics.sensitivities, flows)
-        return DensePass(probe(plan.network, plan.probes, whole_factors(plan.rules), seed, self.clock, step), flows)
+        return DensePass(
+            probe(plan.network, plan.probes, whole_factors(plan.rules), folder, seed, self.clock, step), flows
+        )
 
     def _report(
         self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification

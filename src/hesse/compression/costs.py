@@ -1,6 +1,9 @@
 """What each offer of a menu would cost: every layer solved alone, on what the dense model gives it."""
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -46,17 +49,30 @@ class CostMeter:
         Raises:
             HesseError: the data cannot be used, or a layer cannot be solved.
         """
-        length = max(len(ids) for ids in selected.samples.ids)
         progress.begin("probe the loss", 2 * len(network.blocks) + 1)
         whole = [name for name, group in self._group_of.items() if group.needs_output_factor]
-        sensitivities = probe(network, selected.probes, whole, calibration.seed, Clock(), progress.advance)
+        with tempfile.TemporaryDirectory() as folder:
+            probes, seed, step = selected.probes, calibration.seed, progress.advance
+            factors = probe(network, probes, whole, Path(folder), seed, Clock(), step)
+            samples = Samples(selected.samples.ids[:MOST_SAMPLES], selected.samples.source, selected.samples.exact)
+            self._solve_all(network, samples, calibration, factors, progress)
+
+    def _solve_all(
+        self,
+        network: Network,
+        samples: Samples,
+        calibration: Calibration,
+        factors: Mapping[str, Tensor],
+        progress: Progress,
+    ) -> None:
+        """Solve each layer for every offer, on the inputs that it has in the dense model."""
         progress.begin("solve for each choice", len(network.blocks))
-        samples = Samples(selected.samples.ids[:MOST_SAMPLES], selected.samples.source, selected.samples.exact)
+        length = max(len(ids) for ids in samples.ids)
         flows = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
         grams = InputGrams(Clock())
 
         def solve(layer: Layer) -> None:
-            self._add(layer, grams.gram(), sensitivities.get(layer.name))
+            self._add(layer, grams.gram(), factors.get(layer.name))
 
         for index, block in enumerate(network.blocks):
             with network.loaded(block):

@@ -1,10 +1,12 @@
 """The dense model's own pass: what its layers' outputs mean to the loss, and what it predicts on the check samples."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from hesse.compression.factors import StoredFactors
 from hesse.data import Samples
 from hesse.estimation import BackwardWalk, OutputMoments, layer_part
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
@@ -21,7 +23,7 @@ class DensePass:
     the others, in nats per token.
     """
 
-    sensitivities: dict[str, Tensor]
+    sensitivities: Mapping[str, Tensor]
     flows: list[Flow]
 
 
@@ -34,19 +36,32 @@ def check_pass(network: Network, check: list[Tensor], clock: Clock, step: Callab
 
 
 def probe(
-    network: Network, samples: Samples, whole: Collection[str], seed: int, clock: Clock, step: Callable[[], None]
-) -> dict[str, Tensor]:
+    network: Network,
+    samples: Samples,
+    whole: Collection[str],
+    folder: Path,
+    seed: int,
+    clock: Clock,
+    step: Callable[[], None],
+) -> StoredFactors:
     """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
 
-    The samples go through the unchanged model and back.
+    The samples go through the unchanged model and back; what is found is kept below `folder`.
     """
     length = max(len(ids) for ids in samples.ids)
     size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
     with clock.phase("probe"):
         flows = start(network, samples.batches(size))
     inputs = forward_walk(network, flows, flows, clock, step)
+    found = StoredFactors(folder)
     with clock.phase("probe"):
-        return output_sensitivities(BackwardWalk(network, flows, inputs, seed), whole, step)
+        walk = BackwardWalk(network, flows, inputs, seed)
+        step()
+        for factors in output_factors(walk, whole):
+            for name, factor in factors.items():
+                found.keep(name, factor)
+            step()
+    return found
 
 
 def forward_walk(
@@ -63,14 +78,12 @@ def forward_walk(
     return inputs
 
 
-def output_sensitivities(walk: BackwardWalk, whole: Collection[str], step: Callable[[], None]) -> dict[str, Tensor]:
-    """What the loss feels of each layer's outputs, in nats per token: their factor of a Kronecker, per position.
+def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Of each block: what the loss feels of its layers' outputs, in nats per token, their factor of a Kronecker.
 
-    It is E[ggᵀ] (out, out) for the layers `whole`, its diagonal E[g²] (out,) for others. With the Gram of the layer's
-    inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ).
+    Per position. It is E[ggᵀ] (out, out) for the layers `whole`, its diagonal E[g²] (out,) for others. With the Gram of
+    the layer's inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ).
     """
-    step()
-    found: dict[str, Tensor] = {}
     for block, passages in walk:
         kinds = [
             OutputMoments([layer_part(layer) for layer in layers], "position", diagonal)
@@ -80,9 +93,9 @@ def output_sensitivities(walk: BackwardWalk, whole: Collection[str], step: Calla
         for passage in passages:
             for sums in kinds:
                 sums.add(passage)
-        for sums in kinds:
-            for modules, moment in sums.sums.items():
-                if moment.count:
-                    found[modules[0]] = moment.times(walk.scale, f"gradients at the outputs of {modules[0]}")
-        step()
-    return found
+        yield {
+            modules[0]: moment.times(walk.scale, f"gradients at the outputs of {modules[0]}")
+            for sums in kinds
+            for modules, moment in sums.sums.items()
+            if moment.count
+        }

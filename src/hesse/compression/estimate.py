@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -144,7 +145,8 @@ class _Estimation:
         """E[ggᵀ] at the layers' outputs, from some of the samples."""
         self.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
         every, seed = {layer.name for layer in self.network.layers}, self.calibration.seed
-        return probe(self.network, self.probes, every, seed, self.clock, self.progress.advance)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            return dict(probe(self.network, self.probes, every, Path(folder), seed, self.clock, self.progress.advance))
 
     def _grams(self) -> None:
         """The Gram of each layer's inputs; one file for layers with the same inputs."""

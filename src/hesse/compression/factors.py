@@ -1,0 +1,31 @@
+"""Output factors on disk: those of all layers are needed long after they were estimated, and one layer's at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class StoredFactors(Mapping[str, Tensor]):
+    """A tensor for each layer name, each in a file of its own below `folder`, read whenever it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, tuple[Path, str]] = {}  # and the device that each came from
+
+    def keep(self, name: str, factor: Tensor) -> None:
+        """Write the factor of the layer `name`."""
+        path = self._folder / f"{len(self._files)}.safetensors"
+        save_file({"factor": factor.cpu().contiguous()}, path)
+        self._files[name] = (path, str(factor.device))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, device = self._files[name]
+        return load_file(path, device=device)["factor"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
