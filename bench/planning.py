@@ -1,6 +1,6 @@
 """One budget shared out, beside one scheme for all layers: KL on held-out text at three sizes.
 
-    python bench/planning.py [--method gptq] [--model FOLDER]
+    python bench/planning.py [--method kronecker] [--model FOLDER]
 
 For each budget of mean bits: the plan of `hesse compress --bits 3.2`; the largest uniform recipe of that size or less,
 and the smallest of that size or more; and a plan that also knows how the layers' changes interact. For that each
@@ -24,12 +24,12 @@ import hesse
 from hesse.compression import Calibration
 from hesse.compression.budget import PricedMenu
 from hesse.compression.costs import CostMeter
-from hesse.compression.layers import LayerSolver
+from hesse.compression.layers import LayerProblem, LayerSolver
 from hesse.compression.menu import LayerGroup, make_menu
 from hesse.compression.plan import open_networks
-from hesse.compression.tokens import select_samples
+from hesse.compression.tokens import factor_tokens, select_samples
 from hesse.estimation import GramAccumulator
-from hesse.methods import Options, Recipe, find_method
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within
 from hesse.progress import Silence
@@ -74,9 +74,10 @@ class Study:
         self.calibration = Calibration(None, SAMPLES, LENGTH, 0, None)
         self.checkpoint, self.dense, self.network = open_networks(model, torch.device("cpu"))
         self.menu = make_menu(self.network, self.method, Options(), (), "transformers", "auto")
-        self.selected = select_samples(model, self.calibration, self.network)
+        outputs = [layer.weight.shape[0] for layer in self.network.layers]
+        self.selected = select_samples(model, self.calibration, self.network, factor_tokens(outputs))
         meter = CostMeter(self.menu)
-        meter.measure(self.dense, self.network, self.selected, self.calibration, Silence())
+        meter.measure(self.network, self.selected, self.calibration, Silence())
         self.priced = PricedMenu(self.checkpoint, self.menu, meter.costs)
         self.correlations = self._correlations()
 
@@ -152,16 +153,15 @@ class Study:
         for layer in group.layers:
             constraint = offer.constraints[layer.name]
             assert constraint is not None
-            solved = LayerSolver().solve(
-                layer.name, layer.weight.float(), grams[layer.name].gram(), offer.rule, constraint
-            )
+            gram, weight = grams[layer.name].gram(), layer.weight.float()
+            solved = LayerSolver().solve(LayerProblem(layer.name, weight, gram, None, offer.rule, constraint))
             layer.replace(solved.solution.weight)
 
 
 def main() -> None:
     """Measure everything, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", default=DEFAULT_METHOD)
     parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
     arguments = parser.parse_args()
     model, method = arguments.model.resolve(), find_method(arguments.method)

@@ -21,8 +21,11 @@ from hesse.reporting import compression_page
 
 # What is done to the default model: name, method, options.
 SCHEMES: Sequence[tuple[str, str, Options]] = (
-    *((f"gptq, {bits} bits, groups of 64", "gptq", Options(bits=bits, group_size=64)) for bits in (8, 4, 3)),
-    ("gptq, 2 bits, groups of 32", "gptq", Options(bits=2, group_size=32)),
+    *(
+        (f"{method}, {bits} bits, groups of {group}", method, Options(bits=bits, group_size=group))
+        for method in ("kronecker", "gptq")
+        for bits, group in ((8, 64), (4, 64), (3, 64), (2, 32))
+    ),
     ("rtn, 4 bits, groups of 64", "rtn", Options(bits=4, group_size=64)),
     ("sparsegpt, 50 % zeros", "sparsegpt", Options(sparsity=0.5)),
     ("sparsegpt, 2:4", "sparsegpt", Options(sparsity="2:4")),

@@ -12,7 +12,6 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
 from hesse.constraints import GridCode
 from hesse.constraints.grid import Scales
@@ -20,7 +19,7 @@ from hesse.errors import CheckpointError, UnsupportedModelError, VerificationErr
 from hesse.exporting.gguf_blocks import BLOCK, BYTES, block_type, to_blocks
 from hesse.exporting.gguf_families import Family, context_length, describe, find_family, rotary_factors
 from hesse.exporting.gguf_tokenizer import write_tokenizer
-from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_sources
+from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.exporting.report import ExportedLayer, Written
 from hesse.formats.codes import read_grid_code
 from hesse.models.checkpoint import Checkpoint
@@ -63,7 +62,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress
         OptionError: no layer's codes fit GGUF, or its layers are factorised.
         VerificationError: what was read back is not what was to be written.
     """
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = read_config(checkpoint)
     family = find_family(config)
     entries = _entries(checkpoint, family, config)
     notes = []

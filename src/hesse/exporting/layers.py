@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from hesse.constraints import Grid
 from hesse.errors import OptionError
@@ -27,8 +28,8 @@ class Source:
         return self.name.rpartition(".")[0]
 
 
-def read_sources(checkpoint: Checkpoint) -> list[Source]:
-    """All tensors of `checkpoint`.
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The configuration of `checkpoint`, by transformers; no code that lies beside it is run.
 
     Raises:
         OptionError: its layers are factorised.
@@ -38,6 +39,11 @@ def read_sources(checkpoint: Checkpoint) -> list[Source]:
             f"{checkpoint.folder} holds factorised layers, which no runtime but transformers has: export a checkpoint "
             "that was compressed with --format dense"
         )
+    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+
+
+def read_sources(checkpoint: Checkpoint) -> list[Source]:
+    """All tensors of `checkpoint`."""
     return [_source(checkpoint, name) for name in checkpoint.names()]
 
 

@@ -9,12 +9,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hesse.compression.output import copy_companions
 from hesse.errors import UnsupportedModelError, VerificationError
-from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_sources
+from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.exporting.onnx_blocks import block_width, stored_bits, to_nbits
 from hesse.exporting.onnx_graph import OPSETS, OWN, GraphBuilder, build_graph
 from hesse.exporting.report import ExportedLayer, Written
@@ -39,7 +38,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
         OptionError: no layer's codes fit MatMulNBits, or its layers are factorised.
         VerificationError: what was read back is not what was to be written.
     """
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = read_config(checkpoint)
     _check_family(config)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     sources = [s for s in read_sources(checkpoint) if s.name != tied and not s.name.endswith(".inv_freq")]

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from hesse.compression.output import copy_companions
 from hesse.constraints import Grid, GridCode
 from hesse.errors import CheckpointError, UnsupportedModelError, VerificationError
-from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_sources
+from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.exporting.report import ExportedLayer, Written
 from hesse.formats.codes import is_transposed, read_grid_code
 from hesse.models.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Pro
         OptionError: no layer's codes fit torchao, or its layers are factorised.
         VerificationError: what was read back is not what was to be written.
     """
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = read_config(checkpoint)
     sources = read_sources(checkpoint)
     if any(".experts." in source.name for source in sources):
         raise UnsupportedModelError(f"torchao tensors of experts are not written, and {config.model_type} has some")
