@@ -123,3 +123,12 @@ def test_problems_without_meaning_are_refused() -> None:
     for loss in (-1.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="one: a costs"):
             Problem((Group("one", (Candidate("a", 1, loss),)),))
+
+
+def test_nothing_is_printed_by_the_solver(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS has lines for standard output in some problems, where `--json` must stand alone."""
+    for seed in range(40):
+        found = problem(seed, groups=12, candidates=8)
+        cheapest_within(found, int(1.5 * found.smallest))
+    print("after")
+    assert capfd.readouterr().out == "after\n"

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,12 +41,18 @@ class LayerProblem:
     constraint: Constraint
 
 
+class _State(NamedTuple):
+    outputs: Tensor | None  # the output factor that it is of, where the rule's curvature has one
+    curvature: Curvature
+    state: Any  # the solver's
+
+
 class LayerSolver:
-    """Solves the layers of one input in turn, factoring that input's Gram once for each solver."""
+    """Solves the layers of one input in turn, factoring each curvature once for each solver."""
 
     def __init__(self) -> None:
         self._gram: Gram | None = None
-        self._states: dict[tuple[str, Solver, float], tuple[Curvature, Any]] = {}
+        self._states: dict[tuple[str, Solver, float], _State] = {}
 
     def solve(self, problem: LayerProblem) -> Solved:
         """The solution for a layer.
@@ -81,16 +87,14 @@ class LayerSolver:
 
     def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
         key = (problem.rule.curvature, solver, damping)
-        if key in self._states:
-            curvature, state = self._states[key]
-        else:
+        outputs = problem.outputs if problem.rule.needs_output_factor else None
+        if key not in self._states or self._states[key].outputs is not outputs:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ConditioningWarning)
                 curvature = _curvature(problem, damping)
             notes += [f"{problem.name}: {warning.message}" for warning in caught]
-            state = solver.init(curvature)
-            if not isinstance(curvature, Kronecker):  # the outputs' factor is of one layer alone
-                self._states[key] = (curvature, state)
+            self._states[key] = _State(outputs, curvature, solver.init(curvature))
+        _, curvature, state = self._states[key]
         solution = solve_with(problem.weight, curvature, problem.constraint, solver, state)
         method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)

@@ -5,6 +5,10 @@ a proven gap.
 """
 
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,13 +79,28 @@ def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[
     columns = np.arange(starts[-1])
     one_each = csr_array((np.ones(len(columns)), (np.repeat(np.arange(len(counts)), counts), columns)))
     shares = np.minimum(limited, 2)  # what is too much alone stays so, and HiGHS' tolerances mean the same in all
-    found = milp(
-        objective,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(shares[None], -np.inf, 1)],
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "presolve": False},  # with it HiGHS may print a line, amid what is for machines
-    )
+    with _silent_output():
+        found = milp(
+            objective,
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(shares[None], -np.inf, 1)],
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP},
+        )
     if found.x is None:
         raise OptionError(f"the budget could not be shared out: HiGHS says {found.message}")
     return tuple(int(np.argmax(taken)) for taken in np.split(found.x, starts[1:-1]))
+
+
+@contextmanager
+def _silent_output() -> Iterator[None]:
+    """HiGHS prints lines of its own to standard output, amid what is meant for machines, whatever it is told."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
