@@ -33,8 +33,8 @@ from hesse.data import read_samples
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from language_model_training import LENGTH, VOCABULARY, prepare, save, split, train
 
-BATCH = 2  # few tokens are seen on a busy machine: small batches make many steps of them
-PEAK_LEARNING_RATE = 1.5e-3
+BATCH = 4
+PEAK_LEARNING_RATE = 2e-3
 COMMON = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": LENGTH,
@@ -88,13 +88,13 @@ def source(file: str) -> str:
 
 
 def qwen3() -> PreTrainedModel:
-    """7.9 million parameters: query and key norms, grouped queries of another width than the model's, tied head."""
+    """5.7 million parameters: query and key norms, grouped queries of another width than the model's, tied head."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             **COMMON,
             hidden_size=320,
             intermediate_size=896,
-            num_hidden_layers=6,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=64,
@@ -104,13 +104,13 @@ def qwen3() -> PreTrainedModel:
 
 
 def gpt_neox() -> PreTrainedModel:
-    """8.4 million parameters: layer norms, biases, attention and GELU network in parallel, a head of its own."""
+    """6.0 million parameters: layer norms, biases, attention and GELU network in parallel, a head of its own."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             **COMMON,
             hidden_size=256,
             intermediate_size=1024,
-            num_hidden_layers=8,
+            num_hidden_layers=5,
             num_attention_heads=4,
             use_parallel_residual=True,
             tie_word_embeddings=False,
