@@ -148,7 +148,7 @@ def compress(
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
         settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
@@ -159,7 +159,7 @@ def compress(
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     out_console.print(compression_summary(result))
     if report is not None:
@@ -183,7 +183,7 @@ def estimate(
     """Estimate a model's curvature once, for `hesse compress --curvature` to try any number of schemes with."""
     from hesse import api
 
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         content = api.estimate(
             model,
             out,
@@ -198,7 +198,7 @@ def estimate(
             progress=bars,
         )
     if as_json:
-        _print_json(content)
+        print_json(content)
         return
     held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
     out_console.print(f"{held} from {content['tokens']:,} tokens: {out.absolute()}", soft_wrap=True, highlight=False)
@@ -220,7 +220,7 @@ def evaluate(
     """Loss, perplexity and size of a model, and its divergence from the dense one."""
     from hesse import api
 
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         result = api.evaluate(
             model,
             reference=reference,
@@ -232,7 +232,7 @@ def evaluate(
             progress=bars,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         out_console.print(evaluation_table(result, model))
 
@@ -255,7 +255,7 @@ def inspect(
 
     if out is not None:
         check_page(out, overwrite, "--out")
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         result = api.inspect(
             model,
             data=data,
@@ -269,7 +269,7 @@ def inspect(
     if out is not None:
         write_page(out, inspection_page(result))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     out_console.print(inspection_summary(result))
     if out is not None:
@@ -292,7 +292,7 @@ def methods(as_json: JsonOption = False) -> None:
             }
             for m in METHODS.values()
         ]
-        _print_json(rows)
+        print_json(rows)
     else:
         out_console.print(methods_table())
 
@@ -306,7 +306,7 @@ def demo(
     """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
     from hesse import api
 
-    with _bars(False) as bars:
+    with progress_bars(False) as bars:
         report = api.compress("default", out, options=Options(bits=4, group_size=64), overwrite=True, progress=bars)
         after = api.evaluate(out, reference="default", progress=bars)
         before = api.evaluate("default", progress=bars)
@@ -352,7 +352,7 @@ def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str,
 
 
 @contextmanager
-def _bars(quiet: bool) -> Iterator[Bars]:
+def progress_bars(quiet: bool) -> Iterator[Bars]:
     try:
         with Bars(Console(stderr=True, quiet=quiet)) as bars:
             yield bars
@@ -360,7 +360,7 @@ def _bars(quiet: bool) -> Iterator[Bars]:
         raise _Interrupted from None
 
 
-def _print_json(content: Any) -> None:
+def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import JsonOption, ModelArgument, _bars, _print_json, app, out_console
+from hesse.cli.app import JsonOption, ModelArgument, app, out_console, print_json, progress_bars
 
 
 @app.command(epilog="Example: `hesse export tiny-4bit tiny-4bit.gguf --to gguf`")
@@ -20,10 +20,10 @@ def export(
     from hesse import api
     from hesse.reporting.runtimes import export_summary
 
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         report = api.export(model, out, to=to, overwrite=overwrite, progress=bars)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         out_console.print(export_summary(report))
 
@@ -45,7 +45,7 @@ def benchmark(
     from hesse import api
     from hesse.reporting.runtimes import benchmark_summary
 
-    with _bars(as_json) as bars:
+    with progress_bars(as_json) as bars:
         result = api.benchmark(
             model,
             reference=reference,
@@ -57,6 +57,6 @@ def benchmark(
             progress=bars,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         out_console.print(benchmark_summary(result))
