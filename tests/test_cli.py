@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import hesse
 import tiny_models
 from helpers import CommandLine, left_over, sha256, write_ids
-from hesse.cli.app import app
+from hesse.cli import app
 from hesse.errors import OptionError
 from hesse.methods import METHODS, load_recipe
 

@@ -1,0 +1,183 @@
+"""The commands that change a model, or prepare for it: compress and estimate."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hesse.cli.app import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    app,
+    out_console,
+    print_json,
+    progress_bars,
+)
+from hesse.errors import OptionError
+from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
+from hesse.reporting import check_page, compression_page, compression_summary, write_page
+
+
+@app.command(epilog="Example: `hesse compress default tiny-4bit --bits 4 --group-size 64 --samples 64`")
+def compress(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits a weight, 2 to 8; with a point, such as 3.2, a mean to be planned.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Plan for a size: 40% of the dense weights, or 5MB.")] = None,
+    loss: Annotated[float | None, typer.Option(help="Plan for a predicted loss, in nats per token.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only what transformers, vllm or any loader serves.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
+    data: DataOption = None,
+    curvature: Annotated[
+        Path | None, typer.Option(help="A folder that `hesse estimate` wrote, in place of calibration.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    format: Annotated[str, typer.Option(help="auto, pack-quantized, dense or low-rank.")] = "auto",
+    report: Annotated[
+        Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT, and a report.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model from disk to disk: quantise, prune or factorise it with a small calibration text."""
+    mean_bits = _mean_bits(bits)
+    options = Options(
+        bits=_whole_bits(bits) if mean_bits is None else None,
+        group_size=group_size,
+        symmetric=symmetric,
+        sparsity=sparsity,
+        rank=rank,
+        act_order=act_order,
+        damping=damping,
+    )
+    planned = any(budget is not None for budget in (size, mean_bits, loss))
+    if planned and recipe is not None:
+        raise OptionError("--recipe says everything itself: leave out --size, --loss and a mean of --bits")
+    chosen = None if planned else _recipe(recipe, method, options, tuple(ignore or ()))
+    if print_recipe and chosen is not None:
+        sys.stdout.write(chosen.to_yaml())
+        return
+    if out is None and not print_recipe:
+        raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
+    if report is not None:
+        check_page(report, overwrite, "--report", made=out)
+    from hesse import api
+
+    settings: dict[str, Any] = {
+        "data": data,
+        "curvature": curvature,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device,
+        "format": format,
+        "target": target,
+    }
+    if planned:
+        settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
+        settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
+    with progress_bars(as_json) as bars:
+        if print_recipe or out is None:
+            sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
+            return
+        measured = report is not None
+        result = api.compress(
+            model, out, recipe=chosen, **settings, overwrite=overwrite, measure=measured, progress=bars
+        )
+    if report is not None:
+        write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    out_console.print(compression_summary(result))
+    if report is not None:
+        out_console.print(f"The report: {report.absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
+def estimate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    data: DataOption = None,
+    curvature: Annotated[str, typer.Option(help="What to estimate: gram, kronecker, fisher, with commas.")] = "gram",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate a model's curvature once, for `hesse compress --curvature` to try any number of schemes with."""
+    from hesse import api
+
+    with progress_bars(as_json) as bars:
+        content = api.estimate(
+            model,
+            out,
+            curvatures=[kind.strip() for kind in curvature.split(",")],
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        print_json(content)
+        return
+    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
+    out_console.print(f"{held} from {content['tokens']:,} tokens: {out.absolute()}", soft_wrap=True, highlight=False)
+    command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
+    out_console.print(f"Next: hesse {command.format(model)} --curvature {out}", soft_wrap=True, highlight=False)
+
+
+def _mean_bits(text: str | None) -> float | None:
+    """Bits with a point, which are a mean over layers."""
+    try:
+        return float(text) if text is not None and "." in text else None
+    except ValueError:
+        return None
+
+
+def _whole_bits(text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise OptionError(
+            f"--bits is {text!r}: give whole bits such as 4, or a mean to be planned such as 3.2"
+        ) from None
+
+
+def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:
+    if path is None:
+        return find_method(method).recipe(options, ignore)
+    if options != Options() or ignore or method != DEFAULT_METHOD:
+        raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
+    return load_recipe(path)

@@ -1,0 +1,149 @@
+"""The commands that look: evaluate, inspect, methods and demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesse.cli.app import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    app,
+    out_console,
+    print_json,
+    progress_bars,
+)
+from hesse.methods import METHODS, Options
+from hesse.reporting import (
+    check_page,
+    cost_table,
+    evaluation_table,
+    inspection_page,
+    inspection_summary,
+    methods_table,
+    write_page,
+)
+
+
+@app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")
+def evaluate(
+    model: ModelArgument,
+    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    data: DataOption = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of text, from the first on; all if absent.")] = None,
+    length: LengthOption = None,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Loss, perplexity and size of a model, and its divergence from the dense one."""
+    from hesse import api
+
+    with progress_bars(as_json) as bars:
+        result = api.evaluate(
+            model,
+            reference=reference,
+            data=data,
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            device=device,
+            progress=bars,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out_console.print(evaluation_table(result, model))
+
+
+@app.command(epilog="Example: `hesse inspect default --out report.html`")
+def inspect(
+    model: ModelArgument,
+    data: DataOption = None,
+    curvature: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page with plots to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
+    from hesse import api
+
+    if out is not None:
+        check_page(out, overwrite, "--out")
+    with progress_bars(as_json) as bars:
+        result = api.inspect(
+            model,
+            data=data,
+            curvature=curvature,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            progress=bars,
+        )
+    if out is not None:
+        write_page(out, inspection_page(result))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    out_console.print(inspection_summary(result))
+    if out is not None:
+        out_console.print(f"The page: {out.absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: `hesse methods`")
+def methods(as_json: JsonOption = False) -> None:
+    """The table of methods: curvature × constraint × solver, with source and needs."""
+    if as_json:
+        rows = [
+            {
+                "method": m.name,
+                "curvature": m.curvature,
+                "constraint": list(m.constraints),
+                "optional": list(m.optional),
+                "solver": m.solver,
+                "needs": m.needs,
+                "source": m.source,
+            }
+            for m in METHODS.values()
+        ]
+        print_json(rows)
+    else:
+        out_console.print(methods_table())
+
+
+@app.command(epilog="Example: `hesse demo`")
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write; replaced if it is a model folder.")] = Path(
+        "default-4bit"
+    ),
+) -> None:
+    """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
+    from hesse import api
+
+    with progress_bars(False) as bars:
+        report = api.compress("default", out, options=Options(bits=4, group_size=64), overwrite=True, progress=bars)
+        after = api.evaluate(out, reference="default", progress=bars)
+        before = api.evaluate("default", progress=bars)
+    out_console.print(cost_table(report, before, after))
+    out_console.print(f"The compressed checkpoint: {out.absolute()}", soft_wrap=True, highlight=False)
+    out_console.print(
+        "It loads in transformers: "
+        f'AutoModelForCausalLM.from_pretrained("{out}")  (pip install transformers compressed-tensors)',
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    out_console.print(
+        "Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE",
+        soft_wrap=True,
+        highlight=False,
+    )
