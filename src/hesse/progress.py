@@ -1,8 +1,11 @@
-"""How long computations say how far they are, and where their time went."""
+"""How long computations say how far they are, where their time went, and how much memory they took."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 
@@ -57,3 +60,12 @@ class Clock:
     def total(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self._started
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had at once, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # resource's figure starts from that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

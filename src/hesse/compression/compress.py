@@ -2,8 +2,6 @@
 
 import json
 import platform
-import resource
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,7 @@ from hesse.methods.recipe import Recipe
 from hesse.models.network import Block, Layer
 from hesse.models.stream import Flow, advance_with_stops, calibration_batch, start
 from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
-from hesse.progress import Clock, Progress
+from hesse.progress import Clock, Progress, peak_memory
 
 REPORT_FILE = "compression.json"
 RECIPE_FILE = "recipe.yaml"
@@ -298,12 +296,3 @@ class _Run:
         write_text(folder / "config.json", json.dumps(self.plan.format.config(), indent=2) + "\n")
         for name, text in self.plan.format.files().items():
             write_text(folder / name, text)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had at once, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # resource's figure starts from that of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,210 @@
+"""Change a model, or prepare for it: compress, plan and estimate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hesse.api.options import Data, calibration_of, find_device
+from hesse.compression import (
+    Budget,
+    BudgetPlan,
+    CompressionReport,
+    compress_checkpoint,
+    estimate_checkpoint,
+    plan_budget,
+)
+from hesse.compression.output import check_output
+from hesse.errors import OptionError
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
+from hesse.models.locate import locate
+from hesse.progress import Progress, Silence
+from hesse.version import __version__
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    recipe: Recipe | None = None,
+    options: Options | None = None,
+    ignore: Sequence[str] = (),
+    data: Data = None,
+    curvature: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "auto",
+    size: str | int | None = None,
+    mean_bits: float | None = None,
+    loss: float | None = None,
+    target: str | None = None,
+    overwrite: bool = False,
+    measure: bool = False,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress a language model or encoder on disk into a new folder that other programs load.
+
+    Args:
+        model: a model folder, `default`, or a hub id.
+        out: the folder to write; it must not exist unless `overwrite`.
+        method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
+        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
+        ignore: patterns of layer names to leave as they are.
+        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        curvature: a folder that `estimate` wrote, in place of calibration; `data` then only checks the result.
+        samples: calibration samples.
+        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        seed: of the choice of samples and of sampled labels.
+        batch_size: samples that go through the model together; it changes memory and time, not the result.
+        device: `auto`, `cpu`, or `cuda`.
+        format: `auto`, `pack-quantized`, `dense` or `low-rank`.
+        size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
+            `mean_bits` or `loss` the recipe is planned: see `plan`.
+        mean_bits: a budget of bits a weight over the planned layers, scales included.
+        loss: a budget of predicted loss in nats per token.
+        target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
+        overwrite: whether a model folder at `out` may be replaced.
+        measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
+            calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It costs time.
+        progress: told how far the run is.
+
+    Returns:
+        What was done to each layer, sizes in bytes, seconds by phase, and losses in nats per token.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    folder, statistics = locate(model), None if curvature is None else Path(curvature)
+    calibration = calibration_of(data, samples, length, seed, batch_size)
+    planned, chosen = None, recipe
+    if any(budget is not None for budget in (size, mean_bits, loss)):
+        if recipe is not None:
+            raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
+        check_output(Path(out), folder, overwrite)
+        planned = plan(
+            model,
+            method=method,
+            options=options,
+            ignore=ignore,
+            data=data,
+            curvature=curvature,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            format=format,
+            size=size,
+            mean_bits=mean_bits,
+            loss=loss,
+            target=target,
+            progress=progress,
+        )
+        chosen = planned.recipe
+    elif chosen is None:
+        chosen = find_method(method).recipe(options or Options(), tuple(ignore))
+    elif options is not None or ignore:
+        raise OptionError("a recipe says everything itself: leave out options and ignore")
+    return compress_checkpoint(
+        folder,
+        Path(out),
+        chosen,
+        calibration,
+        statistics,
+        target=target,
+        planned=planned,
+        format=format,
+        device=find_device(device),
+        overwrite=overwrite,
+        measured=measure,
+        progress=progress or Silence(),
+        name=str(model),
+        version=__version__,
+    )
+
+
+def plan(
+    model: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    options: Options | None = None,
+    ignore: Sequence[str] = (),
+    data: Data = None,
+    curvature: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "auto",
+    size: str | int | None = None,
+    mean_bits: float | None = None,
+    loss: float | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> BudgetPlan:
+    """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
+
+    Exactly one of `size`, `mean_bits` and `loss` is given; with `loss` the smallest such recipe is found. `options`
+    that are given hold for all layers. Arguments are those of `compress`; `target` is `transformers` if absent.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; a budget that cannot be met says what can.
+    """
+    return plan_budget(
+        locate(model),
+        Budget(size, mean_bits, loss),
+        find_method(method),
+        options or Options(),
+        tuple(ignore),
+        calibration_of(data, samples, length, seed, batch_size),
+        None if curvature is None else Path(curvature),
+        target=target or "transformers",
+        format=format,
+        device=find_device(device),
+        progress=progress or Silence(),
+    )
+
+
+def estimate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    curvatures: Sequence[str] = ("gram",),
+    data: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
+
+    The folder holds for each linear layer what `curvatures` names, E[g²] at its outputs, and fingerprints of model and
+    data. "gram" is the second moment of the layer's inputs, which `compress` needs; "kronecker" its K-FAC factors, from
+    which `compress` and `inspect` predict; "fisher" the diagonal of the Fisher, of whole sequences. Both are the true
+    Fisher with sampled labels, in nats per token. Other arguments are those of `compress`.
+
+    Returns:
+        The folder's index: what was estimated, from what, and the seconds by phase.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    calibration = calibration_of(data, samples, length, seed, batch_size)
+    return estimate_checkpoint(
+        locate(model),
+        Path(out),
+        tuple(curvatures),
+        calibration,
+        device=find_device(device),
+        overwrite=overwrite,
+        progress=progress or Silence(),
+        version=__version__,
+    )
