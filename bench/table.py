@@ -85,12 +85,16 @@ def _section(results: dict[str, Any]) -> list[str]:
         name = row["program"] if row["program"].startswith("hesse") else f"{row['program']} {row.get('version', '')}"
         lines.append(
             f"| {row['case']} | {name} | {row['eval_kl']:.5f} | {row['eval_kl_standard_error']:.5f} "
-            f"| {own['eval_kl'] / row['eval_kl']:.2f} | {row['calibration_kl']:.5f} "
+            f"| {own['eval_kl'] / row['eval_kl']:.2f} | {_optional(row.get('calibration_kl'))} "
             f"| {_seconds(row['seconds'])} | {own['seconds'] / row['seconds']:.2f} "
             f"| {_seconds(row['seconds_with_io'])} | {own['seconds_with_io'] / row['seconds_with_io']:.2f} "
             f"| {row['peak_rss_bytes'] / 1e6:.0f} |"
         )
     return [*lines, ""]
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
 
 
 def _seconds(value: float) -> str:
