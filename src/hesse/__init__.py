@@ -22,7 +22,7 @@ from hesse.curvature import (
 )
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
-from hesse.solvers import ErrorFeedback, Nearest, Solution, WhitenedSVD, solve
+from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "Recipe",
     "Solution",
     "Sparse",
+    "TwoSidedFeedback",
     "WhitenedSVD",
     "__version__",
     "benchmark",
