@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METHODS = ("gptq", "rtn", "sparsegpt", "wanda")
 # A pattern, not the plain name: the pruning modifiers look the layer up as "lm_head.", which the plain name would miss.
-IGNORE = ["re:.*lm_head"]
+IGNORE = ["re:.*lm_head", "re:.*embed_out"]
 
 
 def calibration_loader(samples: list[list[int]], batch_size: int) -> DataLoader[Any]:
