@@ -123,13 +123,13 @@ def measure(
     return [{"case": case.name, "program": program, **best[program]} for program in programs]
 
 
-def _programs(case: Case, peers: list[str]) -> list[str]:
+def _programs(case: Case, peers: list[str], shipped: bool) -> list[str]:
     """Who takes part in a row."""
     rounding = case.method == "kronecker"
     programs = ["hesse", *([PLAIN] if rounding else [])]
     programs += [p for p in peers if p and (rounding or p not in ONLY_ROUNDING_ROWS)]
     calibrated = case.method != "rtn"
-    return [*programs, ONE_SAMPLE] if calibrated and "llmcompressor" in peers else programs
+    return [*programs, ONE_SAMPLE] if shipped and calibrated and "llmcompressor" in peers else programs
 
 
 def main() -> None:
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="run the rows with this in their name, and keep the others")
     parser.add_argument("--without", default="nothing", help="leave out the rows with this in their name")
+    parser.add_argument("--untimed", action="store_true", help="other work disturbs the machine: show no seconds")
     parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER, help="a folder that train_models.py made")
     arguments = parser.parse_args()
     model = arguments.model.resolve()
@@ -154,14 +155,16 @@ def main() -> None:
         ids.write_text("".join(json.dumps({"input_ids": sample.tolist()}) + "\n" for sample in samples.ids))
         machine = limits()
         kept = json.loads(place.read_text())["rows"] if arguments.only and place.exists() else []
+        kept = [{**row, "earlier": True} for row in kept]
         for case in CASES:
             if arguments.only not in case.name or arguments.without in case.name:
                 rows += [row for row in kept if row["case"] == case.name]
                 continue
-            programs = _programs(case, arguments.peers.split(","))
+            programs = _programs(case, arguments.peers.split(","), shipped)
             for row in measure(case, programs, model, ids, held_out, arguments.repeats):
-                rows.append(row)
+                rows.append({**row, "timed": not arguments.untimed})
                 print(json.dumps({k: v for k, v in row.items() if k != "phases"}), flush=True)
+            rows += [row for row in kept if row["case"] == case.name and row["program"] not in programs]
     facts = read_json(model / "training.json")
     results = {"machine": machine, "model": {"name": model.name, **facts}, "samples": SAMPLES, "length": LENGTH}
     place.write_text(json.dumps({**results, "repeats": arguments.repeats, "rows": rows}, indent=2) + "\n")

@@ -56,6 +56,9 @@ def markdown(every: list[dict[str, Any]], model: Path) -> str:
     for found in every:
         lines += _section(found)
     lines += [
+        "† of an earlier run on the same kind of machine, with the same versions, tokens and settings. Where no seconds "
+        "stand, other work disturbed the machine.",
+        "",
         "llm-compressor ran with 32 samples a batch, which makes it faster, and with 1, its default, where that is "
         "named. In the rows of plain rounding the peer does nothing else, while most of Hesse's whole time goes to "
         "predicting the cost, reading the file back and measuring.",
@@ -83,12 +86,13 @@ def _section(results: dict[str, Any]) -> list[str]:
             lines.append(f"| {row['case']} | {row['program']} | failed: {row['error']} | | | | | | | | |")
             continue
         name = row["program"] if row["program"].startswith("hesse") else f"{row['program']} {row.get('version', '')}"
+        times = [_seconds(row[key]) + f" | {own[key] / row[key]:.2f}" for key in ("seconds", "seconds_with_io")]
+        if not (row.get("timed", True) and own.get("timed", True)):
+            times = ["- | -"] * 2
         lines.append(
-            f"| {row['case']} | {name} | {row['eval_kl']:.5f} | {row['eval_kl_standard_error']:.5f} "
-            f"| {own['eval_kl'] / row['eval_kl']:.2f} | {_optional(row.get('calibration_kl'))} "
-            f"| {_seconds(row['seconds'])} | {own['seconds'] / row['seconds']:.2f} "
-            f"| {_seconds(row['seconds_with_io'])} | {own['seconds_with_io'] / row['seconds_with_io']:.2f} "
-            f"| {row['peak_rss_bytes'] / 1e6:.0f} |"
+            f"| {row['case']} | {name}{' †' if row.get('earlier') else ''} | {row['eval_kl']:.5f} "
+            f"| {row['eval_kl_standard_error']:.5f} | {own['eval_kl'] / row['eval_kl']:.2f} "
+            f"| {_optional(row.get('calibration_kl'))} | {' | '.join(times)} | {row['peak_rss_bytes'] / 1e6:.0f} |"
         )
     return [*lines, ""]
 
