@@ -56,8 +56,8 @@ def markdown(every: list[dict[str, Any]], model: Path) -> str:
     for found in every:
         lines += _section(found)
     lines += [
-        "† of an earlier run on the same kind of machine, with the same versions, tokens and settings. Where no seconds "
-        "stand, other work disturbed the machine.",
+        "† of an earlier run on the same kind of machine, with the same versions, tokens and settings. Where no "
+        "seconds stand, other work disturbed the machine.",
         "",
         "llm-compressor ran with 32 samples a batch, which makes it faster, and with 1, its default, where that is "
         "named. In the rows of plain rounding the peer does nothing else, while most of Hesse's whole time goes to "
