@@ -47,10 +47,9 @@ def markdown(every: list[dict[str, Any]], model: Path) -> str:
         "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, estimate, "
         "solve, and with the default method probe; for plain rounding, which needs no data, solve). Seconds, whole: "
         "from disk to disk; for Hesse with the probing of the loss that the prediction needs, and with reading the "
-        "file back and measuring it. Imports are left out for all. The fastest of "
-        f"{results['repeats']} runs is shown for "
-        "Hesse and llm-compressor, taking turns; one run for the others. Ratios are Hesse / program: below 1 is better "
-        "for Hesse.",
+        "file back and measuring it. Imports are left out for all. "
+        + ("One run each. " if results["repeats"] == 1 else _repeated(results["repeats"]))
+        + "Ratios are Hesse / program: below 1 is better for Hesse.",
         "",
     ]
     for found in every:
@@ -65,6 +64,10 @@ def markdown(every: list[dict[str, Any]], model: Path) -> str:
         "",
     ]
     return "\n".join(lines + _limits(results, model))
+
+
+def _repeated(repeats: int) -> str:
+    return f"The fastest of {repeats} runs of Hesse and llm-compressor, taking turns; one run of the others. "
 
 
 def _section(results: dict[str, Any]) -> list[str]:
