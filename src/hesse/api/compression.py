@@ -85,24 +85,18 @@ def compress(
         if recipe is not None:
             raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
         check_output(Path(out), folder, overwrite)
-        planned = plan(
-            model,
-            method=method,
-            options=options,
-            ignore=ignore,
-            data=data,
-            curvature=curvature,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
+        planned = plan_budget(
+            folder,
+            Budget(size, mean_bits, loss),
+            find_method(method),
+            options or Options(),
+            tuple(ignore),
+            calibration,
+            statistics,
+            target=target or "transformers",
             format=format,
-            size=size,
-            mean_bits=mean_bits,
-            loss=loss,
-            target=target,
-            progress=progress,
+            device=find_device(device),
+            progress=progress or Silence(),
         )
         chosen = planned.recipe
     elif chosen is None:
@@ -186,7 +180,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
 
-    The folder holds for each linear layer what `curvatures` names, E[g²] at its outputs, and fingerprints of model and
+    The folder holds for each linear layer what `curvatures` names, E[ggᵀ] at its outputs, and fingerprints of model and
     data. "gram" is the second moment of the layer's inputs, which `compress` needs; "kronecker" its K-FAC factors, from
     which `compress` and `inspect` predict; "fisher" the diagonal of the Fisher, of whole sequences. Both are the true
     Fisher with sampled labels, in nats per token. Other arguments are those of `compress`.

@@ -205,7 +205,7 @@ def measure(request: Request) -> Measurement:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had at once, in bytes; `hesse.compression` would load torch to say so."""
+    """The most memory that this process has had at once, in bytes; `hesse` would load torch to say so."""
     status = Path("/proc/self/status")
     if status.exists():  # resource's figure starts from that of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

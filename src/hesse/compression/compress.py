@@ -56,7 +56,6 @@ def compress_checkpoint(
     """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
 
     Where `measured`, the result is measured layer by layer, along the change and in words too, for a report.
-
     A `target` refuses what that loader does not serve; `planned` is where the recipe comes from, for the report.
     With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
     each layer is then solved for the inputs that the dense model gives it.
@@ -107,7 +106,7 @@ class _Run:
                 costs = {layer.name: layer.predicted_loss_increase for layer in self.layers}
                 result = open_checkpoint(folder)
                 measurements = measure(plan.dense, result, plan.check, plan.seen, costs, self.progress)
-            seconds = {"total": self.clock.total, **self.clock.seconds}
+            seconds = self._seconds()
             report = replace(report, measurements=measurements, seconds=seconds, peak_rss_bytes=peak_memory())
         write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
@@ -147,6 +146,10 @@ class _Run:
             probe(plan.network, plan.probes, whole_factors(plan.rules), folder, seed, self.clock, step), flows
         )
 
+    def _seconds(self) -> dict[str, float]:
+        """In all, and by phase; a budget was planned before this run's clock began."""
+        return {"total": self.clock.total + self.clock.seconds.get("plan", 0.0), **self.clock.seconds}
+
     def _report(
         self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification
     ) -> CompressionReport:
@@ -159,7 +162,7 @@ class _Run:
             model=model_name,
             out=str(out),
             format=plan.format.name,
-            seconds={"total": self.clock.total + self.clock.seconds.get("plan", 0.0), **self.clock.seconds},
+            seconds=self._seconds(),
             peak_rss_bytes=peak_memory(),
             bytes_before=plan.checkpoint.file_bytes,
             bytes_after=after.file_bytes,

@@ -54,7 +54,7 @@ class CostMeter:
         with tempfile.TemporaryDirectory() as folder:
             probes, seed, step = selected.probes, calibration.seed, progress.advance
             factors = probe(network, probes, whole, Path(folder), seed, Clock(), step)
-            samples = Samples(selected.samples.ids[:MOST_SAMPLES], selected.samples.source, selected.samples.exact)
+            samples = selected.samples.first(MOST_SAMPLES)
             self._solve_all(network, samples, calibration, factors, progress)
 
     def _solve_all(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 Band = tuple[float, float]
 # Measured over predicted cost, where predictions can be relied on; docs/report.md says what they were drawn from.
@@ -17,43 +18,43 @@ class Measured:
     standard_error: float  # over tokens
 
 
+class _Compared:
+    """What was measured beside its prediction, and the band that their ratio is to lie in."""
+
+    band: ClassVar[Band]
+    predicted: float | None
+    measured: Measured
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted; None without a prediction."""
+        return ratio(self.measured.value, self.predicted)
+
+    @property
+    def outside(self) -> bool:
+        """Whether the ratio leaves the band by more than two standard errors."""
+        return leaves(self.band, self.measured, self.predicted)
+
+
 @dataclass(frozen=True)
-class LayerMeasurement:
+class LayerMeasurement(_Compared):
     """Layers of one block, changed alone in the dense model: one layer, or one matrix of all experts of a mixture."""
 
     name: str
     layers: list[str]
     predicted: float | None  # the sum over those that have one
     measured: Measured
-
-    @property
-    def ratio(self) -> float | None:
-        """Measured over predicted; None without a prediction."""
-        return ratio(self.measured.value, self.predicted)
-
-    @property
-    def outside(self) -> bool:
-        """Whether the ratio leaves the band by more than two standard errors."""
-        return leaves(LAYER_BAND, self.measured, self.predicted)
+    band = LAYER_BAND
 
 
 @dataclass(frozen=True)
-class LinePoint:
+class LinePoint(_Compared):
     """All layers changed by `share` of their change: w + share · d."""
 
     share: float
     predicted: float  # share² times the whole prediction
     measured: Measured
-
-    @property
-    def ratio(self) -> float | None:
-        """Measured over predicted; None without a prediction."""
-        return ratio(self.measured.value, self.predicted)
-
-    @property
-    def outside(self) -> bool:
-        """Whether the ratio leaves the band by more than two standard errors."""
-        return leaves(BAND, self.measured, self.predicted)
+    band = BAND
 
 
 @dataclass(frozen=True)

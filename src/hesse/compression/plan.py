@@ -78,7 +78,7 @@ def make_plan(
         calibrated = calibrated and same
     if statistics is not None or not calibrated:
         samples = selected.probes  # only the prediction looks at them
-    seen = replace(samples, ids=samples.ids[: len(selected.check.ids)])
+    seen = samples.first(len(selected.check.ids))
     return Plan(
         model=model,
         recipe=recipe,

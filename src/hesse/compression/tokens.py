@@ -58,10 +58,7 @@ def select_samples(
         reserve=_count(PROBE_TOKENS, length),
     )
     check_ids(network, samples.batches(1))
-    probes, check = (
-        Samples(samples.ids[: _count(tokens, len(samples.ids[0]))], samples.source, samples.exact)
-        for tokens in (probe_tokens, PROBE_TOKENS)
-    )
+    probes, check = (samples.first(_count(tokens, len(samples.ids[0]))) for tokens in (probe_tokens, PROBE_TOKENS))
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")

@@ -3,7 +3,7 @@
 import hashlib
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,10 @@ class Samples:
     ids: tuple[Tensor, ...]  # each (tokens,) int64
     source: str  # what a person typed, or "default calibration text"
     exact: bool  # the data gave ready ids: these very tokens, one sample a line
+
+    def first(self, count: int) -> "Samples":
+        """The first `count` of them, or all if they are fewer."""
+        return replace(self, ids=self.ids[:count])
 
     def batches(self, batch_size: int) -> list[Tensor]:
         """Batches (samples, tokens) of at most `batch_size` samples of equal length, so that none is padded.

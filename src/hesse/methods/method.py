@@ -14,6 +14,8 @@ from hesse.methods.recipe import (
     parse_sparsity,
 )
 
+GRID_OPTIONS = ("group_size", "symmetric", "headroom", "signed")  # that mean something with bits only
+
 
 @dataclass(frozen=True)
 class Options:
@@ -67,9 +69,7 @@ class Method:
         if options.act_order and pattern:
             raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
         constraint = ConstraintOptions(
-            grid=_given(GridOptions, chosen, ("bits", "group_size", "symmetric", "headroom", "signed"))
-            if chosen.bits
-            else None,
+            grid=_given(GridOptions, chosen, ("bits", *GRID_OPTIONS)) if chosen.bits else None,
             sparse=SparseOptions(amount=chosen.sparsity, scope=chosen.scope or "layer")  # type: ignore[arg-type]
             if chosen.sparsity is not None
             else None,
@@ -90,10 +90,7 @@ class Method:
         grid = "grid" in has and (options.bits or self.defaults.bits)
         allowed = {
             "bits": "grid" in has,
-            "group_size": grid,
-            "symmetric": grid,
-            "headroom": grid,
-            "signed": grid,
+            **dict.fromkeys(GRID_OPTIONS, grid),
             "sparsity": "sparse" in has,
             "scope": "sparse" in has,
             "rank": "low_rank" in has,
@@ -105,11 +102,7 @@ class Method:
         for field in fields(options):
             if getattr(options, field.name) is not None and not allowed[field.name]:
                 option = "--" + field.name.replace("_", "-")
-                reason = (
-                    "without --bits"
-                    if field.name in ("group_size", "symmetric", "headroom", "signed") and "grid" in has
-                    else ""
-                )
+                reason = "without --bits" if field.name in GRID_OPTIONS and "grid" in has else ""
                 meant = f"{option} has no meaning for the method {self.name} {reason}".rstrip()
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 

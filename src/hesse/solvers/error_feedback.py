@@ -194,9 +194,14 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
         lower = backwards.factor
     except ConditioningError:
         lower = Gram(second_moment=moment.flip(0, 1).double(), tokens=gram.tokens, damping=gram.damping).factor
-    identity = torch.eye(len(lower)).to(lower)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse = inverse_of(lower)
     # float64 factorises what float32 merely rounded, so what A itself resolves is asked again.
     if not backwards.resolves(inverse.square().sum(0)):
         raise gram.singular()
     return inverse.flip(0, 1).to(moment.dtype)
+
+
+def inverse_of(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix (n, n)."""
+    inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    return inverse

@@ -12,6 +12,7 @@ from hesse.constraints import Constraint, Grid, GridCode, Scales
 from hesse.constraints.base import round_to
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers.error_feedback import inverse_of
 from hesse.solvers.refit_scales import refit_scales
 from hesse.solvers.sweeps import Floats, descend, feed_back
 
@@ -114,7 +115,7 @@ class _Loops:
 
     def fed_back(self, scales: Scales) -> GridCode:
         """The codes that error feedback finds for given scales."""
-        work = self._taken(self.weight).clone()
+        work = self._taken(self.weight)
         codes, rows = torch.empty_like(work), self.state.row_feedback.numpy()
         for start, stop, settings in self._blocks(scales):
             columns = self.state.column_feedback[start:stop]
@@ -127,7 +128,7 @@ class _Loops:
 
     def descended(self, best: _Priced) -> GridCode:
         """The codes after one pass of coordinate descent."""
-        scales, gradient = best.code.scales, self._taken(best.slope).clone()
+        scales, gradient = best.code.scales, self._taken(best.slope)
         zero_point = 0 if scales.zero_point is None else self.grid.expand(scales.zero_point, self.weight.shape[1])
         codes = self._taken(best.code.codes.to(self.weight) - zero_point)
         factor = self.state.output_factor.numpy()
@@ -156,7 +157,7 @@ class _Loops:
             yield start, stop, (scale[lines].numpy(), lowest[lines].numpy(), highest[lines].numpy())
 
     def _taken(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) as the loops take it: transposed, both sides in their order."""
+        """A copy of a matrix (out, in) as the loops take it: transposed, both sides in their order."""
         return _loop(matrix.T[self.state.columns][:, self.state.rows])
 
     def _code(self, codes: Tensor, scales: Scales) -> GridCode:
@@ -177,8 +178,7 @@ def _feedback(factor: Tensor, order: Tensor) -> Tensor:
     for matrix in (backwards, backwards.double()):
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-            upper = inverse.flip(0, 1)
+            upper = inverse_of(lower).flip(0, 1)
             return _loop(upper / upper.diagonal()[:, None])
     raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
 
