@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers import kernels
 from hesse.solvers.late_mask import LateMask
 from hesse.solvers.refit import refit
 
@@ -35,6 +37,9 @@ class ErrorFeedback:
     The weights that an unstructured Sparse drops are chosen for `mask_columns` columns at a time. Without a Grid, the
     weights that are kept are refitted afterwards by `refit_steps` of conjugate gradients, since the sweep leaves a
     column as it is when columns after it are dropped.
+
+    On a GPU with Triton a float32 weight is swept by kernels, with one launch for the columns between two decisions on
+    scales or masks.
 
     Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
     et al., 2023).
@@ -95,6 +100,7 @@ class _Sweep:
         self.work = work.contiguous()
         self.factor = factor
         self.grid = grid
+        self.group = 0  # columns whose scales are fitted once the first is reached; 0 where all are set before
         self.mask = LateMask(sparse, self.work, factor.diagonal(), mask_columns) if sparse is not None else None
         self.kept = torch.ones_like(self.work, dtype=torch.bool) if self.mask is None else self.mask.kept
         # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
@@ -121,38 +127,76 @@ class _Sweep:
     def run(self, block_size: int, fit_scales: bool) -> None:
         """Replace `work` by allowed values, column after column."""
         columns = len(self.work)
-        group = self.grid.group_width(columns) if self.grid is not None else columns
+        self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
         # U_j / U_jj takes a column's plain difference, which saves dividing it.
         factor = self.factor / self.factor.diagonal()[:, None]
+        in_kernels = kernels.run_on(self.work.device) and self.work.dtype == torch.float32
+        walk = self._walk_in_kernels if in_kernels else self._walk
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
             if self.mask is not None:
                 self.mask.enter(start, stop)
-            block, errors = self.work[start:stop], torch.empty_like(self.work[start:stop])
-            allowed, codes = [], []
-            # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
-            rows = zip(block, errors, factor[start:stop, start:stop], *self._settings(start, stop), strict=True)
-            for k, (column, error, update, kept, scale, zero_point) in enumerate(rows):
-                j, left = start + k, stop - start - k - 1
-                if self.grid is not None and fit_scales and j % group == 0:
-                    end = min(j + group, columns)
-                    self.set_scales(j, self.grid, self.grid.fit(self.work[j:end].T))
-                if self.mask is not None and j % self.mask.columns_at_once == 0:
-                    self.mask.decide(j)
-                values = column if self.mask is None else column * kept
-                if self.grid is not None:
-                    codes.append(self.grid.codes(values, scale, zero_point))
-                    values = self.grid.values(codes[-1], scale, zero_point)
-                allowed.append(values)
-                torch.sub(column, values, out=error)
-                block.narrow(0, k + 1, left).addr_(update.narrow(0, k + 1, left), error, alpha=-1)
-            torch.stack(allowed, out=block)
-            if codes:
-                self.codes[start:stop] = torch.stack(codes)
+            errors = torch.empty_like(self.work[start:stop])
+            walk(start, stop, errors, factor[start:stop, start:stop])
             self.work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
+    def _walk(self, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
+        """Replace the columns [start, stop) by allowed values, and fill their `errors`."""
+        block = self.work[start:stop]
+        allowed, codes = [], []
+        # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
+        rows = zip(block, errors, factor, *self._settings(start, stop), strict=True)
+        for k, (column, error, update, kept, scale, zero_point) in enumerate(rows):
+            left = stop - start - k - 1
+            self._decide(start + k)
+            values = column if self.mask is None else column * kept
+            if self.grid is not None:
+                codes.append(self.grid.codes(values, scale, zero_point))
+                values = self.grid.values(codes[-1], scale, zero_point)
+            allowed.append(values)
+            torch.sub(column, values, out=error)
+            block.narrow(0, k + 1, left).addr_(update.narrow(0, k + 1, left), error, alpha=-1)
+        torch.stack(allowed, out=block)
+        if codes:
+            self.codes[start:stop] = torch.stack(codes)
+
+    def _walk_in_kernels(self, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
+        """As `_walk`, with one launch from one decision to the next."""
+        from hesse.solvers.kernels.columns import Block, walk
+
+        def part(whole: Tensor | None) -> Tensor | None:
+            return None if whole is None else whole[start:stop]
+
+        block = Block(
+            self.work[start:stop],
+            errors,
+            part(None if self.grid is None else self.codes),
+            part(self.scale),
+            part(self.zero_point),
+            part(None if self.mask is None else self.kept),
+            factor.contiguous(),
+        )
+        decisions = [j for j in range(start, stop) if j == start or self._decides(j)]
+        for first, last in pairwise([*decisions, stop]):
+            self._decide(first)
+            walk(block, first - start, last - start, self.grid)
+
+    def _decides(self, j: int) -> bool:
+        """Whether something of the columns from `j` on is decided only when `j` is reached."""
+        return (self.group > 0 and j % self.group == 0) or (
+            self.mask is not None and j % self.mask.columns_at_once == 0
+        )
+
+    def _decide(self, j: int) -> None:
+        """Decide what has to be before column `j`: scales of its group, a mask of it and the next."""
+        if self.group and j % self.group == 0:
+            assert self.grid is not None
+            self.set_scales(j, self.grid, self.grid.fit(self.work[j : j + self.group].T))
+        if self.mask is not None and j % self.mask.columns_at_once == 0:
+            self.mask.decide(j)
+
     def _settings(self, start: int, stop: int) -> list[list[Any]]:
-        """What `run` needs to know of each column: which weights are kept, their scales and their zero points."""
+        """What `_walk` needs to know of each column: which weights are kept, their scales and their zero points."""
         parts = (None if self.mask is None else self.kept, self.scale, self.zero_point)
         return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
 

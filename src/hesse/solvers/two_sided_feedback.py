@@ -1,10 +1,8 @@
 """Error feedback over both sides of a Kronecker curvature, then coordinate descent with refitted scales."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +10,10 @@ from hesse.constraints import Constraint, Grid, GridCode, Scales
 from hesse.constraints.base import round_to
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers import kernels, two_sided_loops
 from hesse.solvers.error_feedback import inverse_of
 from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.sweeps import Floats, descend, feed_back
-
-BLOCK = 64  # columns whose errors reach those beyond them in one product
+from hesse.solvers.two_sided_loops import Steps, TwoSidedSweeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +40,9 @@ class TwoSidedFeedback:
     follows. Never worse than rounding to nearest on the same grid.
 
     Choose it where the end loss's curvature is known (a Kronecker of Fisher factors) and quality counts. Needs factors
-    that are positive definite: `Kronecker.with_damped_factors`. The loops run on the CPU, whatever the tensors'
-    device. Source: the update of GPTQ (Frantar et al., 2022) on the curvature of K-FAC (Martens and Grosse, 2015).
+    that are positive definite: `Kronecker.with_damped_factors`. On a GPU with Triton the loops over codes are kernels,
+    else they run on the CPU. Source: the update of GPTQ (Frantar et al., 2022) on the curvature of K-FAC (Martens and
+    Grosse, 2015).
     """
 
     passes: int = 1
@@ -87,11 +85,11 @@ class _Priced(NamedTuple):
 
 
 class _Loops:
-    """The compiled loops on one weight, from and to codes in the weight's own order."""
+    """The sweeps over one weight, from and to codes in the weight's own order."""
 
     def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor) -> None:
         self.state, self.grid, self.weight = state, grid, weight
-        self.split = np.float32(0 if grid.dtype == torch.float32 else 2.0**23 * torch.finfo(grid.dtype).eps + 1)
+        self.sweeps = _sweeps(state.input_factor.device)
 
     def priced(self, code: GridCode) -> _Priced:
         """`code` with H d and ½ dᵀHd, d being its difference from the weight."""
@@ -115,46 +113,26 @@ class _Loops:
 
     def fed_back(self, scales: Scales) -> GridCode:
         """The codes that error feedback finds for given scales."""
-        work = self._taken(self.weight)
-        codes, rows = torch.empty_like(work), self.state.row_feedback.numpy()
-        for start, stop, settings in self._blocks(scales):
-            columns = self.state.column_feedback[start:stop]
-            errors = torch.empty_like(work[start:stop])
-            within = columns[:, start:stop].contiguous().numpy()
-            block = work[start:stop].numpy(), codes[start:stop].numpy(), errors.numpy()
-            feed_back(*block, *settings, within, rows, self.split)
-            work[stop:].addmm_(columns[:, stop:].T, errors, alpha=-1)
-        return self._code(codes, scales)
+        state, work = self.state, self._taken(self.weight)
+        return self._code(
+            self.sweeps.feed_back(work, self._steps(scales), state.column_feedback, state.row_feedback), scales
+        )
 
     def descended(self, best: _Priced) -> GridCode:
         """The codes after one pass of coordinate descent."""
         scales, gradient = best.code.scales, self._taken(best.slope)
         zero_point = 0 if scales.zero_point is None else self.grid.expand(scales.zero_point, self.weight.shape[1])
         codes = self._taken(best.code.codes.to(self.weight) - zero_point)
-        factor = self.state.output_factor.numpy()
-        for start, stop, settings in self._blocks(scales):
-            inputs = self.state.input_factor[start:stop]
-            changes = torch.empty_like(codes[start:stop])
-            within = inputs[:, start:stop].contiguous().numpy()
-            block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()
-            descend(*block, *settings, within, factor, self.split)
-            gradient[stop:].addmm_(inputs[:, stop:].T, changes)
+        self.sweeps.descend(codes, gradient, self._steps(scales), self.state.input_factor, self.state.output_factor)
         return self._code(codes, scales)
 
-    def _blocks(self, scales: Scales) -> Iterator[tuple[int, int, tuple[Floats, Floats, Floats]]]:
-        """Where each block of columns starts and stops; its scales, lowest and highest codes (columns, out).
-
-        Codes are counted from the zero point.
-        """
+    def _steps(self, scales: Scales) -> Steps:
+        """The grid of each weight as the sweeps take it."""
         zero_point = torch.zeros_like(scales.scale) if scales.zero_point is None else scales.zero_point
-        bounds = (self.grid.lowest - zero_point, self.grid.highest - zero_point)
-        scale, lowest, highest = (_loop(values[self.state.rows].T) for values in (scales.scale, *bounds))
-        width = len(self.state.columns)
-        group = self.state.columns.cpu() // self.grid.group_width(width)
-        for start in range(0, width, BLOCK):
-            stop = min(start + BLOCK, width)
-            lines = group[start:stop]
-            yield start, stop, (scale[lines].numpy(), lowest[lines].numpy(), highest[lines].numpy())
+        values = (scales.scale, self.grid.lowest - zero_point, self.grid.highest - zero_point)
+        scale, lowest, highest = (_loop(each[self.state.rows].T) for each in values)
+        group = self.state.columns // self.grid.group_width(len(self.state.columns))
+        return Steps(scale, lowest, highest, group.to(scale.device), self.grid.dtype)
 
     def _taken(self, matrix: Tensor) -> Tensor:
         """A copy of a matrix (out, in) as the loops take it: transposed, both sides in their order."""
@@ -184,5 +162,15 @@ def _feedback(factor: Tensor, order: Tensor) -> Tensor:
 
 
 def _loop(tensor: Tensor) -> Tensor:
-    """`tensor` as the loops read it."""
-    return tensor.to("cpu", torch.float32).contiguous()
+    """`tensor` as the sweeps read it, where they run."""
+    device = tensor.device if kernels.run_on(tensor.device) else torch.device("cpu")
+    return tensor.to(device, torch.float32).contiguous()
+
+
+def _sweeps(device: torch.device) -> TwoSidedSweeps:
+    """The sweeps over tensors on `device`."""
+    if not kernels.run_on(device):
+        return two_sided_loops
+    from hesse.solvers.kernels import two_sided
+
+    return two_sided

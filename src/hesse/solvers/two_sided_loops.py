@@ -1,0 +1,80 @@
+"""Both sweeps of two-sided rounding over a whole weight: block by block, in the compiled loops."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesse.solvers import sweeps
+from hesse.solvers.sweeps import Floats
+
+BLOCK = 64  # columns whose errors reach those beyond them in one product
+
+
+class Steps(NamedTuple):
+    """The grid of a transposed weight (in, out), both sides in the order of the sweep; codes count from zero points."""
+
+    scale: Tensor  # (groups, out) float32
+    lowest: Tensor  # (groups, out) lowest codes, whole numbers in float32
+    highest: Tensor  # (groups, out)
+    group: Tensor  # (in,) the group of each column
+    dtype: torch.dtype  # of the stored values
+
+
+class TwoSidedSweeps(Protocol):
+    """What rounds and betters the codes of a weight; all tensors are contiguous, float32 and transposed (in, out)."""
+
+    def feed_back(self, work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
+        """The codes that error feedback finds for the weights `work`, which are used up.
+
+        `columns` (in, in) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i)
+        takes columns[j, k] · rows[i, l] · e from weight (k, l), k ≥ j, l ≥ i.
+        """
+
+    def descend(
+        self, codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor
+    ) -> None:
+        """Change each of `codes`, column by column, where that lowers ½ tr(G d A dᵀ).
+
+        `gradient` is A d G for the present difference d, and used up; `input_factor` is A (in, in), `output_factor` G
+        (out, out).
+        """
+
+
+def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
+    """As `TwoSidedSweeps` says, on the CPU."""
+    codes = torch.empty_like(work)
+    for start, stop, settings in _blocks(steps):
+        errors = torch.empty_like(work[start:stop])
+        within = columns[start:stop, start:stop].contiguous().numpy()
+        block = work[start:stop].numpy(), codes[start:stop].numpy(), errors.numpy()
+        sweeps.feed_back(*block, *settings, within, rows.numpy(), _split(steps.dtype))
+        work[stop:].addmm_(columns[start:stop, stop:].T, errors, alpha=-1)
+    return codes
+
+
+def descend(codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor) -> None:
+    """As `TwoSidedSweeps` says, on the CPU."""
+    for start, stop, settings in _blocks(steps):
+        changes = torch.empty_like(codes[start:stop])
+        within = input_factor[start:stop, start:stop].contiguous().numpy()
+        block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()
+        sweeps.descend(*block, *settings, within, output_factor.numpy(), _split(steps.dtype))
+        gradient[stop:].addmm_(input_factor[start:stop, stop:].T, changes)
+
+
+def _blocks(steps: Steps) -> Iterator[tuple[int, int, tuple[Floats, Floats, Floats]]]:
+    """Where each block of columns starts and stops; its scales, lowest and highest codes (columns, out)."""
+    width = len(steps.group)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        scale, lowest, highest = (values[steps.group[start:stop]].numpy() for values in steps[:3])
+        yield start, stop, (scale, lowest, highest)
+
+
+def _split(dtype: torch.dtype) -> np.float32:
+    """By what the loops multiply to round to `dtype`; 0 for values kept whole."""
+    split: np.float32 = np.float32(0 if dtype == torch.float32 else 2.0**23 * torch.finfo(dtype).eps + 1)
+    return split
