@@ -8,7 +8,7 @@ longest chain of weights that depend on one another.
 Descent: a weight depends on all before it, since G has no zeros. But it is only a *change* of a code that others
 depend on, and few change (1 or 2 in a hundred): a program weighs many codes of a column at once, makes the first
 change, and weighs those after it again. The longest chain is as long as there are changes, and one program walks it,
-so that on a GPU the descent takes longest.
+so that descent is expected to take longest (not measured).
 """
 
 import torch
