@@ -60,8 +60,8 @@ CASES = (
 )
 
 
-def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[str, Any]:
-    """Run a peer's script; its last line is its own account."""
+def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path, limit: float | None = None) -> dict[str, Any]:
+    """Run a peer's script, for at most `limit` seconds; its last line is its own account."""
     batch = ["--batch-size", "1"] if peer == ONE_SAMPLE else []
     peer = peer.partition(",")[0]
     method = "autoround" if peer == "autoround" else case.peer_method
@@ -69,7 +69,10 @@ def run_peer(peer: str, case: Case, model: Path, ids: Path, out: Path) -> dict[s
     command += ["--model", str(model), "--ids", str(ids), "--out", str(out), "--method", method, *batch]
     for option, value in (("--bits", case.bits), ("--group-size", case.group_size), ("--sparsity", case.sparsity)):
         command += [option, str(value)] if value is not None else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent)  # some write logs there
+    try:  # some write logs into the present folder
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {limit:.0f} seconds"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     account: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -260,7 +260,7 @@ def test_an_overwrite_that_fails_leaves_the_old_model(
     monkeypatch.setattr(writer, "save_file", full_disk)
     assert "the disk is full" in run_into(hesse_command, model, out, "--overwrite").error
     assert (out / WEIGHTS).read_bytes() == before
-    assert left_over(tmp_path) == ["out"]
+    assert left_over(tmp_path) == [".out.unfinished", "out"]
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -273,7 +273,8 @@ def test_a_disk_that_fills_up(model: Path, refused: Refuse, tmp_path: Path, monk
     error = refused(model, out=out)
     assert "the disk is full" in error
     assert str(out.parent) in error
-    assert not out.parent.exists()
+    assert error.endswith("what is done of it is kept, and the same command goes on")
+    assert left_over(out.parent) == [".out.unfinished"]
 
 
 def test_a_disk_that_is_too_small(
@@ -299,7 +300,7 @@ def terminate(*_: Any) -> None:
 
 @pytest.mark.parametrize("stop", [interrupt, terminate])
 @pytest.mark.parametrize("where", ["solve", "verify"])
-def test_a_run_that_is_stopped_leaves_nothing(
+def test_a_run_that_is_stopped_leaves_no_checkpoint(
     stop: Callable[..., None],
     where: str,
     model: Path,
@@ -314,8 +315,9 @@ def test_a_run_that_is_stopped_leaves_nothing(
     else:
         monkeypatch.setattr(compression, "verify", stop)
     ran = run_into(hesse_command, model, tmp_path / "out")
-    assert (ran.code, ran.error) == (130, "Interrupted: nothing was written.")
-    assert left_over(tmp_path) == []
+    kept = "was not written; what is done of it is kept, and the same command goes on."
+    assert (ran.code, ran.error) == (130, f"Interrupted: {tmp_path / 'out'} {kept}")
+    assert left_over(tmp_path) == [".out.unfinished"]
 
 
 def test_an_error_under_a_progress_bar_is_one_line_too(
@@ -325,7 +327,7 @@ def test_an_error_under_a_progress_bar_is_one_line_too(
     ran = hesse_command("compress", model, tmp_path / "out", "--data", write_ids(tmp_path / "ids.jsonl"))
     assert (ran.code, ran.stdout.strip()) == (1, "")
     assert [line for line in ran.stderr.splitlines() if "Error" in line] == [ran.stderr.splitlines()[-1]]
-    assert left_over(tmp_path) == []
+    assert left_over(tmp_path) == [".out.unfinished"]
 
 
 def test_weights_of_the_source_are_never_touched(model: Path, hesse_command: CommandLine, tmp_path: Path) -> None:

@@ -179,12 +179,12 @@ def start(folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(family_folder: FolderOf, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_middle_leaves_no_checkpoint(family_folder: FolderOf, tmp_path: Path) -> None:
     data = write_ids(tmp_path / "ids.jsonl", tiny_models.random_ids(512, 128))
     arguments = ("--data", data, "--batch-size", "1", "--json")
     with start(tmp_path, "compress", family_folder("llama"), "new/out", *arguments) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("new/.out.partial-*")):
+        while not list(tmp_path.glob("new/.out.unfinished/journal-0/check-*.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -192,8 +192,9 @@ def test_ctrl_c_in_the_middle_leaves_nothing(family_folder: FolderOf, tmp_path: 
         process.send_signal(signal.SIGINT)
         printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
-    assert error == "Interrupted: nothing was written.\n"
-    assert left_over(tmp_path, "new") == []
+    kept = "was not written; what is done of it is kept, and the same command goes on."
+    assert error == f"Interrupted: new/out {kept}\n"
+    assert left_over(tmp_path / "new") == [".out.unfinished"]
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from helpers import (
     sha256,
     twin,
 )
+from hesse.compression import blocks
 from hesse.compression import compress as compression
 from hesse.errors import VerificationError
 from hesse.methods import METHODS, Recipe, Rule
@@ -402,12 +403,13 @@ def test_a_gram_that_cannot_be_factorised_is_listed(family_folder: FolderOf, tmp
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Tensor], Tensor]) -> None:
     """Let the disk change one tensor on its way."""
-    add = writer.ShardWriter.add
 
-    def changed(self: writer.ShardWriter, tensors: dict[str, Tensor]) -> None:
-        add(self, {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()})
+    def changed(path: Path, tensors: dict[str, Tensor]) -> writer.Part:
+        edited = {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()}
+        return writer.write_part(path, edited)
 
-    monkeypatch.setattr(writer.ShardWriter, "add", changed)
+    for module in (blocks, compression):
+        monkeypatch.setattr(module, "write_part", changed)
 
 
 def flip_first_bit(words: Tensor) -> Tensor:
@@ -440,7 +442,7 @@ def test_a_copied_tensor_that_changed_is_named(
 def test_a_cost_out_of_all_proportion_is_refused(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compression, "predicted_increase", lambda *_: 1e-9)
+    monkeypatch.setattr(blocks, "predicted_increase", lambda *_: 1e-9)
     with pytest.raises(
         VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"
     ):

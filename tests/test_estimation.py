@@ -76,7 +76,7 @@ def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, Back
     flows = start(network, IDS.split(batch))
     inputs = []
     for index, block in enumerate(network.blocks):
-        inputs.append([flow.hidden for flow in flows])
+        inputs.append([flow.waiting for flow in flows])
         with network.loaded(block) as module:
             advance(flows, module, index)
     return network, BackwardWalk(network, flows, inputs, SEED, apart)

@@ -27,23 +27,36 @@ def same(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @settings(max_examples=40, deadline=None)
-@given(parts=st.lists(tensors, min_size=1, max_size=4), shard_bytes=st.sampled_from([1, 100, 1 << 30]))
+@given(
+    parts=st.lists(tensors, min_size=1, max_size=4),
+    shard_bytes=st.sampled_from([1, 100, 1 << 30]),
+    large_bytes=st.sampled_from([1, 50, 1 << 30]),
+)
 def test_what_was_added_is_read(
     tmp_path_factory: pytest.TempPathFactory,
     parts: list[list[tuple[torch.dtype, tuple[int, ...]]]],
     shard_bytes: int,
+    large_bytes: int,
 ) -> None:
-    folder = tmp_path_factory.mktemp("out")
+    folder, beside = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("parts")
     added: dict[str, Tensor] = {}
+    written = []
+    for number, part in enumerate(parts):
+        own = {f"{number}.{i}": filled(dtype, shape, 10 * number + i) for i, (dtype, shape) in enumerate(part)}
+        written.append(writer.write_part(beside / f"{number}", own))
+        added |= own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_BYTES", shard_bytes)
-        shards = writer.ShardWriter(folder)
-        for number, part in enumerate(parts):
-            own = {f"{number}.{i}": filled(dtype, shape, 10 * number + i) for i, (dtype, shape) in enumerate(part)}
-            shards.add(own)
-            added |= own
-        shards.close()
+        patch.setattr(writer, "LARGE_BYTES", large_bytes)
+        writer.assemble(written, folder)
+        before = contents(folder)
+        writer.assemble(written, folder)
+    assert contents(folder) == before
     read = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert read.keys() == added.keys()
     assert all(same(read[name], added[name]) for name in added)
@@ -57,9 +70,12 @@ def test_what_was_added_is_read(
         assert [path.name for path in folder.iterdir()] == [SINGLE]
 
 
-def test_nothing_but_shards_is_left(tmp_path: Path) -> None:
-    shards = writer.ShardWriter(tmp_path)
-    for number in range(3):
-        shards.add({f"{number}": torch.ones(4)})
-    shards.close()
-    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+def test_where_files_have_no_second_names_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    part = writer.write_part(tmp_path / "part", {"weight": torch.ones(4)})
+    (tmp_path / "out").mkdir()
+    writer.assemble([part], tmp_path / "out")
+    assert same(load_file(tmp_path / "out" / SINGLE)["weight"], torch.ones(4))

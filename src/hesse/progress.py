@@ -18,6 +18,9 @@ class Progress(Protocol):
     def advance(self) -> None:
         """One step of the present phase is done."""
 
+    def say(self, sentence: str) -> None:
+        """Something that a person should know while the computation runs."""
+
 
 class Silence:
     """A Progress that shows nothing."""
@@ -26,6 +29,9 @@ class Silence:
         """Show nothing."""
 
     def advance(self) -> None:
+        """Show nothing."""
+
+    def say(self, sentence: str) -> None:
         """Show nothing."""
 
 

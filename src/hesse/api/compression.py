@@ -8,12 +8,13 @@ from hesse.api.options import Data, calibration_of, find_device
 from hesse.compression import (
     Budget,
     BudgetPlan,
+    BudgetRequest,
     CompressionReport,
     compress_checkpoint,
     estimate_checkpoint,
     plan_budget,
 )
-from hesse.compression.output import check_output
+from hesse.compression.memory import bytes_of
 from hesse.errors import OptionError
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.models.locate import locate
@@ -42,6 +43,8 @@ def compress(
     loss: float | None = None,
     target: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    memory: str | int | None = None,
     measure: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -68,6 +71,10 @@ def compress(
         loss: a budget of predicted loss in nats per token.
         target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
         overwrite: whether a model folder at `out` may be replaced.
+        restart: whether to lose what an unfinished run that was to write `out` had done; otherwise the same run goes on
+            from there, to the same result bit for bit, and another one is refused.
+        memory: the most that the process may take, such as "8GiB" or a number of bytes: what is kept in memory and what
+            on disk follows from it. None for most of what is free.
         measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
             calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It costs time.
         progress: told how far the run is.
@@ -80,40 +87,29 @@ def compress(
     """
     folder, statistics = locate(model), None if curvature is None else Path(curvature)
     calibration = calibration_of(data, samples, length, seed, batch_size)
-    planned, chosen = None, recipe
+    wanted: Recipe | BudgetRequest
     if any(budget is not None for budget in (size, mean_bits, loss)):
         if recipe is not None:
             raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
-        check_output(Path(out), folder, overwrite)
-        planned = plan_budget(
-            folder,
-            Budget(size, mean_bits, loss),
-            find_method(method),
-            options or Options(),
-            tuple(ignore),
-            calibration,
-            statistics,
-            target=target or "transformers",
-            format=format,
-            device=find_device(device),
-            progress=progress or Silence(),
-        )
-        chosen = planned.recipe
-    elif chosen is None:
-        chosen = find_method(method).recipe(options or Options(), tuple(ignore))
+        wanted = _request(Budget(size, mean_bits, loss), method, options, ignore, target)
+    elif recipe is None:
+        wanted = find_method(method).recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
         raise OptionError("a recipe says everything itself: leave out options and ignore")
+    else:
+        wanted = recipe
     return compress_checkpoint(
         folder,
         Path(out),
-        chosen,
+        wanted,
         calibration,
         statistics,
         target=target,
-        planned=planned,
         format=format,
         device=find_device(device),
         overwrite=overwrite,
+        restart=restart,
+        memory=bytes_of(memory) if isinstance(memory, str) else memory,
         measured=measure,
         progress=progress or Silence(),
         name=str(model),
@@ -151,17 +147,19 @@ def plan(
     """
     return plan_budget(
         locate(model),
-        Budget(size, mean_bits, loss),
-        find_method(method),
-        options or Options(),
-        tuple(ignore),
+        _request(Budget(size, mean_bits, loss), method, options, ignore, target),
         calibration_of(data, samples, length, seed, batch_size),
         None if curvature is None else Path(curvature),
-        target=target or "transformers",
         format=format,
         device=find_device(device),
         progress=progress or Silence(),
     )
+
+
+def _request(
+    budget: Budget, method: str, options: Options | None, ignore: Sequence[str], target: str | None
+) -> BudgetRequest:
+    return BudgetRequest(budget, find_method(method), options or Options(), tuple(ignore), target or "transformers")
 
 
 def estimate(

@@ -40,7 +40,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 
 
 class _Interrupted(Exception):
-    """Ctrl-C, or a signal to end, after everything has been tidied up."""
+    """Ctrl-C, or a signal to end, after everything has been tidied up; its argument is what became of the work."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,8 +64,8 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
     try:
         with Bars(Console(stderr=True, quiet=quiet)) as bars:
             yield bars
-    except KeyboardInterrupt:
-        raise _Interrupted from None
+    except KeyboardInterrupt as interrupt:
+        raise _Interrupted(*interrupt.args) from None
 
 
 def print_json(content: Any) -> None:
@@ -85,6 +85,7 @@ def main() -> None:
     except HesseError as error:
         error_console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         sys.exit(2 if isinstance(error, OptionError) else 1)
-    except _Interrupted:
-        error_console.print("Interrupted: nothing was written.", style="red")
+    except _Interrupted as interrupted:
+        left = str(interrupted) or "nothing was written"
+        error_console.print(f"Interrupted: {left}.", style="red", soft_wrap=True, markup=False, highlight=False)
         sys.exit(130)

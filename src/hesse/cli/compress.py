@@ -60,6 +60,10 @@ def compress(
         Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT, and a report.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, where an unfinished run to OUT would be taken up.")
+    ] = False,
+    memory: Annotated[str | None, typer.Option(help="The most memory to take, such as 8GiB.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress a model from disk to disk: quantise, prune or factorise it with a small calibration text."""
@@ -104,10 +108,8 @@ def compress(
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
-        measured = report is not None
-        result = api.compress(
-            model, out, recipe=chosen, **settings, overwrite=overwrite, measure=measured, progress=bars
-        )
+        settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
+        result = api.compress(model, out, recipe=chosen, **settings, progress=bars)
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
     if as_json:

@@ -42,3 +42,7 @@ class Bars:
         """Move the present bar by one step."""
         if self._task is not None:
             self._bars.advance(self._task)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the bars."""
+        self._bars.console.print(sentence, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """The main job: compress a checkpoint from disk to disk, and say what it cost."""
 
-from hesse.compression.budget import Budget, BudgetPlan, plan_budget
+from hesse.compression.budget import Budget, BudgetPlan, BudgetRequest, plan_budget
 from hesse.compression.compress import compress_checkpoint
 from hesse.compression.estimate import estimate_checkpoint
 from hesse.compression.measurements import (
@@ -17,6 +17,7 @@ from hesse.compression.tokens import Calibration
 __all__ = [
     "Budget",
     "BudgetPlan",
+    "BudgetRequest",
     "Calibration",
     "CompressionReport",
     "Continuation",

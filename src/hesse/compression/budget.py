@@ -57,6 +57,17 @@ class Budget:
         return int(float(found[1]) * (whole / 100 if unit == "%" else UNITS.get(unit, 1)))
 
 
+@dataclass(frozen=True)
+class BudgetRequest:
+    """A budget, and what is on offer to keep to it; `options` that are given hold for all layers."""
+
+    budget: Budget
+    method: Method
+    options: Options
+    ignore: tuple[str, ...]
+    target: str
+
+
 @dataclass(frozen=True, eq=False)
 class BudgetPlan:
     """The recipe that costs least within a budget, and what other sizes would cost."""
@@ -69,17 +80,22 @@ class BudgetPlan:
     notes: list[str]
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold, for `from_dict`."""
+        return {**vars(self), "recipe": self.recipe.model_dump(mode="json", exclude_none=True)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "BudgetPlan":
+        """A plan from what `to_dict` gave."""
+        return cls(**{**content, "recipe": Recipe.model_validate(content["recipe"])})
+
 
 def plan_budget(
     model: Path,
-    budget: Budget,
-    method: Method,
-    options: Options,
-    ignore: tuple[str, ...],
+    request: BudgetRequest,
     calibration: Calibration,
     statistics: Path | None,
     *,
-    target: str,
     format: str,
     device: torch.device,
     progress: Progress,
@@ -94,10 +110,10 @@ def plan_budget(
         HesseError: something is wrong with the model, the data or the options.
     """
     clock = Clock()
-    check_target(target)
+    check_target(request.target)
     checkpoint, _, network = open_networks(model, device)
-    check_patterns(network, ignore)
-    menu = make_menu(network, method, options, ignore, target, format)
+    check_patterns(network, request.ignore)
+    menu = make_menu(network, request.method, request.options, request.ignore, request.target, format)
     meter = CostMeter(menu)
     if statistics is None:
         whole = [layer.weight.shape[0] for group in menu if group.needs_output_factor for layer in group.layers]
@@ -109,9 +125,9 @@ def plan_budget(
         estimated.check_holds("gram")
         meter.read(network, estimated, progress)
     priced = PricedMenu(checkpoint, menu, meter.costs)
-    choice = priced.choose(budget)
+    choice = priced.choose(request.budget)
     return BudgetPlan(
-        recipe=priced.recipe(choice, method, ignore),
+        recipe=priced.recipe(choice, request.method, request.ignore),
         size=priced.rest + priced.problem.size(choice),
         bits=8 * priced.problem.size(choice) / priced.weights,
         loss=priced.problem.loss(choice),

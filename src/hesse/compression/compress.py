@@ -1,36 +1,35 @@
 """The main job: a model from disk, solved a block at a time, to disk again."""
 
 import json
-import platform
-import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import compressed_tensors
 import torch
-import transformers
-from torch import Tensor
 
-from hesse.compression.budget import BudgetPlan
+from hesse.compression.account import account, versions
+from hesse.compression.blocks import BlockResult, BlockSolver, stored_names
+from hesse.compression.budget import BudgetPlan, BudgetRequest, plan_budget
 from hesse.compression.dense import DensePass, check_pass, probe
-from hesse.compression.inputs import InputGrams
-from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
+from hesse.compression.identity import identity
 from hesse.compression.measure import measure
-from hesse.compression.output import check_output, copy_companions, temporary_folder
+from hesse.compression.memory import MemoryPlan, plan_memory
+from hesse.compression.output import check_output, copy_companions, restore_replaced
 from hesse.compression.plan import Plan, make_plan, whole_factors
-from hesse.compression.report import CompressionReport, LayerReport, Verification
+from hesse.compression.report import CompressionReport, Verification
 from hesse.compression.tokens import Calibration
+from hesse.compression.unfinished import Unfinished, unfinished
 from hesse.compression.verify import verify
-from hesse.constraints import LowRank
-from hesse.curvature import Gram
-from hesse.estimation import GramAccumulator, Statistics
+from hesse.errors import OutputError
+from hesse.estimation import Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
-from hesse.models.network import Block, Layer
-from hesse.models.stream import Flow, advance_with_stops, calibration_batch, start
-from hesse.models.writer import SHARD_BYTES, ShardWriter, write_text
-from hesse.progress import Clock, Progress, peak_memory
+from hesse.models.shelf import Shelf
+from hesse.models.stream import Flow, start
+from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text
+from hesse.processes import joined
+from hesse.progress import Clock, Progress, Silence, peak_memory
 
 REPORT_FILE = "compression.json"
 RECIPE_FILE = "recipe.yaml"
@@ -39,15 +38,16 @@ RECIPE_FILE = "recipe.yaml"
 def compress_checkpoint(
     model: Path,
     out: Path,
-    recipe: Recipe,
+    wanted: Recipe | BudgetRequest,
     calibration: Calibration,
     statistics: Path | None = None,
     *,
     target: str | None = None,
-    planned: BudgetPlan | None = None,
     format: str,
     device: torch.device,
     overwrite: bool,
+    restart: bool,
+    memory: int | None,
     measured: bool,
     progress: Progress,
     name: str,
@@ -56,243 +56,236 @@ def compress_checkpoint(
     """Compress the model folder `model`, which a person calls `name`, into a new folder `out`.
 
     Where `measured`, the result is measured layer by layer, along the change and in words too, for a report.
-    A `target` refuses what that loader does not serve; `planned` is where the recipe comes from, for the report.
+    A `target` refuses what that loader does not serve. A budget in place of a recipe is planned first.
     With the folder `statistics` of `estimate_checkpoint`, curvature is read from there and no sample is calibrated on:
     each layer is then solved for the inputs that the dense model gives it.
+
+    A run that was cut short is taken up where it was, unless `restart`, and comes to the same result bit for bit.
+    At most `memory` bytes are taken, where they are given.
 
     Raises:
         HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
     """
-    clock = Clock()
-    check_output(out, model, overwrite)
+    clock, processes = Clock(), joined(device)
+    progress = progress if processes.leads else Silence()
+    if processes.leads:
+        restore_replaced(out)
+        check_output(out, model, overwrite)
+    estimated = None if statistics is None else Statistics(statistics)
+
+    def settled(recipe: Recipe) -> Plan:
+        with clock.phase("read"):
+            return make_plan(model, recipe, calibration, estimated, format, device, target)
+
+    plan = settled(wanted) if isinstance(wanted, Recipe) else None
     with clock.phase("read"):
-        estimated = None if statistics is None else Statistics(statistics)
-        plan = make_plan(model, recipe, calibration, estimated, format, device, target)
-    size = plan.checkpoint.file_bytes
+        checkpoint = open_checkpoint(model)
+        settings = {"format": format, "target": target, "device": device.type, "processes": processes.count}
+        whole = identity(checkpoint, wanted, calibration, estimated, settings, versions(version))
+    size = checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
-    with temporary_folder(out, expected_bytes) as folder:
-        return _Run(plan, planned, clock, progress, measured).run(folder, out, name, version)
+    with unfinished(out, processes) as work:
+        work.begin(whole, expected_bytes, restart)
+        planned = None
+        if plan is None:
+            assert isinstance(wanted, BudgetRequest)
+            with clock.phase("plan"):
+                planned = _planned(work, model, wanted, calibration, statistics, format, device, progress)
+            plan = settled(planned.recipe)
+        fits = _memory(work, plan, memory)
+        if memory is not None:
+            progress.say(f"Memory: {fits.sentence()}.")
+        report = _Run(plan, planned, fits, work, clock, progress, measured).run(name, version)
+        work.finish()
+    return report
+
+
+def _planned(
+    work: Unfinished,
+    model: Path,
+    request: BudgetRequest,
+    calibration: Calibration,
+    statistics: Path | None,
+    format: str,
+    device: torch.device,
+    progress: Progress,
+) -> BudgetPlan:
+    """The plan for a budget, which one process makes, once."""
+    if work.processes.leads and work.journal.recall("plan") is None:
+        planned = plan_budget(model, request, calibration, statistics, format=format, device=device, progress=progress)
+        work.journal.record("plan", planned.to_dict())
+    work.processes.wait()
+    noted = work.journal.recall("plan")
+    if noted is None:
+        raise OutputError(f"{work.journal.folder} lost the plan that was written to it: check the disk")
+    return BudgetPlan.from_dict(noted)
+
+
+def _memory(work: Unfinished, plan: Plan, limit: int | None) -> MemoryPlan:
+    """How the run keeps within its memory; samples go together as when it began, since the last digits show that."""
+    noted = work.own.recall("memory")
+    fits = plan_memory(plan, limit, None if noted is None else noted["batch_size"])
+    if work.processes.least(fits.batch_size) < fits.batch_size:
+        fits = plan_memory(plan, limit, work.processes.least(fits.batch_size))
+    work.own.record("memory", {"batch_size": fits.batch_size})
+    return fits
 
 
 class _Run:
-    """The state of one run: its plan, and what each layer came to."""
+    """The state of one run: its plan, and what is done of it."""
 
     def __init__(
-        self, plan: Plan, planned: BudgetPlan | None, clock: Clock, progress: Progress, measured: bool
+        self,
+        plan: Plan,
+        planned: BudgetPlan | None,
+        memory: MemoryPlan,
+        work: Unfinished,
+        clock: Clock,
+        progress: Progress,
+        measured: bool,
     ) -> None:
-        self.plan, self.planned, self.clock, self.progress, self.measured = plan, planned, clock, progress, measured
-        self.layers: list[LayerReport] = []
-        self.notes = [*([] if planned is None else planned.notes), *plan.notes]
-        if planned is not None:
-            clock.seconds["plan"] = planned.seconds
-        self.digests: dict[str, str] = {}
-        self.solver = LayerSolver()
+        self.plan, self.planned, self.memory, self.work = plan, planned, memory, work
+        self.clock, self.progress, self.measured = clock, progress, measured
+        self.result = BlockResult()
+        self.parts: list[Part] = []
+        self.earlier: dict[str, float] = {}  # seconds by phase of processes that were cut short
 
-    def run(self, folder: Path, out: Path, model_name: str, version: str) -> CompressionReport:
-        """Do it all; everything is written into `folder`."""
-        plan = self.plan
-        length = max(len(ids) for ids in plan.samples.ids)
-        with tempfile.TemporaryDirectory(prefix=".factors-", dir=folder) as factors:
-            dense = self._dense_pass(length, Path(factors))
-            self._compress(folder, length, dense)
-        with self.clock.phase("verify"):
-            predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.layers}
-            verification = verify(
-                folder, plan.checkpoint, plan.dense, dense, self.digests, predicted, plan.held_out, self.progress
-            )
-        report = self._report(folder, out, model_name, version, length, verification)
-        if self.measured:
+    def run(self, name: str, version: str) -> CompressionReport:
+        """Do it all, or what is left of it; everything is written into the unfinished folder."""
+        plan, folder = self.plan, self.work.checkpoint
+        dense = self._dense_pass()
+        self._compress(dense)
+        if self.work.processes.leads:
+            with self.clock.phase("write"):
+                assemble(self.parts, folder)
+                self._write_companions(folder)
+            self._verify(dense)
+        self.work.processes.wait()
+        verification = Verification(**(self.work.journal.recall("verified") or {}))
+        report = account(
+            plan,
+            self.planned,
+            self.result,
+            verification,
+            self._seconds(),
+            folder=folder,
+            out=self.work.out,
+            name=name,
+            version=version,
+        )
+        if self.measured and self.work.processes.leads:
             with self.clock.phase("measure"):
-                costs = {layer.name: layer.predicted_loss_increase for layer in self.layers}
+                costs = {layer.name: layer.predicted_loss_increase for layer in self.result.layers}
                 result = open_checkpoint(folder)
-                measurements = measure(plan.dense, result, plan.check, plan.seen, costs, self.progress)
-            seconds = self._seconds()
-            report = replace(report, measurements=measurements, seconds=seconds, peak_rss_bytes=peak_memory())
-        write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
-        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+                waiting = self.work.journal.folder
+                measurements = measure(plan.dense, result, plan.check, plan.seen, costs, waiting, self.progress)
+            seconds, peak = self._seconds(), peak_memory()
+            report = replace(report, measurements=measurements, seconds=seconds, peak_rss_bytes=peak)
+        if self.work.processes.leads:
+            write_text(folder / RECIPE_FILE, plan.recipe.to_yaml())
+            write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
-    def _compress(self, folder: Path, length: int, dense: DensePass) -> None:
+    def _verify(self, dense: DensePass) -> None:
+        """Read the checkpoint back, and note what was found."""
+        plan, folder = self.plan, self.work.checkpoint
+        with self.clock.phase("verify"):
+            predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.result.layers}
+            verification = verify(
+                folder, plan.checkpoint, plan.dense, dense, self.result.digests, predicted, plan.held_out, self.progress
+            )
+        self.work.journal.record("verified", asdict(verification))
+
+    def _dense_pass(self) -> DensePass:
+        """What the loss feels of each layer's outputs, and where the check samples end in the unchanged model."""
+        plan, journal, step, processes = self.plan, self.work.own, self.progress.advance, self.work.processes
+        walks = 1 if plan.statistics is not None else 3
+        self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
+        batch_size = evaluation_batch(vocabulary(plan.dense), plan.length)
+        batches = plan.check.batches(batch_size) if processes.leads else []
+        flows = check_pass(plan.dense, batches, self.clock, step, journal)
+        if plan.statistics is not None:
+            return DensePass(plan.statistics.sensitivities, flows)
+        whole, seed = whole_factors(plan.rules), plan.calibration.seed
+        folder = journal.folder
+        factors = probe(plan.network, plan.probes, whole, folder, seed, self.clock, step, journal, processes)
+        return DensePass(factors, flows)
+
+    def _compress(self, dense: DensePass) -> None:
         """Take the calibration samples through the blocks, and write each once it is solved."""
-        plan, blocks = self.plan, self.plan.network.blocks
+        plan, journal, blocks = self.plan, self.work.own, self.plan.network.blocks
         self.progress.begin("compress", len(blocks))
         flows: list[Flow] = []
         if plan.statistics is None:
             with self.clock.phase("calibrate"):
-                batch_size = plan.calibration.batch_size or calibration_batch(length)
-                flows = start(plan.network, plan.samples.batches(batch_size))
-        writer = ShardWriter(folder)
-        written: set[str] = set()
+                shelf = Shelf(journal.folder, "calibration", lasting=True)
+                _, batches = self.work.processes.portion(plan.samples.batches(self.memory.batch_size))
+                flows = start(plan.network, batches, shelf)
+        paused = journal.folder if self.memory.paused_on_disk else None
+        solver = BlockSolver(plan, dense.sensitivities, self.clock, paused, self.work.processes)
+        done = self._taken_up(flows)
         for index, block in enumerate(blocks):
-            self._block(index, block, flows, dense, writer, written)
+            if index >= done:
+                result, part = solver.solve(index, block, flows, self._part(index))
+                self._note(index, result, part, flows)
             self.progress.advance()
+        if not self.work.processes.leads:
+            return
         with self.clock.phase("write"):
+            inside = {name for block in blocks for name in stored_names(plan, block)}
             for name in plan.checkpoint.stored_names():
-                if name not in written:
-                    writer.add(plan.checkpoint.read_stored([name]))
-            writer.close()
-            self._write_companions(folder)
+                if name not in inside:
+                    path = journal.folder / f"part-{len(self.parts)}.safetensors"
+                    self.parts.append(write_part(path, plan.checkpoint.read_stored([name])))
 
-    def _dense_pass(self, length: int, folder: Path) -> DensePass:
-        """What the loss feels of each layer's outputs, and where the check samples end in the unchanged model."""
-        plan, seed, step = self.plan, self.plan.calibration.seed, self.progress.advance
-        walks = 1 if plan.statistics is not None else 3
-        self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
-        batch_size = evaluation_batch(vocabulary(plan.dense), length)
-        flows = check_pass(plan.dense, plan.check.batches(batch_size), self.clock, step)
-        if plan.statistics is not None:
-            return DensePass(plan.statistics.sensitivities, flows)
-        return DensePass(
-            probe(plan.network, plan.probes, whole_factors(plan.rules), folder, seed, self.clock, step), flows
-        )
+    def _note(self, index: int, result: BlockResult, part: Part, flows: list[Flow]) -> None:
+        """Note that a block is solved, with what the flows are after it."""
+        journal = self.work.own
+        with self.clock.phase("write"):
+            if flows:
+                journal.record_tensors(f"calibration-{index + 1}", [flow.waiting for flow in flows], {})
+            content = {"result": result.to_dict(), "part": [part.names, part.bytes], "seconds": self._phases()}
+            own = self.work.processes.writer(index) == self.work.processes.rank
+            journal.record(f"block-{index}", content, [part.path] if own else [])
+            journal.forget(f"calibration-{index - 1}")
+        self._add(result, part)
+
+    def _taken_up(self, flows: list[Flow]) -> int:
+        """How many blocks an earlier process has solved; the flows go on behind them."""
+        journal, notes, processes = self.work.own, list[dict[str, Any]](), self.work.processes
+        while (note := journal.recall(f"block-{len(notes)}")) is not None:
+            notes.append(note)
+        done = processes.least(len(notes))
+        while done and self.plan.statistics is None:  # what flows into the next block is needed too
+            recalled = journal.recall_tensors(f"calibration-{done}", self.plan.network.device)
+            if processes.least(recalled is not None) and recalled is not None:
+                for flow, waiting in zip(flows, recalled[0], strict=True):
+                    flow.waiting, flow.step = waiting, done
+                break
+            done -= 1
+        for index, note in enumerate(notes[:done]):
+            self._add(BlockResult.from_dict(note["result"]), Part(self._part(index), *note["part"]))
+            self.earlier = note["seconds"]
+        return done
+
+    def _part(self, number: int) -> Path:
+        """The file of a block's tensors, in the folder of the process that writes it."""
+        return self.work.journals(self.work.processes.writer(number)) / f"part-{number}.safetensors"
+
+    def _add(self, result: BlockResult, part: Part) -> None:
+        self.result.layers += result.layers
+        self.result.notes += result.notes
+        self.result.digests |= result.digests
+        self.parts.append(part)
+
+    def _phases(self) -> dict[str, float]:
+        """Seconds by phase, those of earlier processes too."""
+        now = self.clock.seconds
+        return {phase: self.earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self.earlier}}
 
     def _seconds(self) -> dict[str, float]:
-        """In all, and by phase; a budget was planned before this run's clock began."""
-        return {"total": self.clock.total + self.clock.seconds.get("plan", 0.0), **self.clock.seconds}
-
-    def _report(
-        self, folder: Path, out: Path, model_name: str, version: str, length: int, verification: Verification
-    ) -> CompressionReport:
-        """The account of a run whose files are in `folder` and will be at `out`."""
-        plan, after = self.plan, open_checkpoint(folder)
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in self.layers)
-        return CompressionReport(
-            method=plan.recipe.method,
-            model=model_name,
-            out=str(out),
-            format=plan.format.name,
-            seconds=self._seconds(),
-            peak_rss_bytes=peak_memory(),
-            bytes_before=plan.checkpoint.file_bytes,
-            bytes_after=after.file_bytes,
-            bits_per_weight=bits / weights,
-            bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in plan.dense.model.parameters()),
-            predicted_loss_increase=verification.predicted,
-            verification=verification,
-            calibration={
-                "source": plan.samples.source,
-                "curvature": None if plan.statistics is None else str(plan.statistics.folder),
-                "samples": len(plan.samples.ids),
-                "length": length,
-                "tokens": sum(len(ids) for ids in plan.samples.ids),
-                "seed": plan.calibration.seed,
-                "fingerprint": plan.samples.fingerprint(),
-            },
-            fallbacks=self.notes,
-            layers=self.layers,
-            recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
-            versions={
-                "hesse": version,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "compressed_tensors": compressed_tensors.__version__,
-                "python": platform.python_version(),
-            },
-            front=None if self.planned is None else self.planned.front,
-        )
-
-    def _block(
-        self, index: int, block: Block, flows: list[Flow], dense: DensePass, writer: ShardWriter, written: set[str]
-    ) -> None:
-        """Solve the layers of one block, and write its tensors."""
-        tensors: dict[str, Tensor] = {}
-        with self.clock.phase("read"), self.plan.network.loaded(block):
-            if self.plan.statistics is None:
-                missed = self._on_the_way(index, block, flows, dense, tensors)
-            else:
-                missed = self._from_statistics(block, self.plan.statistics, dense, tensors)
-            for layer in missed:
-                if self.plan.rules.get(layer.name) is not None:
-                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
-                    tensors.update(self._solve(layer, empty, dense))
-        with self.clock.phase("write"):
-            solved = {layer.name for layer in block.layers if self.plan.rules.get(layer.name) is not None}
-            for name in self._stored_names(block):
-                layer_name, _, kind = name.rpartition(".")
-                if layer_name not in solved or kind not in ("weight", "bias"):
-                    tensors.update(self.plan.checkpoint.read_stored([name]))
-                written.add(name)
-            writer.add(tensors)
-
-    def _on_the_way(
-        self, index: int, block: Block, flows: list[Flow], dense: DensePass, tensors: dict[str, Tensor]
-    ) -> list[Layer]:
-        """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
-        grams = InputGrams(self.clock)
-
-        def change(layer: Layer) -> None:
-            gram = grams.gram()  # of an ignored layer too: it ends what was collected
-            if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, gram, dense))
-
-        with self.clock.phase("calibrate"):
-            return advance_with_stops(flows, block, index, grams.collect, change)
-
-    def _from_statistics(
-        self, block: Block, statistics: Statistics, dense: DensePass, tensors: dict[str, Tensor]
-    ) -> list[Layer]:
-        """Solve layers on what the dense model gave; the layers that no sample reached then."""
-        missed = []
-        for layer in block.layers:
-            if self.plan.rules.get(layer.name) is None:
-                continue
-            with self.clock.phase("estimate"):
-                gram = statistics.gram(layer.name, self.plan.network.device)
-            if gram is None:
-                missed.append(layer)
-            else:
-                tensors.update(self._solve(layer, gram, dense))
-        return missed
-
-    def _solve(self, layer: Layer, gram: Gram, dense: DensePass) -> dict[str, Tensor]:
-        """Solve one layer, put the result in its place, and return the tensors to write for it."""
-        rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
-        assert rule is not None and constraint is not None
-        with self.clock.phase("solve"):
-            weight, sensitivity = layer.weight.float(), self._output_factor(layer.name, dense)
-            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint))
-            encoded = solved.solution.encoded
-            stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
-            layer.replace(stored)
-        self.notes += solved.notes
-        with self.clock.phase("predict"):
-            if sensitivity is None and gram.tokens:
-                self.notes.append(f"{layer.name}: no prediction: the tokens that probed the loss did not reach it")
-            change = stored - weight
-            self.layers.append(
-                LayerReport(
-                    name=layer.name,
-                    shape=(weight.shape[0], weight.shape[1]),
-                    method=solved.method,
-                    tokens=gram.tokens,
-                    damping=solved.damping,
-                    bits_per_weight=self.plan.format.stored_bits(layer.name),
-                    sparsity=float((stored == 0).float().mean()),
-                    rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
-                    predicted_loss_increase=predicted_increase(change, gram, sensitivity),
-                    relative_output_error=relative_error(change, weight, gram),
-                )
-            )
-        with self.clock.phase("write"):
-            self.digests[layer.name] = digest(stored)
-            bias_name = f"{layer.name}.bias"
-            stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
-            bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
-            return self.plan.format.tensors(layer.name, encoded, stored, bias)
-
-    def _output_factor(self, layer: str, dense: DensePass) -> Tensor | None:
-        """What the loss feels of a layer's outputs: all of G (out, out) where it was estimated before, else E[g²]."""
-        if self.plan.statistics is not None:
-            kronecker = self.plan.statistics.kronecker(layer, self.plan.network.device)
-            if kronecker is not None:
-                return kronecker.output_factor
-        return dense.sensitivities.get(layer)
-
-    def _stored_names(self, block: Block) -> list[str]:
-        """The checkpoint's names of the tensors of a block."""
-        sources = self.plan.network.sources
-        return list(dict.fromkeys(sources[n] for n in sources if n.startswith(f"{block.name}.")))
+        """In all, and by phase."""
+        return {"total": self.clock.total + sum(self.earlier.values()), **self._phases()}
 
     def _write_companions(self, folder: Path) -> None:
         copy_companions(self.plan.model, folder)

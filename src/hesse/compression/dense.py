@@ -3,15 +3,19 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from hesse.compression.factors import StoredFactors
+from hesse.compression.journal import Journal
 from hesse.data import Samples
-from hesse.estimation import BackwardWalk, OutputMoments, layer_part
+from hesse.estimation import BackwardWalk, OutputMoments, WalkState, layer_part
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Network
+from hesse.models.shelf import Shelf, Waiting
 from hesse.models.stream import Flow, advance, calibration_batch, check_finite, start
+from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
 
@@ -27,11 +31,15 @@ class DensePass:
     flows: list[Flow]
 
 
-def check_pass(network: Network, check: list[Tensor], clock: Clock, step: Callable[[], None]) -> list[Flow]:
+def check_pass(
+    network: Network, check: list[Tensor], clock: Clock, step: Callable[[], None], journal: Journal | None = None
+) -> list[Flow]:
     """The batches `check` (samples, tokens) after all blocks of the unchanged model; `step` after each block."""
+    if not check:
+        return []
     with clock.phase("probe"):
-        flows = start(network, check)
-    forward_walk(network, flows, [], clock, step)
+        flows = start(network, check, None if journal is None else Shelf(journal.folder, "check", lasting=True))
+    forward_walk(network, flows, [], clock, step, journal)
     return flows
 
 
@@ -43,39 +51,109 @@ def probe(
     seed: int,
     clock: Clock,
     step: Callable[[], None],
+    journal: Journal | None = None,
+    processes: Processes = ALONE,
 ) -> StoredFactors:
     """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
 
-    The samples go through the unchanged model and back; what is found is kept below `folder`.
+    The samples go through the unchanged model and back; what is found is kept below `folder`, and so is what reached
+    each block meanwhile. With a `journal`, which is then of that folder, the walk goes on where it was cut short. Each
+    of several `processes` takes its share of the samples, in a folder of its own, and has the sums over all of them.
     """
     length = max(len(ids) for ids in samples.ids)
     size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
+    lasting = journal is not None
+    earlier, batches = processes.portion(samples.batches(size))
     with clock.phase("probe"):
-        flows = start(network, samples.batches(size))
-    inputs = forward_walk(network, flows, flows, clock, step)
+        flows = start(network, batches, Shelf(folder, "probe", lasting))
+    inputs = forward_walk(network, flows, flows, clock, step, journal)
     found = StoredFactors(folder)
     with clock.phase("probe"):
-        walk = BackwardWalk(network, flows, inputs, seed)
-        step()
+        state = None if journal is None else _recalled(journal, network, found, processes)
+        shelf = Shelf(folder, "gradient", lasting)
+        walk = BackwardWalk(
+            network, flows, inputs, seed, shelf=shelf, state=state, processes=processes, earlier=earlier
+        )
+        for _ in range(1 + len(network.blocks) - walk.state.reached):
+            step()
         for factors in output_factors(walk, whole):
-            for name, factor in factors.items():
-                found.keep(name, factor)
+            files = {name: found.keep(name, factor) for name, factor in factors.items()}
+            if journal is not None:
+                _note(journal, walk, files)
             step()
     return found
 
 
+def _note(journal: Journal, walk: BackwardWalk, files: dict[str, Path]) -> None:
+    """Note that a walk back has passed a block, whose factors are in `files`."""
+    reached = walk.state.reached
+    names = {name: path.name for name, path in files.items()}
+    journal.record(f"factors-{reached}", {"factors": names}, list(files.values()))
+    journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
+    journal.forget(f"gradient-{reached + 2}")
+
+
+def _recalled(journal: Journal, network: Network, found: StoredFactors, processes: Processes) -> WalkState | None:
+    """How far a walk back had come in all processes, and in `found` what it had found; None if that was nothing."""
+    last = len(network.blocks)
+    reached, notes = last, list[dict[str, Any]]()
+    while reached and (note := journal.recall(f"factors-{reached - 1}")) is not None:
+        notes.append(note)
+        reached -= 1
+    kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
+    reached = next((number for number in range(reached, last) if kept[number] is not None), last)
+    reached = last - processes.least(last - reached)
+    recalled = kept.get(reached)
+    if not processes.least(recalled is not None) or recalled is None:
+        return None
+    for note in notes[: last - reached]:
+        for name, file in note["factors"].items():
+            found.add(name, journal.folder / file, network.device)
+    return WalkState(reached, recalled[1]["scale"], recalled[0])
+
+
 def forward_walk(
-    network: Network, flows: list[Flow], kept: list[Flow], clock: Clock, step: Callable[[], None]
-) -> list[list[Tensor]]:
-    """Take `flows` through all blocks; what reached each block of those in `kept`."""
-    inputs = []
+    network: Network,
+    flows: list[Flow],
+    kept: list[Flow],
+    clock: Clock,
+    step: Callable[[], None],
+    journal: Journal | None = None,
+) -> list[list[Waiting]]:
+    """Take `flows` through all blocks; what reached each block of those in `kept`.
+
+    With a `journal` they go on from the last block that they passed before.
+    """
+    name, inputs = flows[0].shelf.name, []
+    passed = {} if journal is None else _passed(journal, name, network, every=bool(kept))
     for index, block in enumerate(network.blocks):
-        inputs.append([flow.hidden for flow in kept])
-        with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
-            advance(flows, module, index)
-            check_finite(flows, block.name)
+        inputs.append([flow.waiting for flow in kept])
+        if index + 1 in passed:
+            for flow, waiting in zip(flows, passed[index + 1], strict=True):
+                flow.waiting, flow.step = waiting, index + 1
+        elif index >= max(passed, default=0):
+            with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
+                advance(flows, module, index)
+                check_finite(flows, block.name)
+            if journal is not None:
+                journal.record_tensors(f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
+                if not kept:
+                    journal.forget(f"{name}-{index - 1}")
         step()
     return inputs
+
+
+def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[int, list[Waiting]]:
+    """What flows were after the blocks that they passed before, by the number of these; of `every` one, or the last."""
+    found: dict[int, list[Waiting]] = {}
+    numbers = range(1, len(network.blocks) + 1)
+    for number in numbers if every else reversed(numbers):
+        recalled = journal.recall_tensors(f"{name}-{number}", network.device)
+        if recalled is not None:
+            found[number] = recalled[0]
+        if (recalled is None) == every:
+            break
+    return found
 
 
 def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -93,6 +171,9 @@ def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[
         for passage in passages:
             for sums in kinds:
                 sums.add(passage)
+        for moment in (moment for sums in kinds for moment in sums.sums.values()):
+            walk.processes.add(moment.total)
+            moment.count = walk.processes.total(moment.count)
         yield {
             modules[0]: moment.times(walk.scale, f"gradients at the outputs of {modules[0]}")
             for sums in kinds

@@ -24,6 +24,7 @@ from hesse.estimation import BackwardWalk, Sums, layer_part, save_curvature
 from hesse.estimation.statistics import INDEX_FILE, SENSITIVITIES_FILE, file_digests
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
+from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, calibration_batch, start
 from hesse.models.writer import write_text
 from hesse.progress import Clock, Progress
@@ -46,7 +47,7 @@ def estimate_checkpoint(
     """Estimate the curvatures `kinds` of the model folder `model`, uncompressed, into a new folder `out`.
 
     A "gram" is of the inputs that calibration in the weights' own type gives; "kronecker" and "fisher" come from a walk
-    back through the blocks in float32, and need what reached each block of all samples in memory.
+    back through the blocks in float32. What reached each block waits on disk.
 
     Returns:
         The content of its index: what was estimated, from what, with what, and the seconds by phase.
@@ -131,29 +132,29 @@ class _Estimation:
         """Estimate everything; where each layer's is."""
         self.files = {kind: {} for kind in kinds}
         backwards: list[Kind] = [kind for kind in kinds if kind != "gram"]
-        sensitivities = self._walk_back(backwards) if backwards else {}
-        if "kronecker" not in kinds:
-            sensitivities = self._probe()
-        if "gram" in kinds:
-            self._grams()
+        with tempfile.TemporaryDirectory(dir=self.folder) as waiting:
+            sensitivities = self._walk_back(backwards, Path(waiting)) if backwards else {}
+            if "kronecker" not in kinds:
+                sensitivities = self._probe(Path(waiting))
+            if "gram" in kinds:
+                self._grams(Path(waiting))
         with self.clock.phase("write"):
             tensors = {name: value.cpu().contiguous() for name, value in sensitivities.items()}
             save_file(tensors, self.folder / SENSITIVITIES_FILE)
         return {"curvatures": self.files}
 
-    def _probe(self) -> dict[str, Tensor]:
+    def _probe(self, folder: Path) -> dict[str, Tensor]:
         """E[ggᵀ] at the layers' outputs, from some of the samples."""
         self.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
         every, seed = {layer.name for layer in self.network.layers}, self.calibration.seed
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            return dict(probe(self.network, self.probes, every, Path(folder), seed, self.clock, self.progress.advance))
+        return dict(probe(self.network, self.probes, every, folder, seed, self.clock, self.progress.advance))
 
-    def _grams(self) -> None:
+    def _grams(self, folder: Path) -> None:
         """The Gram of each layer's inputs; one file for layers with the same inputs."""
         self.progress.begin("estimate", len(self.network.blocks))
         with self.clock.phase("calibrate"):
             batch_size = self.calibration.batch_size or calibration_batch(self.length)
-            flows = start(self.network, self.samples.batches(batch_size))
+            flows = start(self.network, self.samples.batches(batch_size), Shelf(folder))
         inputs = InputGrams(self.clock)
         last: tuple[Gram, str] | None = None  # what was written last
 
@@ -169,17 +170,18 @@ class _Estimation:
                 advance_with_stops(flows, block, index, inputs.collect, keep)
             self.progress.advance()
 
-    def _walk_back(self, kinds: list[Kind]) -> dict[str, Tensor]:
+    def _walk_back(self, kinds: list[Kind], folder: Path) -> dict[str, Tensor]:
         """Kronecker factors and the Fisher's diagonal, written block by block; the diagonals of the output factors."""
         self.progress.begin("walk back", 2 * len(self.network.blocks) + 1)
         one = "fisher" in kinds  # its gradients are of single samples, which experts mix
         size = 1 if one else self.calibration.batch_size or calibration_batch(self.length)
         with self.clock.phase("probe"):
-            flows = start(self.dense, self.samples.batches(size))
+            flows = start(self.dense, self.samples.batches(size), Shelf(folder, "forward"))
         inputs = forward_walk(self.dense, flows, flows, self.clock, self.progress.advance)
         found: dict[str, Tensor] = {}
         with self.clock.phase("probe"):
-            walk = BackwardWalk(self.dense, flows, inputs, self.calibration.seed, apart=one)
+            seed, shelf = self.calibration.seed, Shelf(folder, "gradient")
+            walk = BackwardWalk(self.dense, flows, inputs, seed, apart=one, shelf=shelf)
             self.progress.advance()
             for block, passages in walk:
                 parts = {layer.name: [layer_part(layer)] for layer in block.layers}

@@ -3,8 +3,13 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hesse.errors import OutputError
+from hesse.models.writer import disk_reason
 
 
 class StoredFactors(Mapping[str, Tensor]):
@@ -14,11 +19,23 @@ class StoredFactors(Mapping[str, Tensor]):
         self._folder = folder
         self._files: dict[str, tuple[Path, str]] = {}  # and the device that each came from
 
-    def keep(self, name: str, factor: Tensor) -> None:
-        """Write the factor of the layer `name`."""
-        path = self._folder / f"{len(self._files)}.safetensors"
-        save_file({"factor": factor.cpu().contiguous()}, path)
+    def keep(self, name: str, factor: Tensor) -> Path:
+        """Write the factor of the layer `name`; the file.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        path = self._folder / f"factor-{len(self._files)}.safetensors"
+        try:
+            save_file({"factor": factor.cpu().contiguous()}, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{self._folder} cannot be written: {disk_reason(error)}") from None
         self._files[name] = (path, str(factor.device))
+        return path
+
+    def add(self, name: str, path: Path, device: torch.device) -> None:
+        """Take a factor that was written before."""
+        self._files[name] = (path, str(device))
 
     def __getitem__(self, name: str) -> Tensor:
         path, device = self._files[name]

@@ -5,14 +5,18 @@ from torch import Tensor
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator
 from hesse.models.network import Layer
+from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
 
 class InputGrams:
-    """One Gram for all layers with the same input, summed on the way through a block and finished when asked for."""
+    """One Gram for all layers with the same input, summed on the way through a block and finished when asked for.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    Of all `processes`, which ask for the same ones.
+    """
+
+    def __init__(self, clock: Clock, processes: Processes = ALONE) -> None:
+        self._clock, self._processes = clock, processes
         self._accumulator: GramAccumulator | None = None
         self._gram: Gram | None = None  # None while inputs are collected
 
@@ -28,5 +32,7 @@ class InputGrams:
         assert self._accumulator is not None
         if self._gram is None:
             with self._clock.phase("estimate"):
+                self._processes.add(self._accumulator.total)
+                self._accumulator.tokens = self._processes.total(self._accumulator.tokens)
                 self._gram = self._accumulator.gram()
         return self._gram

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hesse.compression.shared_solve import solve_shared
 from hesse.constraints import Constraint, Sparse, SparseGrid
 from hesse.curvature import Curvature, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
 from hesse.methods.recipe import Rule
+from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
-from hesse.solvers.base import solve_with
 
 DRY_SIZE = 8  # of a matrix that a rule is tried on
 DAMPING_STEPS = (10.0, 100.0, 1000.0)  # what a damping is multiplied by when the Gram cannot be factorised
@@ -48,9 +49,13 @@ class _State(NamedTuple):
 
 
 class LayerSolver:
-    """Solves the layers of one input in turn, factoring each curvature once for each solver."""
+    """Solves the layers of one input in turn, factoring each curvature once for each solver.
 
-    def __init__(self) -> None:
+    Several `processes` solve the same layers together.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._gram: Gram | None = None
         self._states: dict[tuple[str, Solver, float], _State] = {}
 
@@ -95,7 +100,9 @@ class LayerSolver:
             notes += [f"{problem.name}: {warning.message}" for warning in caught]
             self._states[key] = _State(outputs, curvature, solver.init(curvature))
         _, curvature, state = self._states[key]
-        solution = solve_with(problem.weight, curvature, problem.constraint, solver, state)
+        independent = not problem.rule.needs_output_factor
+        parts = (problem.weight, curvature, problem.constraint, solver, state)
+        solution = solve_shared(*parts, independent, self._processes)
         method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.evaluation.metrics import HiddenTotals, Totals
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Block, Layer, Network
+from hesse.models.shelf import Shelf
 from hesse.models.stream import Flow, advance, finish, start
 from hesse.progress import Progress
 
@@ -41,15 +43,17 @@ def measure(
     check: Samples,
     seen: Samples | None,
     predicted: Mapping[str, float | None],
+    folder: Path,
     progress: Progress,
 ) -> Measurements:
     """Measure what compressing the layers of `predicted` did to `network`; `written` is what came of it.
 
-    `check` are samples that calibration did not see, `seen` as many that it saw, if there are both.
+    `check` are samples that calibration did not see, `seen` as many that it saw, if there are both. Hidden states wait
+    below `folder`.
     """
     language_model = network.kind == "causal-lm"
     progress.begin("measure", len(network.blocks) + 1 + 2 * language_model)
-    beside = Beside(network, written, check, seen)
+    beside = Beside(network, written, check, seen, folder)
     beside.walk(set(predicted), progress.advance)
     notes, written_text = list[str](), list[Continuation]()
     if language_model:
@@ -60,19 +64,21 @@ def measure(
 
 
 class Beside:
-    """The walk, which holds one block of both models and the hidden states of the samples; steps as many as blocks + 1.
+    """The walk, which holds one block of both models; steps as many as blocks + 1.
 
-    In memory are the hidden states of `TOKENS_ALONE` tokens for each layer, beside the samples' own.
+    On disk are the hidden states of `TOKENS_ALONE` tokens for each layer, beside the samples' own.
     """
 
-    def __init__(self, network: Network, written: Checkpoint, check: Samples, seen: Samples | None) -> None:
+    def __init__(
+        self, network: Network, written: Checkpoint, check: Samples, seen: Samples | None, folder: Path
+    ) -> None:
         self._network, self._written = network, written
         size = evaluation_batch(vocabulary(network), max(len(ids) for ids in check.ids))
         few = [ids[: max(TOKENS_ALONE // len(check.ids), 2)] for ids in check.ids]
         self._dense = {
-            "check": start(network, check.batches(size)),
-            "seen": [] if seen is None else start(network, seen.batches(size)),
-            "few": start(network, Samples(tuple(few), check.source, check.exact).batches(size)),
+            "check": start(network, check.batches(size), Shelf(folder, "measured")),
+            "seen": [] if seen is None else start(network, seen.batches(size), Shelf(folder, "seen")),
+            "few": start(network, replace(check, ids=tuple(few)).batches(size), Shelf(folder, "few")),
         }
         self._line: Walks = {share: _branch(self._dense["check"]) for share in SHARES}
         self._seen = _branch(self._dense["seen"])

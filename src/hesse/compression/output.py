@@ -47,30 +47,57 @@ def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     Raises:
         OutputError: there is not enough room for `needed_bytes`, or the folder cannot be made.
     """
-    made = [p for p in (out.absolute().parent, *out.absolute().parent.parents) if not p.exists()]
+    made = make_parents(out)
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
     finished = False
     try:
-        free = shutil.disk_usage(folder).free
-        if free < needed_bytes:
-            raise OutputError(
-                f"the disk of {out} is full: about {needed_bytes:,} bytes are needed and {free:,} are free; "
-                "give an OUT on another disk"
-            )
+        check_room(folder, out, needed_bytes)
         folder.chmod(0o755)
         yield folder
-        _take_name(folder, out)
+        put_in_place(folder, out)
         finished = True
     finally:
         if not finished:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+            remove_with_parents(folder, made)
+
+
+def make_parents(out: Path) -> list[Path]:
+    """Make the folders that `out` will lie in; those that were not there, the innermost first.
+
+    Raises:
+        OutputError: they cannot be made.
+    """
+    made = [p for p in (out.absolute().parent, *out.absolute().parent.parents) if not p.exists()]
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
+    return made
+
+
+def remove_with_parents(folder: Path, made: list[Path]) -> None:
+    """Remove a folder, and those that were made for it if nothing else came into them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in made:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        OutputError: the disk of `folder`, which is to become `out`, has less than `needed_bytes` free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"the disk of {out} is full: about {needed_bytes:,} bytes are needed and {free:,} are free; "
+            "give an OUT on another disk"
+        )
 
 
 def copy_companions(model: Path, folder: Path) -> None:
@@ -90,16 +117,38 @@ def copy_companions(model: Path, folder: Path) -> None:
                     raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
 
 
-def _take_name(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an `out` that is there is set aside first and removed last."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    aside = folder.with_name(folder.name + ".replaced")
-    out.rename(aside)
+def put_in_place(folder: Path, out: Path) -> None:
+    """Rename `folder`, once all its files are on the disk; an `out` that is there is set aside and removed last.
+
+    Raises:
+        OutputError: the disk cannot be written.
+    """
     try:
-        folder.rename(out)
-    except OSError:
-        aside.rename(out)
-        raise
-    shutil.rmtree(aside)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if not out.exists():
+            folder.rename(out)
+            return
+        aside = _aside(out)
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        try:
+            folder.rename(out)
+        except OSError:
+            aside.rename(out)
+            raise
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {disk_reason(error)}") from None
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_replaced(out: Path) -> None:
+    """Give back its name to an `out` that was set aside to be replaced, by a process that was killed just then."""
+    if _aside(out).is_dir() and not out.exists():
+        _aside(out).rename(out)
+
+
+def _aside(out: Path) -> Path:
+    return out.absolute().with_name(f".{out.name}.replaced")

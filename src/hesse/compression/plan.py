@@ -37,6 +37,11 @@ class Plan:
     seen: Samples | None  # as many as `check` that layers are solved for; None if nothing is held out, or calibrated
     notes: list[str]  # departures from what was asked
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return max(len(ids) for ids in self.samples.ids)
+
 
 def make_plan(
     model: Path,

@@ -1,6 +1,6 @@
 """From data to curvature: what flows through a network fills these."""
 
-from hesse.estimation.backward import BackwardWalk, layer_part
+from hesse.estimation.backward import BackwardWalk, WalkState, layer_part
 from hesse.estimation.curvatures import estimate_curvatures
 from hesse.estimation.eigen import eigen_kronecker
 from hesse.estimation.estimates import Estimates, Sums
@@ -17,6 +17,7 @@ __all__ = [
     "OutputMoments",
     "Statistics",
     "Sums",
+    "WalkState",
     "eigen_kronecker",
     "estimate_curvatures",
     "layer_part",

@@ -106,11 +106,13 @@ class Statistics:
 def file_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of the config and of each weights file, by name."""
     names = ["config.json", *sorted(set(checkpoint.shard_of.values()))]
-    digests = {}
-    for name in names:
-        with (checkpoint.folder / name).open("rb") as file:
-            digest = hashlib.sha256()
-            while piece := file.read(READ_AT_ONCE):
-                digest.update(piece)
-            digests[name] = digest.hexdigest()
-    return digests
+    return {name: file_digest(checkpoint.folder / name) for name in names}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()

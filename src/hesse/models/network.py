@@ -1,5 +1,7 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -20,6 +22,7 @@ from hesse.models.checkpoint import Checkpoint
 from hesse.models.experts import unfuse
 
 Kind = Literal["causal-lm", "encoder"]
+TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
 # Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -125,10 +128,13 @@ class Network:
     def loaded(self, block: Block) -> Iterator[nn.Module]:
         """The block with its weights in memory; they are forgotten afterwards."""
         self._fill(block.module, block.name)
+        size = sum(parameter.nbytes for parameter in block.module.parameters())
         try:
             yield block.module
         finally:
             _forget(block.module)
+            if size >= TRIMMED_BYTES:
+                give_back_memory()
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
@@ -189,6 +195,14 @@ class Network:
             for name, buffer in child._buffers.items():
                 if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
                     child._buffers[name] = buffer.to(self.device)
+
+
+def give_back_memory() -> None:
+    """Let the C library give memory that was freed back to the system, where it can; it keeps most of it otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU library's
+        if trim is not None:
+            trim(0)
 
 
 def _forget(module: nn.Module) -> None:

@@ -5,14 +5,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.models.network import Block, Layer, Network
+from hesse.models.pausing import Pauses, pauses_in
+from hesse.models.shelf import Shelf, Waiting
 
 BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
 
@@ -22,14 +26,26 @@ class Flow:
     """One batch of samples on its way: token ids, hidden states, and what else each block is called with."""
 
     ids: Tensor  # (samples, tokens)
-    hidden: Tensor  # (samples, tokens, width)
+    waiting: Waiting  # the hidden states
     calls: list[dict[str, Any]]  # keyword arguments, one dictionary a block
+    shelf: Shelf  # where hidden states wait between two blocks
+    step: int = 0  # how often they changed
 
-    def through(self, module: nn.Module, index: int) -> Tensor:
-        """The output (samples, tokens, width) of block number `index`, which is `module`."""
-        result = module(self.hidden, **self.calls[index])
-        hidden: Tensor = result[0] if isinstance(result, tuple) else result
-        return hidden
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states (samples, tokens, width), from where they wait."""
+        return self.waiting.tensor()
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self.step += 1
+        self.waiting = self.shelf.keep(hidden, self.step)
+
+    def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
+        """The output (samples, tokens, width) of block number `index`, which is `module`, for its hidden states."""
+        result = module(self.hidden if hidden is None else hidden, **self.calls[index])
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
 
 
 def calibration_batch(length: int) -> int:
@@ -37,27 +53,32 @@ def calibration_batch(length: int) -> int:
     return max(BATCH_TOKENS // length, 1)
 
 
-def start(network: Network, batches: Iterable[Tensor]) -> list[Flow]:
-    """What reaches the first block for each batch of token ids (samples, tokens), and the blocks' other arguments."""
+def start(network: Network, batches: Iterable[Tensor], shelf: Shelf | None = None) -> list[Flow]:
+    """What reaches the first block for each batch of token ids (samples, tokens), and the blocks' other arguments.
+
+    Hidden states wait on `shelf`, or in memory.
+    """
     flows: list[Flow] = []
+    shelf = Shelf() if shelf is None else shelf
     with network.surroundings() as model, torch.no_grad():
         for ids in batches:
-            flow = _record(network, model, ids.to(network.device))
+            flow = _record(network, model, ids.to(network.device), shelf)
             if flows:
                 flow.calls = [_reuse(new, old) for new, old in zip(flow.calls, flows[-1].calls, strict=True)]
             flows.append(flow)
     return flows
 
 
-def finish(network: Network, model: nn.Module, flow: Flow) -> Tensor:
-    """What the model makes of hidden states that have passed all blocks, by its own forward.
+def finish(network: Network, model: nn.Module, flow: Flow, hidden: Tensor | None = None) -> Tensor:
+    """What the model makes of a flow's hidden states, or of `hidden`, that have passed all blocks, by its own forward.
 
     Logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width). `model` is what
     `network.surroundings()` gave.
     """
+    passed = flow.hidden if hidden is None else hidden
 
     def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        return flow.hidden if index == 0 else hidden
+        return passed if index == 0 else hidden
 
     with _replaced(network, inject):
         if network.kind == "encoder":
@@ -89,6 +110,7 @@ def advance_with_stops(
     index: int,
     collect: Callable[[Layer, Tensor], None],
     change: Callable[[Layer], None],
+    paused: Path | None = None,
 ) -> list[Layer]:
     """Take all flows through a block, and stop all of them at each linear layer, so that it can be changed.
 
@@ -96,7 +118,7 @@ def advance_with_stops(
     inputs (..., in) and then `change(layer)` once; the flows go on through the changed layer. So each layer sees
     inputs made by all changes before it, and each layer is run only once. A layer whose input is the very tensor of
     the layer before it (keys and values after queries) is changed without a `collect` of its own. Memory: what each
-    flow holds between two layers, for all flows at once.
+    flow holds between two layers, for all flows at once; with a folder `paused` for one, while the others' is there.
 
     Returns the layers that were never called.
     """
@@ -104,32 +126,47 @@ def advance_with_stops(
     seen: dict[greenlet, Tensor] = {}
 
     def stop(layer: Layer, linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if layer.name in changed:
-            return
-        runner, inputs = getcurrent(), arguments[0]
-        if seen.get(runner) is inputs:
-            change(layer)
-            changed.add(layer.name)
-            return
-        seen[runner] = inputs
-        collect(layer, inputs)
-        assert runner.parent is not None
-        runner.parent.switch(layer)
+        if layer.name not in changed:
+            runner, inputs = getcurrent(), arguments[0]
+            again = seen.get(runner) is inputs
+            seen[runner] = inputs
+            assert runner.parent is not None
+            runner.parent.switch((layer, None if again else inputs))
+
+    def run(flow: Flow) -> None:
+        flow.hidden = flow.through(block.module, index)
+
+    def shared() -> Iterator[Tensor]:
+        yield from (*block.module.parameters(), *block.module.buffers())
+        yield from (leaf for flow in flows for leaf in tree_leaves(flow.calls[index]) if isinstance(leaf, Tensor))
+
+    def changing(layer: Layer) -> None:
+        change(layer)
+        changed.add(layer.name)
+
+    def next_stop(runner: greenlet, pauses: Pauses) -> Layer | None:
+        """Take a flow to the next layer with inputs of its own, or to its end."""
+        pauses.bring_back(runner)
+        while (said := runner.switch()) is not None:
+            layer, inputs = said
+            if inputs is not None:
+                collect(layer, inputs)
+                pauses.put_away(runner)
+                return cast(Layer, layer)
+            changing(layer)
+        pauses.put_away(runner)
+        return None
 
     hooks = [layer.module.register_forward_pre_hook(partial(stop, layer)) for layer in block.layers]
     try:
-        with torch.inference_mode():  # a sweep over columns is a tenth faster than with no_grad
-            runners = [greenlet(partial(flow.through, block.module, index)) for flow in flows]
+        with torch.inference_mode(), pauses_in(paused, shared) as pauses:  # a tenth faster than with no_grad
+            runners = [greenlet(partial(run, flow)) for flow in flows]
             while not all(runner.dead for runner in runners):
-                arrived = [runner.switch() for runner in runners]
-                if all(runner.dead for runner in runners):
-                    for flow, hidden in zip(flows, arrived, strict=True):
-                        flow.hidden = hidden
-                elif any(layer is not arrived[0] for layer in arrived):
+                arrived = [next_stop(runner, pauses) for runner in runners]
+                if any(layer is not arrived[0] for layer in arrived):
                     raise UnsupportedModelError(f"{block.name} calls its layers in an order that depends on the data")
-                else:
-                    change(arrived[0])
-                    changed.add(arrived[0].name)
+                if arrived[0] is not None:
+                    changing(arrived[0])
     finally:
         for hook in hooks:
             hook.remove()
@@ -141,7 +178,7 @@ class _WrongReturn(Exception):
     """The model takes the first element of what a block returns, so blocks return tuples."""
 
 
-def _record(network: Network, model: nn.Module, ids: Tensor) -> Flow:
+def _record(network: Network, model: nn.Module, ids: Tensor, shelf: Shelf) -> Flow:
     """Run the model with each block letting its input through, and note what each is called with."""
     calls: list[dict[str, Any]] = []
     first: list[Tensor] = []
@@ -166,8 +203,8 @@ def _record(network: Network, model: nn.Module, ids: Tensor) -> Flow:
             name = type(model).__name__
             raise UnsupportedModelError(f"the blocks of {name} change the shape of their input") from None
         network.blocks_return_tuples = True
-        return _record(network, model, ids)
-    return Flow(ids, first[0], calls)
+        return _record(network, model, ids, shelf)
+    return Flow(ids, shelf.keep(first[0], 0), calls, shelf)
 
 
 @contextmanager

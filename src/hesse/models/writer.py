@@ -1,9 +1,11 @@
-"""A model's tensors to disk, a block at a time, and joined into shards."""
+"""A model's tensors to disk, a block at a time, and made into shards."""
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,67 +16,85 @@ from torch import Tensor
 from hesse.errors import OutputError
 from hesse.models.checkpoint import INDEX, SINGLE
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30  # a checkpoint of no more is one file
+LARGE_BYTES = 1 << 26  # a part of at least so much is a shard by itself
 COPIED_AT_ONCE = 1 << 24
 
 
-class ShardWriter:
-    """Writes tensors as they come, each call into a file of its own; `close` joins these into shards, and the index."""
+@dataclass(frozen=True)
+class Part:
+    """Tensors that were written to a file of their own, which is to be a shard or a piece of one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._parts: list[Path] = []
-        self._part_bytes: list[int] = []
-        self._names: list[list[str]] = []
+    path: Path
+    names: list[str]
+    bytes: int  # of the tensors
 
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write `tensors`; nothing of them is kept.
 
-        Raises:
-            OutputError: the disk is full or cannot be written.
-        """
-        part = self.folder / f"part-{len(self._parts)}.safetensors"
-        with self._writing():
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
-        self._parts.append(part)
-        self._part_bytes.append(sum(tensor.nbytes for tensor in tensors.values()))
-        self._names.append(list(tensors))
+def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
+    """Write `tensors`; nothing of them is kept.
 
-    def close(self) -> None:
-        """Join the parts into shards of at most SHARD_BYTES, unless one part is larger.
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    with _writing(path.parent):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    return Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
-        Raises:
-            OutputError: the disk is full or cannot be written.
-        """
-        shards: list[list[int]] = []
-        size = 0
-        for number, part_bytes in enumerate(self._part_bytes):
-            if not shards or size + part_bytes > SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(number)
-            size += part_bytes
-        weight_map: dict[str, str] = {}
-        for index, numbers in enumerate(shards, 1):
-            final = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-            with self._writing():
-                _join([self._parts[number] for number in numbers], self.folder / final)
-            weight_map |= {name: final for number in numbers for name in self._names[number]}
-        if len(shards) > 1:
-            metadata = {"total_size": sum(self._part_bytes)}
-            index_text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-            write_text(self.folder / INDEX, index_text + "\n")
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{self.folder.parent} cannot be written: {disk_reason(error)}") from None
+def assemble(parts: list[Part], folder: Path) -> None:
+    """Make the weights' files in `folder` of all parts, which stay as they are: one file, or shards and their index.
+
+    A large part is a shard by itself, by a second name for its file, so that nothing large is written twice. It may be
+    done again.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
+    shards: list[list[Part]] = []
+    single = sum(part.bytes for part in parts) <= SHARD_BYTES
+    small: list[Part] = []  # the shard that small parts are being put into
+    for part in parts:
+        if not single and part.bytes >= LARGE_BYTES:
+            shards.append([part])
+            continue
+        if not small or sum(other.bytes for other in small) + part.bytes > SHARD_BYTES:
+            small = []
+            shards.append(small)
+        small.append(part)
+    weight_map: dict[str, str] = {}
+    for index, members in enumerate(shards, 1):
+        final = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        with _writing(folder):
+            (folder / final).unlink(missing_ok=True)
+            if len(members) == 1:
+                _name_again(members[0].path, folder / final)
+            else:
+                _join([part.path for part in members], folder / final)
+        weight_map |= {name: final for part in members for name in part.names}
+    if len(shards) > 1:
+        metadata = {"total_size": sum(part.bytes for part in parts)}
+        index_text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        write_text(folder / INDEX, index_text + "\n")
+
+
+def _name_again(path: Path, second: Path) -> None:
+    """A second name for a file, or a copy where the file system has no second names."""
+    try:
+        second.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, second)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
 
 
 def _join(parts: list[Path], path: Path) -> None:
-    """One safetensors file of all tensors of `parts`, which go; byte by byte, so that none is in memory.
+    """One safetensors file of all tensors of `parts`; byte by byte, so that none is in memory.
 
     The format: eight bytes of header length, a JSON header with each tensor's type, shape and place, the data. Wide
     types come first, as safetensors itself orders them, so that every tensor is aligned.
@@ -104,8 +124,6 @@ def _join(parts: list[Path], path: Path) -> None:
             with part.open("rb") as file:
                 file.seek(place)
                 _copy(file, out, entry["data_offsets"][1] - entry["data_offsets"][0])
-    for part in parts:
-        part.unlink()
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:

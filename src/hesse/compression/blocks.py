@@ -1,0 +1,160 @@
+"""The layers of one block: solved, put in their places, and written."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hesse.compression.inputs import InputGrams
+from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
+from hesse.compression.plan import Plan
+from hesse.compression.report import LayerReport
+from hesse.constraints import LowRank
+from hesse.curvature import Gram
+from hesse.estimation import GramAccumulator, Statistics
+from hesse.models.network import Block, Layer
+from hesse.models.stream import Flow, advance_with_stops
+from hesse.models.writer import Part, write_part
+from hesse.processes import ALONE, Processes
+from hesse.progress import Clock
+
+
+@dataclass(eq=False)
+class BlockResult:
+    """What became of a block's layers."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # of each solved weight
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "BlockResult":
+        """A result from what `to_dict` gave."""
+        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
+        return cls(layers, content["notes"], content["digests"])
+
+
+class BlockSolver:
+    """Solves one block after another by a plan; `sensitivities` are what the loss feels of the layers' outputs.
+
+    With a folder `paused`, what a block holds for samples that wait is in files there. Several `processes` solve each
+    block together, and one of them writes it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sensitivities: Mapping[str, Tensor],
+        clock: Clock,
+        paused: Path | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.plan, self.sensitivities, self.clock, self.paused = plan, sensitivities, clock, paused
+        self.processes, self.solver = processes, LayerSolver(processes)
+        self.result = BlockResult()
+
+    def solve(self, index: int, block: Block, flows: list[Flow], path: Path) -> tuple[BlockResult, Part]:
+        """Solve the layers of a block, take `flows` through it, and have its tensors written to the file `path`."""
+        self.result = BlockResult()
+        tensors: dict[str, Tensor] = {}
+        with self.clock.phase("read"), self.plan.network.loaded(block):
+            if self.plan.statistics is None:
+                missed = self._on_the_way(index, block, flows, tensors)
+            else:
+                missed = self._from_statistics(block, self.plan.statistics, tensors)
+            for layer in missed:
+                if self.plan.rules.get(layer.name) is not None:
+                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
+                    tensors.update(self._solve(layer, empty))
+        with self.clock.phase("write"):
+            for name in stored_names(self.plan, block):
+                layer_name, _, kind = name.rpartition(".")
+                if layer_name not in self.result.digests or kind not in ("weight", "bias"):
+                    tensors.update(self.plan.checkpoint.read_stored([name]))
+            if self.processes.writer(index) == self.processes.rank:
+                return self.result, write_part(path, tensors)
+            return self.result, Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+
+    def _on_the_way(self, index: int, block: Block, flows: list[Flow], tensors: dict[str, Tensor]) -> list[Layer]:
+        """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
+        grams = InputGrams(self.clock, self.processes)
+
+        def change(layer: Layer) -> None:
+            gram = grams.gram()  # of an ignored layer too: it ends what was collected
+            if self.plan.rules.get(layer.name) is not None:
+                tensors.update(self._solve(layer, gram))
+
+        with self.clock.phase("calibrate"):
+            return advance_with_stops(flows, block, index, grams.collect, change, self.paused)
+
+    def _from_statistics(self, block: Block, statistics: Statistics, tensors: dict[str, Tensor]) -> list[Layer]:
+        """Solve layers on what the dense model gave; the layers that no sample reached then."""
+        missed = []
+        for layer in block.layers:
+            if self.plan.rules.get(layer.name) is None:
+                continue
+            with self.clock.phase("estimate"):
+                gram = statistics.gram(layer.name, self.plan.network.device)
+            if gram is None:
+                missed.append(layer)
+            else:
+                tensors.update(self._solve(layer, gram))
+        return missed
+
+    def _solve(self, layer: Layer, gram: Gram) -> dict[str, Tensor]:
+        """Solve one layer, put the result in its place, and return the tensors to write for it."""
+        rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
+        assert rule is not None and constraint is not None
+        with self.clock.phase("solve"):
+            weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
+            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint))
+            encoded = solved.solution.encoded
+            stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
+            layer.replace(stored)
+        self.result.notes += solved.notes
+        with self.clock.phase("predict"):
+            if sensitivity is None and gram.tokens:
+                self.result.notes.append(
+                    f"{layer.name}: no prediction: the tokens that probed the loss did not reach it"
+                )
+            change = stored - weight
+            self.result.layers.append(
+                LayerReport(
+                    name=layer.name,
+                    shape=(weight.shape[0], weight.shape[1]),
+                    method=solved.method,
+                    tokens=gram.tokens,
+                    damping=solved.damping,
+                    bits_per_weight=self.plan.format.stored_bits(layer.name),
+                    sparsity=float((stored == 0).float().mean()),
+                    rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
+                    predicted_loss_increase=predicted_increase(change, gram, sensitivity),
+                    relative_output_error=relative_error(change, weight, gram),
+                )
+            )
+        with self.clock.phase("write"):
+            self.result.digests[layer.name] = digest(stored)
+            bias_name = f"{layer.name}.bias"
+            stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
+            bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
+            return self.plan.format.tensors(layer.name, encoded, stored, bias)
+
+    def _output_factor(self, layer: str) -> Tensor | None:
+        """What the loss feels of a layer's outputs: all of G (out, out) where it was estimated before, else E[g²]."""
+        if self.plan.statistics is not None:
+            kronecker = self.plan.statistics.kronecker(layer, self.plan.network.device)
+            if kronecker is not None:
+                return kronecker.output_factor
+        return self.sensitivities.get(layer)
+
+
+def stored_names(plan: Plan, block: Block) -> list[str]:
+    """The checkpoint's names of the tensors of a block."""
+    sources = plan.network.sources
+    return list(dict.fromkeys(sources[n] for n in sources if n.startswith(f"{block.name}.")))

@@ -1,0 +1,274 @@
+"""A run that was cut short anywhere goes on from there to the same bytes, and never with another run's work."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from helpers import IDS, CommandLine, change, compress, left_over, write_ids
+from hesse.compression import journal as journals
+from hesse.compression import unfinished
+from hesse.compression.journal import Journal
+from hesse.errors import OptionError, OutputError
+from hesse.models import shelf
+
+FolderOf = Callable[[str], Path]
+# Everything but where its time went, which is told in compression.json.
+METHODS: dict[str, dict[str, Any]] = {
+    "kronecker": {"bits": 4, "group_size": 32},
+    "gptq": {"bits": 3, "group_size": 32},
+    "rtn": {"bits": 4, "group_size": 32},
+    "sparsegpt": {"sparsity": "2:4"},
+    "activation-svd": {"rank": 8},
+    "planned": {"mean_bits": 3.5},
+}
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["helpers", "hesse.compression"])
+
+
+def settings(name: str) -> dict[str, Any]:
+    return {**METHODS[name], **({} if name == "planned" else {"method": name})}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """What a loader reads, and the account of the run without its seconds and its memory."""
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "compression.json"}
+    report = json.loads((out / "compression.json").read_text())
+    kept = {key: value for key, value in report.items() if key not in ("seconds", "peak_rss_bytes", "out")}
+    return {**found, "compression.json": json.dumps(kept).encode()}
+
+
+def in_a_process(source: Path, out: Path, name: str, die_after: int | None) -> None:
+    """Compress, and kill this process like the system would once `die_after` steps are noted."""
+    torch.set_num_threads(1)
+    if die_after is not None:
+        record, left = Journal.record, [die_after]
+
+        def counted(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
+            record(self, step, content, files)
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.record = counted  # type: ignore[method-assign]
+    compress(source, out, **settings(name))
+
+
+def run(source: Path, out: Path, name: str, die_after: int | None = None, seconds: float | None = None) -> bool:
+    """Whether a process that compresses came to its end."""
+    process = PROCESSES.Process(target=in_a_process, args=(source, out, name, die_after))
+    process.start()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def newest(folder: Path) -> Path:
+    """The file that was written last, but for the lock."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != unfinished.LOCK]
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "planned"])
+def test_a_killed_run_goes_on_to_the_same_bytes(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
+    """Killed after a few noted steps each time; every other time the newest file is cut, as by a power failure."""
+    source, generator = family_folder("llama"), random.Random(name)
+    compress(source, tmp_path / "undisturbed", **settings(name))
+    deaths = 0
+    while not run(source, tmp_path / "out", name, die_after=generator.randint(2, 5)):
+        deaths += 1
+        assert deaths < 40
+        assert not (tmp_path / "out").exists()
+        if deaths % 2:
+            cut = newest(tmp_path / ".out.unfinished")
+            os.truncate(cut, cut.stat().st_size // 2)
+    assert deaths > 2
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert left_over(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("kronecker", "planned")])
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_every_method_goes_on(
+    name: str, blocks: int, family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, record = family_folder("llama"), Journal.record
+    compress(source, tmp_path / "undisturbed", **settings(name))
+
+    def stop(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
+        record(self, step, content, files)
+        if step == f"block-{blocks}":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "out", **settings(name))
+    compress(source, tmp_path / "out", **settings(name))
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_a_run_may_be_killed_at_any_moment(half_folder: FolderOf, tmp_path: Path) -> None:
+    source, generator = half_folder("llama"), random.Random(0)
+    compress(source, tmp_path / "undisturbed", **settings("kronecker"))
+    started = time.monotonic()
+    assert run(source, tmp_path / "whole", "kronecker")
+    whole = time.monotonic() - started
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        for _ in range(5):
+            if run(source, out, "kronecker", seconds=generator.uniform(0.2, 0.9) * whole):
+                break
+            assert not out.exists()
+        else:
+            assert run(source, out, "kronecker")
+        assert files(out) == files(tmp_path / "undisturbed")
+        assert left_over(tmp_path, out.name) == [out.name]
+
+
+def test_a_full_disk_keeps_what_is_done(
+    family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family_folder("llama")
+    compress(source, tmp_path / "undisturbed", **settings("gptq"))
+    append, calls = shelf.TensorFile.append, [0]
+
+    def full(self: shelf.TensorFile, tensor: torch.Tensor) -> int:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise OutputError("the disk is full")
+        return append(self, tensor)
+
+    monkeypatch.setattr(shelf.TensorFile, "append", full)
+    with pytest.raises(OutputError, match="the disk is full; what is done of it is kept, and the same command goes on"):
+        compress(source, tmp_path / "out", **settings("gptq"))
+    assert left_over(tmp_path) == [".out.unfinished"]
+    compress(source, tmp_path / "out", **settings("gptq"))
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_a_disk_that_refuses_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(tmp_path)
+    monkeypatch.setattr(journals.os, "replace", refuse)
+    with pytest.raises(OutputError, match="the disk is full; free some space"):
+        journal.record("step", {})
+
+
+def cut_short(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Leave a run unfinished after its first block."""
+
+    def stop(self: Any, index: int, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hesse.compression.compress._Run._note", stop)
+        with pytest.raises(KeyboardInterrupt, match="kept"):
+            compress(source, out, **{**settings("gptq"), **options})
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"bits": 4}, "recipe"),
+        ({"data": IDS[:4]}, "data"),
+        ({"seed": 1}, "data"),
+        ({"format": "dense"}, "settings"),
+    ],
+)
+def test_another_run_is_refused(
+    changed: dict[str, Any],
+    what: str,
+    family_folder: FolderOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = family_folder("llama"), tmp_path / "out"
+    cut_short(source, out, monkeypatch)
+    with pytest.raises(
+        OutputError, match=rf"an unfinished run that differs from this one in its {what}: give --restart"
+    ):
+        compress(source, out, **{**settings("gptq"), **changed})
+    assert left_over(tmp_path) == [".out.unfinished"]
+    report = compress(source, out, restart=True, **{**settings("gptq"), **changed})
+    assert report.layers
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_a_changed_model_is_refused(family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shutil.copytree(family_folder("llama"), tmp_path / "model")
+    cut_short(source, tmp_path / "out", monkeypatch)
+    change(source, lambda tensors: tensors["model.norm.weight"].mul_(1.5))
+    with pytest.raises(OutputError, match="in its model: give --restart"):
+        compress(source, tmp_path / "out", **settings("gptq"))
+
+
+def test_changed_data_and_versions_are_refused(
+    family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_ids(tmp_path / "ids.jsonl")
+    cut_short(family_folder("llama"), tmp_path / "out", monkeypatch, data=data)
+    write_ids(data, IDS[:4])
+    with pytest.raises(OutputError, match="in its data: give --restart"):
+        compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
+    write_ids(data)
+    monkeypatch.setattr("hesse.compression.compress.versions", lambda _: {"torch": "9.9"})
+    with pytest.raises(OutputError, match="in its versions of Hesse and its libraries: give --restart"):
+        compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
+
+
+def test_a_mistake_of_the_user_leaves_nothing_to_resume(family_folder: FolderOf, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be reached"):
+        compress(family_folder("llama"), tmp_path / "new" / "out", mean_bits=0.1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_runs_do_not_write_one_folder(family_folder: FolderOf, tmp_path: Path) -> None:
+    with unfinished.unfinished(tmp_path / "out") as work:
+        work.begin({}, 0, restart=False)
+        with pytest.raises(OutputError, match="another run is writing"):
+            compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
+
+
+def test_a_model_that_was_being_replaced_is_not_lost(family_folder: FolderOf, tmp_path: Path) -> None:
+    compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # what a process that was killed between two renames leaves
+    with pytest.raises(OutputError, match="exists"):
+        compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_the_command_line_says_what_is_kept(
+    family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hesse_command: CommandLine
+) -> None:
+    data = write_ids(tmp_path / "ids.jsonl", tiny_models.random_ids(8, 32))
+    arguments = ("compress", family_folder("llama"), tmp_path / "out", "--data", data, "--bits", "4", "--json")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hesse.compression.compress._Run._note", stop)
+        ran = hesse_command(*arguments)
+    assert ran.code == 130
+    kept = "was not written; what is done of it is kept, and the same command goes on."
+    assert ran.error == f"Interrupted: {tmp_path / 'out'} {kept}"
+    assert hesse_command(*arguments).code == 0
+    assert left_over(tmp_path) == ["out"]
