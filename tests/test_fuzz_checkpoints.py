@@ -4,14 +4,16 @@ import json
 import struct
 from typing import Any
 
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import JSON, LIMITED, folder, survives
-from hesse.errors import CheckpointError
+from hesse.errors import CheckpointError, HesseError
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
 from hesse.models.checkpoint import INDEX, Checkpoint
+from hesse.models.network import Network
 
 
 def entry(name: str, shape: list[Any], stop: int) -> dict[str, Any]:
@@ -111,6 +113,47 @@ def test_a_quantization_config_of_anything(key: str, value: Any) -> None:
 @example(b'{"quantization_config": "x"}')
 def test_a_config_of_anything(text: bytes) -> None:
     read_checkpoint({"config.json": text, "model.safetensors": ONE})
+
+
+SETTINGS = ("num_hidden_layers", "hidden_size", "head_dim", "vocab_size", "num_attention_heads", "num_key_value_heads")
+OTHERS = (
+    "architectures",
+    "hidden_act",
+    "rope_parameters",
+    "max_position_embeddings",
+    "pad_token_id",
+    "dtype",
+    "id2label",
+)
+SMALL = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 8),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1),
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
+
+
+@LIMITED
+@given(st.sampled_from([*SETTINGS, *OTHERS, "get_text_config", "_name_or_path", "tie_word_embeddings"]), JSON)
+@example("num_hidden_layers", 9000)
+@example("head_dim", 10**11)
+@example("hidden_size", -8)
+@example("num_attention_heads", 0)
+@example("dtype", "__class__")
+@example("get_text_config", "no method")
+@example("rope_parameters", {"rope_type": "yarn"})
+@example("id2label", {"0": 1, "x": 2})
+@example("tie_word_embeddings", [])
+def test_a_setting_of_anything(key: str, value: Any) -> None:
+    """Modules are made of it, or Hesse says that they cannot be."""
+    with folder() as place:
+        (place / "config.json").write_text(json.dumps({**SMALL, key: value}))
+        (place / "model.safetensors").write_bytes(ONE)
+
+        def read() -> None:
+            assert (Network(open_checkpoint(place), torch.float32, torch.device("cpu")).input_limit or 0) >= 0
+
+        survives(read, HesseError)
 
 
 @LIMITED

@@ -1,8 +1,9 @@
 """Configs that lie: sizes, architectures, and schemes that do not fit the tensors. Each is refused by name, at once."""
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ from hesse.models.network import Network
 
 FolderOf = Callable[[str], Path]
 Edit = Callable[[dict[str, Any]], None]
+ROOM = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """No more than ROOM bytes beyond what the process has: whatever asks for far more fails at once."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    if pages is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.fixture
@@ -57,6 +72,7 @@ def input_limit(folder: Path) -> int | None:
         ({"text_config": {"n_layer": 10**12}}, "n_layer"),
         ({"hidden_size": 10**12}, "config and weights do not belong together"),
         ({"vocab_size": 2**62, "hidden_size": 2**40}, "config.json"),
+        ({"head_dim": 10**11}, "computes buffers of|config and weights do not belong together"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"max_position_embeddings": "many"}, "config.json"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hesse
 from helpers import IDS, WEIGHTS, CommandLine, write_ids
 from hesse.compression.output import companion_notes, copy_companions
 from hesse.errors import CheckpointError
@@ -20,7 +21,7 @@ from hesse.estimation import Statistics, load_curvature
 from hesse.formats import open_checkpoint
 from hesse.models.checkpoint import INDEX, Checkpoint
 from hesse.models.files import DEEPEST_JSON, belongs, read_json, unfinished_file
-from hesse.models.locate import locate
+from hesse.models.locate import DEFAULT_FOLDER, locate
 
 FolderOf = Callable[[str], Path]
 
@@ -88,6 +89,19 @@ def test_links_out_of_the_folder_are_not_copied(model: Path, hesse_command: Comm
     for name in ("tokenizer.txt", "LICENSE", "below/key.json"):
         assert f"{name} was not copied: it is a link to {secret / 'key.json'}" in notes
     assert "tokenization_own.py: code that came with the model was copied, not run" in notes
+
+
+@pytest.mark.parametrize("linked", ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json"])
+def test_links_out_of_the_folder_are_not_exported(linked: str, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    for path in DEFAULT_FOLDER.glob("tokenizer*"):
+        shutil.copy(path, model)
+    (model / linked).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text(json.dumps({"chat_template": "the secret"}))
+    (model / linked).symlink_to(tmp_path / "secret")
+    report = hesse.export(model, tmp_path / "out.gguf")
+    assert b"the secret" not in (tmp_path / "out.gguf").read_bytes()
+    assert ("the tokenizer is left out" in " ".join(report.notes)) == (linked == "tokenizer.json")
 
 
 def test_a_link_that_leads_nowhere_is_left_out(model: Path) -> None:
