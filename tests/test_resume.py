@@ -247,6 +247,15 @@ def test_two_runs_do_not_write_one_folder(family_folder: FolderOf, tmp_path: Pat
             compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
 
 
+def test_a_link_in_place_of_the_unfinished_folder_is_not_followed(family_folder: FolderOf, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / ".out.unfinished").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="is a link"):
+        compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
 def test_a_model_that_was_being_replaced_is_not_lost(family_folder: FolderOf, tmp_path: Path) -> None:
     compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
     (tmp_path / "out").rename(tmp_path / ".out.replaced")  # what a process that was killed between two renames leaves

@@ -39,3 +39,13 @@ class ConditioningError(HesseError):
 
 class ConditioningWarning(UserWarning):
     """A result that rounding may have spoilt."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with each character that could steer a terminal or hide others spelt out, such as ESC."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(":. ")

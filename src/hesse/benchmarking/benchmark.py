@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from hesse.benchmarking import worker
 from hesse.benchmarking.result import Benchmark, Measured, Missing, Row
@@ -21,10 +20,16 @@ from hesse.benchmarking.worker import Floats, Measurement, Request
 from hesse.data import read_samples
 from hesse.errors import HesseError, OptionError
 from hesse.exporting import export_checkpoint
+from hesse.exporting.layers import read_config
+from hesse.formats import open_checkpoint
 from hesse.progress import Progress, Silence
 
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.pt")
-START = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+# Not with the current folder among those that modules come from: it may be that of a model, with code in it.
+START = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+)
 
 
 @dataclass(frozen=True)
@@ -124,20 +129,20 @@ def _models(model: Path, reference: Path | None) -> dict[str, Path]:
     """What is measured, the dense model first."""
     if reference is not None:
         return {"dense": reference, "compressed": model}
-    return {"compressed" if AutoConfig.from_pretrained(model).to_dict().get("quantization_config") else "dense": model}
+    return {"compressed" if open_checkpoint(model).config.get("quantization_config") else "dense": model}
 
 
 def _prompt(model: Path, length: int) -> list[int]:
     """The start of the shipped held-out text; of random tokens where the folder has no tokenizer."""
     if not (model / "tokenizer.json").is_file():
-        vocabulary = AutoConfig.from_pretrained(model).vocab_size
+        vocabulary = read_config(open_checkpoint(model)).vocab_size
         return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary, length)]
     samples, _ = read_samples(None, model, count=1, length=length, seed=0, purpose="evaluation", limit=None)
     return [int(token) for token in samples.ids[0]]
 
 
 def _check_length(model: Path, length: int) -> None:
-    limit = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    limit = getattr(read_config(open_checkpoint(model)), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise OptionError(
             f"--prompt and --generate need {length} positions, and {model} has {limit}: give fewer tokens"
@@ -182,7 +187,7 @@ def _run(
         return
     run.measurements.append(Measurement(**json.loads(path.with_suffix(".result").read_text(encoding="utf-8"))))
     if with_logits:
-        run.logits = np.load(logits)
+        run.logits = np.load(logits, allow_pickle=False)
 
 
 def _row(entry: _Prepared, run: _Runs, size: int, truth: Floats | None) -> Row:

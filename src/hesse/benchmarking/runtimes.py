@@ -1,13 +1,12 @@
 """The runtimes, the packages that they need, and what each of them loads."""
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from hesse.errors import OptionError
 from hesse.exporting import TARGETS
+from hesse.models.files import read_json
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,11 @@ def find_runtimes(names: list[str]) -> list[Runtime]:
 
 def storage(model: Path) -> str:
     """How most layers of a checkpoint are stored, in a few words."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    bits = Counter(f"{group['weights']['num_bits']} bit" for group in groups.values() if group.get("weights"))
+    config = read_json(model / "config.json")
+    quantization = config.get("quantization_config")
+    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    schemes = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if groups else []
+    bits = {f"{weights.get('num_bits')} bit" for weights in schemes if isinstance(weights, dict)}
     if bits:
         return ", ".join(sorted(bits))
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

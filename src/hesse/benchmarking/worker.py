@@ -160,7 +160,10 @@ def _transformers(path: Path, threads: int, length: int) -> Session:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return TorchSession(AutoModelForCausalLM.from_pretrained(path))  # in evaluation mode
+    model = AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=False, local_files_only=True, use_safetensors=True
+    )
+    return TorchSession(model)  # in evaluation mode
 
 
 def _torchao(path: Path, threads: int, length: int) -> Session:

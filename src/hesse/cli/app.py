@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from hesse.cli.progress import Bars
-from hesse.errors import HesseError, OptionError
+from hesse.errors import HesseError, OptionError, printable
 from hesse.version import __version__
 
 app = typer.Typer(
@@ -68,6 +68,11 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
         raise _Interrupted(*interrupt.args) from None
 
 
+def print_line(text: str) -> None:
+    """A line on standard output, as it is: a path in it may hold anything."""
+    out_console.print(printable(text), soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
 def print_json(content: Any) -> None:
     """For machines."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
@@ -83,7 +88,8 @@ def main() -> None:
     try:
         app()
     except HesseError as error:
-        error_console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        line = printable(f"Error: {error}")
+        error_console.print(line, style="red", soft_wrap=True, markup=False, emoji=False, highlight=False)
         sys.exit(2 if isinstance(error, OptionError) else 1)
     except _Interrupted as interrupted:
         left = str(interrupted) or "nothing was written"

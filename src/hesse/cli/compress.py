@@ -17,6 +17,7 @@ from hesse.cli.app import (
     app,
     out_console,
     print_json,
+    print_line,
     progress_bars,
 )
 from hesse.errors import OptionError
@@ -117,7 +118,7 @@ def compress(
         return
     out_console.print(compression_summary(result))
     if report is not None:
-        out_console.print(f"The report: {report.absolute()}", soft_wrap=True, highlight=False)
+        print_line(f"The report: {report.absolute()}")
 
 
 @app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
@@ -155,9 +156,9 @@ def estimate(
         print_json(content)
         return
     held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
-    out_console.print(f"{held} from {content['tokens']:,} tokens: {out.absolute()}", soft_wrap=True, highlight=False)
+    print_line(f"{held} from {content['tokens']:,} tokens: {out.absolute()}")
     command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
-    out_console.print(f"Next: hesse {command.format(model)} --curvature {out}", soft_wrap=True, highlight=False)
+    print_line(f"Next: hesse {command.format(model)} --curvature {out}")
 
 
 def _mean_bits(text: str | None) -> float | None:

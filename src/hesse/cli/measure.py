@@ -15,6 +15,7 @@ from hesse.cli.app import (
     app,
     out_console,
     print_json,
+    print_line,
     progress_bars,
 )
 from hesse.methods import METHODS, Options
@@ -96,7 +97,7 @@ def inspect(
         return
     out_console.print(inspection_summary(result))
     if out is not None:
-        out_console.print(f"The page: {out.absolute()}", soft_wrap=True, highlight=False)
+        print_line(f"The page: {out.absolute()}")
 
 
 @app.command(epilog="Example: `hesse methods`")
@@ -134,16 +135,9 @@ def demo(
         after = api.evaluate(out, reference="default", progress=bars)
         before = api.evaluate("default", progress=bars)
     out_console.print(cost_table(report, before, after))
-    out_console.print(f"The compressed checkpoint: {out.absolute()}", soft_wrap=True, highlight=False)
-    out_console.print(
+    print_line(f"The compressed checkpoint: {out.absolute()}")
+    print_line(
         "It loads in transformers: "
-        f'AutoModelForCausalLM.from_pretrained("{out}")  (pip install transformers compressed-tensors)',
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f'AutoModelForCausalLM.from_pretrained("{out}")  (pip install transformers compressed-tensors)'
     )
-    out_console.print(
-        "Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE",
-        soft_wrap=True,
-        highlight=False,
-    )
+    print_line("Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.compression.measurements import Continuation
-from hesse.data import Samples, load_tokenizer
+from hesse.data import Samples, load_tokenizer, usable_tokenizer
 from hesse.errors import DataError
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
@@ -93,7 +93,12 @@ def _decoder(folder: Path) -> tuple[list[str], Callable[[list[int]], str]]:
         return ["continuations are token ids: the model's folder has no tokenizer"], lambda ids: "".join(
             f"{token} " for token in ids
         )
-    return [], lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def decode(ids: list[int]) -> str:
+        with usable_tokenizer(folder):
+            return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    return [], decode
 
 
 def _free_memory(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hesse.errors import OutputError
+from hesse.models.files import belongs
 from hesse.models.writer import disk_reason
 
 # What a loader needs besides weights and config.
@@ -100,21 +101,50 @@ def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
         )
 
 
-def copy_companions(model: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, model code and the like.
+def copy_companions(model: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, generation config, model code and the like, as they are.
+
+    Returns a note for each link out of the model's folder, which is not followed, and one if there is code.
 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    for pattern in COPIED:
-        for path in sorted(model.glob(pattern)):
-            if path.is_file() and path.relative_to(model).as_posix() not in NOT_COPIED:
-                target = folder / path.relative_to(model)
-                try:
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, target)
-                except OSError as error:
-                    raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
+    own, foreign = _companions(model)
+    for path in own:
+        target = folder / path.relative_to(model)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        except OSError as error:
+            raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
+    return [*foreign, *_code(model, own)]
+
+
+def companion_notes(model: Path) -> list[str]:
+    """What `copy_companions` returns, without copying."""
+    own, foreign = _companions(model)
+    return [*foreign, *_code(model, own)]
+
+
+def _companions(model: Path) -> tuple[list[Path], list[str]]:
+    """The files to copy, and a note for each link that leads out of the folder: it may be to any file of the user's."""
+    found = dict.fromkeys(path for pattern in COPIED for path in sorted(model.glob(pattern)) if path.is_file())
+    wanted = [path for path in found if path.relative_to(model).as_posix() not in NOT_COPIED]
+    own = [path for path in wanted if belongs(path, model)]
+    return own, [
+        f"{path.relative_to(model)} was not copied: it is a link to {path.resolve()}, outside of the model's folder"
+        for path in wanted
+        if path not in own
+    ]
+
+
+def _code(model: Path, paths: list[Path]) -> list[str]:
+    names = [str(path.relative_to(model)) for path in paths if path.suffix == ".py"]
+    return (
+        [f"{', '.join(names)}: code that came with the model was copied, not run; trust_remote_code=True may run it"]
+        if names
+        else []
+    )
 
 
 def put_in_place(folder: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from hesse.compression.layers import check_products
+from hesse.compression.output import companion_notes
 from hesse.compression.targets import check_served
 from hesse.compression.tokens import Calibration, factor_tokens, select_samples
 from hesse.data import Samples
@@ -99,7 +100,7 @@ def make_plan(
         check=selected.check,
         held_out=selected.held_out,
         seen=seen if selected.held_out and calibrated else None,
-        notes=[*format.notes, *selected.notes],
+        notes=[*format.notes, *selected.notes, *companion_notes(model)],
     )
 
 

@@ -97,9 +97,11 @@ def unfinished(out: Path, processes: Processes = ALONE) -> Iterator[Unfinished]:
         yield run
         return
     made = make_parents(out)
+    if run.folder.is_symlink():
+        raise OutputError(f"{run.folder} is a link, so what it leads to might be lost: remove it, or give another OUT")
     try:
-        run.folder.mkdir(exist_ok=True)
-        lock = os.open(run.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        run.folder.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(run.folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
     try:

@@ -5,21 +5,17 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hesse.data.sources import Purpose, first_line, read_content
+from hesse.data.sources import Purpose, read_content
+from hesse.data.tokenizer import load_tokenizer, usable_tokenizer
 from hesse.errors import DataError, OptionError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Documents tokenised in one call: enough to keep all cores busy, and few enough to hold as Python lists of ids.
 DOCUMENTS_A_CALL = 1024
 LARGEST_ID = torch.iinfo(torch.int64).max
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.spm")
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by: use `fingerprint`
@@ -163,28 +159,8 @@ def _tokenise(texts: list[str], folder: Path) -> Tensor:
     for start in range(0, len(documents), DOCUMENTS_A_CALL):
         batch = documents[start : start + DOCUMENTS_A_CALL]
         # Not verbose: it would warn that a document is longer than the model's positions. It is cut into windows.
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        with usable_tokenizer(folder):
+            found = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in found:
             pieces += [torch.tensor(ids, dtype=torch.int64), separator]
     return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.int64)
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer whose files lie in `folder`.
-
-    Raises:
-        DataError: there are none, or they cannot be used.
-    """
-    from transformers import AutoTokenizer  # imported late: it takes time, and ready token ids need no tokenizer
-
-    way_out = "copy them from the original model, or give a .jsonl file with input_ids, which needs no tokenizer"
-    lacking = DataError(f"{folder} lacks tokenizer files, so text cannot be turned into tokens: {way_out}")
-    # Without files some classes are built nonetheless, with no vocabulary, and turn every text into nothing.
-    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise lacking
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
-        raise DataError(f"the tokenizer files in {folder} cannot be used ({first_line(error)}): {way_out}") from None
-    if not tokenizer.vocab_size:
-        raise lacking
-    return tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hesse.errors import DataError
+from hesse.errors import DataError, reason
 from hesse.models.locate import DEFAULT, DEFAULT_FOLDER
 
 Purpose = Literal["calibration", "evaluation"]
@@ -19,6 +19,7 @@ SHIPPED = {
 # A data set id without a split means this one: evaluation must not see what calibration saw.
 SPLITS = {"calibration": "train", "evaluation": "test"}
 DATASET_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^:]*(:.*)?)?")
+LONGEST_LINE = 1 << 28  # bytes: more than any book
 INSTALL = "is not installed: pip install 'hesse[data]', or give a .txt or .jsonl file"
 
 # Documents, or raw token ids by the place they were found at ("line 3").
@@ -61,7 +62,7 @@ def _read_file(path: Path) -> Content:
     try:
         content = reader(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from None
+        raise DataError(f"{path} cannot be read: {reason(error)}") from None
     if not content:
         raise DataError(f"{path} is empty: give a file with text in it")
     return content
@@ -79,17 +80,19 @@ def _read_jsonl(path: Path) -> Content:
     records: dict[str, dict[str, Any]] = {}
     # Lines are split as bytes: a JSON string may hold characters that are line ends to str.splitlines.
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if not line.strip():
                 continue
             place = f"line {number}"
+            if len(line) > LONGEST_LINE:
+                raise DataError(f"{path}, {place} has more than {LONGEST_LINE:,} bytes: write one document a line")
             try:
                 record = json.loads(line.strip().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 # Its own text would name line 1: this line is all it sees.
                 located = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else None
-                reason = located or first_line(error)
-                raise DataError(f"{path}, {place} is not valid JSON ({reason}): write one object a line") from None
+                said = located or reason(error)
+                raise DataError(f"{path}, {place} is not valid JSON ({said}): write one object a line") from None
             if not isinstance(record, dict) or not {"text", "input_ids"} & record.keys():
                 raise DataError(f'{path}, {place} has neither "text" nor "input_ids": write an object with one of them')
             records[place] = record
@@ -116,8 +119,8 @@ def _read_parquet(path: Path) -> Content:
                     f'{path} has no column "text" (it has {", ".join(columns)}): rename the one with the text'
                 )
             values = file.read(columns=["text"]).column("text").to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no readable .parquet file ({first_line(error)}): copy it again") from None
+    except (pyarrow.ArrowException, LookupError, ValueError) as error:
+        raise DataError(f"{path} is no readable .parquet file ({reason(error)}): copy it again") from None
     return list(_checked_texts(values, str(path)))
 
 
@@ -133,7 +136,7 @@ def _read_dataset(name: str, purpose: Purpose) -> Content:
     except Exception as error:  # the library raises many kinds; all mean that there is no such data to be had
         raise DataError(
             f"{name} is no file here, and the split {split!r} of a data set of this name cannot be had "
-            f"({first_line(error)}): give a file, or owner/name:config:split"
+            f"({reason(error)}): give a file, or owner/name:config:split"
         ) from None
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
@@ -166,8 +169,3 @@ def _checked_text(value: object, place: str) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
         raise DataError(f'{place}: "text" holds half a character (a lone surrogate): correct or remove it') from None
     return value
-
-
-def first_line(error: Exception) -> str:
-    """The reason in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(":. ")

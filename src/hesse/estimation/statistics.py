@@ -14,10 +14,12 @@ from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.data import Samples
 from hesse.errors import CheckpointError, DataError
 from hesse.estimation.storage import load_curvature
-from hesse.models.checkpoint import Checkpoint, read_json
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import is_plain_name, read_json
 
 INDEX_FILE = "statistics.json"
 SENSITIVITIES_FILE = "sensitivities.safetensors"
+SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # what an index says of them
 READ_AT_ONCE = 1 << 22
 Kind = TypeVar("Kind", bound=Curvature)
 
@@ -28,7 +30,7 @@ class Statistics:
     That is a Gram of its inputs, Kronecker factors, or the diagonal of the Fisher; each in a file of its own.
 
     Raises:
-        CheckpointError: the folder is no such folder.
+        CheckpointError: the folder is no such folder, or its index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,6 +38,8 @@ class Statistics:
             raise CheckpointError(f"{folder} has no {INDEX_FILE}: give a folder that `hesse estimate` wrote")
         self.folder = folder
         self.content: dict[str, Any] = read_json(folder / INDEX_FILE)
+        if not _is_index(self.content):
+            raise CheckpointError(f"{folder / INDEX_FILE} is not as `hesse estimate` writes it: estimate it again")
         self._last: dict[str, tuple[str, Curvature]] = {}  # of each kind what was read last
 
     def check_model(self, checkpoint: Checkpoint) -> None:
@@ -101,6 +105,20 @@ class Statistics:
             return load_file(self.folder / SENSITIVITIES_FILE)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / SENSITIVITIES_FILE} cannot be read ({error})") from None
+
+
+def _is_index(content: dict[str, Any]) -> bool:
+    """Whether an index has what is read of it; its files lie beside it."""
+    curvatures, samples = content.get("curvatures"), content.get("samples")
+    return (
+        isinstance(content.get("model_files"), dict)
+        and isinstance(content.get("samples_fingerprint"), str)
+        and isinstance(samples, dict)
+        and samples.keys() == SAMPLES.keys()
+        and all(isinstance(samples[key], kind) for key, kind in SAMPLES.items())
+        and isinstance(curvatures, dict)
+        and all(isinstance(files, dict) and all(map(is_plain_name, files.values())) for files in curvatures.values())
+    )
 
 
 def file_digests(checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """A curvature in a safetensors file: its tensors by name, and what they are in the file's header."""
 
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hesse.curvature import Curvature, Origin
-from hesse.errors import CheckpointError, UnsupportedProduct
+from hesse.errors import CheckpointError, UnsupportedProduct, reason
+from hesse.models.files import unfinished_file
 from hesse.version import __version__
 
 KEY = "hesse_curvature"
@@ -26,13 +26,8 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     described = _describe(curvature, "", tensors)
     header = {KEY: json.dumps(described), "version": __version__, "format": "pt"}
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with unfinished_file(Path(path)) as unfinished:
         save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, unfinished, header)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
@@ -46,11 +41,15 @@ def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
             header = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): estimate it again") from None
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}): estimate it again") from None
     if header is None:
         raise CheckpointError(f"{path} holds tensors but no curvature: give a file that save_curvature wrote")
-    curvature = _restore(json.loads(header), tensors, path)
-    assert isinstance(curvature, Curvature)
+    try:
+        curvature = _restore(json.loads(header), tensors, path)
+    except (LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no curvature ({reason(error)}): estimate it again") from None
+    if not isinstance(curvature, Curvature):
+        raise CheckpointError(f"{path} describes no curvature: estimate it again")
     return curvature
 
 

@@ -9,13 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hesse.compression.output import check_output, temporary_folder
-from hesse.errors import OptionError, OutputError
+from hesse.errors import OptionError, OutputError, UnsupportedModelError, reason
 from hesse.exporting.report import ExportedLayer, ExportReport, Written
 from hesse.formats import open_checkpoint
 from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import unfinished_file
 from hesse.models.writer import disk_reason
 from hesse.progress import Progress
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Writer = Callable[[Checkpoint, Path, str, Progress], Written]
 
 
@@ -68,7 +70,10 @@ def export_checkpoint(
     writer = chosen.load()
     place = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
     with place as path:
-        written = writer(checkpoint, path, name, progress)
+        try:
+            written = writer(checkpoint, path, name, progress)
+        except MALFORMED as error:  # of a config or tokenizer whose values are of other kinds than they should be
+            raise UnsupportedModelError(f"{model} cannot be written as {target}: {reason(error)}") from error
         size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     return ExportReport(
         model=name,
@@ -134,14 +139,11 @@ def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
             raise OutputError(f"OUT {out} is not a file: give the name of a file to write")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"the folder of {out} does not exist: make it first")
-    unfinished = out.with_name(f".{out.name}.unfinished")
     try:
-        yield unfinished
-        unfinished.replace(out)
+        with unfinished_file(out) as unfinished:
+            yield unfinished
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {disk_reason(error)}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from hesse.models.checkpoint import read_json
+from hesse.data import usable_tokenizer
+from hesse.errors import CheckpointError, reason
+from hesse.models.files import belongs, read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -19,15 +21,28 @@ CUTS = {
     r"|\s+(?!\S)|\s+": "qwen2",
 }
 GPT2_CUT = "gpt-2"
+MALFORMED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def write_tokenizer(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str | None:
     """Write the tokenizer of the model in `folder`, padded to `vocabulary` tokens; why it could not be, else None.
 
-    Without one llama.cpp runs the model on token ids.
+    Without one llama.cpp runs the model on token ids. Files that are links out of the folder are not read.
+
+    Raises:
+        CheckpointError: a file of it is damaged.
+        DataError: the tokenizers library cannot use it.
     """
-    path = folder / "tokenizer.json"
-    content = read_json(path) if path.is_file() else {}
+    try:
+        return _write(writer, folder, vocabulary)
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"the tokenizer files in {folder} are damaged ({reason(error)}): copy them again"
+        ) from None
+
+
+def _write(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str | None:
+    content = _content(folder, "tokenizer.json")
     cut = _cut(content)
     if cut is None:
         writer.add_tokenizer_model("no_vocab")
@@ -42,7 +57,7 @@ def write_tokenizer(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str 
     for added in content.get("added_tokens", ()):
         known.append((added["id"], added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED))
     for index, text, kind in known:
-        if index < vocabulary:
+        if 0 <= index < vocabulary:
             tokens[index], types[index] = text, int(kind)
     merges = content["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -69,8 +84,20 @@ def _cut(content: dict[str, Any]) -> str | None:
     return None
 
 
+def _content(folder: Path, name: str) -> dict[str, Any]:
+    """What a JSON file of the folder holds; nothing where it is missing, or a link out of the folder."""
+    path = folder / name
+    return read_json(path) if path.is_file() and belongs(path, folder) else {}
+
+
+def _encoded(folder: Path, text: str) -> list[int]:
+    with usable_tokenizer(folder):
+        ids: list[int] = Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode(text).ids
+        return ids
+
+
 def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str]) -> None:
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = _content(folder, "tokenizer_config.json")
     ids: dict[str, int] = {}
     adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
     for kind, add in adders.items():
@@ -80,10 +107,11 @@ def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str])
             ids[kind] = tokens.index(text)
             add(ids[kind])
     # What the tokenizer itself puts around a text.
-    around = Tokenizer.from_str(json.dumps(read_json(folder / "tokenizer.json"))).encode("").ids
+    around = _encoded(folder, "")
     writer.add_add_bos_token(around[:1] == [ids.get("bos")])
     writer.add_add_eos_token(len(around) > 0 and around[-1:] == [ids.get("eos")] and around != [ids.get("bos")])
     template = folder / "chat_template.jinja"
-    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    is_own = template.is_file() and belongs(template, folder)
+    chat = template.read_text(encoding="utf-8") if is_own else settings.get("chat_template")
     if isinstance(chat, str):
         writer.add_chat_template(chat)

@@ -7,10 +7,12 @@ import torch
 from transformers import AutoConfig
 
 from hesse.constraints import Grid
-from hesse.errors import OptionError
+from hesse.errors import OptionError, UnsupportedModelError, reason
 from hesse.formats.codes import is_transposed, stored_grid
 from hesse.formats.low_rank import TYPE_PREFIX
-from hesse.models.checkpoint import Checkpoint, read_json
+from hesse.formats.reading import CompressedCheckpoint
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import read_json
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,17 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
     Raises:
         OptionError: its layers are factorised.
+        UnsupportedModelError: transformers cannot use it.
     """
     if str(read_json(checkpoint.folder / "config.json").get("model_type")).startswith(TYPE_PREFIX):
         raise OptionError(
             f"{checkpoint.folder} holds factorised layers, which no runtime but transformers has: export a checkpoint "
             "that was compressed with --format dense"
         )
-    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for settings that make no sense
+        raise UnsupportedModelError(f"{checkpoint.folder}/config.json cannot be used: {reason(error)}") from error
 
 
 def read_sources(checkpoint: Checkpoint) -> list[Source]:
@@ -51,9 +57,9 @@ def _source(checkpoint: Checkpoint, name: str) -> Source:
     layer, _, part = name.rpartition(".")
     grid = stored_grid(checkpoint, layer) if part == "weight" else None
     if grid is not None:
-        rows, columns = checkpoint.read_stored([f"{layer}.weight_shape"])[f"{layer}.weight_shape"].tolist()
-        shape = torch.Size((columns, rows) if is_transposed(checkpoint, layer) else (rows, columns))
-        return Source(name, shape, grid.dtype, grid)
+        assert isinstance(checkpoint, CompressedCheckpoint)
+        stored = checkpoint.packed_shape(layer)
+        return Source(name, stored[::-1] if is_transposed(checkpoint, layer) else stored, grid.dtype, grid)
     if name in checkpoint.shard_of:
         return Source(name, checkpoint.shape(name), checkpoint.dtype(name), None)
     tensor = checkpoint.read([name])[name]  # codes of another kind

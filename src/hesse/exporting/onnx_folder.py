@@ -57,11 +57,11 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
     opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
     model = helper.make_model(graph, opset_imports=opsets, producer_name="hesse", doc_string=name, ir_version=10)
     onnx.save(model, folder / MODEL)
-    copy_companions(checkpoint.folder, folder)
+    notes = copy_companions(checkpoint.folder, folder)
     write_text(folder / "config.json", config.to_json_string())
     _read_back(folder, weights.digests)
     dense = sum(source.layer not in widths for source in sources)
-    return Written(weights.layers, {"float32": dense}, len(weights.digests), [])
+    return Written(weights.layers, {"float32": dense}, len(weights.digests), notes)
 
 
 class _Weights:

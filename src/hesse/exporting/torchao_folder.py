@@ -4,7 +4,6 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 from torchao.quantization import Int8Tensor
@@ -18,7 +17,9 @@ from hesse.errors import CheckpointError, UnsupportedModelError, VerificationErr
 from hesse.exporting.layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.exporting.report import ExportedLayer, Written
 from hesse.formats.codes import is_transposed, read_grid_code
+from hesse.models.architecture import find_architecture
 from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import read_json
 from hesse.models.writer import write_text
 from hesse.progress import Progress
 
@@ -61,12 +62,12 @@ def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Pro
         progress.advance()
     torch.save(tensors, folder / WEIGHTS)
     _read_back(folder / WEIGHTS, tensors)
-    copy_companions(checkpoint.folder, folder)
+    notes = copy_companions(checkpoint.folder, folder)
     plain = config.to_dict()
     plain.pop("quantization_config", None)
     write_text(folder / "config.json", type(config).from_dict(plain).to_json_string())
     dense = [str(s.dtype).removeprefix("torch.") for s in sources if s.grid is None]
-    return Written(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(tensors), [])
+    return Written(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(tensors), notes)
 
 
 def load_torchao(folder: Path) -> PreTrainedModel:
@@ -74,19 +75,20 @@ def load_torchao(folder: Path) -> PreTrainedModel:
 
     Raises:
         CheckpointError: the folder is not one that it wrote, or is incomplete.
+        UnsupportedModelError: transformers does not have its architecture.
     """
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS}: give a folder that was exported to torchao")
-    config = AutoConfig.from_pretrained(folder)
+    architecture = find_architecture(folder, read_json(folder / "config.json"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = torch.load(folder / WEIGHTS, weights_only=True)
-    architecture = getattr(transformers, config.architectures[0])
     with no_init_weights():
-        model: PreTrainedModel = architecture._from_config(config, dtype=config.dtype)
+        model: PreTrainedModel = architecture._from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
     if unknown or set(missing) - tied:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit {config.architectures[0]}: export the model again")
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit {architecture.__name__}: export the model again")
     model.train(False)
     model.requires_grad_(False)
     return model

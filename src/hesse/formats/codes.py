@@ -1,13 +1,12 @@
 """The integers and scales of a stored layer as they are on disk, for programs that take them as they are."""
 
-import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from hesse.constraints import Grid, GridCode
 from hesse.constraints.grid import Scales
-from hesse.errors import CheckpointError
+from hesse.errors import CheckpointError, reason
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint
 from hesse.models.checkpoint import Checkpoint
@@ -19,10 +18,12 @@ def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:
         return None
     format, scheme = checkpoint.scheme(layer)
     arguments = scheme.weights
-    if format != PackedFormat.name or arguments.type != "int":
+    if format != PackedFormat.name or arguments is None or arguments.type != "int":
         return None
     group_size = -1 if (width := _group_width(arguments)) is None else width
     dtype = checkpoint.dtype(f"{layer}.weight_scale")
+    if not dtype.is_floating_point:
+        raise CheckpointError(f"{checkpoint.folder}: the scales of {layer} are {dtype}: copy the folder again")
     return Grid(arguments.num_bits, group_size, bool(arguments.symmetric), dtype=dtype)
 
 
@@ -34,19 +35,21 @@ def read_grid_code(checkpoint: Checkpoint, layer: str) -> GridCode:
     """
     grid = stored_grid(checkpoint, layer)
     assert grid is not None and isinstance(checkpoint, CompressedCheckpoint)
-    parts = ["weight_packed", "weight_scale", "weight_shape", *([] if grid.symmetric else ["weight_zero_point"])]
+    parts = ["weight_packed", "weight_scale", *([] if grid.symmetric else ["weight_zero_point"])]
     stored = checkpoint.read_stored([f"{layer}.{part}" for part in parts])
-    packed, scale, shape = (stored[f"{layer}.{part}"] for part in parts[:3])
+    packed, scale = (stored[f"{layer}.{part}"] for part in parts[:2])
     arguments = checkpoint.scheme(layer)[1].weights
     try:
-        codes = unpack_from_int32(packed, grid.bits, torch.Size(shape.tolist()))
+        codes = unpack_from_int32(packed, grid.bits, checkpoint.packed_shape(layer))
         zero_point = None if grid.symmetric else _zero_point(stored[f"{layer}.weight_zero_point"], arguments, scale)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: the codes of {layer} cannot be unpacked ({error})") from None
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the codes of {layer} cannot be unpacked ({reason(error)})"
+        ) from None
     if _along_columns(arguments):
         codes, scale = codes.T.contiguous(), scale.T.contiguous()
         zero_point = None if zero_point is None else zero_point.T.contiguous()
-    if scale.shape != (codes.shape[0], grid.groups(codes.shape[1])):
+    if codes.ndim != 2 or scale.shape != (codes.shape[0], grid.groups(codes.shape[1])):
         raise CheckpointError(
             f"{checkpoint.folder}: {layer} has scales of shape {tuple(scale.shape)} for codes of shape "
             f"{tuple(codes.shape)} in groups of {grid.group_size}: copy the folder again"
@@ -72,7 +75,7 @@ def _group_width(arguments: QuantizationArgs) -> int | None:
     """Columns that share a scale; None for whole rows."""
     if arguments.strategy == "block":
         return int(max(arguments.block_structure))
-    return None if arguments.strategy == "channel" else int(arguments.group_size)
+    return None if arguments.group_size is None else int(arguments.group_size)
 
 
 def _along_columns(arguments: QuantizationArgs) -> bool:

@@ -1,23 +1,24 @@
 """Any checkpoint that Hesse or its peers write, presented as the dense tensors it stands for."""
 
-import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from pydantic import ValidationError
 from torch import Tensor
 
 from hesse.errors import CheckpointError
+from hesse.formats.limits import check_parts, clamped, one_line, packed_shape, pattern_names
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.formats.packed import PackedFormat
-from hesse.models.checkpoint import Checkpoint, read_json
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import read_json
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors reads it no longer
+PATTERN = "re:"  # before a target that is a regular expression
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # keep the weights of linear layers as (in, out)
 
 
@@ -31,10 +32,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     quantization = config.get("quantization_config")
     if quantization is None and not _is_low_rank(config):
         return Checkpoint(folder)
-    if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and method != "compressed-tensors":
         raise CheckpointError(
-            f"{folder}/config.json has the quant_method {quantization.get('quant_method')}, which Hesse does not read: "
-            "start from the dense model"
+            f"{folder}/config.json has the quant_method {method}, which Hesse does not read: start from the dense model"
         )
     return CompressedCheckpoint(folder)
 
@@ -44,12 +45,9 @@ class CompressedCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._ranks: dict[str, int] = {}
+        self._thin: set[str] = set()
         if _is_low_rank(self.config):
-            self._ranks = self.config.pop("low_rank", {})
-            self.config["model_type"] = self.config["model_type"].removeprefix(TYPE_PREFIX)
-            self.config["architectures"] = [a.removeprefix(CLASS_PREFIX) for a in self.config["architectures"]]
-            self.config.pop("auto_map", None)
+            self._thin = _factorised(folder, self.config)
         self._schemes = _schemes(folder, self.config.get("quantization_config"))
         quantised = (name.rpartition(".") for name in self.shard_of)
         self._quantised = {layer for layer, _, part in quantised if part in ("weight_packed", "weight_scale")}
@@ -67,17 +65,23 @@ class CompressedCheckpoint(Checkpoint):
             thin = layer.rpartition(".")[0]
             if layer in self._quantised and part in PARTS:
                 names[f"{layer}.weight"] = None
-            elif thin in self._ranks:
+            elif thin in self._thin:
                 names[f"{thin}.{part}"] = None
             else:
                 names[name] = None
         return list(names)
 
+    def dense_shape(self, name: str) -> torch.Size | None:
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and (layer in self._quantised or layer in self._thin):
+            return None
+        return super().dense_shape(f"{layer}.1.bias" if layer in self._thin else name)
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         wanted: dict[str, list[str]] = {}
         for name in names:
             layer, _, part = name.rpartition(".")
-            if layer in self._ranks:
+            if layer in self._thin:
                 wanted[name] = [f"{layer}.1.bias"] if part == "bias" else [f"{layer}.1.weight", f"{layer}.0.weight"]
             elif layer in self._quantised and part == "weight":
                 stored = (f"{layer}.{p}" for p in ("weight", *PARTS))
@@ -89,28 +93,49 @@ class CompressedCheckpoint(Checkpoint):
 
     def _decoded(self, name: str, stored: dict[str, Tensor]) -> Tensor:
         layer, _, part = name.rpartition(".")
-        if layer in self._ranks and part == "weight":
-            left, right = (factor.float() for factor in stored.values())
-            product = left @ right
-            return product.T.contiguous() if self.config["model_type"] in TRANSPOSED_TYPES else product
+        if layer in self._thin and part == "weight":
+            return self._product(layer, *stored.values())
         if layer in self._quantised and part == "weight":
             return self._unpacked(layer, {full.removeprefix(f"{layer}."): tensor for full, tensor in stored.items()})
         (tensor,) = stored.values()
         return tensor
 
+    def _product(self, layer: str, left: Tensor, right: Tensor) -> Tensor:
+        """The weight that two thin factors (out, rank) and (rank, in) stand for."""
+        try:
+            product = left.float() @ right.float()
+            return product.T.contiguous() if self.config["model_type"] in TRANSPOSED_TYPES else product
+        except (RuntimeError, MemoryError) as error:  # shapes that do not fit, or that stand for too much
+            raise CheckpointError(
+                f"{self.folder}: the factors of {layer} cannot be multiplied ({one_line(error)}): copy the folder again"
+            ) from None
+
     def _unpacked(self, layer: str, parts: dict[str, Tensor]) -> Tensor:
         """The weight that the tensors of a quantised layer stand for, by compressed-tensors' own arithmetic."""
         format, scheme = self.scheme(layer)
         try:
-            if format == PackedFormat.name:
-                _check_words(parts, scheme)
-            weight: Tensor = BaseCompressor.get_value_from_registry(format).decompress(parts, scheme)["weight"]
+            shape = check_parts(parts, scheme, packed=format == PackedFormat.name)
+            decoder = BaseCompressor.get_value_from_registry(format)
+            weight: Tensor = decoder.decompress(parts, clamped(scheme, shape))["weight"]
         except Exception as error:  # the library raises many kinds; all mean that tensors and scheme do not fit
             raise CheckpointError(
                 f"{self.folder}: the weight of {layer} cannot be decoded as {format} from its {', '.join(parts)} "
-                f"({_reason(error)}): copy the folder again, or start from the dense model"
+                f"({one_line(error)}): copy the folder again, or start from the dense model"
             ) from None
         return weight
+
+    def packed_shape(self, layer: str) -> torch.Size:
+        """Shape of the codes of a layer that is packed into words, as on disk.
+
+        Raises:
+            CheckpointError: its tensors do not have it.
+        """
+        words = self.shape(f"{layer}.weight_packed")
+        try:
+            stored = self.read_stored([f"{layer}.weight_shape"])[f"{layer}.weight_shape"]
+            return packed_shape(words, stored, self.scheme(layer)[1].weights.num_bits)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: {layer} has {one_line(error)}: copy the folder again") from None
 
     def is_quantised(self, layer: str) -> bool:
         """Whether the weight of `layer` is stored as codes."""
@@ -120,11 +145,11 @@ class CompressedCheckpoint(Checkpoint):
         """Format and scheme of the first target that names the layer, its pattern or any class of layers.
 
         Raises:
-            CheckpointError: no target names it.
+            CheckpointError: no target names it, or a pattern cannot be used.
         """
         for target, chosen in self._schemes.items():
-            if target.startswith("re:"):
-                named = re.match(target[3:], layer) is not None
+            if target.startswith(PATTERN):
+                named = pattern_names(self.folder, target.removeprefix(PATTERN), layer)
             else:
                 named = _is_class(target) or target == layer or layer.endswith(f".{target}")
             if named:
@@ -143,9 +168,9 @@ def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tup
         )
     try:
         config = QuantizationConfig.model_validate(quantization)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # pydantic's own, and what the library's checks make of other types
         raise CheckpointError(
-            f"{folder}/config.json has a quantization_config that is not known ({_reason(error)})"
+            f"{folder}/config.json has a quantization_config that is not known ({one_line(error)})"
         ) from None
     schemes: dict[str, tuple[str, QuantizationScheme]] = {}
     for scheme in config.config_groups.values():
@@ -156,19 +181,21 @@ def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tup
                 "start from the dense model"
             )
         schemes.update({target: (format, scheme) for target in scheme.targets})
-    order = sorted(schemes, key=lambda target: (_is_class(target), target.startswith("re:"), target))
+    order = sorted(schemes, key=lambda target: (_is_class(target), target.startswith(PATTERN), target))
     return {target: schemes[target] for target in order}
 
 
-def _check_words(parts: dict[str, Tensor], scheme: QuantizationScheme) -> None:
-    """Raise ValueError if the rows of packed codes have another length than their bits need.
-
-    The library would unpack such rows without a word. Its own older versions wrote them, for widths such as 3 bits.
-    """
-    present = parts["weight_packed"].shape[-1]
-    needed = math.ceil(int(parts["weight_shape"][-1]) * scheme.weights.num_bits / 32)
-    if present != needed:
-        raise ValueError(f"rows of {present} words, where {scheme.weights.num_bits} bits need {needed}")
+def _factorised(folder: Path, config: dict[str, Any]) -> set[str]:
+    """The layers stored in thin factors; `config` becomes that of the model before it was factorised."""
+    ranks, named = config.pop("low_rank", {}), config.get("architectures")
+    if not isinstance(ranks, dict) or not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(
+            f"{folder}/config.json is of a factorised model, but lacks low_rank or architectures: copy it again"
+        )
+    config["model_type"] = config["model_type"].removeprefix(TYPE_PREFIX)
+    config["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in named]
+    config.pop("auto_map", None)
+    return set(ranks)
 
 
 def _is_low_rank(config: dict[str, Any]) -> bool:
@@ -178,10 +205,3 @@ def _is_low_rank(config: dict[str, Any]) -> bool:
 def _is_class(target: str) -> bool:
     """Whether a target is the name of a class of layers, such as Linear."""
     return target[:1].isupper() and "." not in target
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

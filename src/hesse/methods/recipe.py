@@ -2,14 +2,17 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hesse.constraints import Constraint, Grid, LowRank, Sparse
 from hesse.errors import OptionError
+from hesse.methods.plain_yaml import read_yaml
 from hesse.solvers import ErrorFeedback, Nearest, Solver, TwoSidedFeedback, WhitenedSVD
+
+Whole = Annotated[int, Field(ge=-(2**31), le=2**31)]  # what a message can print; what has a meaning is checked later
 
 
 class _Strict(BaseModel):
@@ -19,8 +22,8 @@ class _Strict(BaseModel):
 class GridOptions(_Strict):
     """Options of a Grid."""
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Whole = 4
+    group_size: Whole = 128
     symmetric: bool = True
     headroom: float = 0.0
     signed: bool = False
@@ -36,7 +39,7 @@ class SparseOptions(_Strict):
 class LowRankOptions(_Strict):
     """Options of a LowRank."""
 
-    rank: int = 64
+    rank: Whole = 64
 
 
 class ConstraintOptions(_Strict):
@@ -129,14 +132,9 @@ def load_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file.
 
     Raises:
-        OptionError: the file is missing or no YAML, or a key or value is not known; the message names it.
+        OptionError: the file is missing, too large or no YAML, or a key or value is not known; the message names it.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -167,7 +165,7 @@ def parse_sparsity(text: str | float) -> Sparse:
             kept, of = text.split(":")
             return Sparse(int(kept), int(of))
         return Sparse(float(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise OptionError(f"sparsity is {text!r}, but must be a share such as 0.5 or a pattern such as 2:4") from None
 
 

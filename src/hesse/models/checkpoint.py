@@ -1,6 +1,6 @@
 """A model's tensors on disk: named, read one at a time, never all at once."""
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hesse.errors import CheckpointError
+from hesse.errors import CheckpointError, reason
+from hesse.models.files import is_plain_name, read_json
+from hesse.models.limits import check_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MOST_DIMENSIONS = 16
 
 
 class Checkpoint:
@@ -30,26 +33,19 @@ class Checkpoint:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.shard_of = _shard_of(folder)
+        check_config(folder, self.config, len(self.shard_of))
         self._header: dict[str, tuple[torch.dtype, torch.Size]] = {}
-        for shard in sorted(set(self.shard_of.values())):
-            with self._open(shard) as file:
+        by_shard: dict[str, list[str]] = {}
+        for name, shard in self.shard_of.items():
+            by_shard.setdefault(shard, []).append(name)
+        for shard, names in sorted(by_shard.items()):
+            with _opened(folder / shard) as file:
                 present = set(file.keys())
-                for name in (n for n, s in self.shard_of.items() if s == shard):
+                for name in names:
                     if name not in present:
                         raise CheckpointError(f"{folder / shard} lacks the tensor {name} that the index says it holds")
                     view = file.get_slice(name)
-                    self._header[name] = (_DTYPES.get(view.get_dtype(), torch.float32), torch.Size(view.get_shape()))
-
-    @contextmanager
-    def _open(self, shard: str) -> Iterator[Any]:
-        path = self.folder / shard
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: copy the whole model folder again") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): copy it again") from None
+                    self._header[name] = _described(folder / shard, name, view.get_dtype(), view.get_shape())
 
     def stored_names(self) -> list[str]:
         """Names of the tensors in the files."""
@@ -61,11 +57,20 @@ class Checkpoint:
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the stored tensor `name`."""
-        return self._header[name][1]
+        return self._entry(name)[1]
+
+    def dense_shape(self, name: str) -> torch.Size | None:
+        """Shape of the dense tensor `name` by the headers alone; None where they do not say."""
+        return self.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the stored tensor `name`."""
-        return self._header[name][0]
+        return self._entry(name)[0]
+
+    def _entry(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        if name not in self._header:
+            raise CheckpointError(f"{self.folder} has no tensor {name}: copy the whole model folder again")
+        return self._header[name]
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The stored tensors `names`, as copies that outlive the file."""
@@ -76,7 +81,7 @@ class Checkpoint:
             by_shard.setdefault(self.shard_of[name], []).append(name)
         tensors = {}
         for shard, wanted in by_shard.items():
-            with self._open(shard) as file:
+            with _opened(self.folder / shard) as file:
                 for name in wanted:
                     tensors[name] = file.get_tensor(name).clone()
         return tensors
@@ -101,17 +106,29 @@ def tensor_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
     return shape.numel() * dtype.itemsize
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, which the library holds against its header before it gives a tensor."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} is missing: give the folder of a complete Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): copy it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object: copy it again")
-    return content
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: copy the whole model folder again") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({reason(error)}): copy it again") from None
+    except (OSError, RuntimeError, MemoryError) as error:  # torch's own where it cannot map or hold so many bytes
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def _described(path: Path, name: str, dtype: str, shape: list[int]) -> tuple[torch.dtype, torch.Size]:
+    """Type and shape of a tensor, where torch has such a one."""
+    if dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: {name} has the type {dtype}, which Hesse does not read: start from another file"
+        )
+    if len(shape) > MOST_DIMENSIONS or any(size > torch.iinfo(torch.int64).max for size in shape):
+        raise CheckpointError(f"{path}: {name} has a shape that no tensor can have: copy it again")
+    return _DTYPES[dtype], torch.Size(shape)
 
 
 def _shard_of(folder: Path) -> dict[str, str]:
@@ -120,8 +137,14 @@ def _shard_of(folder: Path) -> dict[str, str]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again")
+        for shard in weight_map.values():
+            if not is_plain_name(shard):
+                raise CheckpointError(
+                    f"{folder / INDEX} places a tensor in {str(shard)[:80]!r}, which is not the name of a file in this "
+                    "folder: copy it again"
+                )
         for shard in sorted(set(weight_map.values())):
-            if not (folder / shard).is_file():
+            if not os.path.isfile(folder / shard):  # and not Path's own, which raises on a name that is too long
                 raise CheckpointError(f"{folder / shard} is missing: copy the whole model folder again")
         return dict(weight_map)
     path = folder / SINGLE
@@ -130,11 +153,8 @@ def _shard_of(folder: Path) -> dict[str, str]:
             f"{folder} has neither {SINGLE} nor {INDEX}; for .bin weights load the model in transformers and "
             "save_pretrained() it, which writes safetensors"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}): copy it again") from None
+    with _opened(path) as file:
+        return dict.fromkeys(file.keys(), SINGLE)
 
 
 _DTYPES = {
@@ -150,4 +170,11 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }

@@ -1,11 +1,14 @@
 """From what a person types to a folder: `default`, a path, or the id of a model on the hub."""
 
+import os
+import re
 from pathlib import Path
 
-from hesse.errors import CheckpointError
+from hesse.errors import CheckpointError, reason
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data" / "default"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
@@ -17,15 +20,15 @@ def locate(model: str | Path) -> Path:
     """
     if str(model) == DEFAULT:
         return DEFAULT_FOLDER
-    path = Path(model).expanduser()
-    if path.is_dir():
+    # os.path and not Path's own: those raise on an unknown ~user, and on a name too long for the file system.
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return path
-    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+    if HUB_ID.fullmatch(str(model)) is None or ".." in str(model):
         raise CheckpointError(f"{model} is no folder; give a model folder, `default`, or a hub id such as owner/name")
     from huggingface_hub import snapshot_download  # imported late: it takes time, and most runs read a folder
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=PATTERNS))
     except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model} is no folder here, and the hub did not give it: {reason}") from None
+        raise CheckpointError(f"{model} is no folder here, and the hub did not give it: {reason(error)}") from None

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.models.architecture import build
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.experts import unfuse
+from hesse.models.limits import bounded_modules
 
 Kind = Literal["causal-lm", "encoder"]
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
@@ -78,11 +79,12 @@ class Network:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.model = _build(checkpoint)
+        stored = checkpoint.names()
+        with bounded_modules(checkpoint.folder, len(stored)):
+            self.model = build(checkpoint)
+            unfuse(self.model, set(stored))
         self.kind: Kind = _kind(self.model)
         self.blocks_return_tuples = False  # found out by the first run
-        stored = checkpoint.names()
-        unfuse(self.model, set(stored))
         self.sources = _sources(self.model, stored)
         name, blocks = _find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
@@ -103,8 +105,12 @@ class Network:
         return Block(name, module, tuple(layers))
 
     def _check_complete(self, blocks: str) -> None:
-        for name, _ in self.model.named_parameters():
-            if name not in self.sources and name.startswith(f"{blocks}."):
+        for name, parameter in self.model.named_parameters():
+            source = self.sources.get(name)
+            stored = None if source is None else self.checkpoint.dense_shape(source)
+            if stored is not None:
+                _check_shape(str(source), stored, parameter.shape)
+            if source is None and name.startswith(f"{blocks}."):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
                     "incomplete, or transformers converts this architecture in a way that Hesse does not know"
@@ -117,9 +123,17 @@ class Network:
 
     @property
     def input_limit(self) -> int | None:
-        """The most tokens a sample may have, where the architecture has positions for so many only."""
+        """The most tokens a sample may have, where the architecture has positions for so many only.
+
+        Raises:
+            UnsupportedModelError: config.json gives no whole number of them.
+        """
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if limit is not None and not isinstance(limit, int):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.folder}/config.json has {limit!r} positions, which is no whole number: correct it"
+            )
         if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
             limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
         return limit
@@ -172,12 +186,7 @@ class Network:
             value = tensors[source]
             present = getattr(child, name)
             assert isinstance(present, Tensor)
-            expected = present.shape
-            if value.shape != expected:
-                raise CheckpointError(
-                    f"{source} has shape {tuple(value.shape)}, but config.json asks for {tuple(expected)}: "
-                    "config and weights do not belong together"
-                )
+            _check_shape(source, value.shape, present.shape)
             if value.is_floating_point():
                 if not bool(torch.isfinite(value).all()):
                     raise DataError(f"the weight {source} holds NaN or infinity: the model is damaged")
@@ -205,6 +214,14 @@ def give_back_memory() -> None:
             trim(0)
 
 
+def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
+            "config and weights do not belong together"
+        )
+
+
 def _forget(module: nn.Module) -> None:
     """Drop the weights below `module`, tied ones staying tied; buffers, which are small and may be computed, stay."""
     empty: dict[int, nn.Parameter] = {}
@@ -213,37 +230,6 @@ def _forget(module: nn.Module) -> None:
             if parameter is not None:
                 without = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 child._parameters[name] = empty.setdefault(id(parameter), without)
-
-
-def _build(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The architecture that config.json names, its parameters on the meta device, its computed buffers real."""
-    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    model_type = settings.get("model_type")
-    try:
-        config = AutoConfig.for_model(**settings) if model_type else None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{checkpoint.folder}/config.json cannot be used: {reason}") from None
-    if config is None:
-        raise UnsupportedModelError(f"{checkpoint.folder}/config.json names no model_type: it is no transformers model")
-    architecture = (settings.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))])[0]
-    factory = getattr(transformers, str(architecture), None)
-    if not (isinstance(factory, type) and issubclass(factory, PreTrainedModel)):
-        raise UnsupportedModelError(
-            f"{checkpoint.folder}/config.json names the architecture {architecture}, which transformers "
-            f"{transformers.__version__} does not have: a newer transformers may"
-        )
-    with torch.device("meta"):
-        attention = "sdpa" if factory._supports_sdpa else None
-        model: PreTrainedModel = factory._from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
-    model.eval()  # type: ignore[no-untyped-call]
-    for module in model.modules():
-        computed = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in computed.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if computed:
-            model._init_weights(module)  # type: ignore[no-untyped-call]
-    return model
 
 
 def _kind(model: PreTrainedModel) -> Kind:

@@ -95,7 +95,7 @@ class TensorFile:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, to read or write; a view by NumPy would keep it from being emptied."""
+    """The bytes of a contiguous tensor on the CPU, to read or write; NumPy's view would keep it from being emptied."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

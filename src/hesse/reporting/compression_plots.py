@@ -93,7 +93,7 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
         label="predicted",
         zorder=2,
     )
-    name_rows(axis, [_short(group.name.removeprefix(prefix)) for group in shown], 8)
+    name_rows(axis, [group.name.removeprefix(prefix) for group in shown], 8)
     axis.set_xlim(left=min(0.0, *(group.measured.value for group in shown)))
     axis.set_xlabel(f"cost of the layer alone, {unit}")
     axis.legend(fontsize=8, loc="lower right")
@@ -133,7 +133,3 @@ def _errors(groups: "list[LayerMeasurement]") -> list[list[float]]:
     """Bars of one standard error that do not reach zero, where a logarithm ends."""
     below = [min(group.measured.standard_error, 0.9 * group.measured.value) for group in groups]
     return [below, [group.measured.standard_error for group in groups]]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 48 else f"…{name[-47:]}"

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hesse.reporting.terminal import number
+from hesse.reporting.terminal import number, shown
 
 if TYPE_CHECKING:
     from hesse.inspection import Inspection
@@ -42,7 +42,9 @@ def _listed(pairs: list[tuple[float, float]]) -> str:
 
 
 def _whole(inspection: "Inspection") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=inspection.model, title_justify="left", show_header=False, padding=0)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=shown(inspection.model), title_justify="left", show_header=False, padding=0
+    )
     table.add_column("")
     table.add_column("", justify="right")
     for label, value in facts(inspection):
@@ -53,7 +55,7 @@ def _whole(inspection: "Inspection") -> Table:
 def _layers(inspection: "Inspection") -> Table:
     kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
     title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=shown(title), title_justify="left", padding=0, show_edge=False)
     table.add_column("layer", no_wrap=True)
     costs_of = (heading for s in SHOWN for heading in ("\n".join([*s.rsplit(" ", 1), "predicted"]), "measured"))
     for heading in ("trace,\n± error", "mean\neigen-\nvalue", *costs_of):
@@ -63,7 +65,7 @@ def _layers(inspection: "Inspection") -> Table:
         for scheme in SHOWN:
             costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
         eigenvalue = number(layer.mean_eigenvalue, 2)
-        table.add_row(layer.name.removeprefix(prefix), with_error(layer.trace), eigenvalue, *costs)
+        table.add_row(shown(layer.name.removeprefix(prefix)), with_error(layer.trace), eigenvalue, *costs)
     return table
 
 

@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from hesse.errors import OptionError, OutputError
+from hesse.errors import OptionError, OutputError, reason
+from hesse.models.files import unfinished_file
 from hesse.reporting.terminal import number, size
 from hesse.version import __version__
 
@@ -32,14 +33,12 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
+        with unfinished_file(path) as unfinished:
+            # What is no character, such as half of one that a model wrote, is shown as a question mark.
+            unfinished.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {reason(error)}") from None
 
 
 def render(template: str, **values: object) -> str:

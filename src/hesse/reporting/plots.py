@@ -5,9 +5,12 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hesse.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONGEST_NAME = 48
 BLUE, ORANGE, GREY, BAND_GREY = "#31688e", "#c2571a", "#999999", "#e9edf1"
 # Text stays text. The salt makes files repeatable.
 STYLE: dict[Any, Any] = {
@@ -42,11 +45,15 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", lis
 
 
 def name_rows(axis: Any, names: Sequence[str], size: float) -> None:
-    """Rows of `axis` from the top, by name; a name is never read as a formula, whatever is in it."""
-    axis.set_yticks(range(len(names)), names, fontsize=size)
+    """Rows of `axis` from the top, by name or its end; a name is never read as a formula, whatever is in it."""
+    axis.set_yticks(range(len(names)), [_short(printable(name)) for name in names], fontsize=size)
     for label in axis.get_yticklabels():
         label.set_parse_math(False)
     axis.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def colors(count: int) -> list[Any]:

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hesse.reporting.terminal import number, size
+from hesse.reporting.terminal import number, shown, size
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.benchmarking import Benchmark, Measured, Row
@@ -16,27 +16,27 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
 
 def export_summary(report: "ExportReport") -> RenderableType:
     """What was stored how, what departs from the checkpoint, and where it is."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{report.model} to {report.target}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} to {report.target}"), title_justify="left")
     for heading in ("stored as", "layers", "were"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
     for stored, count in report.stored.items():
         grids = dict.fromkeys(layer.grid for layer in report.layers if layer.stored == stored)
-        table.add_row(stored, str(count), ", ".join(grids))
+        table.add_row(shown(stored), str(count), shown(", ".join(grids)))
     for stored, count in report.dense.items():
-        table.add_row(stored, str(count), "not quantised")
+        table.add_row(shown(stored), str(count), "not quantised")
     exact = f"codes and scales carried over exactly: {report.exact_layers} of {len(report.layers)} layers"
     parts: list[RenderableType] = [table, *([Text(exact)] if report.layers else [])]
-    parts += [Text(note, style="yellow") for note in report.notes]
+    parts += [shown(note, "yellow") for note in report.notes]
     parts.append(Text(f"read back: {report.tensors_checked} tensors equal what was to be written"))
     parts.append(Text(f"bytes: {report.bytes:,}, and {report.bytes_before:,} in the checkpoint"))
-    parts.append(Text(f"written to {report.out}", style="bold"))
+    parts.append(shown(f"written to {report.out}", "bold"))
     return Group(*parts)
 
 
 def benchmark_summary(result: "Benchmark") -> RenderableType:
     """The table of measurements, the ratios, and what is missing."""
     title = f"{result.model} on {result.processor}, {result.threads} of {result.processors} processors"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=shown(title), title_justify="left")
     for heading in ("runtime", "model", "stored as"):
         table.add_column(heading, overflow="fold")
     for heading in ("on disk", "load, s", "prompt, tokens/s", "decode, tokens/s", "× dense", "peak memory", "KL"):
@@ -54,16 +54,14 @@ def benchmark_summary(result: "Benchmark") -> RenderableType:
         parts.append(
             Text(f"The machine was busy: its load was {result.load_average:.1f} at the start.", style="bold yellow")
         )
-    parts += [Text(f"{entry.runtime}: {entry.reason}", style="yellow") for entry in result.missing]
+    parts += [shown(f"{entry.runtime}: {entry.reason}", "yellow") for entry in result.missing]
     return Group(*parts)
 
 
-def _cells(result: "Benchmark", row: "Row") -> list[str]:
+def _cells(result: "Benchmark", row: "Row") -> "list[str | Text]":
     ratio = result.speed_up(row.runtime) if row.model == "compressed" else None
     return [
-        row.runtime,
-        row.model,
-        row.stored,
+        *(shown(text) for text in (row.runtime, row.model, row.stored)),
         size(row.bytes),
         number(row.load_seconds.median, 3),
         _with_spread(row.prefill),

@@ -7,11 +7,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hesse.errors import printable
 from hesse.methods import METHODS
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.compression import CompressionReport
     from hesse.evaluation import Evaluation
+
+
+def shown(text: str, style: str = "") -> Text:
+    """Text that may come from a model, a file or its name: as it is, never read as rich's markup."""
+    return Text(printable(text), style=style)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -29,11 +35,11 @@ def size(count: int) -> str:
 
 def cost_table(report: "CompressionReport", before: "Evaluation | None", after: "Evaluation | None") -> Table:
     """What a compression did and cost, dense beside compressed; evaluations add what was measured on other text."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{report.model} by {report.method}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} by {report.method}"), title_justify="left")
     table.add_column("")
     table.add_column("dense", justify="right")
     table.add_column("compressed", justify="right")
-    table.add_row("method", "-", report.layers[0].method if report.layers else report.method)
+    table.add_row("method", "-", shown(report.layers[0].method if report.layers else report.method))
     table.add_row("bytes", f"{report.bytes_before:,}", f"{report.bytes_after:,}")
     table.add_row("bits per weight, compressed layers", "-", number(report.bits_per_weight))
     table.add_row(
@@ -50,7 +56,7 @@ def cost_table(report: "CompressionReport", before: "Evaluation | None", after: 
     table.add_row("loss increase predicted, nats per token", "-", number(report.predicted_loss_increase))
     where = "held-out" if check.held_out else "calibration"
     measured = number(check.measured) + ("" if check.standard_error is None else f" ± {check.standard_error:.1g}")
-    table.add_row(f"{check.loss_name}, {check.samples} {where} samples", "-", measured)
+    table.add_row(shown(f"{check.loss_name}, {check.samples} {where} samples"), "-", measured)
     if after is not None and after.loss_increase is not None:
         table.add_row("loss increase measured on the evaluation text", "-", number(after.loss_increase))
     return table
@@ -74,22 +80,22 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     parts: list[RenderableType] = [cost_table(report, None, None)]
     if report.fallbacks:
         parts.append(Text(f"{len(report.fallbacks)} fallbacks:", style="bold yellow"))
-        parts += [Text(f"  {note}") for note in report.fallbacks[:20]]
+        parts += [shown(f"  {note}") for note in report.fallbacks[:20]]
         if len(report.fallbacks) > 20:
             parts.append(Text(f"  and {len(report.fallbacks) - 20} more in compression.json"))
     worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
     names = ", ".join(f"{layer.name} ({number(layer.predicted_loss_increase, 2)})" for layer in worst)
-    parts.append(Text(f"most of the predicted increase: {names}"))
+    parts.append(shown(f"most of the predicted increase: {names}"))
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items() if phase != "total")
     parts.append(Text(f"seconds: {seconds}"))
     parts.append(Text(f"read back: {report.verification.tensors_equal} tensors equal what was solved or copied"))
-    parts.append(Text(f"written to {report.out}", style="bold"))
+    parts.append(shown(f"written to {report.out}", "bold"))
     return Group(*parts)
 
 
 def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     """One evaluation."""
-    table = Table(box=box.SIMPLE_HEAD, title=name, title_justify="left", show_header=False)
+    table = Table(box=box.SIMPLE_HEAD, title=shown(name), title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     rows = (

@@ -1,0 +1,106 @@
+"""Files of a model folder: which belong to it, JSON as data, and new files that appear only when they are whole."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hesse.errors import CheckpointError, reason
+
+LARGEST_JSON = 1 << 28  # bytes: ten times the largest index and tokenizer that are known
+DEEPEST_JSON = 64  # levels: transformers copies a config by recursion
+# The hub's cache keeps large files that several models share here, below the cache itself.
+SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        CheckpointError: the file is missing, too large, nested too deeply, or holds no JSON object.
+    """
+    try:
+        if not path.is_file():  # a pipe or a device would never end
+            raise FileNotFoundError
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(
+                f"{path} has more than {LARGEST_JSON:,} bytes, which no such file needs: copy it again"
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing: give the folder of a complete Hugging Face model") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise CheckpointError(f"{path} is not valid JSON ({reason(error)}): copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: copy it again")
+    if not _is_shallow(content):
+        raise CheckpointError(f"{path} is nested more than {DEEPEST_JSON} levels deep: copy it again")
+    return content
+
+
+def _is_shallow(content: Any) -> bool:
+    level = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is that of a file in a folder, and not a path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+
+
+def belongs(path: Path, folder: Path) -> bool:
+    """Whether `path`, links followed, lies in the model folder `folder` or among the files of its entry in a hub cache.
+
+    The cache keeps `models--owner--name/snapshots/<revision>/` as links to `models--owner--name/blobs/`, and those
+    that several models share as links to `blobs/` beside them all.
+    """
+    target, home = path.resolve(), folder.resolve()
+    if target.is_relative_to(home):
+        return True
+    if home.parent.name != "snapshots" or not home.parent.parent.name.startswith("models--"):
+        return False
+    entry = home.parent.parent
+    if target.is_relative_to(entry / "blobs"):
+        return True
+    shared = entry.parent / "blobs"
+    return target.is_relative_to(shared) and SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix()) is not None
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path` that takes its name at the end, and vanishes if anything goes wrong before.
+
+    Nobody can know its name, so that in a folder that others write to no link can wait there. Errors of the file
+    system are the caller's.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.unfinished-", dir=path.absolute().parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        unfinished.chmod(0o666 & ~_umask())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that new files of this process lack."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
