@@ -49,7 +49,7 @@ class Processes:
         if len(batches) < self.count:
             raise OptionError(
                 f"{self.count} processes cannot share {len(batches)} batches of samples: start fewer, or give more "
-                "--samples or a smaller --batch-size"
+                "samples"
             )
         share = self.share(len(batches))
         return batches[: share.start], batches[share.start : share.stop]

@@ -1,5 +1,6 @@
 """The commands that change a model, or prepare for it: compress and estimate."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -105,12 +106,15 @@ def compress(
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
         settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    with progress_bars(as_json) as bars:
+    leads = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
+    with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
         settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
         result = api.compress(model, out, recipe=chosen, **settings, progress=bars)
+    if not leads:
+        return
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
     if as_json:

@@ -125,8 +125,9 @@ def _memory(work: Unfinished, plan: Plan, limit: int | None) -> MemoryPlan:
     """How the run keeps within its memory; samples go together as when it began, since the last digits show that."""
     noted = work.own.recall("memory")
     fits = plan_memory(plan, limit, None if noted is None else noted["batch_size"])
-    if work.processes.least(fits.batch_size) < fits.batch_size:
-        fits = plan_memory(plan, limit, work.processes.least(fits.batch_size))
+    least = work.processes.least(fits.batch_size)
+    if least < fits.batch_size:
+        fits = plan_memory(plan, limit, least)
     work.own.record("memory", {"batch_size": fits.batch_size})
     return fits
 
@@ -155,6 +156,7 @@ class _Run:
         plan, folder = self.plan, self.work.checkpoint
         dense = self._dense_pass()
         self._compress(dense)
+        self.work.processes.wait()  # for the parts that others write
         if self.work.processes.leads:
             with self.clock.phase("write"):
                 assemble(self.parts, folder)
@@ -219,7 +221,9 @@ class _Run:
         if plan.statistics is None:
             with self.clock.phase("calibrate"):
                 shelf = Shelf(journal.folder, "calibration", lasting=True)
-                _, batches = self.work.processes.portion(plan.samples.batches(self.memory.batch_size))
+                processes = self.work.processes
+                size = min(self.memory.batch_size, max(len(plan.samples.ids) // processes.count, 1))
+                _, batches = processes.portion(plan.samples.batches(size))
                 flows = start(plan.network, batches, shelf)
         paused = journal.folder if self.memory.paused_on_disk else None
         solver = BlockSolver(plan, dense.sensitivities, self.clock, paused, self.work.processes)

@@ -62,6 +62,7 @@ def probe(
     """
     length = max(len(ids) for ids in samples.ids)
     size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
+    size = min(size, max(len(samples.ids) // processes.count, 1))
     lasting = journal is not None
     earlier, batches = processes.portion(samples.batches(size))
     with clock.phase("probe"):
