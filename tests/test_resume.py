@@ -240,6 +240,17 @@ def test_a_mistake_of_the_user_leaves_nothing_to_resume(family_folder: FolderOf,
     assert not (tmp_path / "new").exists()
 
 
+def test_a_mistake_when_a_run_is_taken_up_loses_nothing(
+    family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short(family_folder("llama"), tmp_path / "out", monkeypatch)
+    with pytest.raises(OptionError, match="--memory 1MiB is not enough"):
+        compress(family_folder("llama"), tmp_path / "out", **settings("gptq"), memory="1MiB")
+    assert left_over(tmp_path) == [".out.unfinished"]
+    compress(family_folder("llama"), tmp_path / "out", **settings("gptq"))
+    assert left_over(tmp_path) == ["out"]
+
+
 def test_two_runs_do_not_write_one_folder(family_folder: FolderOf, tmp_path: Path) -> None:
     with unfinished.unfinished(tmp_path / "out") as work:
         work.begin({}, 0, restart=False)

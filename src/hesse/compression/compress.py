@@ -13,14 +13,13 @@ from hesse.compression.budget import BudgetPlan, BudgetRequest, plan_budget
 from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.identity import identity
 from hesse.compression.measure import measure
-from hesse.compression.memory import MemoryPlan, plan_memory
-from hesse.compression.output import check_output, copy_companions, restore_replaced
+from hesse.compression.memory import MemoryPlan, plan_memory, waiting_bytes
+from hesse.compression.output import check_output, check_room, copy_companions, restore_replaced
 from hesse.compression.plan import Plan, make_plan, whole_factors
 from hesse.compression.report import CompressionReport, Verification
 from hesse.compression.tokens import Calibration
 from hesse.compression.unfinished import Unfinished, unfinished
 from hesse.compression.verify import verify
-from hesse.errors import OutputError
 from hesse.estimation import Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
@@ -92,6 +91,8 @@ def compress_checkpoint(
             with clock.phase("plan"):
                 planned = _planned(work, model, wanted, calibration, statistics, format, device, progress)
             plan = settled(planned.recipe)
+        if not work.resumed:
+            check_room(work.folder, out, expected_bytes + waiting_bytes(plan))
         fits = _memory(work, plan, memory)
         if memory is not None:
             progress.say(f"Memory: {fits.sentence()}.")
@@ -115,10 +116,7 @@ def _planned(
         planned = plan_budget(model, request, calibration, statistics, format=format, device=device, progress=progress)
         work.journal.record("plan", planned.to_dict())
     work.processes.wait()
-    noted = work.journal.recall("plan")
-    if noted is None:
-        raise OutputError(f"{work.journal.folder} lost the plan that was written to it: check the disk")
-    return BudgetPlan.from_dict(noted)
+    return BudgetPlan.from_dict(work.journal.expect("plan"))
 
 
 def _memory(work: Unfinished, plan: Plan, limit: int | None) -> MemoryPlan:
@@ -163,7 +161,7 @@ class _Run:
                 self._write_companions(folder)
             self._verify(dense)
         self.work.processes.wait()
-        verification = Verification(**(self.work.journal.recall("verified") or {}))
+        verification = Verification(**self.work.journal.expect("verified"))
         report = account(
             plan,
             self.planned,

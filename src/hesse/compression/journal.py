@@ -55,6 +55,17 @@ class Journal:
         content: dict[str, Any] = record["content"]
         return content
 
+    def expect(self, step: str) -> dict[str, Any]:
+        """What was noted of a step that is known to be finished.
+
+        Raises:
+            OutputError: the note is lost.
+        """
+        content = self.recall(step)
+        if content is None:
+            raise OutputError(f"{self._path(step)} was written but cannot be read: check the disk")
+        return content
+
     def forget(self, step: str) -> None:
         """Remove a step's record, if there is one, and its files."""
         try:

@@ -67,6 +67,16 @@ def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) ->
     )
 
 
+def waiting_bytes(plan: Plan) -> int:
+    """What a run has on disk at once besides its result, at most: hidden states of three steps, inputs, factors."""
+    width = int(plan.network.model.config.get_text_config().hidden_size) * plan.network.dtype.itemsize
+    tokens = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.samples.ids)
+    probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
+    whole = whole_factors(plan.rules)
+    factors = sum(4 * layer.weight.shape[0] ** 2 for layer in plan.network.layers if layer.name in whole)
+    return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
+
+
 def bytes_of(text: str) -> int:
     """A number of bytes from what a person writes, such as 8GiB.
 

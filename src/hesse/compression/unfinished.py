@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hesse.compression.journal import Journal
 from hesse.compression.output import check_room, make_parents, put_in_place, remove_with_parents
-from hesse.errors import HesseError, OutputError
+from hesse.errors import HesseError, OptionError, OutputError
 from hesse.models.writer import disk_reason
 from hesse.processes import ALONE, ProcessError, Processes
 
@@ -29,6 +29,7 @@ class Unfinished:
         self.checkpoint = self.folder / "checkpoint"
         self.journal = Journal(self.folder / "journal")
         self.own = Journal(self.journals(processes.rank))
+        self.resumed = False  # whether an earlier run is taken up
 
     def journals(self, rank: int) -> Path:
         """The folder of a process's own journal, and of the parts of the checkpoint that it writes."""
@@ -53,6 +54,7 @@ class Unfinished:
                     f"{self.folder} holds an unfinished run that differs from this one in its {_listed(changed)}: give "
                     "--restart to lose it and begin anew, or another OUT"
                 )
+            self.resumed = True
             return
         self._empty()
         try:
@@ -72,9 +74,13 @@ class Unfinished:
         self.processes.wait()
 
     def worth_keeping(self, error: BaseException) -> bool:
-        """Whether the same command may come further than it did before `error`: not where Hesse itself said no."""
+        """Whether there is work that may come further than it did before `error`.
+
+        Where Hesse itself said no it will again, unless it said so of what was asked when the run was taken up.
+        """
         refused = isinstance(error, HesseError) and not isinstance(error, OutputError | ProcessError)
-        return not refused and any(self.own.folder.glob("*.json"))
+        again = isinstance(error, OptionError) and self.resumed
+        return (again or not refused) and any(self.own.folder.glob("*.json"))
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():

@@ -47,6 +47,7 @@ def feed_back(
     work: Floats,
     codes: Floats,
     errors: Floats,
+    spread: Floats,
     scale: Floats,
     lowest: Floats,
     highest: Floats,
@@ -54,23 +55,24 @@ def feed_back(
     rows: Floats,
     split: np.float32,
 ) -> None:
-    """Error feedback over the columns of a block and, within a column, over rows.
+    """Error feedback over the columns of a block and, within a column, over some of its rows.
 
-    `work` is used up, `codes` filled, and `errors` with what the columns after the block are to be given. `columns`
-    (columns, columns) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i) takes
-    columns[j, k] · rows[i, l] · e from weight (k, l), k ≥ j, l ≥ i.
+    `work` is used up, `codes` and `errors` are filled; to `spread`, which comes with what the errors of earlier rows
+    take from these, is added what their own take. `columns` (columns, columns) and `rows` (rows, rows) are upper
+    triangular with unit diagonal: the error e of weight (j, i) takes columns[j, k] · rows[i, l] · e from weight (k, l),
+    k ≥ j, l ≥ i.
     """
     width, height = work.shape
     for j in range(width):
-        weight, spread = work[j], errors[j]
-        spread[:] = 0
+        weight, taken = work[j], spread[j]
         for i in range(height):
-            wanted, s = weight[i] - spread[i], scale[j, i]
+            wanted, s = weight[i] - taken[i], scale[j, i]
             code = min(max(np.rint(wanted / s), lowest[j, i]), highest[j, i])
             codes[j, i] = code
-            _add(spread[i:], rows[i, i:], np.float32(wanted - _stored(np.float32(code * s), split)))
+            errors[j, i] = np.float32(wanted - _stored(np.float32(code * s), split))
+            _add(taken[i:], rows[i, i:], errors[j, i])
         for k in range(j + 1, width):
-            _add(work[k], spread, -columns[j, k])
+            _add(work[k], taken, -columns[j, k])
 
 
 @_compiled

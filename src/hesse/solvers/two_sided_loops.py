@@ -11,6 +11,7 @@ from hesse.solvers import sweeps
 from hesse.solvers.sweeps import Floats
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
+TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
 
 
 class Steps(NamedTuple):
@@ -45,13 +46,21 @@ class TwoSidedSweeps(Protocol):
 
 def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
     """As `TwoSidedSweeps` says, on the CPU."""
-    codes = torch.empty_like(work)
+    codes, height = torch.empty_like(work), work.shape[1]
     for start, stop, settings in _blocks(steps):
-        errors = torch.empty_like(work[start:stop])
         within = columns[start:stop, start:stop].contiguous().numpy()
-        block = work[start:stop].numpy(), codes[start:stop].numpy(), errors.numpy()
-        sweeps.feed_back(*block, *settings, within, rows.numpy(), _split(steps.dtype))
-        work[stop:].addmm_(columns[start:stop, stop:].T, errors, alpha=-1)
+        spread = torch.zeros_like(work[start:stop])
+        for top in range(0, height, TILE):
+            end = min(top + TILE, height)
+            tile = work[start:stop, top:end].numpy().copy(), np.empty_like(settings[0][:, top:end])
+            errors, given = torch.empty(stop - start, end - top), spread[:, top:end].contiguous()
+            own = tuple(values[:, top:end].copy() for values in settings)
+            between = rows[top:end, top:end].contiguous().numpy()
+            sweeps.feed_back(*tile, errors.numpy(), given.numpy(), *own, within, between, _split(steps.dtype))
+            codes[start:stop, top:end] = torch.from_numpy(tile[1])
+            spread[:, top:end] = given
+            spread[:, end:].addmm_(errors, rows[top:end, end:])
+        work[stop:].addmm_(columns[start:stop, stop:].T, spread, alpha=-1)
     return codes
 
 
