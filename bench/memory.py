@@ -8,6 +8,7 @@ added to `bench/memory.json`, and printed as a table.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from machine import limits
 from run import Case, run_peer
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+
+from hesse.models.locate import DEFAULT_FOLDER
 
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, VOCABULARY = 1536, 4096, 8192
@@ -67,6 +70,8 @@ def write_llama(folder: Path, blocks: int) -> int:
         write(f"block-{number:03d}.safetensors", tensors | norms)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the peers will not start without
+        shutil.copy(DEFAULT_FOLDER / name, folder)
     return blocks * BLOCK + VOCABULARY * WIDTH + WIDTH
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import psutil
 import torch
@@ -59,19 +60,15 @@ def draw(generator: random.Random) -> tuple[str, dict[str, Any]]:
     return generator.choice(["gptq", "rtn"]), budget
 
 
-def loaded(family: str, folder: Path) -> nn.Module:
-    """The checkpoint in plain transformers; factorised ones bring code of their own."""
-    return tiny_models.load(family, folder)
-
-
 def difference(family: str, out: Path, source: Path, ids: list[list[int]]) -> float:
     """How far what transformers makes of a checkpoint is from what Hesse says it makes."""
     found = hesse.evaluate(out, reference=source, data=ids)
-    model, dense = loaded(family, out), tiny_models.load(family, source)
+    model, dense = tiny_models.load(family, out), tiny_models.load(family, source)
     batch = torch.tensor(ids)
     with torch.no_grad():
         if found.loss is None:
-            hidden: list[Tensor] = [each(input_ids=batch).last_hidden_state for each in (model, dense)]
+            outputs = (each(input_ids=batch, output_hidden_states=True) for each in (model, dense))
+            hidden: list[Tensor] = [output.hidden_states[-1] for output in outputs]
             error = 0.5 * (hidden[0] - hidden[1]).double().square().sum(-1).mean()
             assert found.hidden_error is not None
             return abs(float(error) - found.hidden_error) / max(float(error), 1.0)
