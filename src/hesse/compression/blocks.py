@@ -124,6 +124,7 @@ class BlockSolver:
                     f"{layer.name}: no prediction: the tokens that probed the loss did not reach it"
                 )
             change = stored - weight
+            image = gram.matvec(change)
             self.result.layers.append(
                 LayerReport(
                     name=layer.name,
@@ -134,8 +135,8 @@ class BlockSolver:
                     bits_per_weight=self.plan.format.stored_bits(layer.name),
                     sparsity=float((stored == 0).float().mean()),
                     rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
-                    predicted_loss_increase=predicted_increase(change, gram, sensitivity),
-                    relative_output_error=relative_error(change, weight, gram),
+                    predicted_loss_increase=predicted_increase(change, image, sensitivity if gram.tokens else None),
+                    relative_output_error=relative_error(change, image, weight, gram),
                 )
             )
         with self.clock.phase("write"):

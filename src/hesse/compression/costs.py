@@ -114,7 +114,8 @@ class CostMeter:
             if solved not in found:
                 problem = LayerProblem(layer.name, weight, gram, output_factor, offer.rule, solved)
                 solution = self._solver.solve(problem).solution
-                increase = predicted_increase(solution.weight - weight, gram, output_factor)
+                change = solution.weight - weight
+                increase = predicted_increase(change, gram.matvec(change), output_factor)
                 found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
             self.costs[group.name][place] += share * found[solved]
 

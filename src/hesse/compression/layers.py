@@ -176,20 +176,25 @@ def _gaps(problem: LayerProblem) -> list[str]:
     return notes
 
 
-def predicted_increase(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> float | None:
-    """½ dᵀ(G ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without one of the two.
+def predicted_increase(change: Tensor, image: Tensor, sensitivity: Tensor | None) -> float | None:
+    """½ dᵀ(G ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without G.
 
-    `sensitivity` is G = E[ggᵀ] (out, out), or its diagonal (out,).
+    `image` is d E[xxᵀ], and `sensitivity` G = E[ggᵀ] (out, out), or its diagonal (out,).
     """
-    if sensitivity is None or not gram.tokens:
+    if sensitivity is None:
         return None
-    return Kronecker(output_factor=sensitivity, input_factor=gram.second_moment).quadratic(change)
+    weighed = sensitivity[:, None] * change if sensitivity.ndim == 1 else sensitivity.to(change) @ change
+    return 0.5 * _inner(weighed, image)
 
 
-def relative_error(change: Tensor, weight: Tensor, gram: Gram) -> float | None:
-    """E‖d x‖² / E‖W x‖²: the share of the layer's output that the change is."""
-    whole = gram.quadratic(weight)
-    return gram.quadratic(change) / whole if whole > 0 else None
+def relative_error(change: Tensor, image: Tensor, weight: Tensor, gram: Gram) -> float | None:
+    """E‖d x‖² / E‖W x‖²: the share of the layer's output that the change d is; `image` is d E[xxᵀ]."""
+    whole = 2 * gram.quadratic(weight)
+    return _inner(change, image) / whole if whole > 0 else None
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float((left.double() * right.double()).sum())
 
 
 def digest(weight: Tensor) -> str:

@@ -54,9 +54,11 @@ def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tens
             end = min(top + TILE, height)
             tile = work[start:stop, top:end].numpy().copy(), np.empty_like(settings[0][:, top:end])
             errors, given = torch.empty(stop - start, end - top), spread[:, top:end].contiguous()
-            own = tuple(values[:, top:end].copy() for values in settings)
+            scale, lowest, highest = (values[:, top:end].copy() for values in settings)
             between = rows[top:end, top:end].contiguous().numpy()
-            sweeps.feed_back(*tile, errors.numpy(), given.numpy(), *own, within, between, _split(steps.dtype))
+            sweeps.feed_back(
+                *tile, errors.numpy(), given.numpy(), scale, lowest, highest, within, between, _split(steps.dtype)
+            )
             codes[start:stop, top:end] = torch.from_numpy(tile[1])
             spread[:, top:end] = given
             spread[:, end:].addmm_(errors, rows[top:end, end:])
