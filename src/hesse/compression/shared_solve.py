@@ -35,7 +35,7 @@ def solve_shared(
     own = solve_with(weight[share.start : share.stop], curvature, constraint, solver, state)
     encoded = _together(own.encoded, processes, split)
     solved = constraint.decode(encoded).to(own.weight.dtype)
-    return Solution(solved, encoded, curvature.quadratic(solved - weight.to(solved.dtype)))
+    return Solution(solved, encoded, weight.to(solved.dtype), curvature)
 
 
 def _together(encoded: Any, processes: Processes, split: bool) -> Any:

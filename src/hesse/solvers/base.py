@@ -1,6 +1,7 @@
 """The join of the three nouns: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -28,15 +29,17 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Allowed weights and what they cost.
-
-    `predicted_loss_increase` is ½ dᵀHd in the curvature's unit: for a Gram half the squared output error per token,
-    for a Kronecker nats per token.
-    """
+    """Allowed weights and what they cost."""
 
     weight: Tensor  # (out, in), exactly what `encoded` decodes to
     encoded: Any
-    predicted_loss_increase: float
+    original: Tensor  # (out, in), the weight that was solved for
+    curvature: Curvature
+
+    @cached_property
+    def predicted_loss_increase(self) -> float:
+        """½ dᵀHd in the curvature's unit: for a Gram half the squared output error per token, for a Kronecker nats."""
+        return self.curvature.quadratic(self.weight - self.original)
 
 
 def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver) -> Solution:
@@ -67,4 +70,4 @@ def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, sol
     if not bool(torch.isfinite(solved).all()):
         largest = float(weight.abs().amax())
         raise DataError(f"the weight reaches {largest:.3g}, and overflows when it is stored as {constraint.dtype}")
-    return Solution(solved.to(wide.dtype), encoded, curvature.quadratic(solved - wide))
+    return Solution(solved.to(wide.dtype), encoded, wide, curvature)
