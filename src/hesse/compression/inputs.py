@@ -29,10 +29,10 @@ class InputGrams:
 
     def gram(self) -> Gram:
         """The Gram of what was collected last: the same object until more is collected."""
-        assert self._accumulator is not None
         if self._gram is None:
+            assert self._accumulator is not None
             with self._clock.phase("estimate"):
                 self._processes.add(self._accumulator.total)
                 self._accumulator.tokens = self._processes.total(self._accumulator.tokens)
-                self._gram = self._accumulator.gram()
+                self._gram, self._accumulator = self._accumulator.gram(), None  # what it holds is not needed any more
         return self._gram

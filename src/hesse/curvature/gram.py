@@ -59,7 +59,8 @@ class Gram(Curvature):
         Raises:
             ConditioningError: A + λI is not positive definite to working precision.
         """
-        damped = self.second_moment + self.damping * torch.eye(self.shape[0]).to(self.second_moment)
+        damped = self.second_moment.clone()
+        damped.diagonal().add_(self.damping)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
         # A leading minor that passes by rounding alone leaves a pivot near nothing and an inverse of noise.
