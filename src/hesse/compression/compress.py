@@ -24,6 +24,7 @@ from hesse.estimation import Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
+from hesse.models.network import keep_no_large_memory
 from hesse.models.shelf import Shelf
 from hesse.models.stream import Flow, start
 from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text
@@ -95,6 +96,7 @@ def compress_checkpoint(
             check_room(work.folder, out, expected_bytes + waiting_bytes(plan))
         fits = _memory(work, plan, memory)
         if memory is not None:
+            keep_no_large_memory()
             progress.say(f"Memory: {fits.sentence()}.")
         report = _Run(plan, planned, fits, work, clock, progress, measured).run(name, version)
         work.finish()
