@@ -182,6 +182,27 @@ def test_blocks_that_are_not_looked_at_still_carry_the_gradient(family_folder: F
         assert torch.equal(moment.total, sums[False, first][key].total)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_shares_of_the_samples_get_the_labels_that_they_get_together(name: str, family_folder: FolderOf) -> None:
+    """Several processes walk with a share each; what they find adds up to what one process finds."""
+
+    def sums(start_at: int, stop_at: int) -> dict[str, Tensor]:
+        network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+        flows = start(network, IDS[start_at:stop_at].split(1))
+        inputs = []
+        for index, block in enumerate(network.blocks):
+            inputs.append([flow.waiting for flow in flows])
+            with network.loaded(block) as module:
+                advance(flows, module, index)
+        walk = BackwardWalk(network, flows, inputs, SEED, earlier=list(IDS[:start_at].unsqueeze(1)))
+        return {layer: factor / walk.scale for block in output_factors(walk, ()) for layer, factor in block.items()}
+
+    half = len(IDS) // 2
+    whole, first, second = sums(0, len(IDS)), sums(0, half), sums(half, len(IDS))
+    for layer, expected in whole.items():
+        torch.testing.assert_close(first[layer] + second[layer], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_sensitivities_do_not_depend_on_the_batches(family_folder: FolderOf) -> None:
     one, all_at_once = (streamed(family_folder("llama"), batch)[1] for batch in (1, 4))
     for name, square in one.items():

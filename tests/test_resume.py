@@ -17,7 +17,6 @@ import torch
 
 import tiny_models
 from helpers import IDS, CommandLine, change, compress, left_over, write_ids
-from hesse.compression import journal as journals
 from hesse.compression import unfinished
 from hesse.compression.journal import Journal
 from hesse.errors import OptionError, OutputError
@@ -167,7 +166,7 @@ def test_a_disk_that_refuses_is_an_error_of_ours(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     journal = Journal(tmp_path)
-    monkeypatch.setattr(journals.os, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OutputError, match="the disk is full; free some space"):
         journal.record("step", {})
 

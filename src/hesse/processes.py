@@ -110,6 +110,11 @@ class Processes:
 ALONE = Processes()
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one; before they are joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def joined(device: torch.device) -> Processes:
     """All processes that torchrun started; this one alone, if it did not.
 

@@ -1,6 +1,5 @@
 """The commands that change a model, or prepare for it: compress and estimate."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -91,6 +90,7 @@ def compress(
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
     from hesse import api
+    from hesse.processes import is_first
 
     settings: dict[str, Any] = {
         "data": data,
@@ -106,7 +106,7 @@ def compress(
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
         settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    leads = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
+    leads = is_first()
     with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())

@@ -1,6 +1,5 @@
 """A budget of bytes, bits or loss, shared out among the layers of a model: the recipe that costs least."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from hesse.compression.costs import CostMeter
 from hesse.compression.menu import LayerGroup, Offer, make_menu
 from hesse.compression.plan import check_patterns, open_networks
+from hesse.compression.sizes import read_size
 from hesse.compression.targets import check_target
 from hesse.compression.tokens import Calibration, factor_tokens, select_samples
 from hesse.errors import OptionError
@@ -22,7 +22,6 @@ from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, s
 from hesse.progress import Clock, Progress
 
 FRONT_POINTS = 12
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADER_ENTRY = 64  # bytes that a tensor takes in the header of a safetensors file besides its name and its place
 
 
@@ -50,11 +49,10 @@ class Budget:
     def bytes_of(self, whole: int) -> int:
         """The size in bytes, for a model whose files have `whole` bytes."""
         text = str(self.size).strip()
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(%|[A-Za-z]*)", text)
-        unit = found[2].upper() if found else ""
-        if found is None or (unit not in ("", "%") and unit not in UNITS) or float(found[1]) == 0:
+        found = read_size(text, percent=whole / 100)
+        if not found:
             raise OptionError(f"--size is {text!r}: give a share such as 40%, or bytes such as 5MB or 1.5GB")
-        return int(float(found[1]) * (whole / 100 if unit == "%" else UNITS.get(unit, 1)))
+        return int(found)
 
 
 @dataclass(frozen=True)

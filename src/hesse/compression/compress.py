@@ -24,9 +24,9 @@ from hesse.estimation import Statistics
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
-from hesse.models.network import keep_no_large_memory
+from hesse.models.allocator import keep_no_large_memory
 from hesse.models.shelf import Shelf
-from hesse.models.stream import Flow, start
+from hesse.models.stream import Flow, start, take_up
 from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text
 from hesse.processes import joined
 from hesse.progress import Clock, Progress, Silence, peak_memory
@@ -79,9 +79,11 @@ def compress_checkpoint(
 
     plan = settled(wanted) if isinstance(wanted, Recipe) else None
     with clock.phase("read"):
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model) if plan is None else plan.checkpoint
         settings = {"format": format, "target": target, "device": device.type, "processes": processes.count}
-        whole = identity(checkpoint, wanted, calibration, estimated, settings, versions(version))
+        whole = dict[str, str]()
+        if processes.leads:  # which alone looks at it; all of the model is read for it
+            whole = identity(checkpoint, wanted, calibration, estimated, settings, versions(version))
     size = checkpoint.file_bytes
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with unfinished(out, processes) as work:
@@ -263,8 +265,7 @@ class _Run:
         while done and self.plan.statistics is None:  # what flows into the next block is needed too
             recalled = journal.recall_tensors(f"calibration-{done}", self.plan.network.device)
             if processes.least(recalled is not None) and recalled is not None:
-                for flow, waiting in zip(flows, recalled[0], strict=True):
-                    flow.waiting, flow.step = waiting, done
+                take_up(flows, recalled[0], done)
                 break
             done -= 1
         for index, note in enumerate(notes[:done]):

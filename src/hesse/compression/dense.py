@@ -14,7 +14,7 @@ from hesse.estimation import BackwardWalk, OutputMoments, WalkState, layer_part
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Network
 from hesse.models.shelf import Shelf, Waiting
-from hesse.models.stream import Flow, advance, calibration_batch, check_finite, start
+from hesse.models.stream import Flow, advance, calibration_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
@@ -130,12 +130,10 @@ def forward_walk(
     for index, block in enumerate(network.blocks):
         inputs.append([flow.waiting for flow in kept])
         if index + 1 in passed:
-            for flow, waiting in zip(flows, passed[index + 1], strict=True):
-                flow.waiting, flow.step = waiting, index + 1
+            take_up(flows, passed[index + 1], index + 1)
         elif index >= max(passed, default=0):
             with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
-                advance(flows, module, index)
-                check_finite(flows, block.name)
+                advance(flows, module, index, block.name)
             if journal is not None:
                 journal.record_tensors(f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
                 if not kept:

@@ -21,7 +21,7 @@ from hesse.compression.tokens import Calibration, Selection, factor_tokens, samp
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.errors import OptionError
 from hesse.estimation import BackwardWalk, Sums, layer_part, save_curvature
-from hesse.estimation.statistics import INDEX_FILE, SENSITIVITIES_FILE, file_digests
+from hesse.estimation.statistics import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
 from hesse.models.shelf import Shelf
@@ -94,7 +94,7 @@ def _identity(
     asked = {key: value for key, value in asdict(calibration).items() if key != "batch_size"}
     asked["length"] = sample_length(network, calibration.length)
     return {
-        "model_files": file_digests(checkpoint),
+        "model_files": checkpoint.digests,
         "samples": {**asked, "data": None if calibration.data is None else str(calibration.data)},
         "samples_fingerprint": selected.samples.fingerprint(),
         "tokens": sum(len(ids) for ids in selected.samples.ids),

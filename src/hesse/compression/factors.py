@@ -4,12 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hesse.errors import OutputError
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 
 
 class StoredFactors(Mapping[str, Tensor]):
@@ -26,10 +24,8 @@ class StoredFactors(Mapping[str, Tensor]):
             OutputError: the disk is full or cannot be written.
         """
         path = self._folder / f"factor-{len(self._files)}.safetensors"
-        try:
+        with writing(self._folder):
             save_file({"factor": factor.cpu().contiguous()}, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{self._folder} cannot be written: {disk_reason(error)}") from None
         self._files[name] = (path, str(factor.device))
         return path
 

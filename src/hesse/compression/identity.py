@@ -11,9 +11,10 @@ import torch
 from hesse.compression.budget import BudgetRequest
 from hesse.compression.tokens import Calibration
 from hesse.estimation import Statistics
-from hesse.estimation.statistics import INDEX_FILE, file_digest, file_digests
+from hesse.estimation.statistics import INDEX_FILE
 from hesse.methods.recipe import Recipe
 from hesse.models.checkpoint import Checkpoint
+from hesse.models.files import file_digest
 
 
 def identity(
@@ -31,7 +32,7 @@ def identity(
     recipe = wanted.to_yaml() if isinstance(wanted, Recipe) else repr(wanted)
     of_statistics = None if statistics is None else file_digest(statistics.folder / INDEX_FILE)
     return {
-        "model": _digest(file_digests(checkpoint)),
+        "model": _digest(checkpoint.digests),
         "data": _digest([_data(calibration.data), *astuple(replace(calibration, data=None))]),
         "recipe": _digest(recipe),
         "settings": _digest({**settings, "statistics": of_statistics, "threads": torch.get_num_threads()}),

@@ -1,7 +1,6 @@
 """What a run has finished, step by step and on disk, so that the same run can go on from there."""
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from hesse.errors import OutputError
+from hesse.models.files import unfinished_file
 from hesse.models.shelf import InFile, TensorFile, Waiting
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 
 READ_AT_ONCE = 1 << 22
 
@@ -32,14 +32,10 @@ class Journal:
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        try:
+        with writing(self.folder), unfinished_file(self._path(step)) as beside:
             sums = {path.relative_to(self.folder).as_posix(): _checksum(path) for path in files}
             body = json.dumps({"content": content, "files": sums})
-            beside = self._path(step).with_suffix(".new")
             beside.write_text(f"{zlib.crc32(body.encode()):08x}\n{body}", encoding="utf-8")
-            os.replace(beside, self._path(step))
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written: {disk_reason(error)}") from None
 
     def recall(self, step: str) -> dict[str, Any] | None:
         """What was noted of a finished step; None if it was not finished, or if a file of it was damaged since."""

@@ -7,13 +7,13 @@ from pathlib import Path
 import psutil
 
 from hesse.compression.plan import Plan, whole_factors
+from hesse.compression.sizes import read_size
 from hesse.compression.tokens import PROBE_TOKENS
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Block, Layer, Network
 from hesse.models.stream import calibration_batch
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
 # How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
 # most demanding one they are of, and held against measurement in bench/memory.py.
@@ -83,10 +83,10 @@ def bytes_of(text: str) -> int:
     Raises:
         OptionError: it is no such thing.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in UNITS:
+    found = read_size(text)
+    if found is None:
         raise OptionError(f"--memory is {text!r}: give bytes such as 8GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(found)
 
 
 def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hesse.errors import OutputError
 from hesse.models.files import belongs
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 
 # What a loader needs besides weights and config.
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*", "*/*.json")
@@ -49,10 +49,8 @@ def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
         OutputError: there is not enough room for `needed_bytes`, or the folder cannot be made.
     """
     made = make_parents(out)
-    try:
+    with writing(out, "made"):
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
     finished = False
     try:
         check_room(folder, out, needed_bytes)
@@ -72,10 +70,8 @@ def make_parents(out: Path) -> list[Path]:
         OutputError: they cannot be made.
     """
     made = [p for p in (out.absolute().parent, *out.absolute().parent.parents) if not p.exists()]
-    try:
+    with writing(out, "made"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
     return made
 
 
@@ -112,11 +108,9 @@ def copy_companions(model: Path, folder: Path) -> list[str]:
     own, foreign = _companions(model)
     for path in own:
         target = folder / path.relative_to(model)
-        try:
+        with writing(folder.parent):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        except OSError as error:
-            raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
     return [*foreign, *_code(model, own)]
 
 
@@ -153,7 +147,7 @@ def put_in_place(folder: Path, out: Path) -> None:
     Raises:
         OutputError: the disk cannot be written.
     """
-    try:
+    with writing(out):
         for path in folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -169,8 +163,6 @@ def put_in_place(folder: Path, out: Path) -> None:
         except OSError:
             aside.rename(out)
             raise
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {disk_reason(error)}") from None
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hesse.compression.journal import Journal
 from hesse.compression.output import check_room, make_parents, put_in_place, remove_with_parents
 from hesse.errors import HesseError, OptionError, OutputError
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 from hesse.processes import ALONE, ProcessError, Processes
 
 IDENTITY = "run"  # the first step of a journal: what the run is of
@@ -57,11 +57,9 @@ class Unfinished:
             self.resumed = True
             return
         self._empty()
-        try:
+        with writing(self.out, "made"):
             for folder in (self.checkpoint, self.journal.folder, *map(self.journals, range(self.processes.count))):
                 folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"{self.out} cannot be made: {disk_reason(error)}") from None
         check_room(self.folder, self.out, needed_bytes)
         self.journal.record(IDENTITY, dict(identity))
 
@@ -105,11 +103,9 @@ def unfinished(out: Path, processes: Processes = ALONE) -> Iterator[Unfinished]:
     made = make_parents(out)
     if run.folder.is_symlink():
         raise OutputError(f"{run.folder} is a link, so what it leads to might be lost: remove it, or give another OUT")
-    try:
+    with writing(out, "made"):
         run.folder.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(run.folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made: {disk_reason(error)}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

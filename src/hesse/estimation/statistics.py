@@ -1,6 +1,5 @@
 """The curvature of a model that was estimated before, on disk."""
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from hesse.models.files import is_plain_name, read_json
 INDEX_FILE = "statistics.json"
 SENSITIVITIES_FILE = "sensitivities.safetensors"
 SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # what an index says of them
-READ_AT_ONCE = 1 << 22
 Kind = TypeVar("Kind", bound=Curvature)
 
 
@@ -48,7 +46,7 @@ class Statistics:
         Raises:
             CheckpointError: its files are not those that the statistics are of.
         """
-        for name, digest in file_digests(checkpoint).items():
+        for name, digest in checkpoint.digests.items():
             if self.content["model_files"].get(name) != digest:
                 raise CheckpointError(
                     f"{self.folder} is of another model than {checkpoint.folder}: {name} differs; estimate it again"
@@ -119,18 +117,3 @@ def _is_index(content: dict[str, Any]) -> bool:
         and isinstance(curvatures, dict)
         and all(isinstance(files, dict) and all(map(is_plain_name, files.values())) for files in curvatures.values())
     )
-
-
-def file_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of the config and of each weights file, by name."""
-    names = ["config.json", *sorted(set(checkpoint.shard_of.values()))]
-    return {name: file_digest(checkpoint.folder / name) for name in names}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_AT_ONCE):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from hesse.errors import DataError, OptionError
 from hesse.evaluation.metrics import HiddenTotals, Totals
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
-from hesse.models.stream import Flow, advance, check_finite, finish, start
+from hesse.models.stream import Flow, advance, finish, start
 from hesse.progress import Progress
 
 # Logits of one batch: at most so many numbers, 128 MB in float32.
@@ -83,8 +83,7 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
     flows = start(network, batches)
     for index, block in enumerate(network.blocks):
         with network.loaded(block) as module:
-            advance(flows, module, index)
-            check_finite(flows, block.name)
+            advance(flows, module, index, block.name)
         progress.advance()
     return flows
 

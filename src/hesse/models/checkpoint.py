@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hesse.errors import CheckpointError, reason
-from hesse.models.files import is_plain_name, read_json
+from hesse.models.files import file_digest, is_plain_name, read_json
 from hesse.models.limits import check_config
 
 INDEX = "model.safetensors.index.json"
@@ -89,6 +90,11 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The dense tensors `names`."""
         return self.read_stored(names)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the config and of each weights file, by name; all of them are read for it, once."""
+        return {name: file_digest(self.folder / name) for name in ("config.json", *sorted(set(self.shard_of.values())))}
 
     @property
     def stored_bytes(self) -> int:

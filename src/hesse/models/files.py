@@ -1,5 +1,6 @@
 """Files of a model folder: which belong to it, JSON as data, and new files that appear only when they are whole."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 from hesse.errors import CheckpointError, reason
 
 LARGEST_JSON = 1 << 28  # bytes: ten times the largest index and tokenizer that are known
+READ_AT_ONCE = 1 << 22
 DEEPEST_JSON = 64  # levels: transformers copies a config by recursion
 # The hub's cache keeps large files that several models share here, below the cache itself.
 SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
@@ -56,6 +58,15 @@ def _is_shallow(content: Any) -> bool:
         if not level:
             return True
     return False
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_plain_name(name: object) -> bool:

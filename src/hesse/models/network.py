@@ -1,7 +1,5 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -17,14 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.models.allocator import give_back_memory
 from hesse.models.architecture import build
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.experts import unfuse
 from hesse.models.limits import bounded_modules
 
 Kind = Literal["causal-lm", "encoder"]
-MMAP_THRESHOLD = -3  # the option's number in malloc.h
-LARGE_BYTES = 1 << 22
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
 # Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -206,28 +203,6 @@ class Network:
             for name, buffer in child._buffers.items():
                 if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
                     child._buffers[name] = buffer.to(self.device)
-
-
-def give_back_memory() -> None:
-    """Let the C library give memory that was freed back to the system, where it can; it keeps most of it otherwise."""
-    trim = _allocator("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def keep_no_large_memory() -> None:
-    """From now on let the C library take large memory from the system each time, and give it back when it is freed.
-
-    Otherwise it keeps what it once had, in pieces that may not fit what comes next: more memory by a quarter was seen.
-    """
-    option = _allocator("mallopt")
-    if option is not None:
-        option(MMAP_THRESHOLD, LARGE_BYTES)
-
-
-def _allocator(name: str) -> Any:
-    """A function of the GNU C library; None under another."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:

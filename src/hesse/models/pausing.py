@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hesse.errors import OutputError
 from hesse.models.shelf import memory_of
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 
 
 class Pauses(Protocol):
@@ -75,7 +74,7 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage.data_ptr() not in shared and storage.resizable() and storage.nbytes():
                 storages[storage.data_ptr()] = storage
         self._away[runner] = [(storage, storage.nbytes()) for storage in storages.values()]
-        with self._disk(), self._path(runner).open("wb") as file:
+        with writing(self.folder), self._path(runner).open("wb") as file:
             for storage, _ in self._away[runner]:
                 file.write(memory_of(_bytes(storage).cpu()))
                 storage.resize_(0)
@@ -84,7 +83,7 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Fill again what a greenlet has made, before it goes on."""
         if runner not in self._away:
             return
-        with self._disk(), self._path(runner).open("rb") as file:
+        with writing(self.folder), self._path(runner).open("rb") as file:
             for storage, size in self._away.pop(runner):
                 storage.resize_(size)
                 room = torch.empty(size, dtype=torch.uint8)
@@ -94,13 +93,6 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _path(self, runner: greenlet) -> Path:
         return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written: {disk_reason(error)}") from None
 
 
 @contextmanager

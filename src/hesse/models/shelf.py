@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesse.errors import OutputError
-from hesse.models.writer import disk_reason
+from hesse.models.writer import writing
 
 
 class Waiting(Protocol):
@@ -64,12 +64,9 @@ class TensorFile:
             OutputError: the disk is full or cannot be written.
         """
         values = tensor.detach().to("cpu").contiguous()
-        try:
-            with self.path.open("ab") as file:
-                start = file.tell()
-                file.write(memory_of(values))
-        except OSError as error:
-            raise OutputError(f"{self.path.parent} cannot be written: {disk_reason(error)}") from None
+        with writing(self.path.parent), self.path.open("ab") as file:
+            start = file.tell()
+            file.write(memory_of(values))
         dtype = str(values.dtype).removeprefix("torch.")
         self.entries.append({"start": start, "dtype": dtype, "shape": list(values.shape)})
         return len(self.entries) - 1
@@ -83,12 +80,9 @@ class TensorFile:
         entry = self.entries[number]
         values = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         room = memory_of(values)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(entry["start"])
-                found = file.readinto(room)
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be read: {disk_reason(error)}") from None
+        with writing(self.path, "read"), self.path.open("rb") as file:
+            file.seek(entry["start"])
+            found = file.readinto(room)
         if found != len(room):
             raise OutputError(f"{self.path} is shorter than what was written to it: check the disk")
         return values.to(self.device)

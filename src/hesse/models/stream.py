@@ -89,19 +89,27 @@ def finish(network: Network, model: nn.Module, flow: Flow, hidden: Tensor | None
     return result
 
 
-def advance(flows: Iterable[Flow], module: nn.Module, index: int) -> None:
-    """Take all flows through block number `index`."""
+def advance(flows: Iterable[Flow], module: nn.Module, index: int, block: str | None = None) -> None:
+    """Take all flows through block number `index`; with its name `block`, see to it that what comes out is finite.
+
+    Raises:
+        DataError: it is not.
+    """
     with torch.no_grad():
         for flow in flows:
-            flow.hidden = flow.through(module, index)
+            hidden = flow.through(module, index)
+            if block is not None and not bool(torch.isfinite(hidden).all()):
+                raise DataError(
+                    f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights "
+                    "are damaged"
+                )
+            flow.hidden = hidden
 
 
-def check_finite(flows: Iterable[Flow], block: str) -> None:
-    """Raise DataError if what came out of `block` is not finite."""
-    if not all(bool(torch.isfinite(flow.hidden).all()) for flow in flows):
-        raise DataError(
-            f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights are damaged"
-        )
+def take_up(flows: Iterable[Flow], waiting: Iterable[Waiting], step: int) -> None:
+    """Put flows where they were after so many blocks, with what waits of them."""
+    for flow, hidden in zip(flows, waiting, strict=True):
+        flow.waiting, flow.step = hidden, step
 
 
 def advance_with_stops(

@@ -36,7 +36,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    with _writing(path.parent):
+    with writing(path.parent.parent):
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
     return Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
@@ -64,7 +64,7 @@ def assemble(parts: list[Part], folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for index, members in enumerate(shards, 1):
         final = SINGLE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        with _writing(folder):
+        with writing(folder.parent):
             (folder / final).unlink(missing_ok=True)
             if len(members) == 1:
                 _name_again(members[0].path, folder / final)
@@ -86,11 +86,16 @@ def _name_again(path: Path, second: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(place: Path, done: str = "written") -> Iterator[None]:
+    """Say of what goes wrong inside that `place` cannot be `done`, and what to do.
+
+    Raises:
+        OutputError: the disk is full or cannot be written.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder.parent} cannot be written: {disk_reason(error)}") from None
+        raise OutputError(f"{place} cannot be {done}: {disk_reason(error)}") from None
 
 
 def _join(parts: list[Path], path: Path) -> None:
@@ -141,10 +146,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    try:
+    with writing(path.parent.parent):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path.parent.parent} cannot be written: {disk_reason(error)}") from None
 
 
 def disk_reason(error: Exception) -> str:
