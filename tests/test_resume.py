@@ -201,9 +201,7 @@ def test_another_run_is_refused(
 ) -> None:
     source, out = family_folder("llama"), tmp_path / "out"
     cut_short(source, out, monkeypatch)
-    with pytest.raises(
-        OutputError, match=rf"an unfinished run that differs from this one in its {what}: give --restart"
-    ):
+    with pytest.raises(OutputError, match=rf"differs from this one in its {what}: .* or another OUT$"):
         compress(source, out, **{**settings("gptq"), **changed})
     assert left_over(tmp_path) == [".out.unfinished"]
     report = compress(source, out, restart=True, **{**settings("gptq"), **changed})

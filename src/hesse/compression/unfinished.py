@@ -30,6 +30,7 @@ class Unfinished:
         self.journal = Journal(self.folder / "journal")
         self.own = Journal(self.journals(processes.rank))
         self.resumed = False  # whether an earlier run is taken up
+        self.begun = False  # whether the folder is this run's
 
     def journals(self, rank: int) -> Path:
         """The folder of a process's own journal, and of the parts of the checkpoint that it writes."""
@@ -43,6 +44,7 @@ class Unfinished:
         """
         if self.processes.leads:
             self._begin(identity, needed_bytes, restart)
+        self.begun = True
         self.processes.wait()
 
     def _begin(self, identity: Mapping[str, str], needed_bytes: int, restart: bool) -> None:
@@ -115,7 +117,7 @@ def unfinished(out: Path, processes: Processes = ALONE) -> Iterator[Unfinished]:
         yield run
     except BaseException as error:
         if run.worth_keeping(error):
-            if isinstance(error, OutputError | KeyboardInterrupt):
+            if isinstance(error, OutputError | KeyboardInterrupt) and run.begun:
                 said = str(error) or f"{out} was not written"
                 raise type(error)(f"{said}; what is done of it is kept, and the same command goes on") from None
         else:
