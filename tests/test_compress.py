@@ -31,6 +31,7 @@ from helpers import (
 )
 from hesse.compression import blocks
 from hesse.compression import compress as compression
+from hesse.compression.layers import Effect
 from hesse.errors import VerificationError
 from hesse.methods import METHODS, Recipe, Rule
 from hesse.methods.recipe import ConstraintOptions, GridOptions, SolverOptions
@@ -442,7 +443,7 @@ def test_a_copied_tensor_that_changed_is_named(
 def test_a_cost_out_of_all_proportion_is_refused(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "predicted_increase", lambda *_: 1e-9)
+    monkeypatch.setattr(blocks, "effect", lambda *_: Effect(1.0, 1e-9))
     with pytest.raises(
         VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"
     ):

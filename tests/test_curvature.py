@@ -273,6 +273,14 @@ def test_gram_quadratic_is_the_layer_loss() -> None:
     assert Gram.from_inputs(INPUTS).quadratic(weight - normal(3, OUT, IN)) == pytest.approx(float(layer_loss(weight)))
 
 
+@pytest.mark.parametrize("width", [5, 128, 300])
+def test_row_quadratics_are_those_of_each_row(width: int) -> None:
+    gram, changes = Gram.from_inputs(normal(50, 400, width)), normal(51, 2, 3, width)
+    wanted = torch.stack([torch.tensor(gram.quadratic(row)) for row in changes.view(-1, width)]).view(2, 3)
+    torch.testing.assert_close(gram.row_quadratics(changes), wanted.double())
+    torch.testing.assert_close(wanted.double(), 0.5 * (changes * gram.matvec(changes)).sum(-1))
+
+
 def test_the_target_of_two_streams_is_the_least_squares_solution() -> None:
     weight, inputs, reference = normal(40, OUT, IN), normal(41, 9, IN), normal(42, 9, IN)
     gram = Gram.from_inputs(inputs, reference)

@@ -1,5 +1,6 @@
 """Solves, eigenvalues and sampled estimates from products alone, against dense linear algebra."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker, RankOneSum
 from hesse.errors import DataError, OptionError, UnsupportedProduct
+from hesse.finite import all_finite
 from hesse.solvers import (
     conjugate_gradients,
     hutch_plus_plus,
@@ -20,6 +22,7 @@ from hesse.solvers import (
     log_determinant,
     spectral_density,
 )
+from hesse.solvers.triangular import inverse_of
 from hesse.testing import normal, seeds
 
 N = 12
@@ -52,6 +55,25 @@ def positive(seed: int = 0) -> Matrix:
 
 
 INDEFINITE = torch.linspace(-1, 5, N)
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 129, 400])
+def test_inverse_of_a_triangle(size: int) -> None:
+    lower = torch.linalg.cholesky(with_eigenvalues(size, torch.linspace(0.1, 5, size)).values)
+    inverse = inverse_of(lower)
+    torch.testing.assert_close(inverse @ lower, torch.eye(size).double())
+    assert bool((inverse.triu(1) == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_numbers_that_are_none_are_found(dtype: torch.dtype) -> None:
+    tensor = normal(0, 3, 5).to(dtype)
+    assert all_finite(tensor)
+    assert all_finite(tensor[:0])
+    for value in (math.nan, math.inf, -math.inf):
+        damaged = tensor.clone()
+        damaged[1, 2] = value
+        assert not all_finite(damaged)
 
 
 # Conjugate gradients

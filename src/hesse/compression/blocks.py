@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesse.compression.inputs import InputGrams
-from hesse.compression.layers import LayerProblem, LayerSolver, digest, predicted_increase, relative_error
+from hesse.compression.layers import LayerProblem, LayerSolver, digest, effect
 from hesse.compression.plan import Plan
 from hesse.compression.report import LayerReport
 from hesse.constraints import LowRank
@@ -123,8 +124,8 @@ class BlockSolver:
                 self.result.notes.append(
                     f"{layer.name}: no prediction: the tokens that probed the loss did not reach it"
                 )
-            change = stored - weight
-            image = gram.matvec(change)
+            made = effect(stored - weight, gram, sensitivity if gram.tokens else None)
+            whole = 2 * gram.quadratic(weight)  # E‖W x‖²
             self.result.layers.append(
                 LayerReport(
                     name=layer.name,
@@ -133,10 +134,10 @@ class BlockSolver:
                     tokens=gram.tokens,
                     damping=solved.damping,
                     bits_per_weight=self.plan.format.stored_bits(layer.name),
-                    sparsity=float((stored == 0).float().mean()),
+                    sparsity=1 - int(torch.count_nonzero(stored)) / stored.numel(),
                     rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
-                    predicted_loss_increase=predicted_increase(change, image, sensitivity if gram.tokens else None),
-                    relative_output_error=relative_error(change, image, weight, gram),
+                    predicted_loss_increase=made.loss_increase,
+                    relative_output_error=made.squared_error / whole if whole > 0 else None,
                 )
             )
         with self.clock.phase("write"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesse.compression.dense import probe
 from hesse.compression.inputs import InputGrams
-from hesse.compression.layers import LayerProblem, LayerSolver, predicted_increase
+from hesse.compression.layers import LayerProblem, LayerSolver, effect
 from hesse.compression.menu import LayerGroup
 from hesse.compression.tokens import Calibration, Selection
 from hesse.constraints import Constraint, Grid
@@ -115,7 +115,7 @@ class CostMeter:
                 problem = LayerProblem(layer.name, weight, gram, output_factor, offer.rule, solved)
                 solution = self._solver.solve(problem).solution
                 change = solution.weight - weight
-                increase = predicted_increase(change, gram.matvec(change), output_factor)
+                increase = effect(change, gram, output_factor).loss_increase
                 found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
             self.costs[group.name][place] += share * found[solved]
 

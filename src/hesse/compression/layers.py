@@ -176,25 +176,24 @@ def _gaps(problem: LayerProblem) -> list[str]:
     return notes
 
 
-def predicted_increase(change: Tensor, image: Tensor, sensitivity: Tensor | None) -> float | None:
-    """½ dᵀ(G ⊗ E[xxᵀ])d for `change` d (out, in), in nats per token; None without G.
+class Effect(NamedTuple):
+    """What a change d (out, in) of a layer's weight does."""
 
-    `image` is d E[xxᵀ], and `sensitivity` G = E[ggᵀ] (out, out), or its diagonal (out,).
-    """
-    if sensitivity is None:
-        return None
-    weighed = sensitivity[:, None] * change if sensitivity.ndim == 1 else sensitivity.to(change) @ change
-    return 0.5 * _inner(weighed, image)
+    squared_error: float  # E‖d x‖² of a token's outputs
+    loss_increase: float | None  # ½ dᵀ(G ⊗ E[xxᵀ])d, in nats per token; None without G
 
 
-def relative_error(change: Tensor, image: Tensor, weight: Tensor, gram: Gram) -> float | None:
-    """E‖d x‖² / E‖W x‖²: the share of the layer's output that the change d is; `image` is d E[xxᵀ]."""
-    whole = 2 * gram.quadratic(weight)
-    return _inner(change, image) / whole if whole > 0 else None
+def effect(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> Effect:
+    """What `change` (out, in) does, with `sensitivity` G = E[ggᵀ] (out, out), or its diagonal (out,)."""
+    if sensitivity is not None and sensitivity.ndim == 2:
+        image = gram.matvec(change)
+        return Effect(_inner(change, image), 0.5 * _inner(sensitivity.to(change) @ change, image))
+    rows = gram.row_quadratics(change).double()
+    return Effect(2 * float(rows.sum()), None if sensitivity is None else float(sensitivity.to(rows) @ rows))
 
 
 def _inner(left: Tensor, right: Tensor) -> float:
-    return float((left.double() * right.double()).sum())
+    return float(torch.linalg.vecdot(left, right).double().sum())
 
 
 def digest(weight: Tensor) -> str:

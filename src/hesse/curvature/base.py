@@ -28,7 +28,7 @@ class Curvature(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for product in ("matvec", "solve"):
+        for product in ("matvec", "solve", "row_quadratics"):
             if product in cls.__dict__:
                 setattr(cls, product, _checked(cls.__dict__[product]))
 

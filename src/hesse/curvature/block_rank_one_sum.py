@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.errors import ConditioningError, DataError, OptionError
+from hesse.finite import all_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +126,7 @@ class BlockAccumulator:
         if gradients.ndim < 2 or gradients.shape[0] == 0 or gradients.shape[1:] != self.shape:
             wanted = ", ".join(("m", *map(str, self.shape)))
             raise DataError(f"gradients must be ({wanted}) with m of 1 or more, not {tuple(gradients.shape)}")
-        if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(gradients)):
+        if not all_finite(gradients):
             raise DataError("the gradients hold NaN or infinity")
         grouped = in_blocks(gradients.to(self.total.dtype).reshape(len(gradients), -1), self.total.shape[-1])
         self.total.baddbmm_(grouped.transpose(1, 2), grouped)

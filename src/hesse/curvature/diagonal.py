@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hesse.curvature.base import Curvature
 from hesse.errors import ConditioningError
+from hesse.finite import all_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,7 +21,7 @@ class Diagonal(Curvature):
     values: Tensor
 
     def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.values).all()) or bool((self.values < 0).any()):
+        if not all_finite(self.values) or bool((self.values < 0).any()):
             raise ConditioningError("a Diagonal needs finite entries that are not negative")
 
     @property

@@ -11,6 +11,7 @@ from hesse.curvature.base import Curvature
 from hesse.curvature.kronecker import Kronecker, spread, through_eigenvectors
 from hesse.curvature.origin import Origin
 from hesse.errors import ConditioningError, DataError, OptionError
+from hesse.finite import all_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class EigenKronecker(Curvature):
         rows, columns = (None if v is None else v.to(gradients) for _, v in kronecker.eigen)
         rotated = gradients if columns is None else gradients @ columns
         eigenvalues = (rotated if rows is None else rows.T @ rotated).square().mean(0)
-        if not bool(torch.isfinite(eigenvalues).all()):
+        if not all_finite(eigenvalues):
             raise DataError("the gradients hold NaN or infinity")
         stated = kronecker.origin if origin is None else origin
         return cls(row_vectors=rows, column_vectors=columns, eigenvalues=eigenvalues, origin=stated)

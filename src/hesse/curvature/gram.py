@@ -9,7 +9,9 @@ from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.curvature.diagonal import Diagonal
+from hesse.curvature.symmetric import row_products
 from hesse.errors import ConditioningError, DataError
+from hesse.finite import all_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +46,7 @@ class Gram(Curvature):
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         second_moment = flat.T @ flat / flat.shape[0]
         cross = None if reference is None else flat.T @ reference.reshape(flat.shape).to(flat) / flat.shape[0]
-        if not all(bool(torch.isfinite(moment).all()) for moment in (second_moment, cross) if moment is not None):
+        if not all(all_finite(moment) for moment in (second_moment, cross) if moment is not None):
             raise DataError("the inputs hold NaN or infinity")
         return cls(second_moment=second_moment, tokens=flat.shape[0], cross_moment=cross)
 
@@ -92,6 +94,13 @@ class Gram(Curvature):
 
     def matvec(self, vector: Tensor) -> Tensor:
         return vector @ self.second_moment.to(vector.dtype)
+
+    def row_quadratics(self, change: Tensor) -> Tensor:
+        """½ d A dᵀ of each row d of `change` (..., in), as (...,): at little more than half of what `matvec` takes."""
+        return 0.5 * row_products(change, self.second_moment.to(change.dtype))
+
+    def quadratic(self, change: Tensor) -> float:
+        return float(self.row_quadratics(change).double().sum())
 
     def solve(self, vector: Tensor) -> Tensor:
         flat = vector.reshape(-1, self.shape[0]).to(self.factor.dtype)

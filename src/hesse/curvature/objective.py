@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesse.curvature.losses import Loss, as_loss
 from hesse.errors import DataError, OptionError
+from hesse.finite import all_finite
 
 Batch = tuple[Any, Tensor]  # inputs, targets
 
@@ -179,7 +180,7 @@ class Objective:
         for inputs, targets in self.batches():
             loss = self.loss.terms(self.outputs(inputs), targets).sum()
             total += self.joined(torch.autograd.grad(loss, self.parameters, allow_unused=True))
-        if not bool(torch.isfinite(total).all()):
+        if not all_finite(total):
             raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
         return total * self.scale
 

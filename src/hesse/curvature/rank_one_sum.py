@@ -12,6 +12,7 @@ from hesse.curvature.base import Curvature
 from hesse.curvature.origin import Origin
 from hesse.curvature.symmetric import add_upper, mirrored
 from hesse.errors import ConditioningError, DataError, OptionError
+from hesse.finite import all_finite
 
 CHUNK = 1 << 14  # products over longer axes lose digits in float32, so each such part is added up in float64
 
@@ -47,7 +48,7 @@ class RankOneSum(Curvature):
             products = part.new_zeros(len(rows), len(rows))
             add_upper(products, part.T)
             total += products
-        if not bool(torch.isfinite(total).all()):
+        if not all_finite(total):
             index = int((~torch.isfinite(total.diagonal())).nonzero().flatten().tolist()[0])
             raise DataError(f"gradient {index} holds NaN or infinity, or overflows when it is squared")
         return cls(gradients=gradients, inner_products=mirrored(total), origin=origin)

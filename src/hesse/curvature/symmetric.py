@@ -1,5 +1,6 @@
 """Products that are known to be symmetric, with little more than half of the work."""
 
+import torch
 from torch import Tensor
 
 LEAF = 128  # columns; below this a product is too small to run at full rate
@@ -18,6 +19,22 @@ def add_upper(total: Tensor, flat: Tensor) -> None:
     add_upper(total[:middle, :middle], flat[:, :middle])
     add_upper(total[middle:, middle:], flat[:, middle:])
     total[:middle, middle:].addmm_(flat[:, :middle].T, flat[:, middle:])
+
+
+def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """R M rᵀ of each row r of `rows` (..., n) for a symmetric `matrix` M (n, n), as (...,).
+
+    The part of M above its diagonal stands for both.
+    """
+    total = rows.new_zeros(rows.shape[:-1])
+    for start in range(0, len(matrix), LEAF):
+        stop = min(start + LEAF, len(matrix))
+        strip = rows[..., start:stop]
+        image = strip @ matrix[start:stop, start:stop]
+        if start:
+            image = image.add_(rows[..., :start] @ matrix[:start, start:stop], alpha=2)
+        total += torch.linalg.vecdot(image, strip)
+    return total
 
 
 def mirror(upper: Tensor) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hesse.curvature.rank_one_sum import RankOneSum
 from hesse.errors import DataError, OptionError
+from hesse.finite import all_finite
 
 
 class GradientWindow:
@@ -42,7 +43,7 @@ class GradientWindow:
             raise OptionError(
                 f"a gradient of shape {tuple(gradient.shape)} does not fit a window of {tuple(self._rows.shape[1:])}"
             )
-        if not bool(torch.isfinite(gradient).all()):
+        if not all_finite(gradient):
             raise DataError("the gradient holds NaN or infinity")
         place, count = self._next, max(self._count, self._next + 1)
         self._rows[place] = gradient

@@ -13,6 +13,7 @@ from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.estimation.parts import Part
 from hesse.estimation.passage import Passage, Recorder
+from hesse.finite import all_finite
 from hesse.models.network import Block, Layer, Network
 from hesse.models.shelf import Shelf, Waiting
 from hesse.models.stream import Flow, finish
@@ -116,7 +117,7 @@ class BackwardWalk:
     def _sampled_loss(self, output: Tensor, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """The summed loss of labels drawn from the model itself, and the number of tokens it is summed over."""
         output = output.float()
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise DataError(
                 f"the output of {type(self.network.model).__name__} holds NaN or infinity: its last norm or its head "
                 "overflows on this data"

@@ -12,6 +12,7 @@ from hesse.errors import DataError
 from hesse.estimation.parts import Part
 from hesse.estimation.passage import Passage, Per
 from hesse.estimation.sums import FlatGradients, GradientBlocks, GradientSquares, InputMoments, OutputMoments
+from hesse.finite import all_finite
 
 Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
 
@@ -138,7 +139,7 @@ class Sums:
             if name not in self.parts:
                 continue
             total = squares.sums.get(name, torch.zeros_like(parameter))
-            if not bool(torch.isfinite(total).all()):
+            if not all_finite(total):
                 raise DataError(f"a gradient of {name} holds NaN or infinity: the loss overflows on this data")
             found[name] = Diagonal(values=total * scale, origin=origin)
         return found

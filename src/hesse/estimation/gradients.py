@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from hesse.curvature import Objective
 from hesse.errors import DataError
 from hesse.estimation.sample_gradients import flat_gradients
 from hesse.estimation.walk import BUDGET, Kind, Walk
+from hesse.finite import all_finite
 
 
 def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, budget: int = BUDGET) -> Iterator[Tensor]:
@@ -25,6 +25,6 @@ def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, bud
     walk = Walk(objective, kind, seed=seed, budget=budget, extra=size)
     for passage in walk:
         flat = flat_gradients(passage, walk.parts, objective.named)
-        if not bool(torch.isfinite(flat).all()):
+        if not all_finite(flat):
             raise DataError("a per-sample gradient holds NaN or infinity: the loss overflows on this data")
         yield flat

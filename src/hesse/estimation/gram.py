@@ -6,6 +6,7 @@ from torch import Tensor
 from hesse.curvature import Gram
 from hesse.curvature.symmetric import add_upper, mirrored
 from hesse.errors import DataError
+from hesse.finite import all_finite
 
 
 class GramAccumulator:
@@ -47,7 +48,7 @@ class GramAccumulator:
             DataError: an input was NaN or infinite.
         """
         sums = [self.total] if self.cross is None else [self.total, self.cross]
-        if not all(bool(torch.isfinite(total).all()) for total in sums):
+        if not all(all_finite(total) for total in sums):
             raise DataError(
                 f"the inputs of {self.name} hold NaN or infinity: the model overflows on this data in its own "
                 "precision, or its weights are damaged"

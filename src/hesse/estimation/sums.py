@@ -12,6 +12,7 @@ from hesse.errors import DataError
 from hesse.estimation.parts import Part
 from hesse.estimation.passage import Passage, Per, Rows
 from hesse.estimation.sample_gradients import flat_gradients, sample_gradients
+from hesse.finite import all_finite
 
 Key = tuple[str, ...]  # the modules of a part
 
@@ -47,7 +48,7 @@ class Moment:
             DataError: it is not finite.
         """
         if not self.finished:
-            if not bool(torch.isfinite(self.total).all()):
+            if not all_finite(self.total):
                 raise DataError(f"the {what} hold NaN or infinity: the model overflows on this data")
             self.total.mul_(factor)
             if self.total.ndim == 2:

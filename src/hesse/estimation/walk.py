@@ -14,6 +14,7 @@ from hesse.errors import DataError, OptionError
 from hesse.estimation.parts import parts_of
 from hesse.estimation.passage import Passage, Recorder, backward
 from hesse.estimation.sample_gradients import summed_gradient
+from hesse.finite import all_finite
 
 Kind = Literal["sampled", "empirical"]
 BUDGET = 1 << 27  # bytes
@@ -75,7 +76,7 @@ class Walk:
         objective, samples = self.objective, len(targets)
         with torch.enable_grad(), Recorder(self.modules, self._copied) as recorder:
             outputs = objective.outputs_once(inputs)
-            if not bool(torch.isfinite(outputs).all()):
+            if not all_finite(outputs):
                 raise DataError("the model's outputs hold NaN or infinity: it overflows on this data, or is damaged")
             if draw is not None:
                 targets = draw(outputs.detach(), targets)

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.finite import all_finite
 from hesse.models.allocator import give_back_memory
 from hesse.models.architecture import build
 from hesse.models.checkpoint import Checkpoint
@@ -187,7 +188,7 @@ class Network:
             assert isinstance(present, Tensor)
             _check_shape(source, value.shape, present.shape)
             if value.is_floating_point():
-                if not bool(torch.isfinite(value).all()):
+                if not all_finite(value):
                     raise DataError(f"the weight {source} holds NaN or infinity: the model is damaged")
                 value = value.to(self.dtype)
             value = value.to(self.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hesse.errors import DataError, UnsupportedModelError
+from hesse.finite import all_finite
 from hesse.models.network import Block, Layer, Network
 from hesse.models.pausing import Pauses, pauses_in
 from hesse.models.shelf import Shelf, Waiting
@@ -98,7 +99,7 @@ def advance(flows: Iterable[Flow], module: nn.Module, index: int, block: str | N
     with torch.no_grad():
         for flow in flows:
             hidden = flow.through(module, index)
-            if block is not None and not bool(torch.isfinite(hidden).all()):
+            if block is not None and not all_finite(hidden):
                 raise DataError(
                     f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights "
                     "are damaged"

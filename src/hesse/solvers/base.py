@@ -10,6 +10,7 @@ from torch import Tensor
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature
 from hesse.errors import DataError, OptionError
+from hesse.finite import all_finite
 
 
 class Solver(Protocol):
@@ -61,13 +62,13 @@ def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, sol
     dimensions = len(curvature.shape)
     if dimensions and weight.shape[-dimensions:] != curvature.shape:
         raise OptionError(f"a weight {tuple(weight.shape)} does not fit a curvature of shape {tuple(curvature.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise DataError("the weight holds NaN or infinity")
     constraint.check(weight.shape)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     encoded = solver.compute(state, wide, constraint)
     solved = constraint.decode(encoded)
-    if not bool(torch.isfinite(solved).all()):
+    if not all_finite(solved):
         largest = float(weight.abs().amax())
         raise DataError(f"the weight reaches {largest:.3g}, and overflows when it is stored as {constraint.dtype}")
     return Solution(solved.to(wide.dtype), encoded, wide, curvature)

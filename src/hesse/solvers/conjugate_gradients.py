@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import DataError, OptionError, UnsupportedProduct
+from hesse.finite import all_finite
 
 Ending = Literal["converged", "negative curvature", "iterations"]
 
@@ -108,7 +109,7 @@ def conjugate_gradients(
     while bool(active.any()) and iterations < max_iterations:
         product = curvature.matvec(direction) + curvature.damping * direction
         bend = dot(direction, product)
-        if not bool(torch.isfinite(bend).all()):
+        if not all_finite(bend):
             raise DataError("a product with the curvature gave NaN or infinity: check the model and its data")
         bent = active & (bend <= 0)
         if bool(bent.any()) and negative is None:

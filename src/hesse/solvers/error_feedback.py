@@ -14,6 +14,7 @@ from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import kernels
 from hesse.solvers.late_mask import LateMask
 from hesse.solvers.refit import refit
+from hesse.solvers.triangular import inverse_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +214,8 @@ def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
 
 def _cheaper_rows(curvature: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:
     """True (out, 1) where the plain member costs less than the solved one."""
-
-    def cost(member: Tensor) -> Tensor:
-        change = member - weight
-        return (curvature.matvec(change) * change).sum(1, keepdim=True)
-
-    return cost(plain) < cost(solved)
+    costs = [curvature.row_quadratics(member - weight) for member in (plain, solved)]
+    return (costs[0] < costs[1])[:, None]
 
 
 def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
@@ -243,9 +240,3 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
     if not backwards.resolves(inverse.square().sum(0)):
         raise gram.singular()
     return inverse.flip(0, 1).to(moment.dtype)
-
-
-def inverse_of(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix (n, n)."""
-    inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-    return inverse

@@ -11,8 +11,8 @@ from hesse.constraints.base import round_to
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import kernels, two_sided_loops
-from hesse.solvers.error_feedback import inverse_of
 from hesse.solvers.refit_scales import refit_scales
+from hesse.solvers.triangular import inverse_of
 from hesse.solvers.two_sided_loops import Steps, TwoSidedSweeps
 
 
@@ -95,9 +95,7 @@ class _Loops:
         """`code` with H d and ½ dᵀHd, d being its difference from the weight."""
         difference = self.grid.decode(code) - self.weight
         slope = self.state.curvature.matvec(difference)
-        return _Priced(
-            code, slope, float(torch.linalg.vecdot(difference.flatten().double(), slope.flatten().double())) / 2
-        )
+        return _Priced(code, slope, float(torch.linalg.vecdot(difference, slope).double().sum()) / 2)
 
     def cheaper(self, best: _Priced, code: GridCode) -> _Priced:
         """The one that costs less."""
