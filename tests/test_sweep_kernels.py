@@ -1,7 +1,7 @@
 """The kernels beside the plain sweeps: in Triton's interpreter, or on the GPU where there is one.
 
-The interpreter rounds after each operation, and where a plain sweep does so too codes are equal. A GPU, and a CPU's
-vectors, add a product in one rounding, and a weight that lies half-way may go to the other side.
+The interpreter and the loops compiled for a CPU round after each operation, so that codes are equal. A GPU adds a
+product in one rounding, and a weight that lies half-way may go to the other side.
 """
 
 import os
@@ -17,21 +17,13 @@ from hesse.constraints import Constraint, Grid, GridCode, Sparse
 from hesse.curvature import Gram, Kronecker
 from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, kernels, solve, two_sided_loops
 from hesse.solvers.two_sided_loops import Steps
+from sweep_cases import CONSTRAINTS, WEIGHTS, normal, whole
 
 two_sided = pytest.importorskip("hesse.solvers.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 on_a_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(seed: int, lowest: int, highest: int, *shape: int) -> Tensor:
-    """Whole numbers in float32."""
-    return torch.randint(lowest, highest + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def moment(seed: int, width: int) -> Tensor:
@@ -63,40 +55,6 @@ def check(found: Solution, plain: Solution) -> None:
 # One side
 
 
-@pytest.fixture(autouse=True)
-def products_rounded_before_they_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the plain sweep over columns, as the interpreter does it."""
-    if not GPU:
-        monkeypatch.setattr(Tensor, "addr_", lambda self, a, b, alpha: self.add_(torch.outer(a, b), alpha=alpha))
-
-
-WEIGHTS = {
-    "normal": normal(0, 40, 48),
-    "ties": whole(1, -15, 15, 40, 48) / 2,
-    "zero columns and rows": normal(2, 40, 48) * (torch.arange(48) % 3 > 0) * (torch.arange(40) % 4 > 0)[:, None],
-    "huge": normal(3, 40, 48) * 1e30,
-    "tiny": normal(4, 40, 48) * 1e-30,
-    "one row": normal(5, 1, 48),
-    "outliers": normal(6, 40, 48) * normal(7, 40, 48).exp() ** 3,
-}
-CONSTRAINTS: dict[str, Constraint] = {
-    "by row": Grid(4, -1),
-    "groups": Grid(3, 16),
-    "ragged groups": Grid(3, 20),
-    "groups wider than a block": Grid(4, 32),
-    "asymmetric": Grid(3, 8, symmetric=False),
-    "signed": Grid(2, 16, headroom=1.0, signed=True),
-    "bfloat16": Grid(4, 16, dtype=torch.bfloat16, signed=True),
-    "8 bits in bfloat16": Grid(8, -1, symmetric=False, dtype=torch.bfloat16),
-    "float16": Grid(4, 16, symmetric=False, dtype=torch.float16),
-    "sparse": Sparse(0.5),
-    "sparse by row": Sparse(0.4, scope="row"),
-    "2 of 4": Sparse(2, 4),
-    "sparse and grid": Sparse(0.5) & Grid(4, 16),
-    "2 of 4 and asymmetric grid": Sparse(2, 4) & Grid(4, 8, symmetric=False, dtype=torch.bfloat16),
-}
-
-
 def gram(seed: int, width: int) -> Gram:
     return Gram(second_moment=moment(seed, width), tokens=4 * width).damped(0.01)
 
@@ -114,14 +72,6 @@ def test_columns_under_any_constraint(name: str, order: str, monkeypatch: pytest
     descending = order == "descending" and not name.startswith("2 of 4")
     solver = ErrorFeedback("descending" if descending else "given", 24, mask_columns=8)
     check(*both(monkeypatch, WEIGHTS["normal"].to(DEVICE), gram(1, 48), CONSTRAINTS[name], solver))
-
-
-@pytest.mark.parametrize("grid", [Grid(4, 16, headroom=0.5), Grid(3, -1, symmetric=False)], ids=str)
-def test_columns_as_the_plain_sweep_itself_adds(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    found, plain = both(monkeypatch, WEIGHTS["normal"].to(DEVICE), gram(1, 48), grid, ErrorFeedback())
-    assert (found.encoded.codes != plain.encoded.codes).float().mean() < 0.01
-    assert found.predicted_loss_increase == pytest.approx(plain.predicted_loss_increase, rel=1e-2 if GPU else 1e-6)
 
 
 def test_columns_of_float64_stay_with_the_plain_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

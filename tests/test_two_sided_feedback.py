@@ -16,8 +16,8 @@ from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ErrorFeedback, Nearest, TwoSidedFeedback, solve
+from hesse.solvers.compiled import lost_bits, stored
 from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.sweeps import _stored
 from hesse.solvers.two_sided_feedback import _Loops
 
 seeds = st.integers(0, 2**31 - 1)
@@ -184,11 +184,10 @@ def test_refitting_scales_never_costs(seed: int, steps: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loops_round_values_as_they_are_stored(dtype: torch.dtype) -> None:
-    split = 2.0**23 * torch.finfo(dtype).eps + 1
-    values = normal(0, 2000).float()
-    found = torch.tensor([float(_stored(value, split)) for value in values.numpy()])
+    values = torch.cat([normal(0, 2000).float(), torch.arange(-999, 999) / 256, 1 + torch.arange(99) / 2**11])
+    found = torch.tensor([float(stored(value, lost_bits(dtype))) for value in values.numpy()])
     assert torch.equal(found, round_to(values, dtype))
-    assert float(_stored(values.numpy()[0], values.numpy()[0] * 0)) == float(values[0])
+    assert float(stored(values.numpy()[0], lost_bits(torch.float32))) == float(values[0])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -230,8 +229,8 @@ def test_refusals() -> None:
 def test_the_loops_compile_where_no_cache_can_be_written() -> None:
     program = (
         "import numba.core.caching as c; c.FunctionCache._impl_class._locator_classes = []\n"
-        "import torch, hesse.solvers.sweeps as s, numpy as np\n"
-        "print(s._stored(np.float32(1.0), np.float32(0)))"
+        "import torch, hesse.solvers.compiled as s, numpy as np\n"
+        "print(s.stored(np.float32(1.0), np.uint32(0)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1.0"

@@ -1,7 +1,9 @@
 """One column at a time, each column's error made good by the columns after it (OBS; GPTQ, LDLQ, SparseGPT)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,10 +13,13 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers import kernels
+from hesse.solvers import column_sweep, kernels
+from hesse.solvers.column_sweep import Block
 from hesse.solvers.late_mask import LateMask
 from hesse.solvers.refit import refit
 from hesse.solvers.triangular import inverse_of
+
+Walk = Callable[[Block, int, int, Grid | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +44,8 @@ class ErrorFeedback:
     weights that are kept are refitted afterwards by `refit_steps` of conjugate gradients, since the sweep leaves a
     column as it is when columns after it are dropped.
 
-    On a GPU with Triton a float32 weight is swept by kernels, with one launch for the columns between two decisions on
-    scales or masks.
+    A float32 weight is swept by a compiled loop, on a GPU with Triton by a kernel: one call for the columns between two
+    decisions on scales or masks. Others are swept by a few operations for each column.
 
     Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
     et al., 2023).
@@ -70,15 +75,15 @@ class ErrorFeedback:
         sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
 
         back = torch.argsort(order)
-        solved, kept = sweep.work[back].T, sweep.kept[back].T
         if grid is None:
             assert sparse is not None
-            solved = refit(weight, solved, kept, state.curvature, self.refit_steps)
+            kept = sweep.kept[back].T
+            solved = refit(weight, sweep.work[back].T, kept, state.curvature, self.refit_steps)
             rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
             return sparse.encode_masked(torch.where(rows, weight, solved), kept)
         scales = sweep.scales(grid, back)
         solved_code = GridCode(sweep.codes[back].T, scales)
-        plain_code = grid.round(weight * kept, scales)
+        plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
         rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
         return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
 
@@ -103,7 +108,7 @@ class _Sweep:
         self.grid = grid
         self.group = 0  # columns whose scales are fitted once the first is reached; 0 where all are set before
         self.mask = LateMask(sparse, self.work, factor.diagonal(), mask_columns) if sparse is not None else None
-        self.kept = torch.ones_like(self.work, dtype=torch.bool) if self.mask is None else self.mask.kept
+        self.kept = self.work[:0].bool() if self.mask is None else self.mask.kept
         # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
         self.codes = torch.zeros_like(self.work, dtype=torch.int8) if grid is not None else self.work[:0]
         self.scale = torch.empty_like(self.work) if grid is not None else None
@@ -131,8 +136,8 @@ class _Sweep:
         self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
         # U_j / U_jj takes a column's plain difference, which saves dividing it.
         factor = self.factor / self.factor.diagonal()[:, None]
-        in_kernels = kernels.run_on(self.work.device) and self.work.dtype == torch.float32
-        walk = self._walk_in_kernels if in_kernels else self._walk
+        compiled = _compiled_walk(self.work)
+        walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
             if self.mask is not None:
@@ -161,9 +166,8 @@ class _Sweep:
         if codes:
             self.codes[start:stop] = torch.stack(codes)
 
-    def _walk_in_kernels(self, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
-        """As `_walk`, with one launch from one decision to the next."""
-        from hesse.solvers.kernels.columns import Block, walk
+    def _walk_compiled(self, compiled: Walk, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
+        """As `_walk`, with one call from one decision to the next."""
 
         def part(whole: Tensor | None) -> Tensor | None:
             return None if whole is None else whole[start:stop]
@@ -180,7 +184,7 @@ class _Sweep:
         decisions = [j for j in range(start, stop) if j == start or self._decides(j)]
         for first, last in pairwise([*decisions, stop]):
             self._decide(first)
-            walk(block, first - start, last - start, self.grid)
+            compiled(block, first - start, last - start, self.grid)
 
     def _decides(self, j: int) -> bool:
         """Whether something of the columns from `j` on is decided only when `j` is reached."""
@@ -200,6 +204,17 @@ class _Sweep:
         """What `_walk` needs to know of each column: which weights are kept, their scales and their zero points."""
         parts = (None if self.mask is None else self.kept, self.scale, self.zero_point)
         return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
+
+
+def _compiled_walk(work: Tensor) -> Walk | None:
+    """The compiled loop for such weights, if there is one."""
+    if work.dtype != torch.float32:
+        return None
+    if not kernels.run_on(work.device):
+        return column_sweep.walk if work.device.type == "cpu" else None
+    from hesse.solvers.kernels import columns
+
+    return columns.walk
 
 
 def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:

@@ -1,48 +1,15 @@
 """The inner loops of two-sided rounding, compiled: a code depends on the one before it, which no tensor product can do.
 
 Each takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out), and scales
-and the lowest and highest codes of each weight's group, alike. The compiler keeps its result in a cache beside this
-file, or in the user's cache folder; the first call ever takes seconds.
+and the lowest and highest codes of each weight's group, alike. `lost` is what values lose when they are stored.
 """
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-import numba
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from hesse.solvers.compiled import Floats, add, compiled, stored
 
 
-def _compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`loop` as machine code, kept for the next process where there is a place for it."""
-    compiled: Any
-    try:
-        compiled = numba.njit(cache=True, nogil=True)(loop)
-    except RuntimeError:  # no folder that can be written
-        compiled = numba.njit(nogil=True)(loop)
-    typed: Callable[Arguments, Result] = compiled
-    return typed
-
-
-@_compiled
-def _stored(value: np.float32, split: np.float32) -> np.float32:
-    """`value` with the precision of the stored type (Veltkamp, 1968); `split` 0 keeps it whole."""
-    big = np.float32(split * value)
-    return np.float32(big - np.float32(big - value)) if split else value
-
-
-@_compiled
-def _add(target: Floats, values: Floats, factor: np.float32) -> None:
-    """Add `factor` times `values` to `target`."""
-    for k in range(len(target)):
-        target[k] += factor * values[k]
-
-
-@_compiled
+@compiled
 def feed_back(
     work: Floats,
     codes: Floats,
@@ -53,7 +20,7 @@ def feed_back(
     highest: Floats,
     columns: Floats,
     rows: Floats,
-    split: np.float32,
+    lost: np.uint32,
 ) -> None:
     """Error feedback over the columns of a block and, within a column, over some of its rows.
 
@@ -69,13 +36,13 @@ def feed_back(
             wanted, s = weight[i] - taken[i], scale[j, i]
             code = min(max(np.rint(wanted / s), lowest[j, i]), highest[j, i])
             codes[j, i] = code
-            errors[j, i] = np.float32(wanted - _stored(np.float32(code * s), split))
-            _add(taken[i:], rows[i, i:], errors[j, i])
+            errors[j, i] = np.float32(wanted - stored(np.float32(code * s), lost))
+            add(taken[i:], rows[i, i:], errors[j, i])
         for k in range(j + 1, width):
-            _add(work[k], taken, -columns[j, k])
+            add(work[k], taken, -columns[j, k])
 
 
-@_compiled
+@compiled
 def descend(
     codes: Floats,
     gradient: Floats,
@@ -85,7 +52,7 @@ def descend(
     highest: Floats,
     input_factor: Floats,
     output_factor: Floats,
-    split: np.float32,
+    lost: np.uint32,
 ) -> None:
     """Coordinate descent on ½ tr(G d A dᵀ), once over the codes of a block, which are changed in place.
 
@@ -100,12 +67,12 @@ def descend(
         for i in range(height):
             curvature = output_factor[i, i] * own
             s, before = scale[j, i], codes[j, i]
-            value = _stored(np.float32(before * s), split)
+            value = stored(np.float32(before * s), lost)
             steepness = slope[i] + own * moved[i]
             code = min(max(np.rint((value - steepness / curvature) / s), lowest[j, i]), highest[j, i])
-            change = np.float32(_stored(np.float32(code * s), split) - value)
+            change = np.float32(stored(np.float32(code * s), lost) - value)
             if change * (steepness + np.float32(0.5) * curvature * change) < 0:
                 codes[j, i] = code
-                _add(moved, output_factor[i], change)
+                add(moved, output_factor[i], change)
         for k in range(j + 1, width):
-            _add(gradient[k], moved, input_factor[j, k])
+            add(gradient[k], moved, input_factor[j, k])

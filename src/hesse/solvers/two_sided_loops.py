@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.solvers import sweeps
-from hesse.solvers.sweeps import Floats
+from hesse.solvers.compiled import Floats, lost_bits
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
@@ -57,7 +57,7 @@ def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tens
             scale, lowest, highest = (values[:, top:end].copy() for values in settings)
             between = rows[top:end, top:end].contiguous().numpy()
             sweeps.feed_back(
-                *tile, errors.numpy(), given.numpy(), scale, lowest, highest, within, between, _split(steps.dtype)
+                *tile, errors.numpy(), given.numpy(), scale, lowest, highest, within, between, lost_bits(steps.dtype)
             )
             codes[start:stop, top:end] = torch.from_numpy(tile[1])
             spread[:, top:end] = given
@@ -72,7 +72,7 @@ def descend(codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor,
         changes = torch.empty_like(codes[start:stop])
         within = input_factor[start:stop, start:stop].contiguous().numpy()
         block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()
-        sweeps.descend(*block, *settings, within, output_factor.numpy(), _split(steps.dtype))
+        sweeps.descend(*block, *settings, within, output_factor.numpy(), lost_bits(steps.dtype))
         gradient[stop:].addmm_(input_factor[start:stop, stop:].T, changes)
 
 
@@ -83,9 +83,3 @@ def _blocks(steps: Steps) -> Iterator[tuple[int, int, tuple[Floats, Floats, Floa
         stop = min(start + BLOCK, width)
         scale, lowest, highest = (values[steps.group[start:stop]].numpy() for values in steps[:3])
         yield start, stop, (scale, lowest, highest)
-
-
-def _split(dtype: torch.dtype) -> np.float32:
-    """By what the loops multiply to round to `dtype`; 0 for values kept whole."""
-    split: np.float32 = np.float32(0 if dtype == torch.float32 else 2.0**23 * torch.finfo(dtype).eps + 1)
-    return split

@@ -4,31 +4,15 @@ Each program holds the block's columns of some outputs and walks over them, so t
 weights are read and written once. Outputs do not depend on one another; a column depends on all before it.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from hesse.constraints import Grid
+from hesse.solvers.column_sweep import Block
 from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
-
-
-class Block(NamedTuple):
-    """A block of columns of a transposed weight, all (columns, out) and contiguous; what it does not have is None."""
-
-    work: Tensor  # weights, replaced by allowed values
-    errors: Tensor  # filled: weight - allowed value
-    codes: Tensor | None  # filled, int8
-    scale: Tensor | None
-    zero_point: Tensor | None
-    kept: Tensor | None  # bool
-    update: (
-        Tensor  # (columns, columns), contiguous: update[j, k] times the error of column j is taken from column k > j
-    )
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -69,7 +53,7 @@ def _walk(
 
 
 def walk(block: Block, first: int, last: int, grid: Grid | None) -> None:
-    """Replace the columns [first, last) of `block` by allowed values; all columns after them take the errors."""
+    """As `column_sweep.walk`, on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)
     rows = max(HELD // padded, 1)

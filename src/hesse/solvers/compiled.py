@@ -1,0 +1,52 @@
+"""What compiled loops share: the compiler, and how they round.
+
+The compiler (numba) keeps its result in a cache beside the loop's file, or in the user's cache folder; the first call
+ever takes seconds.
+"""
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`loop` as machine code, kept for the next process where there is a place for it."""
+    machine_code: Any
+    try:
+        machine_code = numba.njit(cache=True, nogil=True)(loop)
+    except RuntimeError:  # no folder that can be written
+        machine_code = numba.njit(nogil=True)(loop)
+    typed: Callable[Arguments, Result] = machine_code
+    return typed
+
+
+def lost_bits(dtype: torch.dtype) -> np.uint32:
+    """The last bits of a float32 that a number of type `dtype` does not have."""
+    lost: np.uint32 = np.uint32(0 if dtype == torch.float32 else round(np.log2(torch.finfo(dtype).eps)) + 23)
+    return lost
+
+
+@compiled
+def stored(value: np.float32, lost: np.uint32) -> np.float32:
+    """`value` rounded to the precision of the stored type, ties to even; `lost` 0 keeps it whole."""
+    if not lost:
+        return value
+    bits, one = np.float32(value).view(np.uint32), np.uint32(1)
+    below_half = (one << (lost - one)) - one
+    rounded: np.float32 = np.uint32((bits + below_half + ((bits >> lost) & one)) >> lost << lost).view(np.float32)
+    return rounded
+
+
+@compiled
+def add(target: Floats, values: Floats, factor: np.float32) -> None:
+    """Add `factor` times `values` to `target`."""
+    for k in range(len(target)):
+        target[k] += factor * values[k]
