@@ -14,7 +14,15 @@ from hesse.compression.dense import output_factors
 from hesse.curvature import CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
-from hesse.estimation import BackwardWalk, GramAccumulator, OutputMoments, Sums, estimate_curvatures, layer_part
+from hesse.estimation import (
+    BackwardWalk,
+    GramAccumulator,
+    OutputMoments,
+    Sums,
+    estimate_curvatures,
+    gram,
+    layer_part,
+)
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
 from hesse.models.stream import advance, start
@@ -37,6 +45,31 @@ def test_gram_is_summed_over_batches(width: int, dtype: torch.dtype) -> None:
     assert found.tokens == expected.tokens == 108
     torch.testing.assert_close(found.second_moment.double(), expected.second_moment, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.second_moment, found.second_moment.T)
+
+
+@pytest.mark.parametrize("width", [5, 300])
+def test_gram_of_16_bit_products(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU is asked for it, which multiplies 16-bit numbers exactly and sums in float32."""
+    product, asked = torch.mm, []
+
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return product(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(gram, "multiplies_exactly", lambda flat: flat.dtype == torch.bfloat16)
+    test_gram_is_summed_over_batches(width, torch.bfloat16)
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_of_16_bit_products_on_a_gpu(dtype: torch.dtype) -> None:
+    inputs = torch.randn(4096, 300).to(dtype)
+    accumulator = GramAccumulator("layer", 300, torch.device("cuda"))
+    accumulator.add(inputs.cuda())
+    expected = Gram.from_inputs(inputs.double()).second_moment
+    torch.testing.assert_close(accumulator.gram().second_moment.cpu().double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gram_of_infinite_inputs_names_the_layer() -> None:

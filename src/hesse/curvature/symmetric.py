@@ -10,15 +10,29 @@ def add_upper(total: Tensor, flat: Tensor) -> None:
     """Add flatᵀ flat (in, in) of `flat` (tokens, in) to `total`, at least on and above its diagonal.
 
     Halves are split again until they are narrow: large products throughout, and little more than half of the work.
+    `flat` is of the type of `total`, or one that `multiplies_exactly`.
     """
     columns = flat.shape[1]
     if columns <= LEAF:
-        total.addmm_(flat.T, flat)
+        _add_product(total, flat, flat)
         return
     middle = columns // 2
     add_upper(total[:middle, :middle], flat[:, :middle])
     add_upper(total[middle:, middle:], flat[:, middle:])
-    total[:middle, middle:].addmm_(flat[:, :middle].T, flat[:, middle:])
+    _add_product(total[:middle, middle:], flat[:, :middle], flat[:, middle:])
+
+
+def multiplies_exactly(flat: Tensor) -> bool:
+    """Whether products of such numbers come as float32 sums of exact products: 16 bits, on a GPU."""
+    return flat.device.type == "cuda" and flat.dtype in (torch.bfloat16, torch.float16)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right to `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=total.dtype)
 
 
 def row_products(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import Gram
-from hesse.curvature.symmetric import add_upper, mirrored
+from hesse.curvature.symmetric import add_upper, mirrored, multiplies_exactly
 from hesse.errors import DataError
 from hesse.finite import all_finite
 
@@ -29,7 +29,7 @@ class GramAccumulator:
         if self.tokens and (reference is None) != (self.cross is None):
             raise DataError(f"some inputs of {self.name} came with a reference and some without: give it with all")
         self.tokens += flat.shape[0]
-        if flat.dtype != torch.float32:
+        if flat.dtype != torch.float32 and not multiplies_exactly(flat):
             if len(self._wide) < len(flat):
                 self._wide = torch.empty_like(flat, dtype=torch.float32)
             flat = self._wide[: len(flat)].copy_(flat)
@@ -39,7 +39,7 @@ class GramAccumulator:
                 raise DataError(f"the inputs of {self.name} and their reference differ in shape")
             if self.cross is None:
                 self.cross = torch.zeros_like(self.total)
-            self.cross.addmm_(flat.T, reference.reshape(flat.shape).to(flat))
+            self.cross.addmm_(flat.T.to(self.cross), reference.reshape(flat.shape).to(self.cross))
 
     def gram(self) -> Gram:
         """The Gram per token; zero if there were no tokens.

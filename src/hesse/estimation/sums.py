@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSum
-from hesse.curvature.symmetric import add_upper, mirror
+from hesse.curvature.symmetric import add_upper, mirror, multiplies_exactly
 from hesse.errors import DataError
 from hesse.estimation.parts import Part
 from hesse.estimation.passage import Passage, Per, Rows
@@ -39,7 +39,7 @@ class Moment:
         elif self.total.ndim == 1:
             self.total += rows.to(self.total).square().sum(0)
         else:
-            add_upper(self.total, rows.to(self.total))
+            add_upper(self.total, rows if multiplies_exactly(rows) else rows.to(self.total))
 
     def times(self, factor: float, what: str) -> Tensor:
         """The sum times `factor`, in its own memory: nothing is added afterwards, and it is asked for alike.

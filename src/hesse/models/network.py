@@ -21,6 +21,7 @@ from hesse.models.architecture import build
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.experts import unfuse
 from hesse.models.limits import bounded_modules
+from hesse.models.read_ahead import ReadAhead
 
 Kind = Literal["causal-lm", "encoder"]
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
@@ -79,6 +80,8 @@ class Network:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
+        self._reader = ReadAhead(checkpoint, device)
+        self._passed = -1  # the block that was loaded last
         stored = checkpoint.names()
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
@@ -140,8 +143,12 @@ class Network:
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:
-        """The block with its weights in memory; they are forgotten afterwards."""
+        """The block with its weights in memory; they are forgotten afterwards.
+
+        The next one is read from disk meanwhile: blocks are taken one after another, in either direction.
+        """
         self._fill(block.module, block.name)
+        self._announce_next(block)
         size = sum(parameter.nbytes for parameter in block.module.parameters())
         try:
             yield block.module
@@ -171,15 +178,31 @@ class Network:
                 stack.enter_context(self.loaded(block))
             yield model
 
-    def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
-        """Give the parameters and buffers below `module` their values from the checkpoint."""
+    def _announce_next(self, block: Block) -> None:
+        index = self.blocks.index(block)
+        following = index + (1 if index >= self._passed else -1)
+        self._passed = index
+        if 0 <= following < len(self.blocks):
+            coming = self.blocks[following]
+            places = self._places(coming.module, coming.name)
+            self._reader.announce(dict.fromkeys(self.sources[full] for full in places))
+
+    def _places(
+        self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()
+    ) -> dict[str, tuple[nn.Module, str]]:
+        """The parameters and buffers below `module` that the checkpoint has, by their full names."""
         places: dict[str, tuple[nn.Module, str]] = {}
         for path, child in module.named_modules(remove_duplicate=False):
             for name, tensor in (*child._parameters.items(), *child._buffers.items()):
                 full = ".".join(part for part in (prefix, path, name) if part)
                 if tensor is not None and id(tensor) not in leave and full in self.sources:
                     places[full] = (child, name)
-        tensors = self.checkpoint.read(dict.fromkeys(self.sources[full] for full in places))
+        return places
+
+    def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
+        """Give the parameters and buffers below `module` their values from the checkpoint."""
+        places = self._places(module, prefix, leave)
+        tensors = self._reader.read(dict.fromkeys(self.sources[full] for full in places))
         shared: dict[str, nn.Parameter] = {}
         for full, (child, name) in places.items():
             source = self.sources[full]
@@ -187,11 +210,11 @@ class Network:
             present = getattr(child, name)
             assert isinstance(present, Tensor)
             _check_shape(source, value.shape, present.shape)
+            value = value.to(self.device, non_blocking=True)
             if value.is_floating_point():
                 if not all_finite(value):
                     raise DataError(f"the weight {source} holds NaN or infinity: the model is damaged")
                 value = value.to(self.dtype)
-            value = value.to(self.device)
             if name in child._buffers:
                 child._buffers[name] = value
             else:
