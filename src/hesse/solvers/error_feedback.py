@@ -28,7 +28,8 @@ class FeedbackState:
 
     curvature: Gram
     order: Tensor | None  # (in,) column indices; None for the given order
-    factor: Tensor  # U (in, in), upper triangular
+    feedback: Tensor  # (in, in) U_j / U_jj, unit upper triangular: taking a column's plain difference saves dividing it
+    pivots: Tensor  # (in,) U_jj
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class ErrorFeedback:
         order = None
         if self.order == "descending":
             order = torch.argsort(curvature.diagonal(), descending=True, stable=True)
-        return FeedbackState(curvature, order, inverse_factor(curvature, order))
+        return FeedbackState(curvature, order, *inverse_factor(curvature, order))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.of is not None and state.order is not None:
             raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
-        sweep = _Sweep(weight.T[order], state.factor.to(weight.dtype), grid, sparse, self.mask_columns)
+        sweep = _Sweep(weight.T.contiguous()[order], state, grid, sparse, self.mask_columns)
         if grid is not None and state.order is not None:
             sweep.set_scales(0, grid, grid.fit(weight), order)
         sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
@@ -82,7 +83,7 @@ class ErrorFeedback:
             rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
             return sparse.encode_masked(torch.where(rows, weight, solved), kept)
         scales = sweep.scales(grid, back)
-        solved_code = GridCode(sweep.codes[back].T, scales)
+        solved_code = GridCode(sweep.codes[back].T.contiguous(), scales)
         plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
         rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
         return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
@@ -101,13 +102,14 @@ class _Sweep:
     """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
     def __init__(
-        self, work: Tensor, factor: Tensor, grid: Grid | None, sparse: Sparse | None, mask_columns: int
+        self, work: Tensor, state: FeedbackState, grid: Grid | None, sparse: Sparse | None, mask_columns: int
     ) -> None:
-        self.work = work.contiguous()
-        self.factor = factor
+        self.work = work
+        self.feedback = state.feedback.to(work)
         self.grid = grid
         self.group = 0  # columns whose scales are fitted once the first is reached; 0 where all are set before
-        self.mask = LateMask(sparse, self.work, factor.diagonal(), mask_columns) if sparse is not None else None
+        pivots = state.pivots.to(work)
+        self.mask = LateMask(sparse, self.work, pivots, mask_columns) if sparse is not None else None
         self.kept = self.work[:0].bool() if self.mask is None else self.mask.kept
         # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
         self.codes = torch.zeros_like(self.work, dtype=torch.int8) if grid is not None else self.work[:0]
@@ -134,8 +136,7 @@ class _Sweep:
         """Replace `work` by allowed values, column after column."""
         columns = len(self.work)
         self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
-        # U_j / U_jj takes a column's plain difference, which saves dividing it.
-        factor = self.factor / self.factor.diagonal()[:, None]
+        factor = self.feedback
         compiled = _compiled_walk(self.work)
         walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
         for start in range(0, columns, block_size):
@@ -233,8 +234,8 @@ def _cheaper_rows(curvature: Gram, weight: Tensor, solved: Tensor, plain: Tensor
     return (costs[0] < costs[1])[:, None]
 
 
-def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
-    """Upper triangular U (in, in) with (A + λI)⁻¹ = UᵀU, rows and columns taken in `order`.
+def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """U_j / U_jj (in, in), and U_jj (in,), of the upper triangular U with (A + λI)⁻¹ = UᵀU, taken in `order`.
 
     From the Cholesky factor L of A in reverse order, whose inverse read backwards is U: one factorisation instead of
     three, and better conditioned. In float32, and again in float64 where that fails.
@@ -242,16 +243,17 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> Tensor:
     Raises:
         ConditioningError: A + λI is not positive definite to working precision.
     """
-    moment = gram.second_moment
-    if order is not None:
-        moment = moment[order][:, order]
-    backwards = Gram(second_moment=moment.flip(0, 1), tokens=gram.tokens, damping=gram.damping)
+    order = torch.arange(len(gram.second_moment), device=gram.device) if order is None else order
+    moment = gram.second_moment.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+    backwards = Gram(second_moment=moment, tokens=gram.tokens, damping=gram.damping)
     try:
         lower = backwards.factor
     except ConditioningError:
-        lower = Gram(second_moment=moment.flip(0, 1).double(), tokens=gram.tokens, damping=gram.damping).factor
+        lower = Gram(second_moment=moment.double(), tokens=gram.tokens, damping=gram.damping).factor
     inverse = inverse_of(lower)
     # float64 factorises what float32 merely rounded, so what A itself resolves is asked again.
     if not backwards.resolves(inverse.square().sum(0)):
         raise gram.singular()
-    return inverse.flip(0, 1).to(moment.dtype)
+    upper = inverse.flip(0, 1).to(moment.dtype)
+    pivots = upper.diagonal().clone()
+    return upper.div_(pivots[:, None]), pivots

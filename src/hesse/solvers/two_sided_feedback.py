@@ -150,12 +150,12 @@ def _falling(factor: Tensor) -> Tensor:
 
 def _feedback(factor: Tensor, order: Tensor) -> Tensor:
     """U_j / U_jj of the upper triangular U with factor⁻¹ = UᵀU, in `order`."""
-    backwards = factor[order][:, order].flip(0, 1)
+    backwards = factor.index_select(0, order.flip(0)).index_select(1, order.flip(0))
     for matrix in (backwards, backwards.double()):
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             upper = inverse_of(lower).flip(0, 1)
-            return _loop(upper / upper.diagonal()[:, None])
+            return _loop(upper.div_(upper.diagonal().clone()[:, None]))
     raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
 
 
