@@ -13,6 +13,7 @@ SAMPLES, LENGTH = 128, 2048
 TOKENS = SAMPLES * LENGTH
 FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT = 8192, 8
 PRODUCTS = 11  # with the Kronecker curvature, for each weight that is rounded: prices and refits
+ONE_SIDED_PRODUCTS = 5  # with the Gram: half of one in the sweep, and the costs of four changes by half products
 OF_PEAK = 0.5
 
 
@@ -54,6 +55,7 @@ class Machine:
     sweep: float  # weights times columns (or rows) that a sweep takes on, a second
     disk: float
     processes: int = 1
+    on_gpu: bool = True
 
 
 MODELS = (
@@ -62,7 +64,7 @@ MODELS = (
     Model("405B", 126, 16384, 53248, 1024, 128256),
 )
 MACHINES = (
-    Machine("2 threads of an EPYC", 2.0e11, 1.5e11, 4.5e9, 1e9),
+    Machine("2 threads of an EPYC", 2.0e11, 1.5e11, 4.5e9, 1e9, on_gpu=False),
     Machine("one H200", OF_PEAK * 989e12, OF_PEAK * 67e12, 1.4e11, 5e9),
     Machine("eight H200", OF_PEAK * 989e12, OF_PEAK * 67e12, 1.4e11, 5e9, 8),
 )
@@ -82,10 +84,12 @@ def phases(model: Model, method: str, machine: Machine) -> dict[str, tuple[float
         found[name] = (operations, operations / rate / (machine.processes if shared else 1))
 
     add("calibrate", forward * tokens, machine.half)
-    add("Grams", count * tokens * sum(n**2 for n in model.inputs), machine.single)
+    # A GPU adds exact products of 16-bit numbers in float32; a CPU multiplies in float32.
+    gram_rate = machine.half if machine.on_gpu else machine.single
+    add("Grams", count * tokens * sum(n**2 for n in model.inputs), gram_rate)
     add("walk through the dense model and back", 3 * forward * probed, machine.half)
     squares = sum(rows**2 for rows, _ in model.layers) if kronecker else 0
-    add("output factors", count * probed * squares, machine.single)
+    add("output factors", count * probed * squares, gram_rate)
     factoring = count * sum(n**3 for n in model.inputs)
     if kronecker:
         factoring += count * sum(rows**3 for rows, _ in model.layers)
@@ -93,7 +97,7 @@ def phases(model: Model, method: str, machine: Machine) -> dict[str, tuple[float
         add("products of the solver", factoring + products, machine.single, shared=False)
         add("sweeps", count * sum(r * c * (r + c) / 2 for r, c in model.layers), machine.sweep, shared=False)
     else:
-        products = count * sum(r * c * c for r, c in model.layers)
+        products = count * sum(ONE_SIDED_PRODUCTS * r * c * c for r, c in model.layers)
         add("products of the solver", factoring + products, machine.single)
     moved = count * (2.5 * weights * 2 + 4 * tokens * model.width * 2 + 2 * probed * model.width * 2 + 8 * squares)
     add("disk", moved, machine.disk)

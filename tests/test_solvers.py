@@ -1,5 +1,6 @@
 """Every solver against its definition: slow references, brute force, closed forms, and what must never happen."""
 
+import gc
 from dataclasses import replace
 from itertools import product
 
@@ -575,6 +576,20 @@ def test_solutions_are_consistent(
     assert torch.equal(constraint.decode(found.encoded).to(dtype), found.weight)
     assert found.predicted_loss_increase == pytest.approx(curvature.quadratic(found.weight - weight))
     assert found.predicted_loss_increase > 0
+
+
+@EVERY_PAIR
+def test_nothing_is_left_for_the_cycle_collector(solver: Solver, curvature: Curvature, constraint: Constraint) -> None:
+    """A cycle keeps large tensors until Python happens to look for it: memory that grows with the number of layers."""
+    weight = normal(1, 8, 16).float()
+    _ = solve(weight, curvature, constraint, solver).predicted_loss_increase  # compiles its loops, which leaves some
+    gc.collect()
+    gc.disable()
+    try:
+        _ = solve(weight, curvature, constraint, solver).predicted_loss_increase
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @EVERY_PAIR

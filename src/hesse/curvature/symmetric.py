@@ -40,15 +40,15 @@ def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
 
     The part of M above its diagonal stands for both.
     """
-    total = rows.new_zeros(rows.shape[:-1])
+    flat = rows.reshape(-1, len(matrix))
+    total, images = flat.new_zeros(len(flat)), flat.new_empty(len(flat), min(LEAF, len(matrix)))
     for start in range(0, len(matrix), LEAF):
         stop = min(start + LEAF, len(matrix))
-        strip = rows[..., start:stop]
-        image = strip @ matrix[start:stop, start:stop]
-        if start:
-            image = image.add_(rows[..., :start] @ matrix[:start, start:stop], alpha=2)
+        strip, image = flat[:, start:stop], images[:, : stop - start]
+        torch.mm(strip, matrix[start:stop, start:stop], out=image)
+        image.addmm_(flat[:, :start], matrix[:start, start:stop], alpha=2)
         total += torch.linalg.vecdot(image, strip)
-    return total
+    return total.view(rows.shape[:-1])
 
 
 def mirror(upper: Tensor) -> None:

@@ -13,18 +13,19 @@ def inverse_of(lower: Tensor) -> Tensor:
     at the rate of products.
     """
     inverse = torch.zeros_like(lower)
-
-    def fill(start: int, stop: int) -> None:
-        own = slice(start, stop)
-        if stop - start <= LEAF:
-            identity = torch.eye(stop - start).to(lower)
-            inverse[own, own] = torch.linalg.solve_triangular(lower[own, own], identity, upper=False)
-            return
-        middle = (start + stop) // 2
-        first, second = slice(start, middle), slice(middle, stop)
-        fill(start, middle)
-        fill(middle, stop)
-        inverse[second, first] = (inverse[second, second] @ (lower[second, first] @ inverse[first, first])).neg_()
-
-    fill(0, len(lower))
+    _fill(inverse, lower, lower.new_empty(((len(lower) + 1) // 2) ** 2))
     return inverse
+
+
+def _fill(inverse: Tensor, lower: Tensor, scratch: Tensor) -> None:
+    """Write the inverse of `lower` below and on the diagonal of `inverse`; `scratch` holds a quarter of it."""
+    size = len(lower)
+    if size <= LEAF:
+        inverse.copy_(torch.linalg.solve_triangular(lower, torch.eye(size).to(lower), upper=False))
+        return
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    for half in (first, second):
+        _fill(inverse[half, half], lower[half, half], scratch)
+    between = scratch[: (size - size // 2) * (size // 2)].view(size - size // 2, size // 2)
+    torch.mm(lower[second, first], inverse[first, first], out=between)
+    inverse[second, first].addmm_(inverse[second, second], between, alpha=-1)
