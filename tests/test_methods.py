@@ -51,6 +51,15 @@ def test_sparsity_and_bits_together_are_solved_jointly(name: str) -> None:
     assert rule.constraint.build() == SparseGrid(Sparse(2, 4), Grid(4, 64, headroom=headroom))
 
 
+def test_signed_scales_are_an_option_of_symmetric_grids() -> None:
+    (rule,) = find_method("gptq").recipe(Options(signed=True)).rules
+    assert rule.constraint.grid is not None
+    assert rule.constraint.grid.signed
+    with pytest.raises(OptionError, match="--signed has no meaning for an asymmetric grid"):
+        find_method("gptq").recipe(Options(signed=True, symmetric=False))
+    find_method("kronecker").recipe(Options(symmetric=False))  # whose own choice is signed
+
+
 def test_group_size_needs_bits_in_a_pruning_method() -> None:
     with pytest.raises(OptionError, match="--group-size has no meaning for the method sparsegpt without --bits"):
         find_method("sparsegpt").recipe(Options(group_size=64))

@@ -38,6 +38,9 @@ def compress(
     target: Annotated[str | None, typer.Option(help="Only what transformers, vllm or any loader serves.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
+    signed: Annotated[
+        bool | None, typer.Option("--signed/--unsigned", help="Let a symmetric grid's scales be negative or not.")
+    ] = None,
     sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
     act_order: Annotated[
@@ -73,6 +76,7 @@ def compress(
         bits=_whole_bits(bits) if mean_bits is None else None,
         group_size=group_size,
         symmetric=symmetric,
+        signed=signed,
         sparsity=sparsity,
         rank=rank,
         act_order=act_order,

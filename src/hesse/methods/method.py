@@ -68,6 +68,8 @@ class Method:
         descending = bool(chosen.act_order) and not pattern
         if options.act_order and pattern:
             raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
+        if options.signed and not chosen.symmetric:
+            raise OptionError("--signed has no meaning for an asymmetric grid, which has zero points: leave one out")
         constraint = ConstraintOptions(
             grid=_given(GridOptions, chosen, ("bits", *GRID_OPTIONS)) if chosen.bits else None,
             sparse=SparseOptions(amount=chosen.sparsity, scope=chosen.scope or "layer")  # type: ignore[arg-type]
