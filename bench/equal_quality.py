@@ -2,8 +2,8 @@
 
     python bench/equal_quality.py [--repeats 3] [--model FOLDER]
 
-Programs take turns; the fastest run of each counts. Prints a table: KL(dense || compressed) on held-out text, in nats per
-token, and the seconds of probing, calibrating, estimating and solving, which are llm-compressor's own one-shot call.
+Programs take turns; the fastest run of each counts. Prints a table: KL(dense || compressed) on held-out text in nats
+per token, and the seconds of probing, calibrating, estimating and solving, or of llm-compressor's one-shot call.
 """
 
 import argparse
