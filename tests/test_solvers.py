@@ -674,10 +674,10 @@ def test_an_outlier_input_does_not_make_a_damped_gram_singular() -> None:
             Grid(),
             "needs a Gram, not a Kronecker",
         ),
-        (ErrorFeedback(), correlated_gram(0, 16), LowRank(2), "not LowRank"),
+        (ErrorFeedback(), correlated_gram(0, 16), LowRank(2), "no columns to round or drop in a LowRank"),
         (ErrorFeedback("descending"), correlated_gram(0, 16), Sparse(2, 4), 'order="given"'),
         (ErrorFeedback("descending"), correlated_gram(0, 16), Sparse(2, 4) & Grid(), 'order="given"'),
-        (WhitenedSVD(), Identity(), LowRank(2), "use Nearest with Identity"),
+        (WhitenedSVD(), Diagonal(values=torch.ones(16)), LowRank(2), "a Gram or a Kronecker, not a Diagonal"),
         (WhitenedSVD(), correlated_gram(0, 16), Grid(), "not Grid"),
     ],
 )

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hesse.compiled import lost_bits, stored
 from hesse.constraints import Grid, GridCode, Scales, Sparse
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ErrorFeedback, Nearest, TwoSidedFeedback, solve
-from hesse.solvers.compiled import lost_bits, stored
 from hesse.solvers.refit_scales import refit_scales
 from hesse.solvers.two_sided_feedback import _Loops
 
@@ -229,7 +229,7 @@ def test_refusals() -> None:
 def test_the_loops_compile_where_no_cache_can_be_written() -> None:
     program = (
         "import numba.core.caching as c; c.FunctionCache._impl_class._locator_classes = []\n"
-        "import torch, hesse.solvers.compiled as s, numpy as np\n"
+        "import torch, hesse.compiled as s, numpy as np\n"
         "print(s.stored(np.float32(1.0), np.uint32(0)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,8 +1,33 @@
 """S: the weights that are allowed, and how they are stored. Plain tensors in, plain tensors out."""
 
 from hesse.constraints.base import Constraint
-from hesse.constraints.grid import Grid, GridCode, Scales
+from hesse.constraints.codebook import Codebook, CodebookCode
+from hesse.constraints.grid import Grid
+from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.constraints.low_rank import LowRank, LowRankCode
+from hesse.constraints.plus import Plus, PlusCode
+from hesse.constraints.rotated import Rotated
+from hesse.constraints.scaled_columns import ScaledCode, ScaledColumns
 from hesse.constraints.sparse import Sparse, SparseCode, SparseGrid
+from hesse.constraints.table import Table
 
-__all__ = ["Constraint", "Grid", "GridCode", "LowRank", "LowRankCode", "Scales", "Sparse", "SparseCode", "SparseGrid"]
+__all__ = [
+    "Codebook",
+    "CodebookCode",
+    "Constraint",
+    "Grid",
+    "GridCode",
+    "Grouped",
+    "LowRank",
+    "LowRankCode",
+    "Plus",
+    "PlusCode",
+    "Rotated",
+    "ScaledCode",
+    "ScaledColumns",
+    "Scales",
+    "Sparse",
+    "SparseCode",
+    "SparseGrid",
+    "Table",
+]

@@ -40,6 +40,12 @@ class Constraint(ABC):
     def check(self, shape: torch.Size) -> None:
         """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
 
+    def __add__(self, other: "Constraint") -> "Constraint":
+        """Sums of a member of this set and a member of another."""
+        from hesse.constraints.plus import Plus
+
+        return Plus(self, other, dtype=self.dtype)
+
     def nearest(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         """The member that `encode` stores, as a weight (out, in)."""
         return self.decode(self.encode(weight, metric)).to(weight.dtype)

@@ -1,5 +1,6 @@
 """S = matrices with a given share of zeros, anywhere or N kept of every M."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hesse.constraints.base import Constraint, round_to
-from hesse.constraints.grid import Grid, GridCode
+from hesse.constraints.grid import Grid
+from hesse.constraints.grouped import GridCode
 from hesse.errors import OptionError
 
 
@@ -80,8 +82,9 @@ class Sparse(Constraint):
         return torch.zeros_like(encoded.mask, dtype=encoded.values.dtype).masked_scatter(encoded.mask, encoded.values)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
+        """The kept values, and where they are: a bit for each weight, or where few are kept the column of each."""
         kept = self.amount / self.of if self.of is not None else 1 - self.amount
-        return kept * torch.finfo(self.dtype).bits + 1
+        return kept * torch.finfo(self.dtype).bits + min(1.0, kept * math.ceil(math.log2(max(shape[1], 2))))
 
     def __and__(self, other: Grid) -> "SparseGrid":
         if not isinstance(other, Grid):

@@ -87,6 +87,14 @@ class BlockRankOneSum(Curvature):
         inverses: Tensor = torch.cholesky_inverse(self._factor)
         return inverses
 
+    def split(self, vector: Tensor) -> Tensor:
+        """A tensor of H's shape as (blocks, block_size), the last block filled up with zeros."""
+        return self._split(vector)[:, 0]
+
+    def joined(self, blocks: Tensor) -> Tensor:
+        """What `split` takes apart, put together."""
+        return blocks.reshape(-1)[: self.shape.numel()].view(self.shape)
+
     def _diagonals(self, blocks: Tensor) -> Tensor:
         return blocks.diagonal(dim1=1, dim2=2).flatten()[: self.shape.numel()].view(self.shape)
 

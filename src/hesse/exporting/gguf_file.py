@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesse.constraints import GridCode
-from hesse.constraints.grid import Scales
+from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, UnsupportedModelError, VerificationError
 from hesse.exporting.gguf_blocks import BLOCK, BYTES, block_type, to_blocks
 from hesse.exporting.gguf_families import Family, context_length, describe, find_family, rotary_factors

@@ -5,7 +5,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from hesse.constraints import Grid, GridCode
-from hesse.constraints.grid import Scales
+from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, reason
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint

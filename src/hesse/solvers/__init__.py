@@ -1,21 +1,33 @@
 """The cheapest allowed weights, min ½ dᵀHd with w + d in S, and linear algebra by products with H."""
 
+from hesse.solvers.activation_aware import ActivationAware
+from hesse.solvers.admm import ADMM
 from hesse.solvers.base import Solution, Solver, solve, solve_with
 from hesse.solvers.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.estimate import Estimate, mean_of
+from hesse.solvers.greedy_surgeon import GreedySurgeon
+from hesse.solvers.incoherent import Incoherent
 from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
 from hesse.solvers.nearest import Nearest
+from hesse.solvers.repair import Repair
+from hesse.solvers.rows_and_columns import RowsAndColumns
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 from hesse.solvers.whitened_svd import WhitenedSVD
 
 __all__ = [
+    "ADMM",
+    "ActivationAware",
     "Eigenpairs",
     "ErrorFeedback",
     "Estimate",
+    "GreedySurgeon",
+    "Incoherent",
     "LinearSolution",
     "Nearest",
+    "Repair",
+    "RowsAndColumns",
     "Solution",
     "Solver",
     "Spectrum",

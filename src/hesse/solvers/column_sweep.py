@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hesse.compiled import Floats, add, compiled, lost_bits, stored
 from hesse.constraints import Grid
-from hesse.solvers.compiled import Floats, add, compiled, lost_bits, stored
 
 TILE = 64  # outputs that are gone through together, so that a block's columns of them stay in the nearest cache
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint, Grid, GridCode, Scales, Sparse, SparseCode, SparseGrid
+from hesse.constraints import Constraint, Grid, GridCode, Grouped, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import column_sweep, kernels
@@ -88,7 +88,7 @@ class ErrorFeedback:
         rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
         return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
 
-    def _block_size(self, columns: int, grid: Grid | None, sparse: Sparse | None) -> int:
+    def _block_size(self, columns: int, grid: Grouped | None, sparse: Sparse | None) -> int:
         """Columns a block, such that no columns that are decided together lie across two blocks."""
         unit = 1
         if grid is not None and grid.group_width(columns) < columns:
@@ -102,7 +102,7 @@ class _Sweep:
     """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
     def __init__(
-        self, work: Tensor, state: FeedbackState, grid: Grid | None, sparse: Sparse | None, mask_columns: int
+        self, work: Tensor, state: FeedbackState, grid: Grouped | None, sparse: Sparse | None, mask_columns: int
     ) -> None:
         self.work = work
         self.feedback = state.feedback.to(work)
@@ -116,7 +116,7 @@ class _Sweep:
         self.scale = torch.empty_like(self.work) if grid is not None else None
         self.zero_point = torch.empty_like(self.work) if grid is not None and not grid.symmetric else None
 
-    def set_scales(self, start: int, grid: Grid, scales: Scales, order: Tensor | None = None) -> None:
+    def set_scales(self, start: int, grid: Grouped, scales: Scales, order: Tensor | None = None) -> None:
         """Spread scales per group over the columns from `start` on, taken in `order`."""
         for target, source in ((self.scale, scales.scale), (self.zero_point, scales.zero_point)):
             if target is not None and source is not None:
@@ -125,7 +125,7 @@ class _Sweep:
                 stop = min(start + columns, len(self.work))
                 target[start:stop] = spread if order is None else spread[order]
 
-    def scales(self, grid: Grid, back: Tensor) -> Scales:
+    def scales(self, grid: Grouped, back: Tensor) -> Scales:
         """The scales used, one a group (out, groups), `back` giving the columns' own order."""
         assert self.scale is not None
         step = grid.group_width(len(self.work))
@@ -137,7 +137,7 @@ class _Sweep:
         columns = len(self.work)
         self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
         factor = self.feedback
-        compiled = _compiled_walk(self.work)
+        compiled = _compiled_walk(self.work) if self.grid is None or isinstance(self.grid, Grid) else None
         walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
@@ -185,7 +185,7 @@ class _Sweep:
         decisions = [j for j in range(start, stop) if j == start or self._decides(j)]
         for first, last in pairwise([*decisions, stop]):
             self._decide(first)
-            compiled(block, first - start, last - start, self.grid)
+            compiled(block, first - start, last - start, self.grid if isinstance(self.grid, Grid) else None)
 
     def _decides(self, j: int) -> bool:
         """Whether something of the columns from `j` on is decided only when `j` is reached."""
@@ -218,14 +218,14 @@ def _compiled_walk(work: Tensor) -> Walk | None:
     return columns.walk
 
 
-def _parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
-    if isinstance(constraint, Grid):
+def _parts(constraint: Constraint) -> tuple[Grouped | None, Sparse | None]:
+    if isinstance(constraint, Grouped):
         return constraint, None
     if isinstance(constraint, Sparse):
         return None, constraint
     if isinstance(constraint, SparseGrid):
         return constraint.grid, constraint.sparse
-    raise UnsupportedProduct(f"ErrorFeedback solves Grid, Sparse and Sparse & Grid, not {type(constraint).__name__}")
+    raise UnsupportedProduct(f"ErrorFeedback has no columns to round or drop in a {type(constraint).__name__}")
 
 
 def _cheaper_rows(curvature: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and the lowest and highest codes of each weight's group, alike. `lost` is what v
 
 import numpy as np
 
-from hesse.solvers.compiled import Floats, add, compiled, stored
+from hesse.compiled import Floats, add, compiled, stored
 
 
 @compiled

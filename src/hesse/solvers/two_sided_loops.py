@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesse.compiled import Floats, lost_bits
 from hesse.solvers import sweeps
-from hesse.solvers.compiled import Floats, lost_bits
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product

@@ -1,36 +1,80 @@
-"""The best low rank for a layer's outputs: truncated SVD in the inputs' own metric."""
+"""The best low rank under a curvature that is a product of two sides: truncated SVD in their own metric."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, LowRank, LowRankCode
-from hesse.curvature import Curvature, Gram
-from hesse.errors import UnsupportedProduct
+from hesse.curvature import Curvature, Gram, Identity, Kronecker
+from hesse.errors import ConditioningError, UnsupportedProduct
+
+
+class Sides(NamedTuple):
+    """Factors C with C Cᵀ the metric of the outputs (rows) and of the inputs (columns); None is the identity."""
+
+    outputs: Tensor | None  # (out, out) lower triangular, or (out,) diagonal
+    inputs: Tensor | None
 
 
 @dataclass(frozen=True)
 class WhitenedSVD:
-    """min ‖(W - LR) A^½‖ over rank-r LR, in closed form: SVD of W C with A = C Cᵀ, then C⁻¹ on the right.
+    """min ‖G^½ (W - LR) A^½‖ over rank-r LR, in closed form: SVD of C_Gᵀ W C_A, then the inverses on both sides.
 
-    Exact for a Gram. Source: the Eckart-Young theorem in the metric A; for language models SVD-LLM (Wang et al.,
-    2024) and EoRA (Liu et al., 2024).
+    Exact for an Identity, a Gram (A alone) and a Kronecker whose factors are positive definite. Source: the
+    Eckart-Young theorem in a metric of two sides; for language models SVD-LLM (Wang et al., 2024) and EoRA (Liu et
+    al., 2024) on the inputs' side, FWSVD (Hsu et al., 2022) with a diagonal on the other.
     """
 
-    def init(self, curvature: Curvature) -> Tensor:
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(
-                f"WhitenedSVD needs a Gram, not a {type(curvature).__name__}; for plain SVD use Nearest with Identity"
-            )
-        return curvature.factor
+    def init(self, curvature: Curvature) -> Sides:
+        if isinstance(curvature, Identity):
+            return Sides(None, None)
+        if isinstance(curvature, Gram):
+            return Sides(None, curvature.factor)
+        if isinstance(curvature, Kronecker) and not curvature.transposed:
+            return Sides(_root(curvature.output_factor), _root(curvature.input_factor))
+        raise UnsupportedProduct(
+            f"WhitenedSVD needs an Identity, a Gram or a Kronecker, not a {type(curvature).__name__}"
+        )
 
-    def compute(self, state: Tensor, weight: Tensor, constraint: Constraint) -> LowRankCode:
+    def compute(self, state: Sides, weight: Tensor, constraint: Constraint) -> LowRankCode:
         if not isinstance(constraint, LowRank):
             raise UnsupportedProduct(f"WhitenedSVD solves LowRank, not {type(constraint).__name__}")
-        factor = state.to(weight.dtype)
-        left, values, right = torch.linalg.svd(weight @ factor, full_matrices=False)
+        outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
+        # Transposed, the outputs' side is one of columns too.
+        whitened = _times(_times(weight, inputs).T, outputs).T
+        left, values, right = torch.linalg.svd(whitened, full_matrices=False)
         root = values[: constraint.rank].sqrt()
-        whitened = root[:, None] * right[: constraint.rank]
-        unwhitened = torch.linalg.solve_triangular(factor, whitened, upper=False, left=False)
-        return constraint.encode_factors(left[:, : constraint.rank] * root, unwhitened)
+        thin = left[:, : constraint.rank] * root, root[:, None] * right[: constraint.rank]
+        return constraint.encode_factors(_over(thin[0].T, outputs).T, _over(thin[1], inputs))
+
+
+def _times(matrix: Tensor, side: Tensor | None) -> Tensor:
+    """Matrix C."""
+    if side is None:
+        return matrix
+    return matrix * side if side.ndim == 1 else matrix @ side
+
+
+def _over(matrix: Tensor, side: Tensor | None) -> Tensor:
+    """Matrix C⁻¹."""
+    if side is None or side.ndim == 1:
+        return matrix if side is None else matrix / side
+    divided: Tensor = torch.linalg.solve_triangular(side, matrix, upper=False, left=False)
+    return divided
+
+
+def _root(factor: Tensor) -> Tensor:
+    """C with C Cᵀ = factor."""
+    if factor.ndim == 1:
+        if not bool((factor > 0).all()):
+            raise ConditioningError("a Kronecker factor is singular: use more damping (with_damped_factors)")
+        return factor.sqrt()
+    lower, failed = torch.linalg.cholesky_ex(factor)
+    if int(failed):
+        lower, failed = torch.linalg.cholesky_ex(factor.double())
+    if int(failed):
+        raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
+    root: Tensor = lower.to(factor.dtype)
+    return root

@@ -1,0 +1,64 @@
+"""S = matrices whose rows each take few values: non-uniform quantisation with a table a row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.one_dimensional_means import best_means
+from hesse.errors import OptionError
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookCode:
+    """weight[i, j] = values[i, codes[i, j]]."""
+
+    codes: Tensor  # (out, in) uint8
+    values: Tensor  # (out, 2^bits), ascending, of the codebook's dtype held in float32
+
+
+@dataclass(frozen=True, eq=True)
+class Codebook(Constraint):
+    """2^`bits` values for each row: those of least Σ metric · difference², the exact optimum of k-means on a line.
+
+    Source: SqueezeLLM (Kim et al., 2023), whose k-means is a local search.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise OptionError(f"bits is {self.bits}, but a Codebook has 1 to 8")
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return True
+
+    def check(self, shape: torch.Size) -> None:
+        if 1 << self.bits > shape[1]:
+            raise OptionError(
+                f"a codebook of {1 << self.bits} values is larger than a row of {shape[1]} weights: use fewer bits, or "
+                "leave the layer out with --ignore"
+            )
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> CodebookCode:
+        metric = torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
+        ordered, order = weight.detach().double().cpu().sort(1)
+        masses = metric.detach().double().cpu().gather(1, order)
+        means = torch.empty(len(weight), 1 << self.bits, dtype=torch.float64)
+        best_means(ordered.numpy(), masses.numpy(), means.numpy())
+        values = round_to(means.sort(1).values.to(weight), self.dtype)
+        return CodebookCode(_nearest(weight, values.to(weight)).to(torch.uint8), values)
+
+    def decode(self, encoded: CodebookCode) -> Tensor:
+        return encoded.values.gather(1, encoded.codes.long())
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return self.bits + torch.finfo(self.dtype).bits * (1 << self.bits) / shape[1]
+
+
+def _nearest(weight: Tensor, values: Tensor) -> Tensor:
+    """The number of the nearest of ascending `values` (out, k) for each weight (out, in)."""
+    middles = (values[:, 1:] + values[:, :-1]) / 2
+    return torch.searchsorted(middles.contiguous(), weight.contiguous())

@@ -1,0 +1,92 @@
+"""What grids and tables share: one scale for every few columns of a row, and codes that count from it."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.constraints.base import Constraint
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """One scale for each row and group of columns (out, groups), and a zero point where the grid is asymmetric."""
+
+    scale: Tensor  # (out, groups), float32 holding values of the grid's dtype
+    zero_point: Tensor | None  # (out, groups), whole numbers in float32
+
+
+@dataclass(frozen=True, eq=False)
+class GridCode:
+    """A member as it is stored; of a Grid, weight = (codes - zero_point) · scale."""
+
+    codes: Tensor  # (out, in) int8 in [-2^(bits-1), 2^(bits-1) - 1]
+    scales: Scales
+
+
+class Grouped(Constraint):
+    """Codes of so many bits with one scale for every `group_size` columns of a row (-1: for the whole row).
+
+    A last group may be narrower than the others.
+    """
+
+    group_size: int
+    symmetric: bool
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return True
+
+    @abstractmethod
+    def fit(self, weight: Tensor) -> Scales:
+        """Scales that span the range of each row and group of `weight` (out, in)."""
+
+    @abstractmethod
+    def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Nearest codes as whole floating point numbers; all arguments broadcast."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The weights that `codes` stand for, rounded to the stored dtype as a loader rounds them."""
+
+    def check(self, shape: torch.Size) -> None:
+        """Every matrix can be put on one."""
+
+    def group_width(self, columns: int) -> int:
+        """Columns that share a scale, in a weight with `columns` columns."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of `columns` columns."""
+        return math.ceil(columns / self.group_width(columns))
+
+    def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest weight of each row and group (out, groups), or 0 where that is further out."""
+        rows, columns = weight.shape
+        width = self.group_width(columns)
+        # Padding by zeros does not change the range, which includes 0.
+        padded = torch.nn.functional.pad(weight, (0, self.groups(columns) * width - columns)).view(rows, -1, width)
+        return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+
+    def expand(self, per_group: Tensor, columns: int) -> Tensor:
+        """A value per group (out, groups) as a value per column (out, in)."""
+        return per_group.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
+
+    def round(self, weight: Tensor, scales: Scales) -> GridCode:
+        """Nearest codes of `weight` (out, in) for given scales."""
+        columns = weight.shape[1]
+        zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
+        codes = self.codes(weight, self.expand(scales.scale, columns), zero_point)
+        return GridCode(codes.to(torch.int8), scales)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
+        # A weight's nearest code is the same in every diagonal metric.
+        return self.round(weight, self.fit(weight))
+
+    def decode(self, encoded: GridCode) -> Tensor:
+        columns = encoded.codes.shape[1]
+        scales = encoded.scales
+        zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
+        return self.values(encoded.codes.to(scales.scale.dtype), self.expand(scales.scale, columns), zero_point)

@@ -1,0 +1,79 @@
+"""S = A + B: sums of a member of one set and a member of another, such as a grid and a low rank."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hesse.constraints.base import Constraint
+from hesse.constraints.sparse import Sparse
+from hesse.errors import OptionError
+
+ROUNDS = 2  # of fitting the base to what is not exact, and choosing anew what is
+
+
+@dataclass(frozen=True, eq=False)
+class PlusCode:
+    """A member of a Plus: what is stored of both summands."""
+
+    base: Any
+    correction: Any
+
+
+@dataclass(frozen=True, eq=True)
+class Plus(Constraint):
+    """Written `Grid(4, 128) + LowRank(16)`: codes, and a correction beside them that is added when they are read.
+
+    With a Sparse as the correction (`Codebook(3) + Sparse(0.995)`) its few weights are exact, whatever the base says
+    there: the nearest member leaves them out of the base.
+    """
+
+    base: Constraint
+    correction: Constraint
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, Plus) or isinstance(self.correction, Plus):
+            raise OptionError("a sum has two parts: a base and one correction")
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return self.base.rows_are_independent and self.correction.rows_are_independent
+
+    def check(self, shape: torch.Size) -> None:
+        self.base.check(shape)
+        self.correction.check(shape)
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.base.stored_as(dtype), self.correction.stored_as(dtype), dtype=dtype)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> PlusCode:
+        """The nearest member of the base, and of the correction what is nearest to what that leaves.
+
+        What a Sparse keeps is chosen first by the weights' own size, with the metric and without it, and by what the
+        base leaves; then again by what the base fitted to the rest leaves. The best of all is taken.
+        """
+        if not isinstance(self.correction, Sparse):
+            return self._onto(weight, metric, weight, metric)
+        inside = torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
+        found = [self._onto(weight, metric, weight, metric)]
+        starts = [self.correction.encode(weight, metric).mask, self.correction.encode(weight).mask]
+        for exact in [*starts, found[0].correction.mask]:
+            for _ in range(ROUNDS):
+                # An exact weight weighs nothing in the base, and takes a value there that disturbs no range.
+                found.append(self._onto(weight, metric, torch.where(exact, 0.0, weight), inside * ~exact))
+                exact = found[-1].correction.mask
+        costs = [float((inside * (self.decode(code).to(weight.dtype) - weight).square()).sum()) for code in found]
+        return found[costs.index(min(costs))]
+
+    def _onto(self, weight: Tensor, metric: Tensor | None, seen: Tensor, seen_metric: Tensor | None) -> PlusCode:
+        """The base's nearest to `seen`, and the correction's to what is left of `weight`."""
+        base = self.base.encode(seen, seen_metric)
+        return PlusCode(base, self.correction.encode(weight - self.base.decode(base).to(weight.dtype), metric))
+
+    def decode(self, encoded: PlusCode) -> Tensor:
+        return self.base.decode(encoded.base) + self.correction.decode(encoded.correction)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return self.base.bits_per_weight(shape) + self.correction.bits_per_weight(shape)

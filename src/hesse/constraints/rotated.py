@@ -1,0 +1,74 @@
+"""S = members of another set in a rotated basis: U W Vᵀ on a grid, with U and V random and orthogonal."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.grid import Grid
+
+
+@dataclass(frozen=True, eq=True)
+class Rotated(Constraint):
+    """`base` on U W Vᵀ: no weight and no input stands out there, which few codes could not follow (incoherence).
+
+    U and V follow from `seed`, so they are not stored; whoever multiplies by the weight has to rotate too, or take it
+    as it decodes. Source: QuIP (Chee et al., 2023).
+    """
+
+    base: Constraint = field(default_factory=Grid)
+    seed: int = 0
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return False
+
+    def check(self, shape: torch.Size) -> None:
+        self.base.check(shape)
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.base.stored_as(dtype), self.seed, dtype=dtype)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
+        # A diagonal metric is not one in the other basis: it is left out.
+        return self.base.encode(self.turned(weight))
+
+    def decode(self, encoded: Any) -> Tensor:
+        inside = self.base.decode(encoded)
+        across = rotate(inside, self.seed, back=True)
+        return round_to(rotate(across.T, self.seed + 1, back=True).T, self.dtype)
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """U W Vᵀ."""
+        return rotate(rotate(weight, self.seed).T, self.seed + 1).T
+
+    def turned_inputs(self, moment: Tensor) -> Tensor:
+        """V A Vᵀ (in, in) for the A of the inputs."""
+        return rotate(rotate(moment, self.seed).T, self.seed).T
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return self.base.bits_per_weight(shape)
+
+
+def rotate(rows: Tensor, seed: int, back: bool = False) -> Tensor:
+    """Each row (..., n) in a random orthogonal basis of `seed`, or `back` out of it.
+
+    The basis is a random order, random signs and a Kronecker product of two random orthogonal matrices whose sizes are
+    as near to each other as n allows: n (p + q) operations a row.
+    """
+    n = rows.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    p = next(size for size in range(int(n**0.5), 0, -1) if n % size == 0)
+    order = torch.randperm(n, generator=generator)
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+    sides = [torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q for size in (p, n // p)]
+    left, right = (side.to(rows) for side in sides)
+    order, signs = order.to(rows.device), signs.to(rows)
+    if back:
+        grid: Tensor = left.T @ rows.reshape(*rows.shape[:-1], p, n // p) @ right
+        return (grid.reshape(rows.shape) * signs)[..., torch.argsort(order)]
+    grid = left @ (rows[..., order] * signs).reshape(*rows.shape[:-1], p, n // p) @ right.T
+    return grid.reshape(rows.shape)

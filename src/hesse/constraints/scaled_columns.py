@@ -1,0 +1,55 @@
+"""S = members of another set whose columns were divided by a scale each: a grid on W diag(s)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledCode:
+    """weight = base member / scale."""
+
+    base: Any
+    scale: Tensor  # s (in,) > 0, of the constraint's dtype held in float32
+
+
+@dataclass(frozen=True, eq=True)
+class ScaledColumns(Constraint):
+    """`base` on W diag(s), with an s for each input: what multiplies the inputs by s before the layer may hold.
+
+    Stored by itself it takes one number an input more than `base`; where the layer before can take s in, none.
+    """
+
+    base: Constraint = field(default_factory=Grid)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return False  # they share s
+
+    def check(self, shape: torch.Size) -> None:
+        self.base.check(shape)
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.base.stored_as(dtype), dtype=dtype)
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> ScaledCode:
+        """With every s at 1."""
+        return self.encode_scaled(weight, torch.ones_like(weight[0]), metric)
+
+    def encode_scaled(self, weight: Tensor, scale: Tensor, metric: Tensor | None = None) -> ScaledCode:
+        """The nearest member for a given s (in,), under `metric` of the weight itself."""
+        stored = round_to(scale, self.dtype)
+        inside = None if metric is None else metric / stored.square()
+        return ScaledCode(self.base.encode(weight * stored, inside), stored)
+
+    def decode(self, encoded: ScaledCode) -> Tensor:
+        return round_to(self.base.decode(encoded.base) / encoded.scale, self.dtype)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return self.base.bits_per_weight(shape) + torch.finfo(self.dtype).bits / shape[0]

@@ -1,0 +1,35 @@
+"""QuIP: any solver in a basis where nothing stands out."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hesse.constraints import Constraint, Rotated
+from hesse.curvature import Curvature, Gram
+from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import Solver
+from hesse.solvers.error_feedback import ErrorFeedback
+
+
+@dataclass(frozen=True)
+class Incoherent:
+    """`inner` on U W Vᵀ under V A Vᵀ, where ½ tr(d A dᵀ) is what it was.
+
+    With ErrorFeedback this is QuIP's LDLQ in its incoherent basis (Chee et al., 2023). Choose it at 2 and 3 bits, where
+    a few large weights would spend the codes.
+    """
+
+    inner: Solver = field(default_factory=ErrorFeedback)
+
+    def init(self, curvature: Curvature) -> Gram:
+        if not isinstance(curvature, Gram):
+            raise UnsupportedProduct(f"Incoherent needs a Gram, not a {type(curvature).__name__}")
+        return curvature
+
+    def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> Any:
+        if not isinstance(constraint, Rotated):
+            raise UnsupportedProduct(f"Incoherent solves Rotated, not {type(constraint).__name__}")
+        moment = constraint.turned_inputs(state.second_moment)
+        turned = Gram(second_moment=(moment + moment.T) / 2, tokens=state.tokens, damping=state.damping)
+        return self.inner.compute(self.inner.init(turned), constraint.turned(weight), constraint.base)
