@@ -15,7 +15,9 @@ from run import LENGTH, SAMPLES
 
 import hesse
 from hesse.data import read_samples
-from hesse.methods.recipe import ConstraintOptions, GridOptions, Recipe, Rule, SolverOptions
+from hesse.methods.constraint_options import ConstraintOptions, GridOptions
+from hesse.methods.recipe import Recipe, Rule
+from hesse.methods.solver_options import SolverOptions
 from hesse.models.locate import DEFAULT_FOLDER
 
 GRIDS = ((4, 64), (3, 64), (2, 32))

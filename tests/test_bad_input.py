@@ -177,7 +177,7 @@ def test_a_token_outside_the_vocabulary(model: Path, refused: Refuse, tmp_path: 
         (("--method", "sparsegpt", "--sparsity", "3:5"), "model.layers.0.self_attn.q_proj: sparsity 3:5"),
         (("--method", "svd", "--rank", "65"), "model.layers.0.self_attn.q_proj: rank"),
         (("--method", "svd", "--rank", "0"), "rank is 0"),
-        (("--method", "awq"), "there is no method 'awq'"),
+        (("--method", "awqq"), "there is no method 'awqq'"),
         (("--method", "svd", "--bits", "4"), "--bits has no meaning for the method svd"),
         (("--method", "gptq", "--rank", "4"), "--rank has no meaning for the method gptq"),
         (("--method", "rtn", "--damping", "0.1"), "--damping has no meaning for the method rtn"),

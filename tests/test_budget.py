@@ -15,7 +15,8 @@ from hesse.compression.targets import FUSED
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.formats import open_checkpoint
 from hesse.methods import Recipe, Rule, load_recipe
-from hesse.methods.recipe import ConstraintOptions, GridOptions, LowRankOptions, SolverOptions
+from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions
+from hesse.methods.solver_options import SolverOptions
 
 FolderOf = Callable[[str], Path]
 
@@ -214,7 +215,12 @@ def test_vllm_needs_one_rule_for_what_it_fuses(half_folder: FolderOf, tmp_path: 
     ("curvature", "solver", "constraint", "usable"),
     [
         ("gram_diagonal", "error_feedback", ConstraintOptions(grid=GridOptions()), "use curvature gram"),
-        ("identity", "whitened_svd", ConstraintOptions(low_rank=LowRankOptions()), "use curvature gram"),
+        (
+            "gram_diagonal",
+            "whitened_svd",
+            ConstraintOptions(low_rank=LowRankOptions()),
+            "use curvature identity or gram",
+        ),
         ("gram", "nearest", ConstraintOptions(grid=GridOptions()), "use curvature identity or gram_diagonal"),
         ("gram", "whitened_svd", ConstraintOptions(grid=GridOptions()), "no curvature"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tiny_models
 from hesse.compression.dense import output_factors
+from hesse.compression.weight_fisher import BLOCK_SIZE, FisherNeeds
 from hesse.curvature import CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
@@ -116,20 +117,48 @@ def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, Back
 
 
 def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
-    """The network, and E[g²] of its layers' outputs by the walk over blocks."""
+    """The network, and E[g²] of its layers' outputs and E[(g xᵀ)²] of their weights by the walk over blocks."""
     network, walk = walked(folder, batch)
-    return network, {name: factor for block in output_factors(walk, ()) for name, factor in block.items()}
+    needs = FisherNeeds(diagonals=[layer.name for layer in network.layers])
+    return network, {name: factor for block in output_factors(walk, (), needs) for name, factor in block.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_blocks_of_the_fisher_are_those_of_each_sample(name: str, family_folder: FolderOf) -> None:
+    network, walk = walked(family_folder(name), batch=1, apart=True)
+    layer = network.blocks[1].layers[-1]
+    needs = FisherNeeds(blocks=[layer.name])
+    found = {name: factor for block in output_factors(walk, (), needs) for name, factor in block.items()}
+    model = tiny_models.load(name, family_folder(name))
+    weight = model.get_submodule(layer.name).weight
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        drawn = sampled_labels(model(input_ids=IDS).logits.flatten(0, 1), generator).view(IDS.shape)
+    total = torch.zeros_like(found[f"{layer.name}.weight"])
+    for sample, labels in zip(IDS.split(1), drawn, strict=True):
+        loss = nn.functional.cross_entropy(model(input_ids=sample).logits[0, :-1], labels[:-1], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [weight])
+        flat = (gradient.T if layer.transposed else gradient).flatten()
+        rows = nn.functional.pad(flat, (0, -len(flat) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+        total += rows[:, :, None] * rows[:, None, :]
+    expected = total / IDS[:, 1:].numel()
+    torch.testing.assert_close(found[f"{layer.name}.weight"], expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "gpt-neox", "bert"])
 def test_sensitivities_are_the_true_fisher_of_each_sample(name: str, family_folder: FolderOf) -> None:
-    """One sample at a time through plain transformers: a mini-batch's mean gradient squared would not pass."""
+    """One sample at a time through plain transformers: a mini-batch's mean gradient squared would not pass.
+
+    Of the weights the Fisher's diagonal, per position.
+    """
     network, found = streamed(family_folder(name), batch=2)
     model = tiny_models.load(name, family_folder(name))
     model.requires_grad_(False)
     outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
-    def watch(name: str, module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+    def watch(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs[name] = arguments[0].detach().flatten(0, -2)
         outputs[name] = output.detach().requires_grad_() if not output.requires_grad else output
         outputs[name].retain_grad()
         return outputs[name]
@@ -152,9 +181,12 @@ def test_sensitivities_are_the_true_fisher_of_each_sample(name: str, family_fold
             loss = nn.functional.cross_entropy(logits, labels[:-1], reduction="sum")
         loss.backward()
         for layer, output in outputs.items():
-            squares[layer] = squares.get(layer, 0) + output.grad.flatten(0, -2).square().sum(0)
+            square = output.grad.flatten(0, -2).square()
+            squares[layer] = squares.get(layer, 0) + square.sum(0)
+            squares[f"{layer}.weight"] = squares.get(f"{layer}.weight", 0) + square.T @ inputs[layer].square()
     count = IDS.numel() if encoder else IDS[:, 1:].numel()
-    assert found.keys() == squares.keys() == {layer.name for layer in network.layers}
+    names = {layer.name for layer in network.layers}
+    assert found.keys() == squares.keys() == names | {f"{name}.weight" for name in names}
     for layer, square in squares.items():
         torch.testing.assert_close(found[layer], square / count, rtol=2e-3, atol=1e-6 * square.max() / count)
 

@@ -1,8 +1,12 @@
 """The table of methods: each row is a valid triple, and what it cannot take it refuses by name."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
-from hesse.constraints import Grid, LowRank, Sparse, SparseGrid
+from hesse.compression.layers import check_products
+from hesse.constraints import Codebook, Grid, LowRank, Plus, Rotated, ScaledColumns, Sparse, SparseGrid, Table
 from hesse.errors import OptionError
 from hesse.methods import METHODS, Options, Recipe, find_method
 
@@ -10,38 +14,56 @@ OPTION_VALUES = {
     "bits": Options(bits=3),
     "sparsity": Options(sparsity="2:4"),
     "rank": Options(rank=8),
+    "outliers": Options(outliers=0.02),
+    "table": Options(table="nf4"),
     "act_order": Options(act_order=False),
     "damping": Options(damping=0.1),
 }
-TAKES = {
-    "rtn": {"bits"},
-    "gptq": {"bits", "sparsity", "act_order", "damping"},
-    "kronecker": {"bits", "damping"},
-    "magnitude": {"bits", "sparsity"},
-    "wanda": {"bits", "sparsity"},
-    "sparsegpt": {"bits", "sparsity", "act_order", "damping"},
-    "svd": {"rank"},
-    "activation-svd": {"rank", "damping"},
+SAID_AS = {
+    "sparsity": ("amount", "2:4"),
+    "outliers": ("share", 0.02),
+    "table": ("name", "nf4"),
+    "act_order": ("order", "given"),
 }
+PARTS = {"grid": Grid, "sparse": Sparse, "low_rank": LowRank, "codebook": Codebook, "table": Table}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_builds_its_triple(name: str) -> None:
     (rule,) = find_method(name).recipe(Options()).rules
-    constraint = rule.constraint.build()
-    expected = {"grid": Grid, "sparse": Sparse, "low_rank": LowRank}[METHODS[name].constraints[0]]
-    assert isinstance(constraint, expected)
+    constraint, parts = rule.constraint.build(), METHODS[name].constraints
+    if METHODS[name].basis != "own":
+        assert isinstance(constraint, ScaledColumns | Rotated)
+        constraint = constraint.base
+    assert isinstance(constraint, Plus if len(parts) == 2 else PARTS[parts[0]])
+    if isinstance(constraint, Plus):
+        assert isinstance(constraint.base, PARTS[parts[0]])
     rule.solver.build()
+    check_products(rule)
+
+
+def entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """All keys and values, at any depth."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key, value
+            yield from entries(value)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("option", OPTION_VALUES)
-def test_an_option_is_taken_or_refused_by_name(name: str, option: str) -> None:
-    if option in TAKES[name]:
-        find_method(name).recipe(OPTION_VALUES[option])
+def test_an_option_is_in_the_recipe_or_refused_by_name(name: str, option: str) -> None:
+    refused = ""
+    try:
+        rules = find_method(name).recipe(OPTION_VALUES[option]).rules
+    except OptionError as error:
+        refused = str(error)
+    if refused:
+        assert f"--{option.replace('_', '-')} has no meaning for the method {name}" in refused
+        assert getattr(METHODS[name].defaults, option) is None
     else:
-        with pytest.raises(OptionError, match=f"--{option.replace('_', '-')} has no meaning for the method {name}"):
-            find_method(name).recipe(OPTION_VALUES[option])
+        key, value = SAID_AS.get(option, (option, getattr(OPTION_VALUES[option], option)))
+        assert (key, value) in list(entries(rules[0].model_dump()))
 
 
 @pytest.mark.parametrize("name", ["gptq", "magnitude", "wanda", "sparsegpt"])
@@ -58,6 +80,13 @@ def test_signed_scales_are_an_option_of_symmetric_grids() -> None:
     with pytest.raises(OptionError, match="--signed has no meaning for an asymmetric grid"):
         find_method("gptq").recipe(Options(signed=True, symmetric=False))
     find_method("kronecker").recipe(Options(symmetric=False))  # whose own choice is signed
+
+
+def test_a_scope_is_one_of_four_and_not_of_a_pattern() -> None:
+    with pytest.raises(OptionError, match="there is no scope 'model'; there are layer, row, global, lamp"):
+        find_method("magnitude").recipe(Options(scope="model"))
+    with pytest.raises(OptionError, match="a pattern such as 2:4 is the same everywhere"):
+        find_method("magnitude").recipe(Options(sparsity="2:4", scope="lamp"))
 
 
 def test_group_size_needs_bits_in_a_pruning_method() -> None:

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"bits": 4, "group_size": 32},
     "sparsegpt": {"sparsity": "2:4"},
     "activation-svd": {"rank": 8},
+    "squeezellm": {},
     "planned": {"mean_bits": 3.5},
 }
 PROCESSES = multiprocessing.get_context("forkserver")

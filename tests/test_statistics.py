@@ -246,3 +246,28 @@ def test_what_cannot_be_estimated_leaves_nothing(
         hesse.estimate(broken, folder, data=tmp_path / "ids.jsonl", overwrite=True)
     assert torch.equal(load_file(folder / "gram-00001.safetensors")["second_moment"], before["second_moment"])
     assert left_over(tmp_path, "statistics") == ["statistics"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_damage_is_reckoned_with_the_fisher_that_was_estimated(
+    name: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, folder = estimated(name, curvatures=("gram", "fisher"))
+    compress(source, tmp_path / "out", method="obd", curvature=folder, data=None, sparsity=0.5)
+    statistics = Statistics(folder)
+    before, after = dense_tensors(source), dense_tensors(tmp_path / "out")
+    for layer in Network(Checkpoint(source), torch.float32, CPU).layers:
+        fisher = statistics.fisher(layer.name, CPU)
+        assert fisher is not None
+        weight, pruned = before[f"{layer.name}.weight"], after[f"{layer.name}.weight"]
+        price = fisher.values * weight.float().square()
+        assert float(price[pruned == 0].max()) <= float(price[pruned != 0].min())
+
+
+def test_statistics_without_the_fisher_are_refused(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    source, folder = estimated(curvatures=("gram",))
+    with pytest.raises(CheckpointError, match="holds gram but no fisher"):
+        compress(source, tmp_path / "out", method="obd", curvature=folder, data=None)
+    with pytest.raises(OptionError, match="--curvature has no blocks of the Fisher"):
+        compress(source, tmp_path / "out", method="obert", curvature=folder, data=None)
+    assert left_over(tmp_path) == []

@@ -42,6 +42,9 @@ def compress(
         bool | None, typer.Option("--signed/--unsigned", help="Let a symmetric grid's scales be negative or not.")
     ] = None,
     sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="Where a share of zeros is counted: layer, row, global or lamp.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")
@@ -78,6 +81,7 @@ def compress(
         symmetric=symmetric,
         signed=signed,
         sparsity=sparsity,
+        scope=scope,
         rank=rank,
         act_order=act_order,
         damping=damping,

@@ -12,7 +12,8 @@ from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerProblem, LayerSolver, digest, effect
 from hesse.compression.plan import Plan
 from hesse.compression.report import LayerReport
-from hesse.constraints import LowRank
+from hesse.compression.weight_fisher import name_of
+from hesse.constraints import Constraint, LowRank, Plus
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
 from hesse.models.network import Block, Layer
@@ -114,7 +115,8 @@ class BlockSolver:
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
             weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
-            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint))
+            fisher = self._fisher(layer) if rule.needs_fisher else None
+            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher))
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
             layer.replace(stored)
@@ -135,7 +137,7 @@ class BlockSolver:
                     damping=solved.damping,
                     bits_per_weight=self.plan.format.stored_bits(layer.name),
                     sparsity=1 - int(torch.count_nonzero(stored)) / stored.numel(),
-                    rank=min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None,
+                    rank=_rank(constraint, weight),
                     predicted_loss_increase=made.loss_increase,
                     relative_output_error=made.squared_error / whole if whole > 0 else None,
                 )
@@ -154,6 +156,22 @@ class BlockSolver:
             if kronecker is not None:
                 return kronecker.output_factor
         return self.sensitivities.get(layer)
+
+    def _fisher(self, layer: Layer) -> Tensor | None:
+        """The Fisher on a layer's weight: its diagonal (out, in), or blocks (blocks, size, size)."""
+        if self.plan.statistics is None:
+            return self.sensitivities.get(name_of(layer))
+        found = self.plan.statistics.fisher(layer.name, self.plan.network.device)
+        if found is None:
+            return None
+        return found.values.T if layer.transposed else found.values
+
+
+def _rank(constraint: Constraint, weight: Tensor) -> int | None:
+    """Of the thin factors, where there are any."""
+    if isinstance(constraint, Plus):
+        return _rank(constraint.correction, weight)
+    return min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None
 
 
 def stored_names(plan: Plan, block: Block) -> list[str]:

@@ -15,7 +15,7 @@ from hesse.compression.identity import identity
 from hesse.compression.measure import measure
 from hesse.compression.memory import MemoryPlan, plan_memory, waiting_bytes
 from hesse.compression.output import check_output, check_room, copy_companions, restore_replaced
-from hesse.compression.plan import Plan, make_plan, whole_factors
+from hesse.compression.plan import Plan, fisher_needs, make_plan, whole_factors
 from hesse.compression.report import CompressionReport, Verification
 from hesse.compression.tokens import Calibration
 from hesse.compression.unfinished import Unfinished, unfinished
@@ -212,7 +212,8 @@ class _Run:
             return DensePass(plan.statistics.sensitivities, flows)
         whole, seed = whole_factors(plan.rules), plan.calibration.seed
         folder = journal.folder
-        factors = probe(plan.network, plan.probes, whole, folder, seed, self.clock, step, journal, processes)
+        wanted = whole, folder, seed, self.clock, step, journal, processes, fisher_needs(plan.rules)
+        factors = probe(plan.network, plan.probes, *wanted)
         return DensePass(factors, flows)
 
     def _compress(self, dense: DensePass) -> None:

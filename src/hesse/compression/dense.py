@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hesse.compression.factors import StoredFactors
 from hesse.compression.journal import Journal
+from hesse.compression.weight_fisher import FisherNeeds, WeightFisher
 from hesse.data import Samples
 from hesse.estimation import BackwardWalk, OutputMoments, WalkState, layer_part
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
@@ -53,8 +54,11 @@ def probe(
     step: Callable[[], None],
     journal: Journal | None = None,
     processes: Processes = ALONE,
+    fisher: FisherNeeds = FisherNeeds(),  # noqa: B008  (it is frozen)
 ) -> StoredFactors:
     """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
+
+    By the weights' names the Fisher on them as `fisher` says.
 
     The samples go through the unchanged model and back; what is found is kept below `folder`, and so is what reached
     each block meanwhile. With a `journal`, which is then of that folder, the walk goes on where it was cut short. Each
@@ -63,6 +67,7 @@ def probe(
     length = max(len(ids) for ids in samples.ids)
     size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
     size = min(size, max(len(samples.ids) // processes.count, 1))
+    size = 1 if fisher.blocks else size  # whose gradients are of single samples, which experts mix
     lasting = journal is not None
     earlier, batches = processes.portion(samples.batches(size))
     with clock.phase("probe"):
@@ -72,12 +77,10 @@ def probe(
     with clock.phase("probe"):
         state = None if journal is None else _recalled(journal, network, found, processes)
         shelf = Shelf(folder, "gradient", lasting)
-        walk = BackwardWalk(
-            network, flows, inputs, seed, shelf=shelf, state=state, processes=processes, earlier=earlier
-        )
+        walk = BackwardWalk(network, flows, inputs, seed, bool(fisher.blocks), shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
-        for factors in output_factors(walk, whole):
+        for factors in output_factors(walk, whole, fisher):
             files = {name: found.keep(name, factor) for name, factor in factors.items()}
             if journal is not None:
                 _note(journal, walk, files)
@@ -155,11 +158,16 @@ def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[
     return found
 
 
-def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[str, Tensor]]:
+def output_factors(
+    walk: BackwardWalk,
+    whole: Collection[str],
+    fisher: FisherNeeds = FisherNeeds(),  # noqa: B008
+) -> Iterator[dict[str, Tensor]]:
     """Of each block: what the loss feels of its layers' outputs, in nats per token, their factor of a Kronecker.
 
     Per position. It is E[ggᵀ] (out, out) for the layers `whole`, its diagonal E[g²] (out,) for others. With the Gram of
-    the layer's inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ).
+    the layer's inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ). By the weights'
+    names the Fisher on them, as `fisher` says.
     """
     for block, passages in walk:
         kinds = [
@@ -167,9 +175,11 @@ def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[
             for diagonal in (False, True)
             if (layers := [layer for layer in block.layers if (layer.name in whole) != diagonal])
         ]
+        weights = WeightFisher(block, fisher)
         for passage in passages:
             for sums in kinds:
                 sums.add(passage)
+            weights.add(passage)
         for moment in (moment for sums in kinds for moment in sums.sums.values()):
             walk.processes.add(moment.total)
             moment.count = walk.processes.total(moment.count)
@@ -178,4 +188,4 @@ def output_factors(walk: BackwardWalk, whole: Collection[str]) -> Iterator[dict[
             for sums in kinds
             for modules, moment in sums.sums.items()
             if moment.count
-        }
+        } | weights.found(walk)

@@ -3,15 +3,16 @@
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hesse.compression.shared_solve import solve_shared
 from hesse.constraints import Constraint, Sparse, SparseGrid
-from hesse.curvature import Curvature, Gram, Identity, Kronecker
+from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
+from hesse.methods.curvatures import CURVATURES
 from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
@@ -40,10 +41,11 @@ class LayerProblem:
     outputs: Tensor | None  # what the loss feels of the outputs: E[ggᵀ] (out, out), or its diagonal (out,)
     rule: Rule
     constraint: Constraint
+    fisher: Tensor | None = None  # on the weight: its diagonal (out, in), or blocks (blocks, size, size)
 
 
 class _State(NamedTuple):
-    outputs: Tensor | None  # the output factor that it is of, where the rule's curvature has one
+    of: Tensor | None  # what it is of besides the inputs, where the rule's curvature is
     curvature: Curvature
     state: Any  # the solver's
 
@@ -70,8 +72,8 @@ class LayerSolver:
             self._gram, self._states = gram, {}
         notes: list[str] = []
         try:
-            if rule.curvature == "identity":
-                return self._solved(problem, Nearest(), 0.0, notes)
+            if not rule.kind.needs:
+                return self._solved(problem, rule.solver.build(), 0.0, notes)
             if gram.tokens == 0:
                 notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
                 identity = rule.model_copy(update={"curvature": "identity"})
@@ -91,32 +93,21 @@ class LayerSolver:
             raise type(error)(f"{name}: {error}") from None
 
     def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
-        key = (problem.rule.curvature, solver, damping)
-        outputs = problem.outputs if problem.rule.needs_output_factor else None
-        if key not in self._states or self._states[key].outputs is not outputs:
+        rule = problem.rule
+        key = (rule.curvature, solver, damping)
+        own = problem.outputs if rule.needs_output_factor else problem.fisher if rule.needs_fisher else None
+        if key not in self._states or self._states[key].of is not own:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ConditioningWarning)
-                curvature = _curvature(problem, damping)
+                curvature = rule.kind.build(problem, rule.solver, damping)
             notes += [f"{problem.name}: {warning.message}" for warning in caught]
-            self._states[key] = _State(outputs, curvature, solver.init(curvature))
+            self._states[key] = _State(own, curvature, solver.init(curvature))
         _, curvature, state = self._states[key]
-        independent = not problem.rule.needs_output_factor
+        independent = not (rule.kind.couples_rows or rule.needs_fisher)
         parts = (problem.weight, curvature, problem.constraint, solver, state)
         solution = solve_shared(*parts, independent, self._processes)
         method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)
-
-
-def _curvature(problem: LayerProblem, damping: float) -> Curvature:
-    gram, rule = problem.gram, problem.rule
-    if rule.curvature == "identity":
-        return Identity()
-    if rule.curvature == "kronecker":
-        outputs = torch.ones_like(problem.weight[:, 0]) if _unknown(problem.outputs) else problem.outputs
-        assert outputs is not None
-        kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment)
-        return kronecker.with_damped_factors(rule.solver.output_damping, damping)
-    return gram.diagonal_part() if rule.curvature == "gram_diagonal" else gram.damped(damping)
 
 
 def _unknown(outputs: Tensor | None) -> bool:
@@ -132,8 +123,7 @@ def check_products(rule: Rule) -> None:
     try:
         _dry_run(rule)
     except UnsupportedProduct as error:
-        kinds = get_args(Rule.model_fields["curvature"].annotation)
-        usable = [kind for kind in kinds if _runs(rule.model_copy(update={"curvature": kind}))]
+        usable = [kind for kind in CURVATURES if _runs(rule.model_copy(update={"curvature": kind}))]
         have = (
             f"with this solver and constraint use curvature {' or '.join(usable)}" if usable else "no curvature has it"
         )
@@ -155,7 +145,7 @@ def _dry_run(rule: Rule) -> None:
     whole_groups = sparse.of if isinstance(sparse, Sparse) and sparse.of else 1
     weight = torch.eye(DRY_SIZE * whole_groups)
     problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
-    solver.compute(solver.init(_curvature(problem, 0.01)), weight, constraint)
+    solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
 
 
 def _gaps(problem: LayerProblem) -> list[str]:
@@ -171,7 +161,9 @@ def _gaps(problem: LayerProblem) -> list[str]:
         notes.append(
             f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
         )
-    if rule.curvature == "kronecker" and _unknown(problem.outputs):
+    if rule.needs_fisher and _unknown(problem.fisher):
+        notes.append(f"{name}: the tokens that probed the loss did not reach it; its weights were taken as equals")
+    if rule.needs_output_factor and _unknown(problem.outputs):
         notes.append(f"{name}: the tokens that probed the loss did not reach it; its outputs were taken as equals")
     return notes
 

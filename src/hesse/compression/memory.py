@@ -9,6 +9,7 @@ import psutil
 from hesse.compression.plan import Plan, whole_factors
 from hesse.compression.sizes import read_size
 from hesse.compression.tokens import PROBE_TOKENS
+from hesse.compression.weight_fisher import BLOCK_SIZE
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Block, Layer, Network
@@ -18,6 +19,7 @@ LATER = 200 << 20  # bytes that libraries take once they are used: compiled loop
 # How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
 # most demanding one they are of, and held against measurement in bench/memory.py.
 OF_WEIGHT, OF_INPUTS, OF_OUTPUTS = 14, 9, 8
+OF_BLOCKS = 7  # of a layer's blocks of the Fisher, in float32, while it is pruned by them
 OF_LOGITS = 6  # as many while two models are compared
 OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
@@ -74,6 +76,7 @@ def waiting_bytes(plan: Plan) -> int:
     probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
     whole = whole_factors(plan.rules)
     factors = sum(4 * layer.weight.shape[0] ** 2 for layer in plan.network.layers if layer.name in whole)
+    factors += 4 * sum(_fisher(plan, layer) for layer in plan.network.layers)
     return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
 
 
@@ -109,6 +112,7 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
         if plan.statistics is None:
             probing = min(batch_size, calibration_batch(plan.length)) * plan.length
             moments = 4 * sum(layer.weight.shape[0] ** 2 for layer in block.layers if layer.name in whole)
+            moments += 4 * sum(_fisher(plan, layer) for layer in block.layers)
             widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
             gradients = OF_ACTIVATIONS * _activations(network, block, probing, network.dtype.itemsize)
             phases[f"take gradients through {block.name}"] = (
@@ -134,11 +138,19 @@ def _free() -> int:
 def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
     rule = plan.rules.get(layer.name)
     rows, columns = layer.weight.shape
-    gram = 0 if rule is not None and rule.curvature == "identity" else OF_INPUTS * columns**2 + tokens * columns
+    gram = 0 if rule is not None and not rule.kind.needs else OF_INPUTS * columns**2 + tokens * columns
     if rule is None:
         return 4 * gram
     outputs = OF_OUTPUTS * rows**2 if rule.needs_output_factor else 0
-    return 4 * (OF_WEIGHT * rows * columns + gram + outputs)
+    return 4 * (OF_WEIGHT * rows * columns + gram + outputs + OF_BLOCKS * _fisher(plan, layer))
+
+
+def _fisher(plan: Plan, layer: Layer) -> int:
+    """Numbers in what is kept of the Fisher on a layer's weight."""
+    rule = plan.rules.get(layer.name)
+    if rule is None or not rule.needs_fisher or plan.statistics is not None:
+        return 0
+    return layer.weight.numel() * (BLOCK_SIZE if "fisher blocks" in rule.kind.needs else 1)
 
 
 def _activations(network: Network, block: Block, tokens: int, itemsize: int) -> int:

@@ -7,12 +7,15 @@ import torch
 
 from hesse.compression.layers import check_products
 from hesse.compression.output import companion_notes
+from hesse.compression.shared_sparsity import with_own_shares
 from hesse.compression.targets import check_served
 from hesse.compression.tokens import Calibration, factor_tokens, select_samples
+from hesse.compression.weight_fisher import FisherNeeds
 from hesse.data import Samples
 from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.estimation import Statistics
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
+from hesse.methods.curvatures import Statistic
 from hesse.methods.recipe import Recipe, Rule, matches
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
@@ -74,9 +77,15 @@ def make_plan(
         calibration = statistics_calibration(statistics, calibration)
     whole = whole_factors(rules)
     outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
+    if fisher_needs(rules):
+        outputs.append(0)
+        if statistics is not None:
+            if fisher_needs(rules).blocks:
+                raise OptionError("--curvature has no blocks of the Fisher, which this method needs: leave it out")
+            statistics.check_holds("fisher")
     selected = select_samples(model, calibration, network, factor_tokens(outputs))
     samples = selected.samples
-    calibrated = any(rule is not None and rule.curvature != "identity" for rule in rules.values())
+    calibrated = any(rule is not None and "inputs" in rule.kind.needs for rule in rules.values())
     if statistics is not None:
         same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
         if same:
@@ -107,6 +116,15 @@ def make_plan(
 def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
     """The layers whose rule needs all of E[ggᵀ] at their outputs."""
     return {name for name, rule in rules.items() if rule is not None and rule.needs_output_factor}
+
+
+def fisher_needs(rules: dict[str, Rule | None]) -> FisherNeeds:
+    """The layers whose rule needs the Fisher on their weights."""
+
+    def needing(statistic: Statistic) -> set[str]:
+        return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}
+
+    return FisherNeeds(needing("fisher diagonal"), needing("fisher blocks"))
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
@@ -149,7 +167,7 @@ def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
     rules = {layer.name: recipe.rule_for(layer.name) for layer in network.layers}
     if not any(rules.values()):
         raise OptionError("no layer is left to compress: leave out an --ignore, or widen the recipe's patterns")
-    return rules
+    return with_own_shares(network, rules)
 
 
 def check_patterns(network: Network, patterns: tuple[str, ...]) -> None:

@@ -6,15 +6,19 @@ from hesse.estimation.eigen import eigen_kronecker
 from hesse.estimation.estimates import Estimates, Sums
 from hesse.estimation.gradients import per_sample_gradients
 from hesse.estimation.gram import GramAccumulator
+from hesse.estimation.passage import Passage
+from hesse.estimation.sample_gradients import sample_gradients
 from hesse.estimation.statistics import Statistics
 from hesse.estimation.storage import load_curvature, save_curvature
-from hesse.estimation.sums import OutputMoments
+from hesse.estimation.sums import GradientSquares, OutputMoments
 
 __all__ = [
     "BackwardWalk",
     "Estimates",
+    "GradientSquares",
     "GramAccumulator",
     "OutputMoments",
+    "Passage",
     "Statistics",
     "Sums",
     "WalkState",
@@ -23,5 +27,6 @@ __all__ = [
     "layer_part",
     "load_curvature",
     "per_sample_gradients",
+    "sample_gradients",
     "save_curvature",
 ]

@@ -1,18 +1,23 @@
 """A method of the literature: a named triple curvature × constraint × solver with its usual options."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar, get_args
+
+from pydantic import BaseModel
 
 from hesse.errors import OptionError
-from hesse.methods.recipe import (
+from hesse.methods.constraint_options import (
+    CodebookOptions,
     ConstraintOptions,
     GridOptions,
     LowRankOptions,
-    Recipe,
-    Rule,
-    SolverOptions,
+    OutlierOptions,
     SparseOptions,
+    TableOptions,
     parse_sparsity,
 )
+from hesse.methods.recipe import Recipe, Rule
+from hesse.methods.solver_options import UNDAMPED, SolverOptions
 
 GRID_OPTIONS = ("group_size", "symmetric", "headroom", "signed")  # that mean something with bits only
 
@@ -29,6 +34,8 @@ class Options:
     sparsity: str | float | None = None
     scope: str | None = None
     rank: int | None = None
+    outliers: float | None = None
+    table: str | None = None
     act_order: bool | None = None
     damping: float | None = None
 
@@ -54,6 +61,7 @@ class Method:
     needs: str
     defaults: Options = Options()
     optional: tuple[str, ...] = ()
+    basis: Literal["own", "scaled", "rotated"] = "own"
 
     def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
         """The recipe that applies this method with `options` to every layer that is not ignored.
@@ -70,34 +78,46 @@ class Method:
             raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
         if options.signed and not chosen.symmetric:
             raise OptionError("--signed has no meaning for an asymmetric grid, which has zero points: leave one out")
-        constraint = ConstraintOptions(
-            grid=_given(GridOptions, chosen, ("bits", *GRID_OPTIONS)) if chosen.bits else None,
-            sparse=SparseOptions(amount=chosen.sparsity, scope=chosen.scope or "layer")  # type: ignore[arg-type]
-            if chosen.sparsity is not None
-            else None,
-            low_rank=LowRankOptions(rank=chosen.rank) if chosen.rank is not None else None,
-        )
+        constraint = self._constraint(chosen)
         constraint.build()
         solver = SolverOptions(
-            name=self.solver,  # type: ignore[arg-type]
+            name=self.solver,
             order="descending" if descending else "given",
             **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
         )
-        rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver)  # type: ignore[arg-type]
+        rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver)
         return Recipe(method=self.name, rules=(rule,), ignore=ignore)
+
+    def _constraint(self, chosen: Options) -> ConstraintOptions:
+        """The parts that the method has, always or because an option asks for them."""
+        has = {*self.constraints, *self.optional}
+        return ConstraintOptions(
+            grid=_given(GridOptions, chosen, ("bits", *GRID_OPTIONS)) if "grid" in has and chosen.bits else None,
+            table=TableOptions(name=chosen.table, group_size=chosen.group_size or 128)
+            if chosen.table is not None
+            else None,
+            codebook=_given(CodebookOptions, chosen, ("bits",)) if "codebook" in has else None,
+            sparse=_sparse(chosen) if chosen.sparsity is not None else None,
+            low_rank=LowRankOptions(rank=chosen.rank) if chosen.rank is not None else None,
+            outliers=OutlierOptions(share=chosen.outliers) if chosen.outliers is not None else None,
+            basis=self.basis,
+        )
 
     def _refuse_foreign(self, options: Options) -> None:
         """Raise OptionError for an option that would have no effect in this method."""
         has = {*self.constraints, *self.optional}
         grid = "grid" in has and (options.bits or self.defaults.bits)
         allowed = {
-            "bits": "grid" in has,
+            "bits": bool({"grid", "codebook"} & has),
             **dict.fromkeys(GRID_OPTIONS, grid),
+            "group_size": grid or "table" in has,
             "sparsity": "sparse" in has,
             "scope": "sparse" in has,
             "rank": "low_rank" in has,
-            "act_order": self.solver == "error_feedback",
-            "damping": self.solver in ("error_feedback", "two_sided_feedback", "whitened_svd"),
+            "outliers": "outliers" in has,
+            "table": "table" in has,
+            "act_order": self.solver in ("error_feedback", "repair", "incoherent"),
+            "damping": self.solver not in UNDAMPED,
         }
         if options.bits == 0:
             raise OptionError("bits is 0, but a Grid has 2 to 8")
@@ -109,8 +129,19 @@ class Method:
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
 
-def _given(kind: type[GridOptions], options: Options, names: tuple[str, ...]) -> GridOptions:
+Part = TypeVar("Part", bound=BaseModel)
+
+
+def _given(kind: type[Part], options: Options, names: tuple[str, ...]) -> Part:
     return kind(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+
+
+def _sparse(options: Options) -> SparseOptions:
+    scopes = get_args(SparseOptions.model_fields["scope"].annotation)
+    if options.scope is not None and options.scope not in scopes:
+        raise OptionError(f"there is no scope {options.scope!r}; there are {', '.join(scopes)}")
+    assert options.sparsity is not None
+    return SparseOptions(amount=options.sparsity, scope=options.scope or "layer")  # type: ignore[arg-type]
 
 
 def _damping(value: float) -> float:

@@ -2,108 +2,51 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from hesse.constraints import Constraint, Grid, LowRank, Sparse
 from hesse.errors import OptionError
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.curvatures import CURVATURES, CurvatureKind
 from hesse.methods.plain_yaml import read_yaml
-from hesse.solvers import ErrorFeedback, Nearest, Solver, TwoSidedFeedback, WhitenedSVD
-
-Whole = Annotated[int, Field(ge=-(2**31), le=2**31)]  # what a message can print; what has a meaning is checked later
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from hesse.methods.solver_options import SolverOptions
+from hesse.methods.strict import Strict
 
 
-class GridOptions(_Strict):
-    """Options of a Grid."""
-
-    bits: Whole = 4
-    group_size: Whole = 128
-    symmetric: bool = True
-    headroom: float = 0.0
-    signed: bool = False
-
-
-class SparseOptions(_Strict):
-    """Options of a Sparse: a share such as 0.5, or a pattern such as "2:4"."""
-
-    amount: float | str = 0.5
-    scope: Literal["layer", "row"] = "layer"
-
-
-class LowRankOptions(_Strict):
-    """Options of a LowRank."""
-
-    rank: Whole = 64
-
-
-class ConstraintOptions(_Strict):
-    """One constraint, or sparse and grid for both at once."""
-
-    grid: GridOptions | None = None
-    sparse: SparseOptions | None = None
-    low_rank: LowRankOptions | None = None
-
-    def build(self) -> Constraint:
-        """The constraint.
-
-        Raises:
-            OptionError: there is none, they cannot be joined, or a value has no meaning.
-        """
-        if self.low_rank is not None:
-            if self.grid is not None or self.sparse is not None:
-                raise OptionError("low_rank cannot be joined with grid or sparse in one layer")
-            return LowRank(self.low_rank.rank)
-        grid = Grid(**self.grid.model_dump()) if self.grid is not None else None
-        sparse = _sparse(self.sparse) if self.sparse is not None else None
-        if grid is not None and sparse is not None:
-            return sparse & grid
-        if grid is None and sparse is None:
-            raise OptionError("a constraint needs one of grid, sparse and low_rank")
-        return grid or sparse  # type: ignore[return-value]
-
-
-class SolverOptions(_Strict):
-    """Which solver, and its options.
-
-    `damping` is a share of the Gram's mean eigenvalue (trace / width), `output_damping` of that of a Kronecker's factor
-    of the outputs.
-    """
-
-    name: Literal["nearest", "error_feedback", "two_sided_feedback", "whitened_svd"]
-    damping: float = Field(default=0.01, ge=0, le=1e4, allow_inf_nan=False)
-    output_damping: float = Field(default=0.3, ge=0, le=1e4, allow_inf_nan=False)
-    order: Literal["given", "descending"] = "given"
-
-    def build(self) -> Solver:
-        """The solver."""
-        if self.name == "error_feedback":
-            return ErrorFeedback(order=self.order)
-        if self.name == "two_sided_feedback":
-            return TwoSidedFeedback()
-        return WhitenedSVD() if self.name == "whitened_svd" else Nearest()
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """What is done to the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
 
     layers: tuple[str, ...] = ("*",)
-    curvature: Literal["identity", "gram_diagonal", "gram", "kronecker"]
+    curvature: str
     constraint: ConstraintOptions
     solver: SolverOptions
+
+    @field_validator("curvature")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in CURVATURES:
+            raise ValueError(f"there is no curvature {name!r}; there are {', '.join(CURVATURES)}")
+        return name
+
+    @property
+    def kind(self) -> CurvatureKind:
+        """Its curvature."""
+        return CURVATURES[self.curvature]
 
     @property
     def needs_output_factor(self) -> bool:
         """Whether its curvature is made of all of E[ggᵀ] at a layer's outputs, and not of inputs alone."""
-        return self.curvature == "kronecker"
+        return "output factor" in self.kind.needs
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether its curvature is made of the Fisher on a layer's weight, its diagonal or blocks of it."""
+        return bool(self.kind.needs & {"fisher diagonal", "fisher blocks"})
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Rules, of which the first that matches a layer's name counts, and the layers that are left as they are."""
 
     method: str = "recipe"
@@ -152,26 +95,6 @@ def explain(error: ValidationError) -> str:
         message = "is not a known key" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
         parts.append(f"{place}: {message}")
     return "; ".join(parts)
-
-
-def parse_sparsity(text: str | float) -> Sparse:
-    """`0.5` as half, `"2:4"` as two kept of every four.
-
-    Raises:
-        OptionError: it is neither.
-    """
-    try:
-        if isinstance(text, str) and ":" in text:
-            kept, of = text.split(":")
-            return Sparse(int(kept), int(of))
-        return Sparse(float(text))
-    except (ValueError, OverflowError):
-        raise OptionError(f"sparsity is {text!r}, but must be a share such as 0.5 or a pattern such as 2:4") from None
-
-
-def _sparse(options: SparseOptions) -> Sparse:
-    parsed = parse_sparsity(options.amount)
-    return parsed if parsed.of is not None else Sparse(parsed.amount, scope=options.scope)
 
 
 def _plain(value: Any) -> Any:

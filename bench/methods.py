@@ -1,0 +1,138 @@
+"""What the methods of the literature cost on one model, and whether the papers' claims hold there, in small.
+
+    python bench/methods.py [--model FOLDER] [--only prune,round,factorise] [--samples 128]
+
+Prints Markdown: KL(dense || compressed) in nats per token on held-out text, predicted loss, bits a weight as the
+constraint counts them, and seconds; then each claim with its outcome.
+"""
+
+import argparse
+import json
+import operator
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import limits
+from run import LENGTH, SAMPLES
+
+import hesse
+from hesse.formats import open_checkpoint
+from hesse.models.locate import DEFAULT_FOLDER
+
+Row = tuple[str, dict[str, Any]]
+GRID = {"bits": 3, "group_size": 64}
+TABLES: dict[str, list[Row]] = {
+    "prune": [
+        (method, {"sparsity": amount})
+        for amount in (0.5, 0.7, "2:4")
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+    ]
+    + [
+        (method, {"sparsity": amount, "scope": scope})
+        for amount in (0.5, 0.7)
+        for scope in ("global", "lamp")
+        for method in ("magnitude", "sparsegpt")
+    ],
+    "round": [
+        *((method, GRID) for method in ("rtn", "gptq", "obq", "kronecker")),
+        ("lorc", {**GRID, "rank": 16}),
+        ("eora", {**GRID, "rank": 16}),
+        ("squeezellm", {"bits": 3}),
+        ("minifloat", {"table": "fp4", "group_size": 64}),
+        ("minifloat", {"table": "nf4", "group_size": 64}),
+        ("gptq", {"bits": 4, "group_size": 64}),
+        ("rtn", {"bits": 3, "group_size": -1}),
+        ("gptq", {"bits": 3, "group_size": -1}),
+    ],
+    "factorise": [
+        (method, {"rank": rank})
+        for rank in (64, 128)
+        for method in ("svd", "activation-svd", "kronecker-svd", "curing")
+    ],
+}
+# What is claimed: the first costs less than the second, at the same setting.
+CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("Wanda is far above magnitude", "wanda", "magnitude", {"sparsity": 0.5}),
+    ("SparseGPT is better than Wanda", "sparsegpt", "wanda", {"sparsity": 0.5}),
+    ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.5}),
+    ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.7}),
+    ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": 0.5}),
+    ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": "2:4"}),
+    ("second-order saliency is better than magnitude", "obd", "magnitude", {"sparsity": 0.5}),
+    ("one order for all rows rounds as well as OBQ", "gptq", "obq", GRID),
+    ("activation-aware SVD is better than SVD", "activation-svd", "svd", {"rank": 128}),
+    ("CUR comes close to SVD", "activation-svd", "curing", {"rank": 128}),
+]
+
+
+def named(method: str, options: dict[str, Any]) -> str:
+    """A row's name."""
+    return f"{method} {json.dumps(options, sort_keys=True)}"
+
+
+def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any, Any], samples: int) -> dict[str, Any]:
+    """Compress, and evaluate on held-out text."""
+    calibration, held_out = texts
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        chosen = hesse.Options(**options)
+        report = hesse.compress(
+            model, out, method=method, options=chosen, data=calibration, samples=samples, length=LENGTH
+        )
+        found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
+    (rule,) = hesse.METHODS[method].recipe(chosen).rules
+    constraint = rule.constraint.build().stored_as(stored_dtype(model))
+    shapes = [layer.shape for layer in report.layers]
+    total = sum(rows * columns for rows, columns in shapes)
+    bits = sum(constraint.bits_per_weight(torch.Size(shape)) * shape[0] * shape[1] for shape in shapes) / total
+    assert found.kl is not None
+    return {
+        "kl": found.kl,
+        "predicted": report.predicted_loss_increase,
+        "bits": bits,
+        "seconds": report.seconds["total"],
+    }
+
+
+def stored_dtype(model: Path) -> torch.dtype:
+    """The type that the model's weights are stored in."""
+    checkpoint = open_checkpoint(model)
+    return checkpoint.dtype(next(name for name in checkpoint.names() if name.endswith("q_proj.weight")))
+
+
+def main() -> None:
+    """Run what was asked for, and print the tables and the claims."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--only", default=",".join(TABLES))
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    arguments = parser.parse_args()
+    shipped = arguments.model == DEFAULT_FOLDER
+    texts = (None, None) if shipped else (arguments.model / "calibration.txt", arguments.model / "held_out.txt")
+    found: dict[str, dict[str, Any]] = {}
+    for table in arguments.only.split(","):
+        print("\n| method | options | KL | predicted | bits a weight | seconds |\n|---|---|---|---|---|---|")
+        for method, options in TABLES[table]:
+            row = measure(method, options, arguments.model, texts, arguments.samples)
+            found[named(method, options)] = row
+            asked = ", ".join(f"{key} {value}" for key, value in options.items())
+            print(
+                f"| `{method}` | {asked} | {row['kl']:.5f} | {row['predicted']:.5f} | {row['bits']:.2f} | "
+                f"{row['seconds']:.1f} |",
+                flush=True,
+            )
+    print("\n| claim | setting | KL | against | outcome |\n|---|---|---|---|---|")
+    for claim, ours, theirs, options in CLAIMS:
+        both = [found.get(named(method, options)) for method in (ours, theirs)]
+        if all(both):
+            first, second = (operator.itemgetter("kl")(row) for row in both)
+            outcome = "holds" if first < second else "does not hold here"
+            setting = ", ".join(f"{key} {value}" for key, value in options.items())
+            print(f"| {claim} | {setting} | {first:.5f} (`{ours}`) | {second:.5f} (`{theirs}`) | {outcome} |")
+    print("\n", limits())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The curvatures that a rule can name: what each is made of, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker
+from hesse.methods.solver_options import SolverOptions
+
+Statistic = Literal["inputs", "output factor", "fisher diagonal", "fisher blocks"]
+
+
+class Known(Protocol):
+    """What is known of a layer when it is solved."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in)."""
+
+    @property
+    def gram(self) -> Gram:
+        """Of its inputs, E[xxᵀ]."""
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """What the loss feels of its outputs: E[ggᵀ] (out, out), or its diagonal (out,); None if nothing is known."""
+
+    @property
+    def fisher(self) -> Tensor | None:
+        """The true Fisher on its weight; None if nothing is known.
+
+        The diagonal (out, in), per position, or blocks of neighbours in row-major order (blocks, size, size), per
+        sample.
+        """
+
+
+@dataclass(frozen=True)
+class CurvatureKind:
+    """A curvature of one layer's weight."""
+
+    name: str
+    needs: frozenset[Statistic]
+    build: Callable[[Known, SolverOptions, float], Curvature]  # from what is known, with a damping
+    couples_rows: bool = False
+
+
+def _gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    return known.gram.damped(damping)
+
+
+def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvature:
+    outputs = known.outputs
+    if outputs is None or not bool(outputs.any()):  # the loss was not reached: its outputs are taken as equals
+        outputs = torch.ones_like(known.weight[:, 0])
+    kronecker = Kronecker(output_factor=outputs, input_factor=known.gram.second_moment)
+    return kronecker.with_damped_factors(options.output_damping, damping)
+
+
+def _fisher_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    values = torch.ones_like(known.weight) if known.fisher is None else known.fisher
+    return Diagonal(values=values)
+
+
+def _fisher_blocks(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    blocks = known.fisher
+    if blocks is None:
+        blocks = torch.eye(32).to(known.weight).repeat(-(-known.weight.numel() // 32), 1, 1)
+    return BlockRankOneSum(matrices=blocks, weight_shape=tuple(known.weight.shape)).damped(damping)
+
+
+_KINDS = (
+    CurvatureKind("identity", frozenset(), lambda known, options, damping: Identity()),
+    CurvatureKind("gram_diagonal", frozenset({"inputs"}), lambda known, options, damping: known.gram.diagonal_part()),
+    CurvatureKind("gram", frozenset({"inputs"}), _gram),
+    CurvatureKind("fisher_diagonal", frozenset({"fisher diagonal"}), _fisher_diagonal),
+    CurvatureKind("fisher_blocks", frozenset({"fisher blocks"}), _fisher_blocks),
+    CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, couples_rows=True),
+)
+CURVATURES = {kind.name: kind for kind in _KINDS}
