@@ -18,6 +18,7 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.errors import HesseError
 from hesse.formats import open_checkpoint
 from hesse.models.locate import DEFAULT_FOLDER
 
@@ -72,6 +73,11 @@ def named(method: str, options: dict[str, Any]) -> str:
     return f"{method} {json.dumps(options, sort_keys=True)}"
 
 
+def asked(options: dict[str, Any]) -> str:
+    """Options as a person reads them."""
+    return ", ".join(f"{key} {value}" for key, value in options.items())
+
+
 def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any, Any], samples: int) -> dict[str, Any]:
     """Compress, and evaluate on held-out text."""
     calibration, held_out = texts
@@ -115,11 +121,14 @@ def main() -> None:
     for table in arguments.only.split(","):
         print("\n| method | options | KL | predicted | bits a weight | seconds |\n|---|---|---|---|---|---|")
         for method, options in TABLES[table]:
-            row = measure(method, options, arguments.model, texts, arguments.samples)
+            try:
+                row = measure(method, options, arguments.model, texts, arguments.samples)
+            except HesseError as error:
+                print(f"| `{method}` | {asked(options)} | {str(error).split(':')[0]} | | | |", flush=True)
+                continue
             found[named(method, options)] = row
-            asked = ", ".join(f"{key} {value}" for key, value in options.items())
             print(
-                f"| `{method}` | {asked} | {row['kl']:.5f} | {row['predicted']:.5f} | {row['bits']:.2f} | "
+                f"| `{method}` | {asked(options)} | {row['kl']:.5f} | {row['predicted']:.5f} | {row['bits']:.2f} | "
                 f"{row['seconds']:.1f} |",
                 flush=True,
             )
@@ -129,8 +138,7 @@ def main() -> None:
         if all(both):
             first, second = (operator.itemgetter("kl")(row) for row in both)
             outcome = "holds" if first < second else "does not hold here"
-            setting = ", ".join(f"{key} {value}" for key, value in options.items())
-            print(f"| {claim} | {setting} | {first:.5f} (`{ours}`) | {second:.5f} (`{theirs}`) | {outcome} |")
+            print(f"| {claim} | {asked(options)} | {first:.5f} (`{ours}`) | {second:.5f} (`{theirs}`) | {outcome} |")
     print("\n", limits())
 
 

@@ -21,7 +21,7 @@ METHODS = (
         solver="nearest",
         source="Optimal Brain Damage, LeCun et al., 1989, with the true Fisher's diagonal",
         needs="calibration text",
-        defaults=Options(sparsity=0.5),
+        defaults=Options(sparsity=0.5, scope="row"),
     ),
     Method(
         name="wanda",
