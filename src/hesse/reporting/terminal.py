@@ -121,12 +121,13 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
 
 
 def methods_table() -> Table:
-    """The methods as triples."""
+    """The methods as triples, with what each needs and its source below."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
-    for heading in ("method", "curvature", "constraint", "solver", "needs", "source"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("method", "curvature", "solver"))
+    table.add_column("method", no_wrap=True)
+    table.add_column("curvature × constraint × solver")
     for method in METHODS.values():
-        extra = "".join(f" (& {name})" for name in method.optional)
-        constraint = " & ".join(method.constraints) + extra
-        table.add_row(method.name, method.curvature, constraint, method.solver, method.needs, method.source)
+        basis = "" if method.basis == "own" else f"{method.basis} "
+        constraint = basis + " + ".join(method.constraints) + "".join(f" (& {name})" for name in method.optional)
+        triple = f"{method.curvature} × {constraint} × {method.solver}"
+        table.add_row(method.name, f"{triple}\n[dim]{method.source}; needs {method.needs}[/dim]")
     return table
