@@ -24,7 +24,7 @@ def test_tables_hold_what_their_formats_do() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2).float()
     assert {v for v in floats(5, 2) if abs(v) <= 57344} == set(every[every.isfinite()].tolist())
     assert max(TABLES["fp6"]) == 7.5
-    assert [Table(name).bits for name in ("fp4", "fp6", "fp8", "nf4")] == [4, 6, 8, 4]
+    assert [Table(name).code_bits for name in ("fp4", "fp6", "fp8", "nf4")] == [4, 6, 8, 4]
 
 
 @pytest.mark.parametrize("name", TABLES)

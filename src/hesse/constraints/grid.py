@@ -31,12 +31,13 @@ class Grid(Grouped):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise OptionError(f"bits is {self.bits}, but a Grid has 2 to 8")
-        if self.group_size < 1 and self.group_size != -1:
-            raise OptionError(
-                f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
-            )
+        super().__post_init__()
         if not 0 <= self.headroom <= 2:
             raise OptionError(f"headroom is {self.headroom}, but must be between 0 and 2 steps")
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
 
     @property
     def lowest(self) -> int:
@@ -59,9 +60,7 @@ class Grid(Grouped):
         extent = 2 * torch.maximum(top, -bottom) if self.symmetric else top - bottom
         if self.signed and self.symmetric:
             extent = torch.where(top > -bottom, -extent, extent)
-        scale = round_to(extent / self.levels, self.dtype)
-        # A group of zeros, or one so small that its scale underflows, is stored as zeros of scale 1.
-        scale = torch.where(scale != 0, scale, torch.ones_like(scale))
+        scale = self.stored_scale(extent / self.levels)
         if self.symmetric:
             return Scales(scale, None)
         return Scales(scale, (self.lowest - bottom / scale).round().clamp(self.lowest, self.highest))
@@ -74,7 +73,3 @@ class Grid(Grouped):
 
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return round_to((codes if zero_point is None else codes - zero_point) * scale, self.dtype)
-
-    def bits_per_weight(self, shape: torch.Size) -> float:
-        scale_bits = torch.finfo(self.dtype).bits + (0 if self.symmetric else self.bits)
-        return self.bits + scale_bits * self.groups(shape[1]) / shape[1]

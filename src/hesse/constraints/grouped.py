@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint
+from hesse.constraints.base import Constraint, round_to
+from hesse.errors import OptionError
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,17 @@ class Grouped(Constraint):
 
     group_size: int
     symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 and self.group_size != -1:
+            raise OptionError(
+                f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
+            )
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int:
+        """Bits of a code."""
 
     @property
     def rows_are_independent(self) -> bool:
@@ -70,6 +82,11 @@ class Grouped(Constraint):
         padded = torch.nn.functional.pad(weight, (0, self.groups(columns) * width - columns)).view(rows, -1, width)
         return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
 
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """`scale` as it is stored; 1 for a group of zeros, or one so small that its scale underflows."""
+        stored = round_to(scale, self.dtype)
+        return torch.where(stored != 0, stored, torch.ones_like(stored))
+
     def expand(self, per_group: Tensor, columns: int) -> Tensor:
         """A value per group (out, groups) as a value per column (out, in)."""
         return per_group.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
@@ -90,3 +107,7 @@ class Grouped(Constraint):
         scales = encoded.scales
         zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
         return self.values(encoded.codes.to(scales.scale.dtype), self.expand(scales.scale, columns), zero_point)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        scale_bits = torch.finfo(self.dtype).bits + (0 if self.symmetric else self.code_bits)
+        return self.code_bits + scale_bits * self.groups(shape[1]) / shape[1]

@@ -66,20 +66,15 @@ class Table(Grouped):
     def __post_init__(self) -> None:
         if self.name not in TABLES:
             raise OptionError(f"there is no table {self.name!r}; there are {', '.join(TABLES)}")
-        if self.group_size < 1 and self.group_size != -1:
-            raise OptionError(
-                f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
-            )
+        super().__post_init__()
 
     @property
-    def bits(self) -> int:
-        """Bits of a code."""
+    def code_bits(self) -> int:
         return (len(TABLES[self.name]) - 1).bit_length()
 
     def fit(self, weight: Tensor) -> Scales:
         bottom, top = self.ranges(weight)
-        scale = round_to(torch.maximum(top, -bottom) / TABLES[self.name][-1], self.dtype)
-        return Scales(torch.where(scale != 0, scale, torch.ones_like(scale)), None)
+        return Scales(self.stored_scale(torch.maximum(top, -bottom) / TABLES[self.name][-1]), None)
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         _, middles = _values(self.name, weight.dtype, weight.device)
@@ -92,10 +87,7 @@ class Table(Grouped):
     @property
     def _first(self) -> int:
         """What the smallest value's code is less than 0 by."""
-        return 1 << (self.bits - 1)
-
-    def bits_per_weight(self, shape: torch.Size) -> float:
-        return self.bits + torch.finfo(self.dtype).bits * self.groups(shape[1]) / shape[1]
+        return 1 << (self.code_bits - 1)
 
 
 @cache

@@ -96,7 +96,7 @@ class BlockRankOneSum(Curvature):
         return blocks.reshape(-1)[: self.shape.numel()].view(self.shape)
 
     def _diagonals(self, blocks: Tensor) -> Tensor:
-        return blocks.diagonal(dim1=1, dim2=2).flatten()[: self.shape.numel()].view(self.shape)
+        return self.joined(blocks.diagonal(dim1=1, dim2=2))
 
     def diagonal(self) -> Tensor:
         return self._diagonals(self.matrices)

@@ -8,7 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.refit import refit
+from hesse.solvers.never_worse import refitted_code
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,5 @@ class ADMM:
             sparse = (found + dual) * mask
             dual += found - sparse
             found = (pulled + self.strength * (sparse - dual)) @ inverse
-        solved = refit(weight, found / scale * mask, mask, state.curvature, self.refit_steps)
-        changes = solved - weight, weight * mask - weight
-        cost, plain = (state.curvature.row_quadratics(change) for change in changes)
-        return constraint.encode_masked(torch.where((plain < cost)[:, None], weight, solved), mask)
+        start = found / scale * mask
+        return refitted_code(state.curvature, constraint, weight, start, mask, self.refit_steps)

@@ -16,7 +16,7 @@ from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import column_sweep, kernels
 from hesse.solvers.column_sweep import Block
 from hesse.solvers.late_mask import LateMask
-from hesse.solvers.refit import refit
+from hesse.solvers.never_worse import cheaper_codes, refitted_code
 from hesse.solvers.triangular import inverse_of
 
 Walk = Callable[[Block, int, int, Grid | None], None]
@@ -79,14 +79,11 @@ class ErrorFeedback:
         if grid is None:
             assert sparse is not None
             kept = sweep.kept[back].T
-            solved = refit(weight, sweep.work[back].T, kept, state.curvature, self.refit_steps)
-            rows = _cheaper_rows(state.curvature, weight, solved, weight * kept)
-            return sparse.encode_masked(torch.where(rows, weight, solved), kept)
+            return refitted_code(state.curvature, sparse, weight, sweep.work[back].T, kept, self.refit_steps)
         scales = sweep.scales(grid, back)
         solved_code = GridCode(sweep.codes[back].T.contiguous(), scales)
         plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
-        rows = _cheaper_rows(state.curvature, weight, grid.decode(solved_code), grid.decode(plain_code))
-        return GridCode(torch.where(rows, plain_code.codes, solved_code.codes), scales)
+        return cheaper_codes(state.curvature, grid, weight, solved_code, plain_code)
 
     def _block_size(self, columns: int, grid: Grouped | None, sparse: Sparse | None) -> int:
         """Columns a block, such that no columns that are decided together lie across two blocks."""
@@ -226,12 +223,6 @@ def _parts(constraint: Constraint) -> tuple[Grouped | None, Sparse | None]:
     if isinstance(constraint, SparseGrid):
         return constraint.grid, constraint.sparse
     raise UnsupportedProduct(f"ErrorFeedback has no columns to round or drop in a {type(constraint).__name__}")
-
-
-def _cheaper_rows(curvature: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:
-    """True (out, 1) where the plain member costs less than the solved one."""
-    costs = [curvature.row_quadratics(member - weight) for member in (plain, solved)]
-    return (costs[0] < costs[1])[:, None]
 
 
 def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:

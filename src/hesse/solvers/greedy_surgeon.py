@@ -11,7 +11,7 @@ from hesse.constraints import Constraint, Grid, GridCode, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, Gram
 from hesse.errors import UnsupportedProduct
 from hesse.solvers import greedy_loops
-from hesse.solvers.refit import refit
+from hesse.solvers.never_worse import cheaper_codes, refitted_code
 
 PADDING = 1e15  # what stands in a last block for no weight: it is never the cheapest
 
@@ -65,9 +65,7 @@ class GreedySurgeon:
 
     def _pruned(self, gram: Gram, inverse: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
         kept = _kept(weight, inverse[None], sparse, sparse.dropped(weight) if sparse.of is None else None)
-        solved = refit(weight, weight * kept, kept, gram, self.refit_steps)
-        costs = [gram.row_quadratics(member - weight) for member in (weight * kept, solved)]
-        return sparse.encode_masked(torch.where((costs[0] < costs[1])[:, None], weight, solved), kept)
+        return refitted_code(gram, sparse, weight, weight * kept, kept, self.refit_steps)
 
 
 def _kept(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None) -> Tensor:
@@ -126,9 +124,8 @@ def _rounded(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCod
         lost_bits(grid.dtype),
         codes.numpy(),
     )
-    found, plain = GridCode(codes.to(weight.device), scales), grid.round(weight, scales)
-    costs = [gram.row_quadratics(grid.decode(code) - weight) for code in (plain, found)]
-    return GridCode(torch.where((costs[0] < costs[1])[:, None], plain.codes, found.codes), scales)
+    found = GridCode(codes.to(weight.device), scales)
+    return cheaper_codes(gram, grid, weight, found, grid.round(weight, scales))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -1,9 +1,25 @@
-"""Inverses of triangular matrices."""
+"""Triangular matrices: roots and inverses."""
 
 import torch
 from torch import Tensor
 
+from hesse.errors import ConditioningError
+
 LEAF = 128  # rows; below this a product is too small to run at full rate
+
+
+def kronecker_root(factor: Tensor) -> Tensor:
+    """Lower triangular L with L Lᵀ = `factor` (n, n), in float32 or, where that fails, in float64.
+
+    Raises:
+        ConditioningError: it is not positive definite.
+    """
+    for matrix in (factor, factor.double()):
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed):
+            found: Tensor = lower
+            return found
+    raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
 
 
 def inverse_of(lower: Tensor) -> Tensor:

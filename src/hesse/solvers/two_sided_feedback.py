@@ -9,10 +9,10 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, Scales
 from hesse.constraints.base import round_to
 from hesse.curvature import Curvature, Kronecker
-from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.errors import UnsupportedProduct
 from hesse.solvers import kernels, two_sided_loops
 from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.triangular import inverse_of
+from hesse.solvers.triangular import inverse_of, kronecker_root
 from hesse.solvers.two_sided_loops import Steps, TwoSidedSweeps
 
 
@@ -151,12 +151,8 @@ def _falling(factor: Tensor) -> Tensor:
 def _feedback(factor: Tensor, order: Tensor) -> Tensor:
     """U_j / U_jj of the upper triangular U with factor⁻¹ = UᵀU, in `order`."""
     backwards = factor.index_select(0, order.flip(0)).index_select(1, order.flip(0))
-    for matrix in (backwards, backwards.double()):
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            upper = inverse_of(lower).flip(0, 1)
-            return _loop(upper.div_(upper.diagonal().clone()[:, None]))
-    raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
+    upper = inverse_of(kronecker_root(backwards)).flip(0, 1)
+    return _loop(upper.div_(upper.diagonal().clone()[:, None]))
 
 
 def _loop(tensor: Tensor) -> Tensor:

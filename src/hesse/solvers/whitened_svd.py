@@ -9,6 +9,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers.triangular import kronecker_root
 
 
 class Sides(NamedTuple):
@@ -71,10 +72,4 @@ def _root(factor: Tensor) -> Tensor:
         if not bool((factor > 0).all()):
             raise ConditioningError("a Kronecker factor is singular: use more damping (with_damped_factors)")
         return factor.sqrt()
-    lower, failed = torch.linalg.cholesky_ex(factor)
-    if int(failed):
-        lower, failed = torch.linalg.cholesky_ex(factor.double())
-    if int(failed):
-        raise ConditioningError("a Kronecker factor is not positive definite: use more damping (with_damped_factors)")
-    root: Tensor = lower.to(factor.dtype)
-    return root
+    return kronecker_root(factor).to(factor.dtype)
