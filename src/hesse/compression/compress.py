@@ -212,8 +212,8 @@ class _Run:
             return DensePass(plan.statistics.sensitivities, flows)
         whole, seed = whole_factors(plan.rules), plan.calibration.seed
         folder = journal.folder
-        wanted = whole, folder, seed, self.clock, step, journal, processes, fisher_needs(plan.rules)
-        factors = probe(plan.network, plan.probes, *wanted)
+        fisher = fisher_needs(plan.rules)
+        factors = probe(plan.network, plan.probes, whole, folder, seed, self.clock, step, journal, processes, fisher)
         return DensePass(factors, flows)
 
     def _compress(self, dense: DensePass) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesse.compression.factors import StoredFactors
 from hesse.compression.journal import Journal
-from hesse.compression.weight_fisher import FisherNeeds, WeightFisher
+from hesse.compression.weight_fisher import NOTHING, FisherNeeds, WeightFisher
 from hesse.data import Samples
 from hesse.estimation import BackwardWalk, OutputMoments, WalkState, layer_part
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
@@ -54,7 +54,7 @@ def probe(
     step: Callable[[], None],
     journal: Journal | None = None,
     processes: Processes = ALONE,
-    fisher: FisherNeeds = FisherNeeds(),  # noqa: B008  (it is frozen)
+    fisher: FisherNeeds = NOTHING,
 ) -> StoredFactors:
     """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
 
@@ -161,7 +161,7 @@ def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[
 def output_factors(
     walk: BackwardWalk,
     whole: Collection[str],
-    fisher: FisherNeeds = FisherNeeds(),  # noqa: B008
+    fisher: FisherNeeds = NOTHING,
 ) -> Iterator[dict[str, Tensor]]:
     """Of each block: what the loss feels of its layers' outputs, in nats per token, their factor of a Kronecker.
 

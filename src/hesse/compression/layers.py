@@ -12,7 +12,7 @@ from hesse.compression.shared_solve import solve_shared
 from hesse.constraints import Constraint, Sparse, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
-from hesse.methods.curvatures import CURVATURES
+from hesse.methods.curvatures import CURVATURES, unknown
 from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
@@ -110,10 +110,6 @@ class LayerSolver:
         return Solved(solution, method, damping, notes)
 
 
-def _unknown(outputs: Tensor | None) -> bool:
-    return outputs is None or not bool(outputs.any())
-
-
 def check_products(rule: Rule) -> None:
     """Refuse a rule whose curvature lacks a product that its solver asks for, before any work is done.
 
@@ -161,9 +157,9 @@ def _gaps(problem: LayerProblem) -> list[str]:
         notes.append(
             f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
         )
-    if rule.needs_fisher and _unknown(problem.fisher):
+    if rule.needs_fisher and unknown(problem.fisher):
         notes.append(f"{name}: the tokens that probed the loss did not reach it; its weights were taken as equals")
-    if rule.needs_output_factor and _unknown(problem.outputs):
+    if rule.needs_output_factor and unknown(problem.outputs):
         notes.append(f"{name}: the tokens that probed the loss did not reach it; its outputs were taken as equals")
     return notes
 

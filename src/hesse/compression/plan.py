@@ -77,15 +77,14 @@ def make_plan(
         calibration = statistics_calibration(statistics, calibration)
     whole = whole_factors(rules)
     outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
-    if fisher_needs(rules):
-        outputs.append(0)
-        if statistics is not None:
-            if fisher_needs(rules).blocks:
-                raise OptionError("--curvature has no blocks of the Fisher, which this method needs: leave it out")
-            statistics.check_holds("fisher")
-    selected = select_samples(model, calibration, network, factor_tokens(outputs))
+    fisher = fisher_needs(rules)
+    if statistics is not None and fisher.blocks:
+        raise OptionError("--curvature has no blocks of the Fisher, which this method needs: leave it out")
+    if statistics is not None and fisher.diagonals:
+        statistics.check_holds("fisher")
+    selected = select_samples(model, calibration, network, factor_tokens(outputs, any(fisher)))
     samples = selected.samples
-    calibrated = any(rule is not None and "inputs" in rule.kind.needs for rule in rules.values())
+    calibrated = bool(_needing(rules, "inputs"))
     if statistics is not None:
         same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
         if same:
@@ -115,16 +114,16 @@ def make_plan(
 
 def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
     """The layers whose rule needs all of E[ggᵀ] at their outputs."""
-    return {name for name, rule in rules.items() if rule is not None and rule.needs_output_factor}
+    return _needing(rules, "output factor")
 
 
 def fisher_needs(rules: dict[str, Rule | None]) -> FisherNeeds:
     """The layers whose rule needs the Fisher on their weights."""
+    return FisherNeeds(_needing(rules, "fisher diagonal"), _needing(rules, "fisher blocks"))
 
-    def needing(statistic: Statistic) -> set[str]:
-        return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}
 
-    return FisherNeeds(needing("fisher diagonal"), needing("fisher blocks"))
+def _needing(rules: dict[str, Rule | None], statistic: Statistic) -> set[str]:
+    return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:

@@ -65,9 +65,14 @@ def select_samples(
     return Selection(samples, probes, reserved if reserved.ids else check, bool(reserved.ids), notes)
 
 
-def factor_tokens(outputs: Collection[int]) -> int:
-    """Tokens to probe the loss with, where layers with so many `outputs` need their whole factor E[ggᵀ]."""
-    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs)) if outputs else PROBE_TOKENS
+def factor_tokens(outputs: Collection[int], fisher: bool = False) -> int:
+    """Tokens to probe the loss with, where layers with so many `outputs` need their whole factor E[ggᵀ].
+
+    `fisher` says that others need the Fisher on their weights.
+    """
+    if not outputs and not fisher:
+        return PROBE_TOKENS
+    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs, default=0))
 
 
 def _count(tokens: int, length: int) -> int:

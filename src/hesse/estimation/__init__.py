@@ -7,14 +7,14 @@ from hesse.estimation.estimates import Estimates, Sums
 from hesse.estimation.gradients import per_sample_gradients
 from hesse.estimation.gram import GramAccumulator
 from hesse.estimation.passage import Passage
-from hesse.estimation.sample_gradients import sample_gradients
 from hesse.estimation.statistics import Statistics
 from hesse.estimation.storage import load_curvature, save_curvature
-from hesse.estimation.sums import GradientSquares, OutputMoments
+from hesse.estimation.sums import GradientBlocks, GradientSquares, OutputMoments
 
 __all__ = [
     "BackwardWalk",
     "Estimates",
+    "GradientBlocks",
     "GradientSquares",
     "GramAccumulator",
     "OutputMoments",
@@ -27,6 +27,5 @@ __all__ = [
     "layer_part",
     "load_curvature",
     "per_sample_gradients",
-    "sample_gradients",
     "save_curvature",
 ]

@@ -178,7 +178,9 @@ class GradientBlocks:
     def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], block_size: int) -> None:
         self.parts, self.parameters = parts, parameters
         self.sums = {
-            name: BlockAccumulator(parameter.shape, block_size, parameter.dtype, parameter.device)
+            name: BlockAccumulator(
+                parameter.shape, block_size, torch.promote_types(parameter.dtype, torch.float32), parameter.device
+            )
             for name, parameter in parameters.items()
         }
 

@@ -47,13 +47,18 @@ class CurvatureKind:
     couples_rows: bool = False
 
 
+def unknown(statistic: Tensor | None) -> bool:
+    """Whether the tokens that probed the loss did not reach a layer."""
+    return statistic is None or not bool(statistic.any())
+
+
 def _gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
     return known.gram.damped(damping)
 
 
 def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvature:
     outputs = known.outputs
-    if outputs is None or not bool(outputs.any()):  # the loss was not reached: its outputs are taken as equals
+    if outputs is None or unknown(outputs):  # its outputs are taken as equals
         outputs = torch.ones_like(known.weight[:, 0])
     kronecker = Kronecker(output_factor=outputs, input_factor=known.gram.second_moment)
     return kronecker.with_damped_factors(options.output_damping, damping)
