@@ -8,7 +8,7 @@ from hesse.constraints import Grid, Rotated, ScaledColumns
 from hesse.constraints.rotated import rotate
 from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions, OutlierOptions
 from hesse.solvers import ActivationAware, ErrorFeedback, Incoherent, Nearest, solve
 from hesse.testing import normal
 
@@ -95,6 +95,10 @@ def test_refusals() -> None:
         solve(weight, gram, Grid(), Incoherent())
     with pytest.raises(UnsupportedProduct, match="Incoherent needs a Gram"):
         solve(weight, Identity(), Rotated(Grid()), Incoherent())
+    with pytest.raises(OptionError, match="outliers are what stays as it is beside a grid"):
+        ConstraintOptions(outliers=OutlierOptions()).build()
+    with pytest.raises(OptionError, match="a constraint needs one of grid, codebook"):
+        ConstraintOptions(basis="rotated").build()
     with pytest.raises(OptionError, match="a rotated basis is for one constraint alone"):
         ConstraintOptions(grid=GridOptions(), low_rank=LowRankOptions(), basis="rotated").build()
     torch.testing.assert_close(

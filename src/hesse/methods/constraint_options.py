@@ -116,6 +116,10 @@ class ConstraintOptions(Strict):
         names = [name for name in type(self).model_fields if name != "basis"]
         given = [name for name in names if getattr(self, name) is not None]
         parts: dict[str, Constraint] = {name: getattr(self, name).build() for name in given}
+        if not parts:
+            raise OptionError(f"a constraint needs one of {', '.join(names)}")
+        if given == ["outliers"]:
+            raise OptionError("outliers are what stays as it is beside a grid, codebook or table: give one of these")
         if len(parts) == 1:
             return _in_basis(parts[given[0]], self.basis)
         if self.basis != "own":
@@ -124,8 +128,6 @@ class ConstraintOptions(Strict):
             return self.sparse.build() & self.grid.build()
         if len(parts) == 2 and given[0] in ("grid", "codebook", "table") and given[1] in ("low_rank", "outliers"):
             return parts[given[0]] + parts[given[1]]
-        if not parts:
-            raise OptionError(f"a constraint needs one of {', '.join(names)}")
         raise OptionError(f"{' and '.join(parts)} cannot be joined in one layer")
 
 
