@@ -115,3 +115,14 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """Type, shape and place of each tensor in a safetensors file by its header, and where the data begin.
+
+    The library has held the file against its header before, or has written it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length

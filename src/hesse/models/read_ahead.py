@@ -1,6 +1,5 @@
 """Weights that are read from disk while the block before them is computed with."""
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from hesse.models.checkpoint import Checkpoint
-
-LENGTH_BYTES = 8  # before the header of a safetensors file
+from hesse.models.files import tensor_entries
 
 
 class Place(NamedTuple):
@@ -75,16 +73,12 @@ class ReadAhead:
 def _places(path: Path) -> dict[str, Place]:
     """Where each tensor of a safetensors file lies; none if the file is no longer what was opened before."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            header = json.loads(file.read(length))
+        entries, data = tensor_entries(path)
     except (OSError, ValueError):
         return {}
-    data = LENGTH_BYTES + length
     return {
         name: Place(path, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
+        for name, entry in entries.items()
     }
 
 

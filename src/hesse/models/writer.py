@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hesse.errors import OutputError
 from hesse.models.checkpoint import INDEX, SINGLE
+from hesse.models.files import tensor_entries
 
 SHARD_BYTES = 1 << 30  # a checkpoint of no more is one file
 LARGE_BYTES = 1 << 26  # a part of at least so much is a shard by itself
@@ -106,14 +107,11 @@ def _join(parts: list[Path], path: Path) -> None:
     """
     tensors: list[tuple[int, str, dict[str, Any], Path, int]] = []
     for part in parts:
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                width = (stop - start) // max(math.prod(entry["shape"]), 1)
-                tensors.append((-width, name, entry, part, 8 + length + start))
+        entries, data = tensor_entries(part)
+        for name, entry in entries.items():
+            start, stop = entry["data_offsets"]
+            width = (stop - start) // max(math.prod(entry["shape"]), 1)
+            tensors.append((-width, name, entry, part, data + start))
     tensors.sort(key=lambda tensor: tensor[:2])
     merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
