@@ -17,7 +17,7 @@ import tiny_models
 from helpers import CommandLine, left_over, sha256, write_ids
 from hesse.cli import app
 from hesse.errors import OptionError
-from hesse.methods import METHODS, load_recipe
+from hesse.methods import METHODS, TABLE, load_recipe
 
 FolderOf = Callable[[str], Path]
 COMMANDS = ("compress", "evaluate", "export", "benchmark", "methods", "demo")
@@ -53,11 +53,12 @@ def test_no_option_is_without_help() -> None:
 def test_the_table_of_methods(hesse_command: CommandLine) -> None:
     table = hesse_command("methods")
     assert table.code == 0
-    assert all(name in table.stdout for name in METHODS)
+    assert all(row.name in table.stdout for row in TABLE)
     rows = json.loads(hesse_command("methods", "--json").stdout)
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == [row.name for row in TABLE]
+    assert len({row.name for row in TABLE}) == len(TABLE)
     for row in rows:
-        assert row.keys() == {"method", "curvature", "constraint", "optional", "solver", "needs", "source"}
+        assert row.keys() == {"method", "curvature", "constraint", "optional", "solver", "needs", "source", "run"}
         assert all(row[key] for key in row if key != "optional")
 
 

@@ -18,7 +18,7 @@ from hesse.cli.app import (
     print_line,
     progress_bars,
 )
-from hesse.methods import METHODS, Options
+from hesse.methods import TABLE, Options
 from hesse.reporting import (
     check_page,
     cost_table,
@@ -106,15 +106,16 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         rows = [
             {
-                "method": m.name,
-                "curvature": m.curvature,
-                "constraint": list(m.constraints),
-                "optional": list(m.optional),
-                "solver": m.solver,
-                "needs": m.needs,
-                "source": m.source,
+                "method": row.name,
+                "curvature": row.curvature,
+                "constraint": list(row.constraint),
+                "optional": list(row.optional),
+                "solver": row.solver,
+                "needs": row.needs,
+                "source": row.source,
+                "run": row.run,
             }
-            for m in METHODS.values()
+            for row in TABLE
         ]
         print_json(rows)
     else:

@@ -4,11 +4,24 @@ from hesse.errors import OptionError
 from hesse.methods import low_rank, pruning, rounding
 from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
+from hesse.methods.row import Row
 
 METHODS: dict[str, Method] = {m.name: m for family in (rounding, pruning, low_rank) for m in family.METHODS}
 DEFAULT_METHOD = "kronecker"
+TABLE: tuple[Row, ...] = tuple(method.row for method in METHODS.values())
 
-__all__ = ["DEFAULT_METHOD", "METHODS", "Method", "Options", "Recipe", "Rule", "find_method", "load_recipe"]
+__all__ = [
+    "DEFAULT_METHOD",
+    "METHODS",
+    "TABLE",
+    "Method",
+    "Options",
+    "Recipe",
+    "Row",
+    "Rule",
+    "find_method",
+    "load_recipe",
+]
 
 
 def find_method(name: str) -> Method:

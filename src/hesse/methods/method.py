@@ -17,6 +17,7 @@ from hesse.methods.constraint_options import (
     parse_sparsity,
 )
 from hesse.methods.recipe import Recipe, Rule
+from hesse.methods.row import Row
 from hesse.methods.solver_options import UNDAMPED, SolverOptions
 
 GRID_OPTIONS = ("group_size", "symmetric", "headroom", "signed")  # that mean something with bits only
@@ -62,6 +63,13 @@ class Method:
     defaults: Options = Options()
     optional: tuple[str, ...] = ()
     basis: Literal["own", "scaled", "rotated"] = "own"
+
+    @property
+    def row(self) -> Row:
+        """What the table says of it."""
+        run = f"hesse compress MODEL OUT --method {self.name}"
+        triple = (self.curvature, self.constraints, self.solver)
+        return Row(self.name, *triple, self.source, self.needs, run, self.optional, self.basis)
 
     def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
         """The recipe that applies this method with `options` to every layer that is not ignored.

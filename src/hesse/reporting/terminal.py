@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hesse.errors import printable
-from hesse.methods import METHODS
+from hesse.methods import TABLE
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.compression import CompressionReport
@@ -125,9 +125,10 @@ def methods_table() -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("curvature × constraint × solver")
-    for method in METHODS.values():
-        basis = "" if method.basis == "own" else f"{method.basis} "
-        constraint = basis + " + ".join(method.constraints) + "".join(f" (& {name})" for name in method.optional)
-        triple = f"{method.curvature} × {constraint} × {method.solver}"
-        table.add_row(method.name, f"{triple}\n[dim]{method.source}; needs {method.needs}[/dim]")
+    for row in TABLE:
+        basis = "" if row.basis == "own" else f"{row.basis} "
+        constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
+        run = "" if row.run.startswith("hesse compress") else f"; {row.run}"
+        below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
+        table.add_row(row.name, f"{row.curvature} × {constraint} × {row.solver}\n{below}")
     return table
