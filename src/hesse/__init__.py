@@ -23,6 +23,7 @@ from hesse.curvature import (
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
+from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ __all__ = [
     "BlockDiagonal",
     "BlockRankOneSum",
     "Diagonal",
+    "Distillation",
     "EigenKronecker",
     "ErrorFeedback",
     "Fisher",
     "GaussNewton",
+    "GradualSchedule",
     "Gram",
     "Grid",
     "HesseError",
@@ -51,6 +54,7 @@ __all__ = [
     "Recipe",
     "Solution",
     "Sparse",
+    "Training",
     "TwoSidedFeedback",
     "WhitenedSVD",
     "__version__",
@@ -59,9 +63,11 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "held_zeros",
     "inspect",
     "load_recipe",
     "plan",
+    "recover",
     "solve",
 ]
 

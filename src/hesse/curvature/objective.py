@@ -115,16 +115,21 @@ class Objective:
         """The model's outputs, with `parameters` in the place of its own ones where given."""
         with differentiable_twice():
             if parameters is None:
-                return self._call(self.model, inputs)
+                return self.call(self.model, inputs)
             replaced = dict(zip(self.names, parameters, strict=True))
-            result: Tensor = functional_call(_Forward(self.model, self._call), _prefixed(replaced), (inputs,))
+            result: Tensor = functional_call(_Forward(self.model, self.call), _prefixed(replaced), (inputs,))
             return result
 
     def outputs_once(self, inputs: Any) -> Tensor:
         """The model's outputs where one derivative of them is enough: attention may be fused."""
-        return self._call(self.model, inputs)
+        return self.call(self.model, inputs)
 
-    def _call(self, model: nn.Module, inputs: Any) -> Tensor:
+    def call(self, model: nn.Module, inputs: Any) -> Tensor:
+        """What `model`, this one or another of its kind, gives for inputs.
+
+        Raises:
+            OptionError: it is no tensor.
+        """
         outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
         if not isinstance(outputs, Tensor):
             raise OptionError(

@@ -1,0 +1,77 @@
+"""A training on disk, so that one that was killed goes on to the same weights."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hesse.errors import OutputError, reason
+from hesse.models.files import unfinished_file
+from hesse.models.writer import writing
+from hesse.training.loop import Loop
+
+NAME = "training.pt"
+# What a file that is none of ours, or half of one, makes torch and the loop raise.
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
+
+
+class Checkpoints:
+    """One file below a folder, replaced as a whole `every` so many steps; read as data only, never as code.
+
+    Raises:
+        OutputError: it is another training's, is damaged, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, every: int, loop: Loop) -> None:
+        self.path, self.every, self.loop = folder / NAME, every, loop
+        self.identity = _identity(loop)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def resume(self) -> dict[str, Any]:
+        """Go to the step that was saved last, if there is one; what was noted with it."""
+        if not self.path.exists():
+            return {}
+        device = self.loop.objective.parameters[0].device
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            theirs = saved["identity"]
+            other = [key for key, value in self.identity.items() if theirs.get(key) != value]
+            if not other:
+                self.loop.restore(saved["loop"])
+                return dict(saved["note"])
+        except DAMAGE as error:
+            raise OutputError(f"{self.path} cannot be read ({reason(error)}): remove it to begin anew") from None
+        raise OutputError(
+            f"{self.path} is of a training that differs from this one in its {other[0]}: give another folder, or "
+            "remove it to begin anew"
+        )
+
+    def save(self, note: dict[str, Any] | None = None) -> None:
+        """Keep the training as it is, with plain values beside it."""
+        content = {"identity": self.identity, "loop": self.loop.state(), "note": note or {}}
+        with writing(self.path.parent), unfinished_file(self.path) as beside:
+            torch.save(content, beside)
+
+    def after_step(self) -> None:
+        """Save, if it is time."""
+        if self.loop.step % self.every == 0:
+            self.save()
+
+
+def _identity(loop: Loop) -> dict[str, Any]:
+    """What tells one training from another: how it trains, and what it began with."""
+    digest = hashlib.sha256()
+    for name, parts in loop.free.items():
+        digest.update(f"{name} {type(loop.held.get(name)).__name__}".encode())
+        for part in (*parts, loop.objective.named[name]):
+            digest.update(part.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, int | float | bool | str | tuple)}
+        for group in loop.optimizer.param_groups
+    ]
+    optimizer = f"{type(loop.optimizer).__name__} {groups}"
+    settings = loop.training.identity()
+    return {**settings, "rule": str(loop.rule), "optimizer": optimizer, "weights": digest.hexdigest()}

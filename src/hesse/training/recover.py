@@ -1,0 +1,74 @@
+"""Fine-tuning of a compressed network that leaves it compressed."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hesse.curvature import Loss, Objective
+from hesse.curvature.objective import Batch
+from hesse.progress import Progress, Silence
+from hesse.training.checkpoints import Checkpoints
+from hesse.training.held import Held, held_zeros
+from hesse.training.loop import Loop
+from hesse.training.training import Training
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """What a training did.
+
+    `losses` are of each step's batches before the step; `free` is what was trained in the place of each held weight.
+    """
+
+    losses: tuple[float, ...]
+    free: dict[str, tuple[Tensor, ...]]
+
+
+def recover(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    training: Training,
+    *,
+    loss: Loss | nn.Module,
+    held: Mapping[str, Held] | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Train the parameters of `model` that take a gradient, in place, with what is `held` kept held after every step.
+
+    By default its zeros are held. `batches` are pairs of inputs and targets that can be walked again, as `Objective`
+    takes them, and `forward(model, inputs)` gives the outputs. The model trains in the mode that it is in: call
+    `model.train()` first if dropout or batch statistics should be at work.
+
+    With a folder `checkpoint` the training is saved there, and if it was cut short the same call with the same model,
+    data and options goes on to weights that are equal bit by bit. Randomness of libraries other than torch is not
+    repeated.
+
+    Raises:
+        OptionError: an option has no meaning for this model, loss or data.
+        DataError: there is no data, or the loss is not finite; the model is as it was after the step before.
+        OutputError: the folder holds another training, or cannot be written.
+    """
+    objective = Objective.of(model, loss, batches, forward=forward)
+    loop = Loop(objective, training, held_zeros(model) if held is None else held)
+    progress = Silence() if progress is None else progress
+    kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop)
+    if kept is not None:
+        kept.resume()
+    progress.begin("recover", training.steps - loop.step)
+
+    def after_step() -> None:
+        progress.advance()
+        if kept is not None:
+            kept.after_step()
+
+    loop.run(training.steps, after_step)
+    if kept is not None:
+        kept.save()
+    free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}
+    return Recovery(tuple(loop.losses), free)
