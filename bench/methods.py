@@ -24,6 +24,7 @@ from hesse.models.locate import DEFAULT_FOLDER
 
 Row = tuple[str, dict[str, Any]]
 GRID = {"bits": 3, "group_size": 64}
+COARSE = {"bits": 2, "group_size": 64}
 TABLES: dict[str, list[Row]] = {
     "prune": [
         (method, {"sparsity": amount})
@@ -43,6 +44,8 @@ TABLES: dict[str, list[Row]] = {
         ("squeezellm", {"bits": 3}),
         ("minifloat", {"table": "fp4", "group_size": 64}),
         ("minifloat", {"table": "nf4", "group_size": 64}),
+        *((method, GRID) for method in ("adadim", "adadim-rtn")),
+        *((method, COARSE) for method in ("rtn", "gptq", "kronecker", "adadim", "adadim-rtn")),
         ("gptq", {"bits": 4, "group_size": 64}),
         ("rtn", {"bits": 3, "group_size": -1}),
         ("gptq", {"bits": 3, "group_size": -1}),
@@ -63,6 +66,8 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": "2:4"}),
     ("second-order saliency is better than magnitude", "obd", "magnitude", {"sparsity": 0.5}),
     ("one order for all rows rounds as well as OBQ", "gptq", "obq", GRID),
+    ("groups along either side are better than along rows", "adadim-rtn", "rtn", GRID),
+    ("groups along either side are better than along rows", "adadim", "gptq", COARSE),
     ("activation-aware SVD is better than SVD", "activation-svd", "svd", {"rank": 128}),
     ("CUR comes close to SVD", "activation-svd", "curing", {"rank": 128}),
 ]

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from hesse.compression.layers import check_products
-from hesse.constraints import Codebook, Grid, LowRank, Plus, Rotated, ScaledColumns, Sparse, SparseGrid, Table
+from hesse.constraints import (
+    Codebook,
+    EitherSide,
+    Grid,
+    LowRank,
+    Plus,
+    Rotated,
+    ScaledColumns,
+    Sparse,
+    SparseGrid,
+    Table,
+)
 from hesse.errors import OptionError
 from hesse.methods import METHODS, Options, Recipe, find_method
 
@@ -33,7 +44,7 @@ def test_every_method_builds_its_triple(name: str) -> None:
     (rule,) = find_method(name).recipe(Options()).rules
     constraint, parts = rule.constraint.build(), METHODS[name].constraints
     if METHODS[name].basis != "own":
-        assert isinstance(constraint, ScaledColumns | Rotated)
+        assert isinstance(constraint, ScaledColumns | Rotated | EitherSide)
         constraint = constraint.base
     assert isinstance(constraint, Plus if len(parts) == 2 else PARTS[parts[0]])
     if isinstance(constraint, Plus):

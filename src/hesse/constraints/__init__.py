@@ -2,6 +2,7 @@
 
 from hesse.constraints.base import Constraint
 from hesse.constraints.codebook import Codebook, CodebookCode
+from hesse.constraints.either_side import AlongOutputs, EitherSide, SideCode
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.constraints.low_rank import LowRank, LowRankCode
@@ -12,9 +13,11 @@ from hesse.constraints.sparse import Sparse, SparseCode, SparseGrid
 from hesse.constraints.table import Table
 
 __all__ = [
+    "AlongOutputs",
     "Codebook",
     "CodebookCode",
     "Constraint",
+    "EitherSide",
     "Grid",
     "GridCode",
     "Grouped",
@@ -26,6 +29,7 @@ __all__ = [
     "ScaledCode",
     "ScaledColumns",
     "Scales",
+    "SideCode",
     "Sparse",
     "SparseCode",
     "SparseGrid",

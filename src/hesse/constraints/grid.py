@@ -48,6 +48,10 @@ class Grid(Grouped):
         return (1 << (self.bits - 1)) - 1
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        return self.lowest, self.highest
+
+    @property
     def levels(self) -> float:
         """Steps that the range of a group is cut into."""
         return (1 << self.bits) - 1 + (self.headroom if self.symmetric else 0.0)

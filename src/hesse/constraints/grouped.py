@@ -33,14 +33,21 @@ class Grouped(Constraint):
     A last group may be narrower than the others.
     """
 
-    group_size: int
-    symmetric: bool
-
     def __post_init__(self) -> None:
         if self.group_size < 1 and self.group_size != -1:
             raise OptionError(
                 f"group size is {self.group_size}; use a positive number such as 128, or -1 for one scale a row"
             )
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int:
+        """Columns of a row that share a scale; -1 for all."""
+
+    @property
+    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
 
     @property
     @abstractmethod
@@ -62,6 +69,15 @@ class Grouped(Constraint):
     @abstractmethod
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """The weights that `codes` stand for, rounded to the stored dtype as a loader rounds them."""
+
+    def at(self, column: int) -> "Grouped":
+        """The set that the weights of one column are in, where columns differ; it fits, rounds and reads them alike."""
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The lowest and the highest code, where codes are whole steps from a zero point; None where they are not."""
+        return None
 
     def check(self, shape: torch.Size) -> None:
         """Every matrix can be put on one."""

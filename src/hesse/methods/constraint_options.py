@@ -7,6 +7,7 @@ from pydantic import Field
 from hesse.constraints import (
     Codebook,
     Constraint,
+    EitherSide,
     Grid,
     LowRank,
     Rotated,
@@ -16,6 +17,8 @@ from hesse.constraints import (
 )
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
+
+Basis = Literal["own", "scaled", "rotated", "either-side"]
 
 
 class GridOptions(Strict):
@@ -96,7 +99,8 @@ class CodebookOptions(Strict):
 class ConstraintOptions(Strict):
     """One constraint; sparse and grid for both at once; or grid, codebook or table with low_rank or outliers added.
 
-    A grid may be of the weight with its columns scaled, or in a rotated basis (`basis`).
+    A grid may be of the weight with its columns scaled, in a rotated basis, or with its groups along either side
+    (`basis`).
     """
 
     grid: GridOptions | None = None
@@ -105,7 +109,7 @@ class ConstraintOptions(Strict):
     sparse: SparseOptions | None = None
     low_rank: LowRankOptions | None = None
     outliers: OutlierOptions | None = None
-    basis: Literal["own", "scaled", "rotated"] = "own"
+    basis: Basis = "own"
 
     def build(self) -> Constraint:
         """The constraint.
@@ -131,7 +135,11 @@ class ConstraintOptions(Strict):
         raise OptionError(f"{' and '.join(parts)} cannot be joined in one layer")
 
 
-def _in_basis(constraint: Constraint, basis: str) -> Constraint:
+def _in_basis(constraint: Constraint, basis: Basis) -> Constraint:
+    if basis == "either-side":
+        if not isinstance(constraint, Grid):
+            raise OptionError(f"only a grid has groups along either side, not a {type(constraint).__name__}")
+        return EitherSide(constraint)
     if basis == "own":
         return constraint
     return ScaledColumns(constraint) if basis == "scaled" else Rotated(constraint)

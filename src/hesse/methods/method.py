@@ -1,12 +1,13 @@
 """A method of the literature: a named triple curvature × constraint × solver with its usual options."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel
 
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import (
+    Basis,
     CodebookOptions,
     ConstraintOptions,
     GridOptions,
@@ -18,7 +19,7 @@ from hesse.methods.constraint_options import (
 )
 from hesse.methods.recipe import Recipe, Rule
 from hesse.methods.row import Row
-from hesse.methods.solver_options import UNDAMPED, SolverOptions
+from hesse.methods.solver_options import ORDERED, UNDAMPED, SolverOptions
 
 GRID_OPTIONS = ("group_size", "symmetric", "headroom", "signed")  # that mean something with bits only
 
@@ -62,7 +63,7 @@ class Method:
     needs: str
     defaults: Options = Options()
     optional: tuple[str, ...] = ()
-    basis: Literal["own", "scaled", "rotated"] = "own"
+    basis: Basis = "own"
 
     @property
     def row(self) -> Row:
@@ -124,7 +125,7 @@ class Method:
             "rank": "low_rank" in has,
             "outliers": "outliers" in has,
             "table": "table" in has,
-            "act_order": self.solver in ("error_feedback", "repair", "incoherent"),
+            "act_order": self.solver in ORDERED,
             "damping": self.solver not in UNDAMPED,
         }
         if options.bits == 0:

@@ -9,6 +9,7 @@ from hesse.methods.strict import Strict
 from hesse.solvers import (
     ADMM,
     ActivationAware,
+    CheaperSide,
     ErrorFeedback,
     GreedySurgeon,
     Incoherent,
@@ -54,8 +55,11 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "whitened_svd": lambda _: WhitenedSVD(),
     "activation_aware": lambda _: ActivationAware(),
     "incoherent": lambda options: Incoherent(ErrorFeedback(order=options.order)),
+    "cheaper_side": lambda options: CheaperSide(ErrorFeedback(order=options.order)),
+    "cheaper_plain_side": lambda _: CheaperSide(),
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
 }
-UNDAMPED = ("nearest", "plain_repair", "activation_aware")
+UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side")
+ORDERED = ("error_feedback", "repair", "incoherent", "cheaper_side")  # whose columns have an order

@@ -3,6 +3,7 @@
 from hesse.solvers.activation_aware import ActivationAware
 from hesse.solvers.admm import ADMM
 from hesse.solvers.base import Solution, Solver, solve, solve_with
+from hesse.solvers.cheaper_side import CheaperSide
 from hesse.solvers.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.estimate import Estimate, mean_of
@@ -19,6 +20,7 @@ from hesse.solvers.whitened_svd import WhitenedSVD
 __all__ = [
     "ADMM",
     "ActivationAware",
+    "CheaperSide",
     "Eigenpairs",
     "ErrorFeedback",
     "Estimate",

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hesse.compiled import Floats, add, compiled, lost_bits, stored
-from hesse.constraints import Grid
+from hesse.constraints import Grouped
 
 TILE = 64  # outputs that are gone through together, so that a block's columns of them stay in the nearest cache
 
@@ -26,8 +26,12 @@ class Block(NamedTuple):
     )
 
 
-def walk(block: Block, first: int, last: int, grid: Grid | None) -> None:
-    """Replace the columns [first, last) of `block` by allowed values; all columns after them take the errors."""
+def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
+    """Replace the columns [first, last) of `block` by allowed values; all columns after them take the errors.
+
+    Where there is a `grid`, it has `bounds`.
+    """
+    lowest, highest = bounds_of(grid)
     empty = np.empty((0, 0), np.float32)
     codes, scale, zero_point, kept = (None if part is None else part.numpy() for part in block[2:6])
     _walk(
@@ -40,10 +44,15 @@ def walk(block: Block, first: int, last: int, grid: Grid | None) -> None:
         block.update.numpy(),
         first,
         last,
-        np.float32(0 if grid is None else grid.lowest),
-        np.float32(0 if grid is None else grid.highest),
+        np.float32(lowest),
+        np.float32(highest),
         np.uint32(0) if grid is None else lost_bits(grid.dtype),
     )
+
+
+def bounds_of(grid: Grouped | None) -> tuple[int, int]:
+    """The lowest and the highest code; 0 where there are no codes."""
+    return (0, 0) if grid is None or grid.bounds is None else grid.bounds
 
 
 @compiled

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint, Grid, GridCode, Grouped, Scales, Sparse, SparseCode, SparseGrid
+from hesse.constraints import Constraint, GridCode, Grouped, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import column_sweep, kernels
@@ -19,7 +19,7 @@ from hesse.solvers.late_mask import LateMask
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
 from hesse.solvers.triangular import inverse_of
 
-Walk = Callable[[Block, int, int, Grid | None], None]
+Walk = Callable[[Block, int, int, Grouped | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,12 @@ class ErrorFeedback:
         if sparse is not None and sparse.of is not None and state.order is not None:
             raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
-        sweep = _Sweep(weight.T.contiguous()[order], state, grid, sparse, self.mask_columns)
-        if grid is not None and state.order is not None:
+        grids = None if grid is None else [grid.at(column) for column in order.tolist()]
+        sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
+        late = state.order is None or (grid is not None and grid.group_width(weight.shape[1]) == 1)
+        if grid is not None and not late:
             sweep.set_scales(0, grid, grid.fit(weight), order)
-        sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=state.order is None)
+        sweep.run(self._block_size(weight.shape[1], grid, sparse), fit_scales=late)
 
         back = torch.argsort(order)
         if grid is None:
@@ -99,11 +101,18 @@ class _Sweep:
     """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
     def __init__(
-        self, work: Tensor, state: FeedbackState, grid: Grouped | None, sparse: Sparse | None, mask_columns: int
+        self,
+        work: Tensor,
+        state: FeedbackState,
+        grid: Grouped | None,
+        grids: list[Grouped] | None,
+        sparse: Sparse | None,
+        mask_columns: int,
     ) -> None:
         self.work = work
         self.feedback = state.feedback.to(work)
         self.grid = grid
+        self.grids = grids  # of each column, in the order of the sweep
         self.group = 0  # columns whose scales are fitted once the first is reached; 0 where all are set before
         pivots = state.pivots.to(work)
         self.mask = LateMask(sparse, self.work, pivots, mask_columns) if sparse is not None else None
@@ -111,7 +120,7 @@ class _Sweep:
         # Codes are kept as they are chosen: two 8-bit codes can round to one value in bfloat16.
         self.codes = torch.zeros_like(self.work, dtype=torch.int8) if grid is not None else self.work[:0]
         self.scale = torch.empty_like(self.work) if grid is not None else None
-        self.zero_point = torch.empty_like(self.work) if grid is not None and not grid.symmetric else None
+        self.zero_point = torch.zeros_like(self.work) if grid is not None and not grid.symmetric else None
 
     def set_scales(self, start: int, grid: Grouped, scales: Scales, order: Tensor | None = None) -> None:
         """Spread scales per group over the columns from `start` on, taken in `order`."""
@@ -134,7 +143,8 @@ class _Sweep:
         columns = len(self.work)
         self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
         factor = self.feedback
-        compiled = _compiled_walk(self.work) if self.grid is None or isinstance(self.grid, Grid) else None
+        whole_steps = self.grids is None or all(grid.bounds is not None for grid in self.grids)
+        compiled = _compiled_walk(self.work) if whole_steps else None
         walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
         for start in range(0, columns, block_size):
             stop = min(start + block_size, columns)
@@ -154,9 +164,10 @@ class _Sweep:
             left = stop - start - k - 1
             self._decide(start + k)
             values = column if self.mask is None else column * kept
-            if self.grid is not None:
-                codes.append(self.grid.codes(values, scale, zero_point))
-                values = self.grid.values(codes[-1], scale, zero_point)
+            if self.grids is not None:
+                grid = self.grids[start + k]
+                codes.append(grid.codes(values, scale, zero_point))
+                values = grid.values(codes[-1], scale, zero_point)
             allowed.append(values)
             torch.sub(column, values, out=error)
             block.narrow(0, k + 1, left).addr_(update.narrow(0, k + 1, left), error, alpha=-1)
@@ -182,19 +193,21 @@ class _Sweep:
         decisions = [j for j in range(start, stop) if j == start or self._decides(j)]
         for first, last in pairwise([*decisions, stop]):
             self._decide(first)
-            compiled(block, first - start, last - start, self.grid if isinstance(self.grid, Grid) else None)
+            compiled(block, first - start, last - start, None if self.grids is None else self.grids[first])
 
     def _decides(self, j: int) -> bool:
-        """Whether something of the columns from `j` on is decided only when `j` is reached."""
-        return (self.group > 0 and j % self.group == 0) or (
-            self.mask is not None and j % self.mask.columns_at_once == 0
+        """Whether something of the columns from `j` on is decided only when `j` is reached, or is other than before."""
+        return (
+            (self.group > 0 and j % self.group == 0)
+            or (self.mask is not None and j % self.mask.columns_at_once == 0)
+            or (self.grids is not None and self.grids[j] != self.grids[j - 1])
         )
 
     def _decide(self, j: int) -> None:
         """Decide what has to be before column `j`: scales of its group, a mask of it and the next."""
         if self.group and j % self.group == 0:
-            assert self.grid is not None
-            self.set_scales(j, self.grid, self.grid.fit(self.work[j : j + self.group].T))
+            assert self.grid is not None and self.grids is not None
+            self.set_scales(j, self.grid, self.grids[j].fit(self.work[j : j + self.group].T))
         if self.mask is not None and j % self.mask.columns_at_once == 0:
             self.mask.decide(j)
 

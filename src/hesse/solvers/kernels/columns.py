@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hesse.constraints import Grid
-from hesse.solvers.column_sweep import Block
+from hesse.constraints import Grouped
+from hesse.solvers.column_sweep import Block, bounds_of
 from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
@@ -52,7 +52,7 @@ def _walk(
     tl.store(work + places, held, mask=inside)
 
 
-def walk(block: Block, first: int, last: int, grid: Grid | None) -> None:
+def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
     """As `column_sweep.walk`, on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)
@@ -62,6 +62,6 @@ def walk(block: Block, first: int, last: int, grid: Grid | None) -> None:
             block.work, block.errors, block.codes, block.scale, block.zero_point,
             None if block.kept is None else block.kept.view(torch.int8),
             block.update, width, height, first, last,
-            float(grid.lowest if grid else 0), float(grid.highest if grid else 0),
+            *map(float, bounds_of(grid)),
             WIDTH=padded, ROWS=rows, dtype=stored_type(grid.dtype if grid else torch.float32), **EXACT,
         )  # fmt: skip

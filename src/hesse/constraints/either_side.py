@@ -1,0 +1,101 @@
+"""S = a grid whose groups lie along a row, or along a column: one scale for neighbouring inputs, or for outputs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hesse.constraints.base import Constraint
+from hesse.constraints.grid import Grid
+from hesse.constraints.grouped import GridCode, Grouped, Scales
+
+
+@dataclass(frozen=True, eq=True)
+class AlongOutputs(Grouped):
+    """`base` with a scale for every `group_size` rows of a column in place of columns of a row.
+
+    An input that stands out widens the range of its own groups only. Its scales are held once a weight (out, in), and
+    stored once a group.
+    """
+
+    base: Grid = field(default_factory=Grid)
+
+    @property
+    def group_size(self) -> int:
+        return 1
+
+    @property
+    def symmetric(self) -> bool:
+        return self.base.symmetric
+
+    @property
+    def code_bits(self) -> int:
+        return self.base.code_bits
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.base.bounds
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return False
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.base.stored_as(dtype), dtype=dtype)
+
+    def fit(self, weight: Tensor) -> Scales:
+        found, rows = self.base.fit(weight.T), len(weight)
+        zero_point = None if found.zero_point is None else self.base.expand(found.zero_point, rows).T
+        return Scales(self.base.expand(found.scale, rows).T, zero_point)
+
+    def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        return self.base.codes(weight, scale, zero_point)
+
+    def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        return self.base.values(codes, scale, zero_point)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        return self.base.bits_per_weight(torch.Size([shape[1], shape[0]]))
+
+
+@dataclass(frozen=True, eq=False)
+class SideCode:
+    """A member, and the side that its groups lie along."""
+
+    code: GridCode
+    along_outputs: bool
+
+
+@dataclass(frozen=True, eq=True)
+class EitherSide(Constraint):
+    """`base`, or `AlongOutputs(base)`: for each layer the one that comes nearer. Source: AdaDim (Heo et al., 2023)."""
+
+    base: Grid = field(default_factory=Grid)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return False
+
+    def check(self, shape: torch.Size) -> None:
+        self.base.check(shape)
+
+    def stored_as(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.base.stored_as(dtype), dtype=dtype)
+
+    def side(self, along_outputs: bool) -> Grouped:
+        """The grid with its groups along rows, or along columns."""
+        return AlongOutputs(self.base, dtype=self.dtype) if along_outputs else self.base
+
+    def encode(self, weight: Tensor, metric: Tensor | None = None) -> SideCode:
+        found = [SideCode(self.side(along).encode(weight), along) for along in (False, True)]
+        inside = torch.ones_like(weight) if metric is None else metric.to(weight)
+        costs = [float((inside * (self.decode(code).to(weight.dtype) - weight).square()).sum()) for code in found]
+        return found[costs.index(min(costs))]
+
+    def decode(self, encoded: SideCode) -> Tensor:
+        return self.side(encoded.along_outputs).decode(encoded.code)
+
+    def bits_per_weight(self, shape: torch.Size) -> float:
+        """Of the side that takes more, where groups do not divide both alike, and one bit that says which it is."""
+        return max(self.side(along).bits_per_weight(shape) for along in (False, True)) + 1 / shape.numel()

@@ -1,0 +1,43 @@
+"""AdaDim: groups along a layer's inputs or along its outputs, whichever comes out cheaper."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hesse.constraints import Constraint, EitherSide, SideCode
+from hesse.curvature import Curvature
+from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import Solver
+
+
+class SideState(NamedTuple):
+    """What both sides are priced by, and the state of the solver that rounds."""
+
+    curvature: Curvature
+    inner: Any
+
+
+@dataclass(frozen=True)
+class CheaperSide:
+    """`inner` on both sides of an EitherSide, or plain rounding without one; the side with less ½ dᵀHd is kept.
+
+    Never worse than `inner` with groups along rows. Source: AdaDim (Heo et al., 2023), for plain rounding and for GPTQ.
+    """
+
+    inner: Solver | None = None
+
+    def init(self, curvature: Curvature) -> SideState:
+        return SideState(curvature, None if self.inner is None else self.inner.init(curvature))
+
+    def compute(self, state: SideState, weight: Tensor, constraint: Constraint) -> SideCode:
+        if not isinstance(constraint, EitherSide):
+            raise UnsupportedProduct(f"CheaperSide solves EitherSide, not {type(constraint).__name__}")
+        found = []
+        for along in (False, True):
+            side = constraint.side(along)
+            code = side.encode(weight) if self.inner is None else self.inner.compute(state.inner, weight, side)
+            cost = state.curvature.quadratic(side.decode(code).to(weight.dtype) - weight)
+            found.append((cost, along, code))
+        _, along, code = min(found, key=lambda each: each[0])
+        return SideCode(code, along)
