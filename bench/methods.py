@@ -31,6 +31,12 @@ TABLES: dict[str, list[Row]] = {
         for amount in (0.5, 0.7, "2:4")
         for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
     ]
+    + [(method, {"sparsity": 0.5}) for method in ("woodfisher", "m-fac")]
+    + [(method, {"sparsity": 0.7}) for method in ("woodfisher", "m-fac")]
+    + [
+        (method, {"sparsity": 0.5, "block": 4})
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+    ]
     + [
         (method, {"sparsity": amount, "scope": scope})
         for amount in (0.5, 0.7)
@@ -64,6 +70,12 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.7}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": 0.5}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": "2:4"}),
+    ("WoodFisher is better than magnitude", "woodfisher", "magnitude", {"sparsity": 0.5}),
+    ("M-FAC is better than WoodFisher", "m-fac", "woodfisher", {"sparsity": 0.5}),
+    ("M-FAC is better than magnitude", "m-fac", "magnitude", {"sparsity": 0.5}),
+    ("counting what removals do to one another helps", "obert", "woodfisher", {"sparsity": 0.5}),
+    ("oBERT is better than magnitude in blocks of 4", "obert", "magnitude", {"sparsity": 0.5, "block": 4}),
+    ("exact costs of blocks are better than sums", "obc", "sparsegpt", {"sparsity": 0.5, "block": 4}),
     ("second-order saliency is better than magnitude", "obd", "magnitude", {"sparsity": 0.5}),
     ("one order for all rows rounds as well as OBQ", "gptq", "obq", GRID),
     ("groups along either side are better than along rows", "adadim-rtn", "rtn", GRID),

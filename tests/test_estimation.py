@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tiny_models
 from hesse.compression.dense import output_factors
 from hesse.compression.weight_fisher import BLOCK_SIZE, FisherNeeds
-from hesse.curvature import CrossEntropy, Gram, Objective
+from hesse.curvature import BlockRankOneSum, CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.estimation import (
@@ -143,6 +143,17 @@ def test_blocks_of_the_fisher_are_those_of_each_sample(name: str, family_folder:
         total += rows[:, :, None] * rows[:, None, :]
     expected = total / IDS[:, 1:].numel()
     torch.testing.assert_close(found[f"{layer.name}.weight"], expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
+    kept = gradients_of(name, family_folder)
+    blocks = BlockRankOneSum.from_gradients(kept, BLOCK_SIZE).matrices
+    torch.testing.assert_close(blocks, expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
+
+
+def gradients_of(name: str, family_folder: FolderOf) -> Tensor:
+    """Those of each sample, scaled so that their mean g gᵀ is per token."""
+    network, walk = walked(family_folder(name), batch=1, apart=True)
+    layer = network.blocks[1].layers[-1]
+    needs = FisherNeeds(gradients=[layer.name])
+    return next(f for block in output_factors(walk, (), needs) for key, f in block.items() if key.endswith(".weight"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "gpt-neox", "bert"])

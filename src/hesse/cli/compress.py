@@ -45,6 +45,7 @@ def compress(
     scope: Annotated[
         str | None, typer.Option(help="Where a share of zeros is counted: layer, row, global or lamp.")
     ] = None,
+    block: Annotated[int | None, typer.Option(help="Neighbours in a row that are zero together, such as 4.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")
@@ -82,6 +83,7 @@ def compress(
         signed=signed,
         sparsity=sparsity,
         scope=scope,
+        block=block,
         rank=rank,
         act_order=act_order,
         damping=damping,

@@ -158,7 +158,7 @@ class BlockSolver:
         return self.sensitivities.get(layer)
 
     def _fisher(self, layer: Layer) -> Tensor | None:
-        """The Fisher on a layer's weight: its diagonal (out, in), or blocks (blocks, size, size)."""
+        """The Fisher on a layer's weight: its diagonal (out, in), blocks (blocks, size, size) or gradients."""
         if self.plan.statistics is None:
             return self.sensitivities.get(name_of(layer))
         found = self.plan.statistics.fisher(layer.name, self.plan.network.device)

@@ -67,7 +67,7 @@ def probe(
     length = max(len(ids) for ids in samples.ids)
     size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
     size = min(size, max(len(samples.ids) // processes.count, 1))
-    size = 1 if fisher.blocks else size  # whose gradients are of single samples, which experts mix
+    size = 1 if fisher.of_samples else size  # whose gradients are of single samples, which experts mix
     lasting = journal is not None
     earlier, batches = processes.portion(samples.batches(size))
     with clock.phase("probe"):
@@ -77,7 +77,7 @@ def probe(
     with clock.phase("probe"):
         state = None if journal is None else _recalled(journal, network, found, processes)
         shelf = Shelf(folder, "gradient", lasting)
-        walk = BackwardWalk(network, flows, inputs, seed, bool(fisher.blocks), shelf, state, processes, earlier)
+        walk = BackwardWalk(network, flows, inputs, seed, fisher.of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
         for factors in output_factors(walk, whole, fisher):

@@ -41,7 +41,7 @@ class LayerProblem:
     outputs: Tensor | None  # what the loss feels of the outputs: E[ggᵀ] (out, out), or its diagonal (out,)
     rule: Rule
     constraint: Constraint
-    fisher: Tensor | None = None  # on the weight: its diagonal (out, in), or blocks (blocks, size, size)
+    fisher: Tensor | None = None  # on the weight: diagonal (out, in), blocks (blocks, size, size) or (samples, out, in)
 
 
 class _State(NamedTuple):
@@ -138,7 +138,7 @@ def _dry_run(rule: Rule) -> None:
     """Solve a small matrix by a rule."""
     constraint, solver = rule.constraint.build(), rule.solver.build()
     sparse = constraint.sparse if isinstance(constraint, SparseGrid) else constraint
-    whole_groups = sparse.of if isinstance(sparse, Sparse) and sparse.of else 1
+    whole_groups = sparse.together if isinstance(sparse, Sparse) else 1
     weight = torch.eye(DRY_SIZE * whole_groups)
     problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
     solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import psutil
 
-from hesse.compression.plan import Plan, whole_factors
+from hesse.compression.plan import Plan, fisher_needs, whole_factors
 from hesse.compression.sizes import read_size
 from hesse.compression.tokens import PROBE_TOKENS
 from hesse.compression.weight_fisher import BLOCK_SIZE
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.methods.recipe import Rule
 from hesse.models.network import Block, Layer, Network
 from hesse.models.stream import calibration_batch
 
@@ -20,6 +21,7 @@ LATER = 200 << 20  # bytes that libraries take once they are used: compiled loop
 # most demanding one they are of, and held against measurement in bench/memory.py.
 OF_WEIGHT, OF_INPUTS, OF_OUTPUTS = 14, 9, 8
 OF_BLOCKS = 7  # of a layer's blocks of the Fisher, in float32, while it is pruned by them
+OF_GRADIENTS = 4  # of the gradients of a layer's weight, one a sample
 OF_LOGITS = 6  # as many while two models are compared
 OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
@@ -60,9 +62,14 @@ def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) ->
     for choice in found:
         if choice.bound <= (_free() if limit is None else limit):
             return choice
+    least = min(choice.bound for choice in found)
+    if limit is None and fisher_needs(plan.rules).gradients:
+        raise OptionError(
+            f"{len(plan.probes.ids)} gradients of each weight take {_shown(least)} of memory, more than is free: take "
+            "fewer --samples, leave layers out with --ignore, or use woodfisher"
+        )
     if limit is None:
         return found[-1]
-    least = min(choice.bound for choice in found)
     raise OptionError(
         f"--memory {_shown(limit)} is not enough for this model and method: {_shown(least)} are, needed to "
         f"{found[-1].largest}"
@@ -112,7 +119,8 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
         if plan.statistics is None:
             probing = min(batch_size, calibration_batch(plan.length)) * plan.length
             moments = 4 * sum(layer.weight.shape[0] ** 2 for layer in block.layers if layer.name in whole)
-            moments += 4 * sum(_fisher(plan, layer) for layer in block.layers)
+            fishers = [_fisher(plan, layer) for layer in block.layers]
+            moments += 4 * (sum(fishers) + max(fishers, default=0))
             widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
             gradients = OF_ACTIVATIONS * _activations(network, block, probing, network.dtype.itemsize)
             phases[f"take gradients through {block.name}"] = (
@@ -142,7 +150,7 @@ def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
     if rule is None:
         return 4 * gram
     outputs = OF_OUTPUTS * rows**2 if rule.needs_output_factor else 0
-    return 4 * (OF_WEIGHT * rows * columns + gram + outputs + OF_BLOCKS * _fisher(plan, layer))
+    return 4 * (OF_WEIGHT * rows * columns + gram + outputs + _copies(rule) * _fisher(plan, layer))
 
 
 def _fisher(plan: Plan, layer: Layer) -> int:
@@ -150,7 +158,13 @@ def _fisher(plan: Plan, layer: Layer) -> int:
     rule = plan.rules.get(layer.name)
     if rule is None or not rule.needs_fisher or plan.statistics is not None:
         return 0
-    return layer.weight.numel() * (BLOCK_SIZE if "fisher blocks" in rule.kind.needs else 1)
+    each = {"fisher blocks": BLOCK_SIZE, "fisher gradients": len(plan.probes.ids)}
+    return layer.weight.numel() * max((each.get(kind, 1) for kind in rule.kind.needs), default=1)
+
+
+def _copies(rule: Rule) -> int:
+    """How often what is kept of the Fisher is in memory while a layer is solved."""
+    return OF_GRADIENTS if "fisher gradients" in rule.kind.needs else OF_BLOCKS
 
 
 def _activations(network: Network, block: Block, tokens: int, itemsize: int) -> int:

@@ -7,12 +7,12 @@ import torch
 
 from hesse.compression.layers import check_products
 from hesse.compression.output import companion_notes
-from hesse.compression.shared_sparsity import with_own_shares
+from hesse.compression.shared_sparsity import check_shape, with_own_shares
 from hesse.compression.targets import check_served
-from hesse.compression.tokens import Calibration, factor_tokens, select_samples
+from hesse.compression.tokens import Calibration, factor_tokens, sample_length, select_samples
 from hesse.compression.weight_fisher import FisherNeeds
 from hesse.data import Samples
-from hesse.errors import CheckpointError, HesseError, OptionError
+from hesse.errors import CheckpointError, OptionError
 from hesse.estimation import Statistics
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.curvatures import Statistic
@@ -78,11 +78,14 @@ def make_plan(
     whole = whole_factors(rules)
     outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
     fisher = fisher_needs(rules)
-    if statistics is not None and fisher.blocks:
-        raise OptionError("--curvature has no blocks of the Fisher, which this method needs: leave it out")
+    if statistics is not None and fisher.of_samples:
+        raise OptionError("--curvature has no blocks or gradients of the Fisher, which this method needs: leave it out")
     if statistics is not None and fisher.diagonals:
         statistics.check_holds("fisher")
-    selected = select_samples(model, calibration, network, factor_tokens(outputs, any(fisher)))
+    probed = factor_tokens(outputs, any(fisher))
+    if fisher.gradients:  # one of each sample
+        probed = max(probed, calibration.samples * sample_length(network, calibration.length))
+    selected = select_samples(model, calibration, network, probed)
     samples = selected.samples
     calibrated = bool(_needing(rules, "inputs"))
     if statistics is not None:
@@ -119,7 +122,7 @@ def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
 
 def fisher_needs(rules: dict[str, Rule | None]) -> FisherNeeds:
     """The layers whose rule needs the Fisher on their weights."""
-    return FisherNeeds(_needing(rules, "fisher diagonal"), _needing(rules, "fisher blocks"))
+    return FisherNeeds(*(_needing(rules, kind) for kind in ("fisher diagonal", "fisher blocks", "fisher gradients")))
 
 
 def _needing(rules: dict[str, Rule | None], statistic: Statistic) -> set[str]:
@@ -185,9 +188,6 @@ def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Forma
         rule, shape = rules[layer.name], layer.weight.shape
         constraint = None if rule is None else rule.constraint.build()
         if constraint is not None:
-            try:
-                constraint.check(shape)
-            except HesseError as error:
-                raise type(error)(f"{layer.name}: {error}") from None
+            check_shape(layer, constraint)
         stored.append(StoredLayer(layer.name, shape, constraint, layer.transposed))
     return choose_format(name, network, stored)

@@ -1,4 +1,4 @@
-"""The Fisher on layers' weights themselves, in nats per token: its diagonal, or the blocks on it."""
+"""The Fisher on layers' weights themselves, in nats per token: its diagonal, the blocks on it, or its gradients."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.estimation import BackwardWalk, GradientBlocks, GradientSquares, Passage, layer_part
+from hesse.estimation.sample_gradients import sample_gradients
 from hesse.models.network import Block, Layer
 
 BLOCK_SIZE = 32  # weights of a row, whose curvature takes as many times the weights' own memory
@@ -18,13 +19,19 @@ class FisherNeeds(NamedTuple):
 
     diagonals: Collection[str] = ()  # per position: labels sampled, each position's gradient squared by itself
     blocks: Collection[str] = ()  # per sample: of all positions of a sample together
+    gradients: Collection[str] = ()  # per sample, all of them: as many times the weights' own memory as samples
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether gradients of single samples are needed."""
+        return bool(self.blocks or self.gradients)
 
 
 NOTHING = FisherNeeds()
 
 
 class WeightFisher:
-    """Sums over passages of one block: Σ (g xᵀ)² (out, in), and Σ over samples of the blocks of g gᵀ."""
+    """Sums over passages of one block: Σ (g xᵀ)² (out, in), Σ over samples of the blocks of g gᵀ, and all g."""
 
     def __init__(self, block: Block, needs: FisherNeeds) -> None:
         # Every weight as (out, in), however its module keeps it.
@@ -36,18 +43,26 @@ class WeightFisher:
             name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights[0].items()
         }
         self._blocks = GradientBlocks(parts, weights[1], BLOCK_SIZE)
+        self._parts, self._weights = parts, weights[2]
+        self._gradients = {name: [weight.new_empty(0, *weight.shape)] for name, weight in weights[2].items()}
 
     def add(self, passage: Passage) -> None:
         """Add what a passage shows."""
         self._squares.add(passage)
         self._blocks.add(passage)
+        for name, weight in self._weights.items():
+            self._gradients[name] += sample_gradients(passage, name, self._parts[name], weight)
 
     def found(self, walk: BackwardWalk) -> dict[str, Tensor]:
         """By the weights' names; without those that nothing reached."""
         sums = {**self._squares.sums, **{name: blocks.total for name, blocks in self._blocks.sums.items()}}
         for total in sums.values():
             walk.processes.add(total)
-        return {name: walk.scale * total for name, total in sums.items() if bool(total.any())}
+        found = {name: walk.scale * total for name, total in sums.items()}
+        for name in self._weights:
+            gradients = walk.processes.joined(torch.cat(self._gradients.pop(name)))
+            found[name] = gradients.mul_((walk.scale * len(gradients)) ** 0.5)  # so that their mean g gᵀ is per token
+        return {name: fisher for name, fisher in found.items() if bool(fisher.any())}
 
 
 def name_of(layer: Layer) -> str:

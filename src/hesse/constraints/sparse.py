@@ -1,4 +1,4 @@
-"""S = matrices with a given share of zeros, anywhere or N kept of every M."""
+"""S = matrices with a given share of zeros: anywhere, by blocks of neighbours, or N kept of every M."""
 
 import math
 from dataclasses import dataclass
@@ -25,18 +25,24 @@ class SparseCode:
 class Sparse(Constraint):
     """`Sparse(0.5)`: half of the weights are zero. `Sparse(2, 4)`: of every 4 columns in a row at most 2 are not.
 
-    `scope` says where an unstructured share is counted: over the whole matrix ("layer") or in each row ("row").
+    `Sparse(0.5, block=4)`: zeros come in blocks of 4 neighbours of a row, for processors that skip such blocks (oBERT,
+    Kurtic et al., 2022). `scope` says where a share is counted: over the whole matrix ("layer") or in each row ("row").
     """
 
     amount: float = 0.5
     of: int | None = None
     scope: Literal["layer", "row"] = "layer"
+    block: int = 1
 
     def __post_init__(self) -> None:
         if self.of is None and not 0 <= self.amount < 1:
             raise OptionError(f"sparsity is {self.amount}, but must be at least 0 and below 1, such as 0.5")
         if self.of is not None and not (self.amount == int(self.amount) and 1 <= self.amount < self.of):
             raise OptionError(f"sparsity {self.amount:g}:{self.of} must keep N of M with 1 <= N < M, such as 2:4")
+        if self.block < 1:
+            raise OptionError(f"zeros come in blocks of {self.block}: use 1 or more, such as 4")
+        if self.of is not None and self.block > 1:
+            raise OptionError(f"sparsity {self.amount:g}:{self.of} has no blocks: leave the pattern or the block out")
 
     @property
     def rows_are_independent(self) -> bool:
@@ -48,27 +54,47 @@ class Sparse(Constraint):
                 f"sparsity {self.amount:g}:{self.of} needs a width divisible by {self.of}, and this one is {shape[1]}: "
                 "leave the layer out with --ignore, or choose another pattern"
             )
+        if shape[1] % self.block:
+            raise OptionError(
+                f"zeros in blocks of {self.block} need a width divisible by {self.block}, and this one is {shape[1]}: "
+                "leave the layer out with --ignore, or choose another block"
+            )
+
+    @property
+    def together(self) -> int:
+        """How many neighbours of a row are decided together: M of N:M, or a block."""
+        return self.of or self.block
+
+    def columns_at_once(self, most: int) -> int:
+        """How many columns a sweep over columns decides together: whole groups, and of single weights `most`."""
+        return self.of or math.lcm(most, self.block)
+
+    def of_blocks(self, scores: Tensor) -> Tensor:
+        """The sums of `scores` (out, in) over blocks (out, in / block)."""
+        return scores if self.block == 1 else scores.reshape(len(scores), -1, self.block).sum(-1)
 
     def mask(self, scores: Tensor, dropped: Tensor | None = None) -> Tensor:
         """True at the weights to keep (out, in): those of the highest scores. Exactly the asked number is dropped.
 
-        `dropped` gives other numbers for an unstructured mask: one, or one a row, as `scope` says.
+        A block has the sum of its weights' scores. `dropped` gives other numbers of single weights or of blocks: one,
+        or one a row, as `scope` says.
         """
         if self.of is not None:
             grouped = scores.reshape(scores.shape[0], -1, self.of)
             lowest = grouped.topk(self.of - int(self.amount), dim=-1, largest=False).indices
             return torch.ones_like(grouped, dtype=torch.bool).scatter(-1, lowest, False).view(scores.shape)
-        grouped = scores if self.scope == "row" else scores.reshape(1, -1)
         number = (self.dropped(scores) if dropped is None else dropped)[:, None]
+        blocks = self.of_blocks(scores)
+        grouped = blocks if self.scope == "row" else blocks.reshape(1, -1)
         threshold = smallest(grouped, number)
         below, equal = grouped < threshold, grouped == threshold
         drop = below | (equal & (equal.cumsum(1) <= number - below.sum(1, keepdim=True)))
-        return ~drop.view(scores.shape)
+        return ~drop.view(blocks.shape).repeat_interleave(self.block, dim=1)
 
     def dropped(self, weight: Tensor) -> Tensor:
-        """How many weights of `weight` (out, in) an unstructured mask drops (1,), or those of each row (out,)."""
+        """How many weights, or blocks, of `weight` (out, in) a share of zeros drops (1,), or of each row (out,)."""
         rows, number = (1, weight.numel()) if self.scope == "layer" else weight.shape
-        return torch.full((rows,), round(self.amount * number), device=weight.device)
+        return torch.full((rows,), round(self.amount * number / self.block), device=weight.device)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SparseCode:
         scores = weight.square() if metric is None else weight.square() * metric
@@ -82,9 +108,10 @@ class Sparse(Constraint):
         return torch.zeros_like(encoded.mask, dtype=encoded.values.dtype).masked_scatter(encoded.mask, encoded.values)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """The kept values, and where they are: a bit for each weight, or where few are kept the column of each."""
+        """The kept values, and where they are: a bit for each block, or where few are kept the column of each."""
         kept = self.amount / self.of if self.of is not None else 1 - self.amount
-        return kept * torch.finfo(self.dtype).bits + min(1.0, kept * math.ceil(math.log2(max(shape[1], 2))))
+        place = min(1.0, kept * math.ceil(math.log2(max(shape[1] // self.block, 2))))
+        return kept * torch.finfo(self.dtype).bits + place / self.block
 
     def __and__(self, other: Grid) -> "SparseGrid":
         if not isinstance(other, Grid):

@@ -36,7 +36,7 @@ class GridOptions(Strict):
 
 
 class SparseOptions(Strict):
-    """Options of a Sparse: a share such as 0.5, or a pattern such as "2:4".
+    """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
 
     `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
     magnitudes ("global") or by LAMP's ("lamp"), which gives each layer a share of its own before it is solved.
@@ -44,6 +44,7 @@ class SparseOptions(Strict):
 
     amount: float | str = 0.5
     scope: Literal["layer", "row", "global", "lamp"] = "layer"
+    block: Whole = 1
 
     def build(self) -> Sparse:
         """The constraint; of a share of several layers together that of a layer with as much."""
@@ -51,8 +52,8 @@ class SparseOptions(Strict):
         if parsed.of is not None:
             if self.scope in ("global", "lamp"):
                 raise OptionError(f"a pattern such as {self.amount} is the same everywhere: leave --scope out")
-            return parsed
-        return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer")
+            return Sparse(parsed.amount, parsed.of, block=self.block)
+        return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer", block=self.block)
 
 
 class LowRankOptions(Strict):

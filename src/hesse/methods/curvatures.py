@@ -7,10 +7,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker
+from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker, RankOneSum
 from hesse.methods.solver_options import SolverOptions
 
-Statistic = Literal["inputs", "output factor", "fisher diagonal", "fisher blocks"]
+Statistic = Literal["inputs", "output factor", "fisher diagonal", "fisher blocks", "fisher gradients"]
+ON_WEIGHTS: frozenset[Statistic] = frozenset({"fisher diagonal", "fisher blocks", "fisher gradients"})
 
 
 class Known(Protocol):
@@ -32,8 +33,8 @@ class Known(Protocol):
     def fisher(self) -> Tensor | None:
         """The true Fisher on its weight; None if nothing is known.
 
-        The diagonal (out, in), per position, or blocks of neighbours in row-major order (blocks, size, size), per
-        sample.
+        The diagonal (out, in), per position, or per sample: blocks of neighbours in row-major order (blocks, size,
+        size), or the gradients g (samples, out, in) of which it is the mean g gᵀ.
         """
 
 
@@ -76,12 +77,19 @@ def _fisher_blocks(known: Known, _: SolverOptions, damping: float) -> Curvature:
     return BlockRankOneSum(matrices=blocks, weight_shape=tuple(known.weight.shape)).damped(damping)
 
 
+def _fisher_gradients(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    if known.fisher is None or unknown(known.fisher):
+        return RankOneSum.from_gradients(torch.zeros_like(known.weight)[None]).with_damping(1)
+    return RankOneSum.from_gradients(known.fisher).damped(damping, of="range")  # fewer gradients than weights
+
+
 _KINDS = (
     CurvatureKind("identity", frozenset(), lambda known, options, damping: Identity()),
     CurvatureKind("gram_diagonal", frozenset({"inputs"}), lambda known, options, damping: known.gram.diagonal_part()),
     CurvatureKind("gram", frozenset({"inputs"}), _gram),
     CurvatureKind("fisher_diagonal", frozenset({"fisher diagonal"}), _fisher_diagonal),
     CurvatureKind("fisher_blocks", frozenset({"fisher blocks"}), _fisher_blocks),
+    CurvatureKind("fisher_gradients", frozenset({"fisher gradients"}), _fisher_gradients),
     CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, couples_rows=True),
 )
 CURVATURES = {kind.name: kind for kind in _KINDS}

@@ -35,6 +35,7 @@ class Options:
     signed: bool | None = None
     sparsity: str | float | None = None
     scope: str | None = None
+    block: int | None = None
     rank: int | None = None
     outliers: float | None = None
     table: str | None = None
@@ -81,10 +82,10 @@ class Method:
         self._refuse_foreign(options)
         chosen = options.over(self.defaults)
         sparse = parse_sparsity(chosen.sparsity) if chosen.sparsity is not None else None
-        pattern = sparse is not None and sparse.of is not None
+        pattern = (sparse is not None and sparse.of is not None) or (chosen.block or 1) > 1
         descending = bool(chosen.act_order) and not pattern
         if options.act_order and pattern:
-            raise OptionError("--act-order would tear the groups of an N:M pattern apart: leave one of the two out")
+            raise OptionError("--act-order would tear the groups of N:M or the blocks apart: leave one of the two out")
         if options.signed and not chosen.symmetric:
             raise OptionError("--signed has no meaning for an asymmetric grid, which has zero points: leave one out")
         constraint = self._constraint(chosen)
@@ -122,6 +123,7 @@ class Method:
             "group_size": grid or "table" in has,
             "sparsity": "sparse" in has,
             "scope": "sparse" in has,
+            "block": bool("sparse" in has and (options.sparsity or self.defaults.sparsity)),
             "rank": "low_rank" in has,
             "outliers": "outliers" in has,
             "table": "table" in has,
@@ -150,7 +152,8 @@ def _sparse(options: Options) -> SparseOptions:
     if options.scope is not None and options.scope not in scopes:
         raise OptionError(f"there is no scope {options.scope!r}; there are {', '.join(scopes)}")
     assert options.sparsity is not None
-    return SparseOptions(amount=options.sparsity, scope=options.scope or "layer")  # type: ignore[arg-type]
+    scope, block = options.scope or "layer", 1 if options.block is None else options.block
+    return SparseOptions(amount=options.sparsity, scope=scope, block=block)  # type: ignore[arg-type]
 
 
 def _damping(value: float) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.curvatures import CURVATURES, CurvatureKind
+from hesse.methods.curvatures import CURVATURES, ON_WEIGHTS, CurvatureKind
 from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
@@ -42,8 +42,8 @@ class Rule(Strict):
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether its curvature is made of the Fisher on a layer's weight, its diagonal or blocks of it."""
-        return bool(self.kind.needs & {"fisher diagonal", "fisher blocks"})
+        """Whether its curvature is made of the Fisher on a layer's weight: its diagonal, blocks or gradients."""
+        return bool(self.kind.needs & ON_WEIGHTS)
 
 
 class Recipe(Strict):

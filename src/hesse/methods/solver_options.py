@@ -17,6 +17,7 @@ from hesse.solvers import (
     Repair,
     RowsAndColumns,
     Solver,
+    StepwiseSurgeon,
     TwoSidedFeedback,
     WhitenedSVD,
 )
@@ -51,6 +52,8 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "error_feedback": lambda options: ErrorFeedback(order=options.order),
     "two_sided_feedback": lambda _: TwoSidedFeedback(),
     "greedy_surgeon": lambda _: GreedySurgeon(),
+    "surgeon_at_once": lambda _: StepwiseSurgeon(joint=False),
+    "surgeon_in_steps": lambda _: StepwiseSurgeon(steps=4),
     "admm": lambda _: ADMM(),
     "whitened_svd": lambda _: WhitenedSVD(),
     "activation_aware": lambda _: ActivationAware(),

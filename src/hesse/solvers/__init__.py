@@ -13,6 +13,7 @@ from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.repair import Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
+from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 from hesse.solvers.whitened_svd import WhitenedSVD
@@ -33,6 +34,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Spectrum",
+    "StepwiseSurgeon",
     "TwoSidedFeedback",
     "WhitenedSVD",
     "conjugate_gradients",

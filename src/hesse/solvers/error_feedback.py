@@ -67,8 +67,8 @@ class ErrorFeedback:
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
         grid, sparse = _parts(constraint)
-        if sparse is not None and sparse.of is not None and state.order is not None:
-            raise UnsupportedProduct('N:M groups are of neighbouring columns: use ErrorFeedback(order="given")')
+        if sparse is not None and sparse.together > 1 and state.order is not None:
+            raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
         grids = None if grid is None else [grid.at(column) for column in order.tolist()]
         sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
@@ -93,7 +93,7 @@ class ErrorFeedback:
         if grid is not None and grid.group_width(columns) < columns:
             unit = grid.group_width(columns)
         if sparse is not None:
-            unit = math.lcm(unit, sparse.of or self.mask_columns)
+            unit = math.lcm(unit, sparse.columns_at_once(self.mask_columns))
         return max(self.block_size // unit, 1) * unit
 
 

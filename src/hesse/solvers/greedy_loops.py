@@ -22,33 +22,58 @@ def _eliminate(inverse: Floats, p: int) -> None:
 
 
 @compiled
-def prune(weights: Floats, inverses: Floats, group: int, kept: int, costs: Floats, turns: NDArray[np.int32]) -> None:
+def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.float32:
+    """w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q of the neighbours Q from `first` on, by steps of Gauss in `work` (size, size + 1)."""
+    size = len(work)
+    for i in range(size):
+        work[i, size] = weight[first + i]
+        for j in range(size):
+            work[i, j] = inverse[first + i, first + j]
+    total: np.float32 = np.float32(0)
+    for k in range(size):
+        pivot = max(work[k, k], SMALLEST)
+        total += work[k, size] * work[k, size] / pivot
+        for i in range(k + 1, size):
+            add(work[i], work[k], np.float32(-work[i, k] / pivot))
+    return total
+
+
+@compiled
+def prune(
+    weights: Floats, inverses: Floats, group: int, kept: int, block: int, costs: Floats, turns: NDArray[np.int32]
+) -> None:
     """Drop the weights of each row (rows, n), cheapest first, each time making good what that costs.
 
     `inverses` (1 or rows, n, n) are H⁻¹ of all rows or of each. With `group` not 0, of each `group` neighbours `kept`
-    are. `costs` (rows, n) get what each drop adds to ½ dᵀHd, in the order of dropping, and `turns` the turn in which a
-    weight is dropped, n for one that is not. `weights` end as they are when all of these are gone.
+    are; with `block` above 1 so many neighbours go together. `costs` (rows, n / block) get what each drop adds to
+    ½ dᵀHd, in the order of dropping, and `turns` the turn in which a weight is dropped, n for one that is not.
+    `weights` end as they are when all of these are gone.
     """
     rows, n = weights.shape
+    work = np.empty((block, block + 1), np.float32)
     left = np.empty(n // group if group else 1, np.int64)
     for row in range(rows):
         weight, inverse = weights[row], inverses[row if len(inverses) > 1 else 0].copy()
         left[:] = group - kept if group else n
         turns[row] = n
-        drops = len(left) * (group - kept) if group else n
+        drops = len(left) * (group - kept) if group else n // block
         for turn in range(drops):
             best, cheapest = -1, np.float32(np.inf)
-            for p in range(n):
+            for p in range(0, n, block):
                 if turns[row, p] == n and left[p // group if group else 0] > 0:
-                    price = weight[p] * weight[p] / max(inverse[p, p], SMALLEST)
+                    if block == 1:
+                        price = weight[p] * weight[p] / max(inverse[p, p], SMALLEST)
+                    else:
+                        price = _price(weight, inverse, p, work)
                     if best < 0 or price < cheapest:
                         best, cheapest = p, price
             costs[row, turn] = np.float32(0.5) * cheapest
-            turns[row, best] = turn
             left[best // group if group else 0] -= 1
-            add(weight, inverse[best], np.float32(-weight[best] / max(inverse[best, best], SMALLEST)))
-            weight[best] = 0
-            _eliminate(inverse, best)
+            for p in range(best, best + block):  # one by one comes to the same as together
+                turns[row, p] = turn
+                add(weight, inverse[p], np.float32(-weight[p] / max(inverse[p, p], SMALLEST)))
+                weight[p] = 0
+                _eliminate(inverse, p)
 
 
 @compiled

@@ -12,6 +12,7 @@ from hesse.curvature import BlockRankOneSum, Curvature, Gram
 from hesse.errors import UnsupportedProduct
 from hesse.solvers import greedy_loops
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
+from hesse.solvers.refit import best_values, kept_part
 
 PADDING = 1e15  # what stands in a last block for no weight: it is never the cheapest
 
@@ -29,12 +30,13 @@ class GreedySurgeon:
     """Each row by itself: of all weights that are left take the one whose removal, or rounding, costs least.
 
     It costs w_p² / (2 [H⁻¹]_pp), or with w_p's distance from its grid in place of w_p, and all weights left move by
-    -w_p / [H⁻¹]_pp H⁻¹_p. For an unstructured share over a layer each row is pruned to the end, and the rows are cut
-    off where the next weight costs the same in all; values of what is kept are then solved for, by `refit_steps` of
+    -w_p / [H⁻¹]_pp H⁻¹_p. A block Q of neighbours that go together costs ½ w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q and moves the others
+    by -H⁻¹E_Q ([H⁻¹]_QQ)⁻¹ w_Q. For an unstructured share over a layer each row is pruned to the end, and the rows are
+    cut off where the next weight costs the same in all; values of what is kept are then solved for, by `refit_steps` of
     conjugate gradients.
 
-    Under a BlockRankOneSum the same is done to each of its blocks: WoodFisher and oBERT, with exact costs after every
-    removal, where oBERT takes the first ones for all (Kurtic et al., 2022).
+    Under a BlockRankOneSum the same is done to each of its blocks: oBERT, with exact costs after every removal, where
+    oBERT takes the first ones for all (Kurtic et al., 2022).
 
     The order is free where ErrorFeedback has one for all rows; the price is out · in³ operations in place of out · in²,
     on one thread: for layers up to a thousand wide. No row comes out worse than by plain rounding or zeroing on the
@@ -71,10 +73,10 @@ class GreedySurgeon:
 def _kept(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None) -> Tensor:
     """Which weights of `rows` (rows, n) stay: all but `number`, of all (1,) or of each row, or by the pattern."""
     work = _on_cpu(rows)
-    costs = np.full(work.shape, np.inf, np.float32)
+    costs = np.full((len(work), work.shape[1] // sparse.block), np.inf, np.float32)
     turns = np.empty(work.shape, np.int32)
     group, most = (0, 0) if sparse.of is None else (sparse.of, int(sparse.amount))
-    greedy_loops.prune(work.numpy(), _on_cpu(inverses).numpy(), group, most, costs, turns)
+    greedy_loops.prune(work.numpy(), _on_cpu(inverses).numpy(), group, most, sparse.block, costs, turns)
     turn = torch.from_numpy(turns).to(rows.device)
     if number is None:
         return turn == rows.shape[1]
@@ -87,23 +89,17 @@ def _pruned_blocks(curvature: BlockRankOneSum, inverses: Tensor, weight: Tensor,
     """The same under the blocks of a curvature, whose kept values are solved for exactly."""
     if sparse.of is None and sparse.scope == "row":
         raise UnsupportedProduct("blocks do not end where rows do: use the scope layer")
-    if sparse.of is not None and curvature.block_size % sparse.of:
-        raise UnsupportedProduct(f"blocks of {curvature.block_size} weights cut the groups of {sparse.of}")
+    if curvature.block_size % sparse.together:
+        raise UnsupportedProduct(f"blocks of {curvature.block_size} weights cut the groups of {sparse.together}")
     blocks = curvature.split(weight)
     filled = torch.arange(blocks.numel(), device=weight.device).view(blocks.shape) >= weight.numel()
     number = sparse.dropped(weight) if sparse.of is None else None
-    kept = _kept(torch.where(filled, PADDING, blocks), inverses, sparse, number)
-    identity = torch.eye(curvature.block_size).to(curvature.matrices)
-    damped = curvature.matrices + curvature.damping * identity
-    inside = kept.to(damped)
-    system = inside[:, :, None] * damped * inside[:, None, :] + (1 - inside)[:, :, None] * identity
-    wanted = inside * (damped @ blocks.to(damped)[:, :, None])[:, :, 0]
-    solved = curvature.joined(torch.linalg.solve(system, wanted))
-    return sparse.encode_masked(solved.to(weight), curvature.joined(kept))
+    kept = curvature.joined(_kept(torch.where(filled, PADDING, blocks), inverses, sparse, number))
+    return sparse.encode_masked(best_values(curvature, kept_part(curvature, kept), weight, kept), kept)
 
 
 def _drops(price: Tensor, number: Tensor) -> Tensor:
-    """How many weights each row (rows, n) gives up, with so rising prices, of `number` (1,) in all or (rows,) each."""
+    """How many drops of each row (rows, n) are made, with so rising prices, of `number` (1,) in all or (rows,) each."""
     if len(number) == len(price):
         return number
     order = price.flatten().argsort(stable=True)[: int(number)]

@@ -11,7 +11,8 @@ SAMPLE = 1 << 12  # scores
 class LateMask:
     """A mask (in, out) decided a few columns at a time, by what dropping a weight then costs: (w_j / U_jj)².
 
-    These scores grow stale as errors are handed on to later columns, so few columns are decided at once (M for N:M).
+    These scores grow stale as errors are handed on to later columns, so few columns are decided at once (M for N:M,
+    whole blocks).
     An unstructured mask spreads what it drops over columns as one mask of everything would: a block gets the share of
     what is left to drop that a mask of all columns left would give it, and its next columns the share that a mask of
     the block's columns left would give them.
@@ -22,8 +23,8 @@ class LateMask:
         self.work = work  # (in, out), the sweep's own
         self.pivots = pivots  # U_jj (in,)
         self.kept = torch.ones_like(work, dtype=torch.bool)
-        self.columns_at_once = sparse.of or columns_at_once
-        # How many an unstructured mask has left to drop, of the matrix (1,) or of each row (out,).
+        self.columns_at_once = sparse.columns_at_once(columns_at_once)
+        # How many weights or blocks a share has left to drop, of the matrix (1,) or of each row (out,).
         self._left = sparse.dropped(work.T) if sparse.of is None else None
         self._left_in_block: Tensor | None = None
         self._stop = 0
@@ -48,8 +49,8 @@ class LateMask:
 
     def _due(self, start: int, now: int, stop: int, left: Tensor) -> Tensor:
         """How many of `left` go before column `now`, if one mask drops them from the columns [start, stop)."""
-        scores = self._scores(start, stop)
-        grouped = scores.view(1, -1) if len(left) == 1 else scores.T
+        scores = self.sparse.of_blocks(self._scores(start, stop).T).T
+        grouped = scores.reshape(1, -1) if len(left) == 1 else scores.T
         early = grouped[:, : (now - start) * grouped.shape[1] // (stop - start)]
         due = (early <= _threshold(grouped, left)).sum(1)
         room = grouped.shape[1] - early.shape[1]

@@ -1,9 +1,13 @@
 """The best values of the weights that a mask keeps."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from hesse.curvature import Gram
+from hesse.curvature import BlockRankOneSum, Gram, RankOneSum
+
+OfGradients = BlockRankOneSum | RankOneSum
 
 
 def refit(weight: Tensor, start: Tensor, kept: Tensor, gram: Gram, steps: int) -> Tensor:
@@ -32,3 +36,27 @@ def refit(weight: Tensor, start: Tensor, kept: Tensor, gram: Gram, steps: int) -
         ratio = strength / before
         direction = scaled + torch.where(ratio.isfinite(), ratio, 0) * direction
     return result
+
+
+def kept_part(curvature: OfGradients, kept: Tensor) -> OfGradients:
+    """The same curvature of the weights that are `kept` (*shape) alone: what is gone neither moves nor matters."""
+    if isinstance(curvature, RankOneSum):
+        masked = RankOneSum.from_gradients(curvature.gradients * kept, curvature.origin)
+        return replace(masked, damping=curvature.damping)
+    inside = curvature.split(kept.to(curvature.matrices))
+    matrices = inside[:, :, None] * curvature.matrices * inside[:, None, :] + torch.diag_embed(1 - inside)
+    return replace(curvature, matrices=matrices)
+
+
+def best_values(curvature: OfGradients, left: OfGradients, weight: Tensor, kept: Tensor) -> Tensor:
+    """The values of the weights that are `kept`, zeros elsewhere, at which ½ dᵀ(H + λI)d is least: exact.
+
+    `left` is the `kept_part` of the curvature. w_K + (H_KK + λI)⁻¹ H_KQ w_Q, with Q the weights that are gone; under
+    gradients the second term lies in their span.
+    """
+    gone = torch.where(kept, 0, weight)
+    if isinstance(left, RankOneSum) and isinstance(curvature, RankOneSum):
+        moved = left.solve_in_span(curvature.along(gone) / len(left.gradients))
+    else:
+        moved = left.solve(torch.where(kept, curvature.matvec(gone), 0))
+    return torch.where(kept, weight + moved.to(weight), 0)
