@@ -1,6 +1,6 @@
 """What the methods of the literature cost on one model, and whether the papers' claims hold there, in small.
 
-    python bench/methods.py [--model FOLDER] [--only prune,round,factorise] [--samples 128]
+    python bench/methods.py [--model FOLDER] [--only prune,round,factorise,sum] [--samples 128]
 
 Prints Markdown: KL(dense || compressed) in nats per token on held-out text, predicted loss, bits a weight as the
 constraint counts them, and seconds; then each claim with its outcome.
@@ -59,7 +59,18 @@ TABLES: dict[str, list[Row]] = {
     "factorise": [
         (method, {"rank": rank})
         for rank in (64, 128)
-        for method in ("svd", "activation-svd", "kronecker-svd", "curing")
+        for method in ("svd", "fwsvd", "activation-svd", "kronecker-svd", "curing")
+    ],
+    "sum": [  # 20 is the rank that takes the room of an eighth of these weights
+        *((method, {"sparsity": 0.5}) for method in ("wanda", "sparsegpt")),
+        *((method, {"sparsity": 0.625, "rank": 20}) for method in ("oats", "sparse-low-rank")),
+        *(("lq-lora", {"table": table, "group_size": 64, "rank": 16}) for table in ("nf3", "nf4")),
+        ("minifloat", {"table": "nf3", "group_size": 64}),
+        ("lorc", {**GRID, "rank": 16}),
+        ("eora", {**GRID, "rank": 16}),
+        ("eora", {"bits": 4, "group_size": 64, "rank": 16, "sparsity": "2:4"}),
+        ("gptq", {"bits": 4, "group_size": 64, "sparsity": "2:4"}),
+        ("sparse-low-rank", {"bits": 4, "group_size": 64, "rank": 16, "sparsity": "2:4"}),
     ],
 }
 # What is claimed: the first costs less than the second, at the same setting.
@@ -81,6 +92,8 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("groups along either side are better than along rows", "adadim-rtn", "rtn", GRID),
     ("groups along either side are better than along rows", "adadim", "gptq", COARSE),
     ("activation-aware SVD is better than SVD", "activation-svd", "svd", {"rank": 128}),
+    ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 128}),
+    ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 64}),
     ("CUR comes close to SVD", "activation-svd", "curing", {"rank": 128}),
 ]
 

@@ -677,7 +677,7 @@ def test_an_outlier_input_does_not_make_a_damped_gram_singular() -> None:
         (ErrorFeedback(), correlated_gram(0, 16), LowRank(2), "no columns to round or drop in a LowRank"),
         (ErrorFeedback("descending"), correlated_gram(0, 16), Sparse(2, 4), 'order="given"'),
         (ErrorFeedback("descending"), correlated_gram(0, 16), Sparse(2, 4) & Grid(), 'order="given"'),
-        (WhitenedSVD(), Diagonal(values=torch.ones(16)), LowRank(2), "a Gram or a Kronecker, not a Diagonal"),
+        (WhitenedSVD(), Diagonal(values=torch.ones(8, 16)), LowRank(2), "or a Kronecker, not a Diagonal"),
         (WhitenedSVD(), correlated_gram(0, 16), Grid(), "not Grid"),
     ],
 )

@@ -76,7 +76,7 @@ def test_floats_beat_integers_on_tails_and_not_on_flat_weights() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(OptionError, match="there is no table 'fp5'; there are fp4, fp6, fp8, nf4"):
+    with pytest.raises(OptionError, match="there is no table 'fp5'; there are fp4, fp6, fp8, nf2, nf3, nf4"):
         Table("fp5")
     with pytest.raises(OptionError, match="group size is 0"):
         Table("fp4", 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesse.compression.shared_solve import solve_shared
-from hesse.constraints import Constraint, Sparse, SparseGrid
+from hesse.constraints import Constraint, Plus, Sparse, SparseGrid
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
 from hesse.methods.curvatures import CURVATURES, unknown
@@ -137,7 +137,8 @@ def _runs(rule: Rule) -> bool:
 def _dry_run(rule: Rule) -> None:
     """Solve a small matrix by a rule."""
     constraint, solver = rule.constraint.build(), rule.solver.build()
-    sparse = constraint.sparse if isinstance(constraint, SparseGrid) else constraint
+    base = constraint.base if isinstance(constraint, Plus) else constraint
+    sparse = base.sparse if isinstance(base, SparseGrid) else base
     whole_groups = sparse.together if isinstance(sparse, Sparse) else 1
     weight = torch.eye(DRY_SIZE * whole_groups)
     problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)

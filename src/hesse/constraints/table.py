@@ -28,16 +28,17 @@ def floats(exponent: int, mantissa: int) -> tuple[float, ...]:
     return tuple(sorted({sign * value for sign in (-1.0, 1.0) for value in positive}))
 
 
-def normal_floats() -> tuple[float, ...]:
-    """NF4: quantiles of a normal distribution, seven below 0 and eight above, ±1 at the ends.
+def normal_floats(bits: int) -> tuple[float, ...]:
+    """NF4 and the like: quantiles of a normal distribution, one more above 0 than below (8 and 7), ±1 at the ends.
 
-    Source: QLoRA (Dettmers et al., 2023), appendix E.
+    Source: QLoRA (Dettmers et al., 2023), appendix E; for other bits LQ-LoRA (Guo et al., 2023).
     """
-    offset = 0.5 * (1 / 32 + 1 / 30)
+    half = 1 << (bits - 1)
+    offset = 0.5 * (1 / (4 * half) + 1 / (4 * half - 2))
     normal = torch.distributions.Normal(torch.tensor(0.0).double(), torch.tensor(1.0).double())
     above, below = (
         normal.icdf(torch.linspace(1 - offset, 0.5, count).double()[:-1])  # type: ignore[no-untyped-call]
-        for count in (9, 8)
+        for count in (half + 1, half)
     )
     values = torch.cat([-below, torch.zeros(1).double(), above]).sort().values
     return tuple((values / values.amax()).tolist())
@@ -47,13 +48,17 @@ TABLES = {
     "fp4": floats(2, 1),
     "fp6": floats(2, 3),
     "fp8": floats(4, 3),
-    "nf4": normal_floats(),
+    "nf2": normal_floats(2),
+    "nf3": normal_floats(3),
+    "nf4": normal_floats(4),
 }
 
 
 @dataclass(frozen=True, eq=True)
 class Table(Grouped):
-    """The values of a named table (fp4: E2M1, fp6: E2M3, fp8: E4M3, nf4), times a scale for every `group_size` columns.
+    """The values of a named table, times a scale for every `group_size` columns.
+
+    The tables are floats (fp4: E2M1, fp6: E2M3, fp8: E4M3) and normal floats (nf2, nf3, nf4).
 
     The scale takes a group's largest |w| to the table's largest value. Codes count the table's values from the
     smallest, less 2^(bits-1). Source of comparing such formats: Aggarwal et al., 2023 (minifloats); QLoRA for NF4.

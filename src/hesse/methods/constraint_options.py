@@ -98,10 +98,10 @@ class CodebookOptions(Strict):
 
 
 class ConstraintOptions(Strict):
-    """One constraint; sparse and grid for both at once; or grid, codebook or table with low_rank or outliers added.
+    """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
 
-    A grid may be of the weight with its columns scaled, in a rotated basis, or with its groups along either side
-    (`basis`).
+    Outliers may be added to a grid, a codebook or a table. A grid may be of the weight with its columns scaled,
+    in a rotated basis, or with its groups along either side (`basis`).
     """
 
     grid: GridOptions | None = None
@@ -129,10 +129,14 @@ class ConstraintOptions(Strict):
             return _in_basis(parts[given[0]], self.basis)
         if self.basis != "own":
             raise OptionError(f"a {self.basis} basis is for one constraint alone, and there are {' and '.join(parts)}")
-        if self.grid is not None and self.sparse is not None and len(parts) == 2:
-            return self.sparse.build() & self.grid.build()
-        if len(parts) == 2 and given[0] in ("grid", "codebook", "table") and given[1] in ("low_rank", "outliers"):
-            return parts[given[0]] + parts[given[1]]
+        *first, last = given
+        base = self.sparse.build() & self.grid.build() if self.grid and self.sparse else parts[first[0]]
+        if given == ["grid", "sparse"]:
+            return base
+        if last == "low_rank" and (first == ["grid", "sparse"] or len(first) == 1):
+            return base + parts[last]
+        if last == "outliers" and len(first) == 1 and first[0] in ("grid", "codebook", "table"):
+            return base + parts[last]
         raise OptionError(f"{' and '.join(parts)} cannot be joined in one layer")
 
 

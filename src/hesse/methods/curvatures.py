@@ -57,6 +57,10 @@ def _gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
     return known.gram.damped(damping)
 
 
+def _gram_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    return known.gram.damped(damping).diagonal_part()
+
+
 def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvature:
     outputs = known.outputs
     if outputs is None or unknown(outputs):  # its outputs are taken as equals
@@ -68,6 +72,26 @@ def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvatur
 def _fisher_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
     values = torch.ones_like(known.weight) if known.fisher is None else known.fisher
     return Diagonal(values=values)
+
+
+def _fisher_rows_columns(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    """F_ij ≈ (r_i c_j / m)² with the means r, c and m of √F over a row, a column and all: LQ-LoRA, Guo et al., 2023."""
+    root = _felt(known).sqrt()
+    rows, columns = root.mean(1), root.mean(0) / root.mean()
+    return Kronecker(output_factor=rows**2, input_factor=columns**2).with_damped_factors(damping, damping)
+
+
+def _fisher_columns(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    """F_ij ≈ its mean over the outputs i, one value an input: FWSVD, Hsu et al., 2022, whose layers are z = xW."""
+    fisher = _felt(known)
+    ones = torch.ones_like(fisher[:, 0])
+    return Kronecker(output_factor=ones, input_factor=fisher.mean(0)).with_damped_factors(0, damping)
+
+
+def _felt(known: Known) -> Tensor:
+    """The Fisher's diagonal (out, in), or ones where nothing is known of it."""
+    fisher = known.fisher
+    return torch.ones_like(known.weight) if fisher is None or unknown(fisher) else fisher
 
 
 def _fisher_blocks(known: Known, _: SolverOptions, damping: float) -> Curvature:
@@ -85,9 +109,11 @@ def _fisher_gradients(known: Known, _: SolverOptions, damping: float) -> Curvatu
 
 _KINDS = (
     CurvatureKind("identity", frozenset(), lambda known, options, damping: Identity()),
-    CurvatureKind("gram_diagonal", frozenset({"inputs"}), lambda known, options, damping: known.gram.diagonal_part()),
+    CurvatureKind("gram_diagonal", frozenset({"inputs"}), _gram_diagonal),
     CurvatureKind("gram", frozenset({"inputs"}), _gram),
     CurvatureKind("fisher_diagonal", frozenset({"fisher diagonal"}), _fisher_diagonal),
+    CurvatureKind("fisher_rows_columns", frozenset({"fisher diagonal"}), _fisher_rows_columns),
+    CurvatureKind("fisher_columns", frozenset({"fisher diagonal"}), _fisher_columns),
     CurvatureKind("fisher_blocks", frozenset({"fisher blocks"}), _fisher_blocks),
     CurvatureKind("fisher_gradients", frozenset({"fisher gradients"}), _fisher_gradients),
     CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, couples_rows=True),

@@ -44,6 +44,7 @@ METHODS = (
         name="eora",
         curvature="gram",
         constraints=("grid", "low_rank"),
+        optional=("sparse",),
         solver="repair",
         source="Liu et al., 2024, arXiv:2410.21271, on GPTQ's codes",
         needs="calibration text; stored dense, since no loader adds the factors",

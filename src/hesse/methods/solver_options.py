@@ -9,6 +9,7 @@ from hesse.methods.strict import Strict
 from hesse.solvers import (
     ADMM,
     ActivationAware,
+    Alternating,
     CheaperSide,
     ErrorFeedback,
     GreedySurgeon,
@@ -63,6 +64,9 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
+    "alternating": lambda options: Alternating(ErrorFeedback(order=options.order), WhitenedSVD()),
+    "plain_alternating": lambda _: Alternating(Nearest(), WhitenedSVD()),
+    "two_sided_alternating": lambda _: Alternating(TwoSidedFeedback(), WhitenedSVD()),
 }
 UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side")
-ORDERED = ("error_feedback", "repair", "incoherent", "cheaper_side")  # whose columns have an order
+ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side")  # whose columns have an order

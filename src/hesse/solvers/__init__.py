@@ -2,6 +2,7 @@
 
 from hesse.solvers.activation_aware import ActivationAware
 from hesse.solvers.admm import ADMM
+from hesse.solvers.alternating import Alternating
 from hesse.solvers.base import Solution, Solver, solve, solve_with
 from hesse.solvers.cheaper_side import CheaperSide
 from hesse.solvers.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
@@ -21,6 +22,7 @@ from hesse.solvers.whitened_svd import WhitenedSVD
 __all__ = [
     "ADMM",
     "ActivationAware",
+    "Alternating",
     "CheaperSide",
     "Eigenpairs",
     "ErrorFeedback",

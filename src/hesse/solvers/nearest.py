@@ -6,13 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from hesse.constraints import Constraint
-from hesse.curvature import Curvature, Diagonal, Identity
+from hesse.curvature import Curvature, Diagonal, Identity, Kronecker
 from hesse.errors import UnsupportedProduct
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest member in the metric of an Identity or a Diagonal: exact for these, since they have no interactions.
+    """The nearest member in a metric without interactions, for which it is exact.
+
+    An Identity, a Diagonal, or a Kronecker of two diagonals.
 
     Use it as the baseline, where there is no calibration data, or where time matters most.
     """
@@ -20,7 +22,7 @@ class Nearest:
     def init(self, curvature: Curvature) -> Tensor | None:
         if isinstance(curvature, Identity):
             return None
-        if isinstance(curvature, Diagonal):
+        if isinstance(curvature, Diagonal) or (isinstance(curvature, Kronecker) and _is_diagonal(curvature)):
             return curvature.diagonal()
         raise UnsupportedProduct(
             f"Nearest cannot use the interactions of a {type(curvature).__name__}: "
@@ -29,3 +31,7 @@ class Nearest:
 
     def compute(self, state: Tensor | None, weight: Tensor, constraint: Constraint) -> Any:
         return constraint.encode(weight, state)
+
+
+def _is_diagonal(kronecker: Kronecker) -> bool:
+    return all(factor.ndim == 1 for factor in kronecker.factors)

@@ -11,7 +11,7 @@ from hesse.errors import UnsupportedProduct
 from hesse.solvers.base import Solver
 
 
-class RepairState(NamedTuple):
+class SumState(NamedTuple):
     """The states of both solvers."""
 
     curvature: Curvature
@@ -21,32 +21,33 @@ class RepairState(NamedTuple):
 
 @dataclass(frozen=True)
 class Repair:
-    """For A + B: `first` finds a member of A, `second` the member of B for what is left; then each again, in turn.
+    """For A + B: `first` finds a member of A, then `second` the member of B for what that leaves.
 
-    With a Grid, a LowRank and WhitenedSVD one round is EoRA (Liu et al., 2024), the closed-form optimum of the
-    correction; under an Identity LoRC (ZeroQuant-V2, Yao et al., 2023). More `rounds` go on as LQ-LoRA does (Guo et
-    al., 2023), and the cheapest is kept.
+    With a Grid, a LowRank and WhitenedSVD this is EoRA (Liu et al., 2024), the closed-form optimum of the correction;
+    under an Identity LoRC (ZeroQuant-V2, Yao et al., 2023).
     """
 
     first: Solver
     second: Solver
-    rounds: int = 1
 
-    def init(self, curvature: Curvature) -> RepairState:
-        return RepairState(curvature, self.first.init(curvature), self.second.init(curvature))
+    def init(self, curvature: Curvature) -> SumState:
+        return SumState(curvature, self.first.init(curvature), self.second.init(curvature))
 
-    def compute(self, state: RepairState, weight: Tensor, constraint: Constraint) -> PlusCode:
-        if not isinstance(constraint, Plus):
-            raise UnsupportedProduct(f"Repair solves sums such as Grid + LowRank, not {type(constraint).__name__}")
-        best: tuple[float, PlusCode] | None = None
-        wanted = weight
-        for _ in range(self.rounds):
-            base = self.first.compute(state.first, wanted, constraint.base)
-            left = weight - constraint.base.decode(base).to(weight.dtype)
-            code = PlusCode(base, self.second.compute(state.second, left, constraint.correction))
-            cost = state.curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
-            if best is None or cost < best[0]:
-                best = cost, code
-            wanted = weight - constraint.correction.decode(code.correction).to(weight.dtype)
-        assert best is not None
-        return best[1]
+    def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
+        constraint = as_sum(self, constraint)
+        base = self.first.compute(state.first, weight, constraint.base)
+        left = weight - constraint.base.decode(base).to(weight.dtype)
+        return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
+
+
+def as_sum(solver: Solver, constraint: Constraint) -> Plus:
+    """`constraint`, which must be a sum.
+
+    Raises:
+        UnsupportedProduct: it is not.
+    """
+    if not isinstance(constraint, Plus):
+        raise UnsupportedProduct(
+            f"{type(solver).__name__} solves sums such as Grid + LowRank, not {type(constraint).__name__}"
+        )
+    return constraint

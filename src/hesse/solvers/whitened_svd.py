@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, LowRank, LowRankCode
-from hesse.curvature import Curvature, Gram, Identity, Kronecker
+from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers.triangular import kronecker_root
 
@@ -23,9 +23,10 @@ class Sides(NamedTuple):
 class WhitenedSVD:
     """min ‖G^½ (W - LR) A^½‖ over rank-r LR, in closed form: SVD of C_Gᵀ W C_A, then the inverses on both sides.
 
-    Exact for an Identity, a Gram (A alone) and a Kronecker whose factors are positive definite. Source: the
-    Eckart-Young theorem in a metric of two sides; for language models SVD-LLM (Wang et al., 2024) and EoRA (Liu et
-    al., 2024) on the inputs' side, FWSVD (Hsu et al., 2022) with a diagonal on the other.
+    Exact for an Identity, a Gram (A alone), its diagonal, and a Kronecker whose factors are positive definite. Columns
+    that weigh nothing in a diagonal come out as zero. Source: the Eckart-Young theorem in a metric of two sides; for
+    language models SVD-LLM (Wang et al., 2024) and EoRA (Liu et al., 2024) on the inputs' side, FWSVD (Hsu et al.,
+    2022) with a diagonal there, LQ-LoRA (Guo et al., 2023) with diagonals on both.
     """
 
     def init(self, curvature: Curvature) -> Sides:
@@ -33,10 +34,13 @@ class WhitenedSVD:
             return Sides(None, None)
         if isinstance(curvature, Gram):
             return Sides(None, curvature.factor)
+        if isinstance(curvature, Diagonal) and curvature.values.ndim == 1:
+            return Sides(None, (curvature.values + curvature.damping).sqrt())
         if isinstance(curvature, Kronecker) and not curvature.transposed:
             return Sides(_root(curvature.output_factor), _root(curvature.input_factor))
         raise UnsupportedProduct(
-            f"WhitenedSVD needs an Identity, a Gram or a Kronecker, not a {type(curvature).__name__}"
+            "WhitenedSVD needs an Identity, a Gram, a Diagonal of inputs (in,) or a Kronecker, not a "
+            f"{type(curvature).__name__} {tuple(curvature.shape)}: rows and columns of single weights have no SVD"
         )
 
     def compute(self, state: Sides, weight: Tensor, constraint: Constraint) -> LowRankCode:
@@ -61,7 +65,7 @@ def _times(matrix: Tensor, side: Tensor | None) -> Tensor:
 def _over(matrix: Tensor, side: Tensor | None) -> Tensor:
     """Matrix C⁻¹."""
     if side is None or side.ndim == 1:
-        return matrix if side is None else matrix / side
+        return matrix if side is None else torch.where(side > 0, matrix / side, 0)
     divided: Tensor = torch.linalg.solve_triangular(side, matrix, upper=False, left=False)
     return divided
 

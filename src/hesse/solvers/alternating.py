@@ -1,0 +1,55 @@
+"""Both parts of a sum in turn: codes and a low rank, a sparse part and a low rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hesse.constraints import Constraint, Plus, PlusCode
+from hesse.curvature import Curvature
+from hesse.solvers.base import Solver
+from hesse.solvers.repair import Repair, SumState, as_sum
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """For A + B: the member of B for the whole weight, then in turn `first` for what B leaves and `second` for what A.
+
+    B comes first, so that A need not hold what a few directions make large; that is worth far more than the turns
+    after it. The turns end after `rounds`, or where ½ dᵀHd rises, since solvers of grids and masks are no exact
+    minimisers. The cheapest sum is kept, a Repair's among them: never worse than that. A round costs as much as one.
+
+    Sources: LQ-LoRA (Guo et al., 2023) for a grid or table and a low rank with diagonals on both sides; OATS (Zhang and
+    Papyan, 2024) for a sparse part and a low rank under the diagonal of a Gram.
+    """
+
+    first: Solver
+    second: Solver
+    rounds: int = 16
+
+    def init(self, curvature: Curvature) -> SumState:
+        return Repair(self.first, self.second).init(curvature)
+
+    def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
+        constraint = as_sum(self, constraint)
+        repaired = Repair(self.first, self.second).compute(state, weight, constraint)
+        best = self._cost(state, weight, constraint, repaired), repaired
+        last = float("inf")
+        for code in self.turns(state, weight, constraint):
+            cost = self._cost(state, weight, constraint, code)
+            if cost >= last:
+                break
+            best, last = min(best, (cost, code), key=lambda priced: priced[0]), cost
+        return best[1]
+
+    def turns(self, state: SumState, weight: Tensor, constraint: Plus) -> Iterator[PlusCode]:
+        """The sum after each round, for `weight` (out, in)."""
+        base, correction = constraint.base, constraint.correction
+        beside = self.second.compute(state.second, weight, correction)
+        for _ in range(self.rounds):
+            code = self.first.compute(state.first, weight - correction.decode(beside).to(weight.dtype), base)
+            beside = self.second.compute(state.second, weight - base.decode(code).to(weight.dtype), correction)
+            yield PlusCode(code, beside)
+
+    def _cost(self, state: SumState, weight: Tensor, constraint: Plus, code: PlusCode) -> float:
+        return state.curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
