@@ -75,7 +75,7 @@ def test_values_are_stored_in_the_dtype_and_rows_of_few_values_are_exact() -> No
 def test_refusals() -> None:
     with pytest.raises(OptionError, match="a Codebook has 1 to 8"):
         Codebook(9)
-    with pytest.raises(OptionError, match=r"a codebook of 16 values is larger than a row of 12 weights"):
+    with pytest.raises(OptionError, match=r"a codebook of 16 values is as large as a row of 12 weights, or larger"):
         solve(normal(0, 3, 12), Diagonal(values=torch.ones(3, 12)), Codebook(4), Nearest())
 
 

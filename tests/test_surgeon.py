@@ -342,7 +342,7 @@ def test_a_sum_says_what_it_is() -> None:
     assert (plain.weight - weight).norm() < (Grid(4, 4).nearest(weight) - weight).norm()
     with pytest.raises(OptionError, match="a sum has two parts"):
         _ = constraint + LowRank(1)
-    with pytest.raises(OptionError, match="rank 9 is above the smaller side"):
+    with pytest.raises(OptionError, match="rank 9 is not below the smaller side"):
         solve(weight, Identity(), Grid(4, 4) + LowRank(9), Nearest())
 
 

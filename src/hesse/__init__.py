@@ -28,6 +28,7 @@ from hesse.version import __version__
 
 if TYPE_CHECKING:
     from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan
+    from hesse.modules import ModuleReport, compress_module
 
 __all__ = [
     "METHODS",
@@ -47,6 +48,7 @@ __all__ = [
     "Identity",
     "Kronecker",
     "LowRank",
+    "ModuleReport",
     "Nearest",
     "Objective",
     "Options",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "compress",
+    "compress_module",
     "estimate",
     "evaluate",
     "export",
@@ -78,4 +81,8 @@ def __getattr__(name: str) -> Any:
         from hesse import api
 
         return getattr(api, name)
+    if name in ("ModuleReport", "compress_module"):
+        from hesse import modules
+
+        return getattr(modules, name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hesse.compression.inputs import InputGrams
-from hesse.compression.layers import LayerProblem, LayerSolver, digest, effect
+from hesse.compression.layer_report import layer_report
+from hesse.compression.layers import LayerProblem, LayerSolver, digest
 from hesse.compression.plan import Plan
 from hesse.compression.report import LayerReport
 from hesse.compression.weight_fisher import name_of
-from hesse.constraints import Constraint, LowRank, Plus
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
 from hesse.models.network import Block, Layer
@@ -116,32 +115,16 @@ class BlockSolver:
         with self.clock.phase("solve"):
             weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
             fisher = self._fisher(layer) if rule.needs_fisher else None
-            solved = self.solver.solve(LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher))
+            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher)
+            solved = self.solver.solve(problem)
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
             layer.replace(stored)
         self.result.notes += solved.notes
         with self.clock.phase("predict"):
-            if sensitivity is None and gram.tokens:
-                self.result.notes.append(
-                    f"{layer.name}: no prediction: the tokens that probed the loss did not reach it"
-                )
-            made = effect(stored - weight, gram, sensitivity if gram.tokens else None)
-            whole = 2 * gram.quadratic(weight)  # E‖W x‖²
-            self.result.layers.append(
-                LayerReport(
-                    name=layer.name,
-                    shape=(weight.shape[0], weight.shape[1]),
-                    method=solved.method,
-                    tokens=gram.tokens,
-                    damping=solved.damping,
-                    bits_per_weight=self.plan.format.stored_bits(layer.name),
-                    sparsity=1 - int(torch.count_nonzero(stored)) / stored.numel(),
-                    rank=_rank(constraint, weight),
-                    predicted_loss_increase=made.loss_increase,
-                    relative_output_error=made.squared_error / whole if whole > 0 else None,
-                )
-            )
+            report, notes = layer_report(problem, solved, stored, self.plan.format.stored_bits(layer.name))
+            self.result.layers.append(report)
+            self.result.notes += notes
         with self.clock.phase("write"):
             self.result.digests[layer.name] = digest(stored)
             bias_name = f"{layer.name}.bias"
@@ -165,13 +148,6 @@ class BlockSolver:
         if found is None:
             return None
         return found.values.T if layer.transposed else found.values
-
-
-def _rank(constraint: Constraint, weight: Tensor) -> int | None:
-    """Of the thin factors, where there are any."""
-    if isinstance(constraint, Plus):
-        return _rank(constraint.correction, weight)
-    return min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None
 
 
 def stored_names(plan: Plan, block: Block) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 
 from hesse.compression.costs import CostMeter
 from hesse.compression.menu import LayerGroup, Offer, make_menu
-from hesse.compression.plan import check_patterns, open_networks
+from hesse.compression.plan import open_networks
+from hesse.compression.rules import check_patterns
 from hesse.compression.sizes import read_size
 from hesse.compression.targets import check_target
 from hesse.compression.tokens import Calibration, factor_tokens, select_samples
@@ -110,7 +111,8 @@ def plan_budget(
     clock = Clock()
     check_target(request.target)
     checkpoint, _, network = open_networks(model, device)
-    check_patterns(network, request.ignore)
+    names = [layer.name for layer in network.layers]
+    check_patterns(names, (name for name, _ in network.model.named_modules()), request.ignore)
     menu = make_menu(network, request.method, request.options, request.ignore, request.target, format)
     meter = CostMeter(menu)
     if statistics is None:

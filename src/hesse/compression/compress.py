@@ -15,8 +15,9 @@ from hesse.compression.identity import identity
 from hesse.compression.measure import measure
 from hesse.compression.memory import MemoryPlan, plan_memory, waiting_bytes
 from hesse.compression.output import check_output, check_room, copy_companions, restore_replaced
-from hesse.compression.plan import Plan, fisher_needs, make_plan, whole_factors
+from hesse.compression.plan import Plan, make_plan
 from hesse.compression.report import CompressionReport, Verification
+from hesse.compression.rules import fisher_needs, whole_factors
 from hesse.compression.tokens import Calibration
 from hesse.compression.unfinished import Unfinished, unfinished
 from hesse.compression.verify import verify

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hesse.compression.factors import StoredFactors
 from hesse.compression.journal import Journal
-from hesse.compression.weight_fisher import NOTHING, FisherNeeds, WeightFisher
+from hesse.compression.loss_factors import LossFactors
+from hesse.compression.weight_fisher import NOTHING, FisherNeeds
 from hesse.data import Samples
-from hesse.estimation import BackwardWalk, OutputMoments, WalkState, layer_part
+from hesse.estimation import BackwardWalk, WalkState
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.models.network import Network
 from hesse.models.shelf import Shelf, Waiting
@@ -163,29 +164,9 @@ def output_factors(
     whole: Collection[str],
     fisher: FisherNeeds = NOTHING,
 ) -> Iterator[dict[str, Tensor]]:
-    """Of each block: what the loss feels of its layers' outputs, in nats per token, their factor of a Kronecker.
-
-    Per position. It is E[ggᵀ] (out, out) for the layers `whole`, its diagonal E[g²] (out,) for others. With the Gram of
-    the layer's inputs it gives the loss increase of a change d as ½ tr(E[ggᵀ] d E[xxᵀ] dᵀ). By the weights'
-    names the Fisher on them, as `fisher` says.
-    """
+    """Of each block what the loss feels of its layers, in nats per token, as LossFactors has it."""
     for block, passages in walk:
-        kinds = [
-            OutputMoments([layer_part(layer) for layer in layers], "position", diagonal)
-            for diagonal in (False, True)
-            if (layers := [layer for layer in block.layers if (layer.name in whole) != diagonal])
-        ]
-        weights = WeightFisher(block, fisher)
+        factors = LossFactors(block.layers, whole, fisher)
         for passage in passages:
-            for sums in kinds:
-                sums.add(passage)
-            weights.add(passage)
-        for moment in (moment for sums in kinds for moment in sums.sums.values()):
-            walk.processes.add(moment.total)
-            moment.count = walk.processes.total(moment.count)
-        yield {
-            modules[0]: moment.times(walk.scale, f"gradients at the outputs of {modules[0]}")
-            for sums in kinds
-            for modules, moment in sums.sums.items()
-            if moment.count
-        } | weights.found(walk)
+            factors.add(passage)
+        yield factors.found(walk.scale, walk.processes)

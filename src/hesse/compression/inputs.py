@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hesse.curvature import Gram
-from hesse.estimation import GramAccumulator
+from hesse.estimation import GramAccumulator, seen_by
 from hesse.models.network import Layer
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
@@ -21,11 +21,12 @@ class InputGrams:
         self._gram: Gram | None = None  # None while inputs are collected
 
     def collect(self, layer: Layer, inputs: Tensor) -> None:
-        """Add `inputs` (..., in) of `layer`; the first after a Gram was asked for begin another."""
+        """Add `inputs` of `layer`; the first after a Gram was asked for begin another."""
         with self._clock.phase("estimate"):
+            rows = seen_by(layer.module, inputs)
             if self._accumulator is None or self._gram is not None:
-                self._accumulator, self._gram = GramAccumulator(layer.name, inputs.shape[-1], inputs.device), None
-            self._accumulator.add(inputs)
+                self._accumulator, self._gram = GramAccumulator(layer.name, rows.shape[-1], rows.device), None
+            self._accumulator.add(rows)
 
     def gram(self) -> Gram:
         """The Gram of what was collected last: the same object until more is collected."""

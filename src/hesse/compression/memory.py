@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from hesse.compression.plan import Plan, fisher_needs, whole_factors
+from hesse.compression.plan import Plan
+from hesse.compression.rules import fisher_needs, whole_factors
 from hesse.compression.sizes import read_size
 from hesse.compression.tokens import PROBE_TOKENS
 from hesse.compression.weight_fisher import BLOCK_SIZE

@@ -1,24 +1,23 @@
 """What a run is going to do, settled and checked before anything is computed."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from hesse.compression.layers import check_products
 from hesse.compression.output import companion_notes
-from hesse.compression.shared_sparsity import check_shape, with_own_shares
+from hesse.compression.rules import fisher_needs, fitting, reads_inputs, rules_for, whole_factors
 from hesse.compression.targets import check_served
 from hesse.compression.tokens import Calibration, factor_tokens, sample_length, select_samples
-from hesse.compression.weight_fisher import FisherNeeds
 from hesse.data import Samples
 from hesse.errors import CheckpointError, OptionError
 from hesse.estimation import Statistics
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
-from hesse.methods.curvatures import Statistic
-from hesse.methods.recipe import Recipe, Rule, matches
+from hesse.methods.recipe import Recipe, Rule
 from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
+from hesse.models.network import Layer, Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +65,6 @@ def make_plan(
     """
     checkpoint, dense, network = open_networks(model, device)
     rules = _rules(network, recipe)
-    for rule in recipe.rules:
-        check_products(rule)
     format = _format(format_name, network, rules)
     if target is not None:
         check_served(target, network, {layer.name: format.constraint(layer.name) for layer in network.layers})
@@ -87,7 +84,7 @@ def make_plan(
         probed = max(probed, calibration.samples * sample_length(network, calibration.length))
     selected = select_samples(model, calibration, network, probed)
     samples = selected.samples
-    calibrated = bool(_needing(rules, "inputs"))
+    calibrated = reads_inputs(rules)
     if statistics is not None:
         same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
         if same:
@@ -113,20 +110,6 @@ def make_plan(
         seen=seen if selected.held_out and calibrated else None,
         notes=[*format.notes, *selected.notes, *companion_notes(model)],
     )
-
-
-def whole_factors(rules: dict[str, Rule | None]) -> set[str]:
-    """The layers whose rule needs all of E[ggᵀ] at their outputs."""
-    return _needing(rules, "output factor")
-
-
-def fisher_needs(rules: dict[str, Rule | None]) -> FisherNeeds:
-    """The layers whose rule needs the Fisher on their weights."""
-    return FisherNeeds(*(_needing(rules, kind) for kind in ("fisher diagonal", "fisher blocks", "fisher gradients")))
-
-
-def _needing(rules: dict[str, Rule | None], statistic: Statistic) -> set[str]:
-    return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
@@ -160,34 +143,21 @@ def _compute_dtype(checkpoint: Checkpoint, network: Network, device: torch.devic
 
 
 def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
-    """The rule of each linear layer of the blocks; None for those left as they are.
+    """The rule of each linear layer of the blocks; None for those left as they are."""
 
-    Raises:
-        OptionError: a pattern matches nothing, or nothing is left to compress.
-    """
-    check_patterns(network, (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)))
-    rules = {layer.name: recipe.rule_for(layer.name) for layer in network.layers}
-    if not any(rules.values()):
-        raise OptionError("no layer is left to compress: leave out an --ignore, or widen the recipe's patterns")
-    return with_own_shares(network, rules)
+    def read(layer: Layer) -> Tensor:
+        stored = network.checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+        return stored.T if layer.transposed else stored
 
-
-def check_patterns(network: Network, patterns: tuple[str, ...]) -> None:
-    """Raise OptionError for a pattern that matches nothing."""
-    names = [layer.name for layer in network.layers]
-    known = [*names, *(name for name, _ in network.model.named_modules())]
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in known):
-            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {names[0]}")
+    shapes = {layer.name: layer.weight.shape for layer in network.layers}
+    weights = {layer.name: partial(read, layer) for layer in network.layers}
+    return rules_for(recipe, weights, shapes, (name for name, _ in network.model.named_modules()))
 
 
 def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Format:
-    """The format, once every layer's constraint has been seen to fit its shape."""
+    """The format that stores every layer as its rule has it."""
     stored = []
     for layer in network.layers:
-        rule, shape = rules[layer.name], layer.weight.shape
-        constraint = None if rule is None else rule.constraint.build()
-        if constraint is not None:
-            check_shape(layer, constraint)
-        stored.append(StoredLayer(layer.name, shape, constraint, layer.transposed))
+        constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
+        stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed))
     return choose_format(name, network, stored)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesse.estimation import BackwardWalk, GradientBlocks, GradientSquares, Passage, layer_part
+from hesse.estimation import GradientBlocks, GradientSquares, Passage, layer_part
 from hesse.estimation.sample_gradients import sample_gradients
-from hesse.models.network import Block, Layer
+from hesse.models.network import Layer
+from hesse.processes import Processes
 
 BLOCK_SIZE = 32  # weights of a row, whose curvature takes as many times the weights' own memory
 
@@ -31,12 +32,12 @@ NOTHING = FisherNeeds()
 
 
 class WeightFisher:
-    """Sums over passages of one block: Σ (g xᵀ)² (out, in), Σ over samples of the blocks of g gᵀ, and all g."""
+    """Sums over passages of some layers: Σ (g xᵀ)² (out, in), Σ over samples of the blocks of g gᵀ, and all g."""
 
-    def __init__(self, block: Block, needs: FisherNeeds) -> None:
+    def __init__(self, layers: Collection[Layer], needs: FisherNeeds) -> None:
         # Every weight as (out, in), however its module keeps it.
-        parts = {name_of(layer): [replace(layer_part(layer), transposed=False)] for layer in block.layers}
-        weights = [{name_of(layer): layer.weight for layer in block.layers if layer.name in chosen} for chosen in needs]
+        parts = {name_of(layer): [replace(layer_part(layer), transposed=False)] for layer in layers}
+        weights = [{name_of(layer): layer.weight for layer in layers if layer.name in chosen} for chosen in needs]
         self._squares = GradientSquares(parts, weights[0], "position")
         # All of them from the start, so that several processes add up the same.
         self._squares.sums = {
@@ -53,15 +54,15 @@ class WeightFisher:
         for name, weight in self._weights.items():
             self._gradients[name] += sample_gradients(passage, name, self._parts[name], weight)
 
-    def found(self, walk: BackwardWalk) -> dict[str, Tensor]:
-        """By the weights' names; without those that nothing reached."""
+    def found(self, scale: float, processes: Processes) -> dict[str, Tensor]:
+        """By the weights' names, sums times `scale` over all `processes`; without those that nothing reached."""
         sums = {**self._squares.sums, **{name: blocks.total for name, blocks in self._blocks.sums.items()}}
         for total in sums.values():
-            walk.processes.add(total)
-        found = {name: walk.scale * total for name, total in sums.items()}
+            processes.add(total)
+        found = {name: scale * total for name, total in sums.items()}
         for name in self._weights:
-            gradients = walk.processes.joined(torch.cat(self._gradients.pop(name)))
-            found[name] = gradients.mul_((walk.scale * len(gradients)) ** 0.5)  # so that their mean g gᵀ is per token
+            gradients = processes.joined(torch.cat(self._gradients.pop(name)))
+            found[name] = gradients.mul_((scale * len(gradients)) ** 0.5)  # so that their mean g gᵀ is per token
         return {name: fisher for name, fisher in found.items() if bool(fisher.any())}
 
 

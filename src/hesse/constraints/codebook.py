@@ -36,10 +36,10 @@ class Codebook(Constraint):
         return True
 
     def check(self, shape: torch.Size) -> None:
-        if 1 << self.bits > shape[1]:
+        if 1 << self.bits >= shape[1]:
             raise OptionError(
-                f"a codebook of {1 << self.bits} values is larger than a row of {shape[1]} weights: use fewer bits, or "
-                "leave the layer out with --ignore"
+                f"a codebook of {1 << self.bits} values is as large as a row of {shape[1]} weights, or larger: use "
+                "fewer bits, or ignore the layer"
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> CodebookCode:

@@ -32,10 +32,10 @@ class LowRank(Constraint):
         return False
 
     def check(self, shape: torch.Size) -> None:
-        if self.rank > min(shape):
+        if self.rank >= min(shape):
             raise OptionError(
-                f"rank {self.rank} is above the smaller side of a weight {shape[0]} x {shape[1]}: "
-                f"use at most {min(shape)}, or leave the layer out with --ignore"
+                f"rank {self.rank} is not below the smaller side of a weight {shape[0]} x {shape[1]}: "
+                f"use at most {min(shape) - 1}, or ignore the layer"
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> LowRankCode:

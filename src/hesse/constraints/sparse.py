@@ -52,7 +52,7 @@ class Sparse(Constraint):
         if self.of is not None and shape[1] % self.of:
             raise OptionError(
                 f"sparsity {self.amount:g}:{self.of} needs a width divisible by {self.of}, and this one is {shape[1]}: "
-                "leave the layer out with --ignore, or choose another pattern"
+                "ignore the layer, or choose another pattern"
             )
         if shape[1] % self.block:
             raise OptionError(

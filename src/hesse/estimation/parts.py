@@ -95,7 +95,7 @@ def as_rows(module: nn.Module, inputs: Tensor, gradients: Tensor, flat: bool) ->
     if isinstance(module, nn.Embedding):
         return _grouped(inputs, 0, flat), _grouped(gradients, 1, flat)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return _patches(module, inputs), gradients.flatten(2).transpose(1, 2)
+        return seen_by(module, inputs), gradients.flatten(2).transpose(1, 2)
     axes, entries = _scaled_axes(module)
     scaled = _what_is_scaled(module, inputs).movedim(axes, tuple(range(-len(axes), 0)))
     aligned = gradients.movedim(axes, tuple(range(-len(axes), 0)))
@@ -108,8 +108,10 @@ def _grouped(tensor: Tensor, inner: int, flat: bool) -> Tensor:
     return tensor.reshape(1 if flat else len(tensor), -1, *tensor.shape[tensor.ndim - inner :])
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    """The inputs that each output position sees (samples, positions, in · kernel)."""
+def seen_by(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What each output of a layer is made of (..., in): of a convolution patches (samples, positions, in · kernel)."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return inputs
     line = isinstance(module, nn.Conv1d)
 
     def pair(value: tuple[int, ...], filler: int) -> tuple[int, ...]:

@@ -31,7 +31,10 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A linear layer inside a block; `name` is what its tensors are called in the checkpoint, without `.weight`."""
+    """A linear layer inside a block; `name` is what its tensors are called in the checkpoint, without `.weight`.
+
+    A convolution is the matrix that its patches are multiplied by, (out, in · kernel).
+    """
 
     name: str
     module: nn.Module
@@ -51,11 +54,11 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight as (out, in)."""
-        return self.parameter.T if self.transposed else self.parameter
+        return self.parameter.T if self.transposed else self.parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
         """Put `weight` (out, in) in the place of the present one, in its type."""
-        changed = (weight.T if self.transposed else weight).to(self.parameter)
+        changed = (weight.T if self.transposed else weight.view(self.parameter.shape)).to(self.parameter)
         self.module.weight = nn.Parameter(changed.contiguous(), requires_grad=False)
 
 

@@ -6,18 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.models.network import Block, Layer, Network
-from hesse.models.pausing import Pauses, pauses_in
+from hesse.models.pausing import pauses_in
 from hesse.models.shelf import Shelf, Waiting
+from hesse.models.stops import stop_at_layers
 
 BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
 
@@ -123,24 +123,11 @@ def advance_with_stops(
 ) -> list[Layer]:
     """Take all flows through a block, and stop all of them at each linear layer, so that it can be changed.
 
-    For each layer, in the order in which the block calls them, `collect(layer, inputs)` is called with every flow's
-    inputs (..., in) and then `change(layer)` once; the flows go on through the changed layer. So each layer sees
-    inputs made by all changes before it, and each layer is run only once. A layer whose input is the very tensor of
-    the layer before it (keys and values after queries) is changed without a `collect` of its own. Memory: what each
-    flow holds between two layers, for all flows at once; with a folder `paused` for one, while the others' is there.
+    As `stop_at_layers` does. With a folder `paused`, what each flow holds between two layers is in files there, for all
+    flows but one.
 
     Returns the layers that were never called.
     """
-    changed: set[str] = set()
-    seen: dict[greenlet, Tensor] = {}
-
-    def stop(layer: Layer, linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if layer.name not in changed:
-            runner, inputs = getcurrent(), arguments[0]
-            again = seen.get(runner) is inputs
-            seen[runner] = inputs
-            assert runner.parent is not None
-            runner.parent.switch((layer, None if again else inputs))
 
     def run(flow: Flow) -> None:
         flow.hidden = flow.through(block.module, index)
@@ -149,38 +136,8 @@ def advance_with_stops(
         yield from (*block.module.parameters(), *block.module.buffers())
         yield from (leaf for flow in flows for leaf in tree_leaves(flow.calls[index]) if isinstance(leaf, Tensor))
 
-    def changing(layer: Layer) -> None:
-        change(layer)
-        changed.add(layer.name)
-
-    def next_stop(runner: greenlet, pauses: Pauses) -> Layer | None:
-        """Take a flow to the next layer with inputs of its own, or to its end."""
-        pauses.bring_back(runner)
-        while (said := runner.switch()) is not None:
-            layer, inputs = said
-            if inputs is not None:
-                collect(layer, inputs)
-                pauses.put_away(runner)
-                return cast(Layer, layer)
-            changing(layer)
-        pauses.put_away(runner)
-        return None
-
-    hooks = [layer.module.register_forward_pre_hook(partial(stop, layer)) for layer in block.layers]
-    try:
-        with torch.inference_mode(), pauses_in(paused, shared) as pauses:  # a tenth faster than with no_grad
-            runners = [greenlet(partial(run, flow)) for flow in flows]
-            while not all(runner.dead for runner in runners):
-                arrived = [next_stop(runner, pauses) for runner in runners]
-                if any(layer is not arrived[0] for layer in arrived):
-                    raise UnsupportedModelError(f"{block.name} calls its layers in an order that depends on the data")
-                if arrived[0] is not None:
-                    changing(arrived[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
-        seen.clear()
-    return [layer for layer in block.layers if layer.name not in changed]
+    with torch.inference_mode(), pauses_in(paused, shared) as pauses:  # a tenth faster than with no_grad
+        return stop_at_layers([partial(run, flow) for flow in flows], block, collect, change, pauses)
 
 
 class _WrongReturn(Exception):

@@ -1,0 +1,243 @@
+"""A user's own network through the table of methods: probe the loss, then one walk that solves each layer."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesse.compression.inputs import InputGrams
+from hesse.compression.layer_report import layer_report
+from hesse.compression.layers import LayerProblem, LayerSolver
+from hesse.compression.loss_factors import LossFactors
+from hesse.compression.report import LayerReport
+from hesse.compression.rules import fisher_needs, rules_for, whole_factors
+from hesse.compression.weight_fisher import name_of
+from hesse.constraints import LowRankCode
+from hesse.curvature import CrossEntropy, Gram, Loss, Objective
+from hesse.curvature.objective import Batch
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.estimation import Walk
+from hesse.estimation.walk import Kind
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
+from hesse.models.network import Block, Layer
+from hesse.models.pausing import PausedInMemory
+from hesse.models.stops import stop_at_layers
+from hesse.modules.factored import factored, replace_module
+from hesse.modules.layers import layers_of
+from hesse.modules.report import ModuleReport
+from hesse.progress import Clock
+
+
+def compress_module(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    method: str = DEFAULT_METHOD,
+    recipe: Recipe | None = None,
+    options: Options | None = None,
+    loss: Loss | nn.Module | None = None,
+    layers: Sequence[str] = ("*",),
+    ignore: Sequence[str] = (),
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    kind: Kind = "sampled",
+    seed: int = 0,
+) -> ModuleReport:
+    """Prune, quantise or factorise the layers of any `torch.nn.Module`; `model` itself is left as it is.
+
+    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups, and transformers' Conv1D; a convolution is the matrix
+    (out, in · kernel) that its patches are multiplied by. Embeddings, norms and weights that two modules share stay.
+    What the loss feels of each layer is taken from one pass back through the dense model; then all batches go
+    through the copy together, stop at each layer, and go on through the solved one, so that later layers see inputs
+    that the earlier, changed ones make. So the activations of all batches are in memory at once.
+
+    A factorised layer is replaced by two smaller ones (nn.Linear + nn.Linear, or a convolution and one with a
+    kernel of 1). All other results are stored dense in the layer's type: zeros, or exactly what codes and scales stand
+    for, which are in the report.
+
+    Args:
+        model: it is copied, and the copy is run in eval mode.
+        batches: (inputs, targets) pairs, such as a DataLoader or a list; walked once and kept.
+        method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
+        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
+        loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
+        layers: patterns of the names of layers to change, as `model.named_modules()` has them.
+        ignore: patterns of those to leave as they are.
+        forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
+        kind: "sampled" for the true Fisher, "empirical" for that of the data's own targets, which any loss has.
+        seed: of sampled labels.
+
+    Returns:
+        The changed copy, what was done to each layer, and the loss before, predicted and measured, on `batches`.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do. Options that do not fit a layer are refused
+            before the model is run.
+    """
+    wanted = _recipe(method, recipe, options, layers, ignore)
+    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
+        raise OptionError("the model is a single layer: put it into an nn.Sequential")
+    copied = deepcopy(model).eval()
+    found, notes = layers_of(copied)
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to compress")
+    shapes = {layer.name: layer.weight.shape for layer in found}
+    weights = {layer.name: partial(_weight, layer) for layer in found}
+    rules = rules_for(wanted, weights, shapes, (name for name, _ in copied.named_modules()))
+    with _frozen_but(copied, [layer for layer in found if rules[layer.name] is not None]) as chosen:
+        names = [name_of(layer) for layer in chosen]
+        objective = Objective.of(copied, CrossEntropy() if loss is None else loss, _pairs(batches), names, forward)
+        return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
+
+
+def _recipe(
+    method: str, recipe: Recipe | None, options: Options | None, layers: Sequence[str], ignore: Sequence[str]
+) -> Recipe:
+    if recipe is not None:
+        if options is not None or ignore or tuple(layers) != ("*",):
+            raise OptionError("a recipe says everything itself: leave out options, layers and ignore")
+        return recipe
+    made = find_method(method).recipe(options or Options(), tuple(ignore))
+    rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in made.rules)
+    return made.model_copy(update={"rules": rules})
+
+
+def _weight(layer: Layer) -> Tensor:
+    return layer.weight.detach()
+
+
+def _pairs(batches: Iterable[Batch]) -> list[Batch]:
+    """The data, as one list that all passes walk alike."""
+    pairs = []
+    for number, batch in enumerate(batches):
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            raise OptionError(
+                f"batch {number} is {type(batch).__name__}, and must be a pair (inputs, targets): map the data to pairs"
+            )
+        pairs.append((batch[0], batch[1]))
+    return pairs
+
+
+@contextmanager
+def _frozen_but(model: nn.Module, layers: list[Layer]) -> Iterator[list[Layer]]:
+    """Only the weights of `layers` take gradients meanwhile."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.parameter.requires_grad_()
+    try:
+        yield layers
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
+
+
+class _Run:
+    """The state of one run on the copy."""
+
+    def __init__(
+        self, objective: Objective, layers: list[Layer], rules: dict[str, Rule | None], notes: list[str]
+    ) -> None:
+        self.objective, self.layers, self.rules, self.notes = objective, layers, rules, notes
+        self.factors: dict[str, Tensor] = {}
+        self.reports: list[LayerReport] = []
+        self.encoded: dict[str, Any] = {}
+        self.solver = LayerSolver()
+
+    def run(self, recipe: Recipe, kind: Kind, seed: int) -> ModuleReport:
+        """Probe, solve, replace and measure."""
+        before = self._dense_loss()
+        self._probe(kind, seed)
+        self._walk()
+        for layer in self.layers:
+            code = self.encoded.get(layer.name)
+            if isinstance(code, LowRankCode):
+                replace_module(self.objective.model, layer.name, factored(layer, code))
+        weights = sum(report.shape[0] * report.shape[1] for report in self.reports)
+        bits = sum(report.shape[0] * report.shape[1] * report.bits_per_weight for report in self.reports)
+        return ModuleReport(
+            module=self.objective.model,
+            method=recipe.method,
+            loss_before=before,
+            loss_after=self.objective.value(),
+            predicted_loss_increase=sum(report.predicted_loss_increase or 0.0 for report in self.reports),
+            bits_per_weight=bits / weights,
+            layers=self.reports,
+            notes=self.notes,
+            recipe=recipe.model_dump(mode="json", exclude_none=True),
+            encoded=self.encoded,
+        )
+
+    def _dense_loss(self) -> float:
+        """The loss as it is; layers that are called several times in a forward, or never, get a note."""
+        calls: Counter[str] = Counter()
+
+        def count(name: str, *_: object) -> None:
+            calls[name] += 1
+
+        hooks = [layer.module.register_forward_pre_hook(partial(count, layer.name)) for layer in self.layers]
+        try:
+            value = self.objective.value()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        batches = sum(1 for _ in self.objective.data)
+        for layer in self.layers:
+            if calls[layer.name] > batches:
+                several = "is called several times in a forward, and is solved for the inputs of its first call"
+                self.notes.append(f"{layer.name}: {several}")
+        return value
+
+    def _probe(self, kind: Kind, seed: int) -> None:
+        """What the loss feels of the dense model's layers."""
+        needs = fisher_needs(self.rules)
+        walk = Walk(self.objective, kind, seed=seed, apart=needs.of_samples)
+        sums = LossFactors(self.layers, whole_factors(self.rules), needs)
+        for passage in walk:
+            sums.add(passage)
+        for name in walk.others:
+            layer = next(layer for layer in self.layers if name_of(layer) == name)
+            self.layers.remove(layer)
+            self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
+        self.factors = sums.found(walk.scale)
+
+    def _walk(self) -> None:
+        """Take all batches through the model, and solve each layer where it is reached."""
+        objective, grams = self.objective, InputGrams(Clock())
+
+        def forward(inputs: Any) -> None:
+            objective.outputs_once(inputs)
+
+        def change(layer: Layer) -> None:
+            self._solve(layer, grams.gram())
+
+        runs = [partial(forward, inputs) for inputs, _ in objective.batches()]
+        name = type(objective.model).__name__
+        block = Block(name, objective.model, tuple(self.layers))
+        with torch.no_grad():
+            missed = stop_at_layers(runs, block, grams.collect, change, PausedInMemory())
+        self.notes += [f"{layer.name}: left as it is: it is never called" for layer in missed]
+        if not self.reports:
+            raise UnsupportedModelError(f"{name} calls none of its layers: nothing was compressed")
+
+    def _solve(self, layer: Layer, gram: Gram) -> None:
+        rule = self.rules[layer.name]
+        assert rule is not None
+        weight, dtype = layer.weight.detach().float(), layer.parameter.dtype
+        constraint = rule.constraint.build().stored_as(torch.float32 if dtype == torch.float64 else dtype)
+        fisher = self.factors.get(name_of(layer)) if rule.needs_fisher else None
+        outputs = self.factors.get(layer.name)
+        problem = LayerProblem(layer.name, weight, gram, outputs, rule, constraint, fisher)
+        solved = self.solver.solve(problem)
+        stored = solved.solution.weight.to(dtype)
+        layer.replace(stored)
+        bits = constraint.bits_per_weight(weight.shape)
+        report, notes = layer_report(problem, solved, stored.float(), bits)
+        self.reports.append(report)
+        self.notes += [*solved.notes, *notes]
+        self.encoded[layer.name] = solved.solution.encoded
