@@ -1,0 +1,124 @@
+"""What modules say of their own sizes, after their parameters were cut."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import deepcopy
+from fractions import Fraction
+from itertools import takewhile
+
+from torch import Tensor, nn
+
+from hesse.partitions.attention import NarrowAttention
+from hesse.partitions.partition import Group
+
+# What attention modules call their numbers of heads, and the widths that are multiples of it.
+HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "nhead",
+    "heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+)
+HEAD_WIDTHS = ("all_head_size", "split_size", "inner_dim")
+WIDTHS = ("intermediate_size", "intermediate_dim")
+
+
+def resize_layers(old: nn.Module, new: nn.Module) -> None:
+    """The layers of torch itself, from the shapes of their weights."""
+    for name, module in new.named_modules():
+        before = (
+            dict(old.named_modules()).get(name) if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd) else None
+        )
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            assert isinstance(before, nn.modules.conv._ConvNd)
+            _resize_convolution(before, module)
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features = len(weight)
+        elif isinstance(module, nn.GroupNorm):
+            module.num_groups, module.num_channels = module.num_groups * len(weight) // module.num_channels, len(weight)
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = weight.shape
+        elif hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D: a linear layer, transposed
+            module.nx, module.nf = weight.shape
+
+
+def _resize_convolution(old: nn.modules.conv._ConvNd, new: nn.modules.conv._ConvNd) -> None:
+    out, into = new.weight.shape[:2] if not new.transposed else reversed(new.weight.shape[:2])
+    if old.groups > 1:
+        new.groups = old.groups * new.weight.shape[0] // old.weight.shape[0]
+    new.out_channels = out * (new.groups if new.transposed else 1)
+    new.in_channels = into * (1 if new.transposed else new.groups)
+
+
+def resize_widths(old: nn.Module, new: nn.Module) -> None:
+    """What feed-forward blocks, experts and routers call their width and number."""
+    before = dict(old.named_modules())
+    for name, module in new.named_modules():
+        for key, tensor in module.named_parameters():
+            was = dict(before[name].named_parameters()).get(key) if name in before and key.count(".") < 2 else None
+            for size, left in zip(was.shape, tensor.shape, strict=True) if was is not None else ():
+                for attribute in (*WIDTHS, "num_experts", "num_local_experts"):
+                    if size != left and getattr(before[name], attribute, None) == size:
+                        setattr(module, attribute, left)
+
+
+def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> None:
+    """The numbers of heads in attention modules, and in configurations of theirs that they read them from."""
+    for names, share in head_shares(old, groups).items():
+        place = _parent(names)
+        attention = new.get_submodule(place)
+        for module in attention.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                NarrowAttention.narrowed(module, _scaled(module.num_heads, share))
+                continue
+            for attribute in (*HEADS, *HEAD_WIDTHS):
+                _scale(module, attribute, share)
+            if any(hasattr(getattr(module, "config", None), attribute) for attribute in HEADS):
+                module.config = deepcopy(module.config)
+                for attribute in HEADS:
+                    _scale(module.config, attribute, share)
+
+
+def head_shares(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, ...], Fraction]:
+    """The share of heads that is left in each attention module that loses some, by the names of its parameters."""
+    tensors = dict(model.named_parameters())
+    gone: dict[tuple[str, ...], list[Group]] = defaultdict(list)
+    for group in groups:
+        if group.kind == "heads":
+            gone[tuple(sorted({part.parameter for part in group.slices}))].append(group)
+    shares = {}
+    for names, lost in gone.items():
+        first = lost[0].produced[0]
+        size = tensors[first.parameter].shape[first.axis]
+        shares[names] = Fraction(size - sum(len(group.produced[0].indices) for group in lost), size)
+    return shares
+
+
+def _parent(names: Sequence[str]) -> str:
+    """The module that holds all of some parameters."""
+    if len(names) == 1:
+        return names[0].rpartition(".")[0]
+    paths = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _scale(thing: object, attribute: str, share: Fraction) -> None:
+    value = getattr(thing, attribute, None)
+    if type(value) is int and value > 1:
+        setattr(thing, attribute, _scaled(value, share))
+
+
+def _scaled(value: int, share: Fraction) -> int:
+    return int(value * share)

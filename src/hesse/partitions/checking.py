@@ -1,0 +1,110 @@
+"""Zeroing equals slicing: the test that a partition passes before anything is done with it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hesse.errors import HesseError, UnsupportedModelError, reason
+from hesse.partitions.partition import Group, Partition
+from hesse.partitions.propagation import tensors
+from hesse.partitions.slicing import slice_groups
+from hesse.partitions.tracing import Forward, call_with
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output; 0.1 for smaller types
+
+
+def zero_groups(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Set what makes some groups to zero, in place; an expert's weights too, which leaves it chosen as before."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for group in groups:
+            for part in group.produced:
+                part.fill(tensors[part.parameter], 0)
+
+
+def zeroed_outputs(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, forward: Forward | None = None
+) -> list[Tensor]:
+    """What a copy of the model gives with some groups zero, and the router's logits of experts among them at -∞."""
+    copy = deepcopy(model)
+    zero_groups(copy, groups)
+    rows: dict[int, set[int]] = defaultdict(set)
+    known = dict(copy.named_parameters())
+    for group in groups:
+        if group.kind == "experts":
+            for part in group.read:
+                if part.parameter in known:
+                    rows[id(known[part.parameter])] |= set(part.indices)
+    with torch.no_grad(), _Masked(rows):
+        return tensors((forward or call_with)(copy.eval(), inputs))
+
+
+class _Masked(TorchFunctionMode):
+    """Linear layers with some outputs at -∞, by the id of their weight."""
+
+    def __init__(self, rows: Mapping[int, set[int]]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and id(args[1]) in self.rows:
+            places = torch.tensor(sorted(self.rows[id(args[1])]), device=result.device)
+            result = result.index_fill(-1, places, -torch.inf)
+        return result
+
+
+def check_slicing(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, forward: Forward | None = None
+) -> tuple[nn.Module, float]:
+    """`model` without `groups`, and by how much its outputs differ from those with the groups zero.
+
+    The difference is that of the largest entry, as a share of the largest output.
+
+    Raises:
+        UnsupportedModelError: they differ by more than rounding; the groups of this network cannot be cut out.
+    """
+    sliced = slice_groups(model, groups).eval()
+    want = zeroed_outputs(model, groups, inputs, forward)
+    where = f"{groups[0].name} and {len(groups) - 1} other groups" if len(groups) > 1 else groups[0].name
+    try:
+        with torch.no_grad():
+            found = tensors((forward or call_with)(sliced, inputs))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, HesseError):
+            raise
+        raise UnsupportedModelError(f"without {where} the model does not run: {reason(error)}") from None
+    difference = max(_difference(f, w) for f, w in zip(found, want, strict=True))
+    allowed = TOLERANCE.get(next(t.dtype for t in want if t.is_floating_point()), 0.1)
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"without {where} the model gives other outputs than with them at zero, by {difference:.1e} of the "
+            "largest: something in it counts on its full width, so they must stay"
+        )
+    return sliced, difference
+
+
+def _difference(found: Tensor, want: Tensor) -> float:
+    if found.shape != want.shape:
+        return torch.inf
+    scale = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((found - want).abs().max() / scale)
+
+
+def check_partition(
+    model: nn.Module, partition: Partition, inputs: Any, kinds: Sequence[str], forward: Forward | None = None
+) -> float:
+    """Cut out one group of each site, all together: the largest difference from zeroing them.
+
+    Raises:
+        UnsupportedModelError: as `check_slicing`.
+    """
+    first: dict[tuple[Any, ...], Group] = {}
+    for group in partition.of(kinds):
+        first.setdefault((group.kind, group.site), group)
+    return check_slicing(model, list(first.values()), inputs, forward)[1]

@@ -1,0 +1,138 @@
+"""Mixtures of experts, whose path depends on the data: what their fused parameters do is known beforehand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from hesse.models.experts import EXPERT_NAMES, LinearExperts, is_fused
+from hesse.partitions.partition import Group, Slice
+from hesse.partitions.planes import Plane
+from hesse.partitions.propagation import DATA, Propagation
+from hesse.partitions.units import Axis
+
+
+@contextmanager
+def followed_experts(model: nn.Module, run: Propagation) -> Iterator[None]:
+    """While `run` watches, follow the experts' units without looking at which expert is chosen."""
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    for name, module in fused.items():
+        module.forward = _follower(module, run, name)
+    try:
+        yield
+    finally:
+        for module in fused.values():
+            del module.forward
+
+
+def _follower(module: nn.Module, run: Propagation, name: str) -> Any:
+    units = run.units
+    gate_up, down = module.gate_up_proj, module.down_proj
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    experts, hidden, inner = down.shape
+
+    def forward(states: Tensor, chosen: Tensor, weights: Tensor) -> Any:
+        gates = units.new(Axis(f"{name}.gate_up_proj", 1, 2 * inner, experts))
+        inputs = units.new(Axis(f"{name}.gate_up_proj", 2, hidden))
+        outputs = units.new(Axis(f"{name}.down_proj", 1, hidden))
+        read = units.new(Axis(f"{name}.down_proj", 2, inner, experts))
+        units.join(gates[:, :inner], gates[:, inner:])
+        units.join(gates[:, :inner], read)
+        units.note("read", read)
+        units.note("read", inputs)
+        planes = run.planes(states)
+        if not planes:
+            units.note("fixed", inputs, run.reason("reads a fixed width"))
+        for plane in planes:
+            units.join(plane.units.flatten(), inputs)
+        for plane in run.planes(weights):
+            units.note("fixed", plane.units, run.reason("weighs experts with them"))
+        with _disable_current_modes():  # of its values only the shape counts
+            result = states.clone()
+        run.put(result, (Plane(outputs.view(*[1] * (result.ndim - 1), -1), zero=True),), DATA)
+        return result
+
+    return forward
+
+
+def expert_groups(model: nn.Module) -> list[Group]:
+    """The experts of each mixture whose router is beside them: all their weights, and their rows of the router."""
+    found = []
+    for name, module in model.named_modules():
+        if not is_fused(module):
+            continue
+        parent = name.rpartition(".")[0]
+        assert isinstance(module.down_proj, Tensor)
+        count = len(module.down_proj)
+        if count <= chosen_experts(model.get_submodule(parent)):
+            continue
+        rows = router_rows(model, parent, count)
+        for expert in range(count if rows else 0):
+            produced = (Slice(f"{name}.gate_up_proj", 0, (expert,)), Slice(f"{name}.down_proj", 0, (expert,)))
+            read = tuple(Slice(row, 0, (expert,)) for row in rows)
+            found.append(Group("experts", name, expert, produced, read))
+    return found
+
+
+def router_rows(model: nn.Module, parent: str, count: int) -> list[str]:
+    """The parameters with a row for each expert in the modules beside the experts' own."""
+    block = model.get_submodule(parent)
+    return [
+        f"{parent}.{child}.{key}"
+        for child, module in block.named_children()
+        if not is_fused(module)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if tensor.ndim and len(tensor) == count and _routes(module, count)
+    ]
+
+
+def _routes(module: nn.Module, count: int) -> bool:
+    """Whether a module is a router: it says for how many experts, or is a linear layer with an output for each."""
+    return getattr(module, "num_experts", getattr(module, "out_features", None)) == count
+
+
+def chosen_experts(block: nn.Module) -> int:
+    """How many experts a token goes to."""
+    values = (getattr(m, key, 0) for m in block.modules() for key in ("top_k", "num_experts_per_tok"))
+    return max((value for value in values if isinstance(value, int)), default=0)
+
+
+def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
+    """Make linear layers of fused experts that keep unequal numbers of neurons; the parameters that are then gone."""
+    done = set()
+    for name, module in list(model.named_modules()):
+        cuts = removed.get(f"{name}.down_proj", {})
+        if not is_fused(module) or not any(stack is not None for _, stack in cuts):
+            continue
+        assert isinstance(module.down_proj, Tensor)
+        count, _, inner = module.down_proj.shape
+        kept = [expert for expert in range(count) if expert not in cuts.get((0, None), ())]
+        lost = [cuts.get((2, expert), set()) for expert in kept]
+        if len({len(indices) for indices in lost}) == 1:
+            continue
+        parent, _, child = name.rpartition(".")
+        layers = [[i for i in range(inner) if i not in indices] for indices in lost]
+        setattr(model.get_submodule(parent), child, _linear_experts(module, kept, layers))
+        done |= {f"{name}.gate_up_proj", f"{name}.down_proj"}
+    return done
+
+
+def _linear_experts(fused: nn.Module, kept: list[int], neurons: list[list[int]]) -> LinearExperts:
+    gate_up, down = fused.gate_up_proj, fused.down_proj
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    result, inner = LinearExperts(fused, EXPERT_NAMES[0]), down.shape[2]
+    for place in range(len(kept), result.count):
+        delattr(result, str(place))
+    result.count = len(kept)
+    for place, (expert, chosen) in enumerate(zip(kept, neurons, strict=True)):
+        rows = torch.tensor(chosen, device=down.device)
+        gate, up, back = gate_up[expert][rows], gate_up[expert][rows + inner], down[expert][:, rows]
+        for key, weight in zip(EXPERT_NAMES[0], (gate, up, back), strict=True):
+            layer = result.get_submodule(f"{place}.{key}")
+            assert isinstance(layer, nn.Linear)
+            layer.weight = nn.Parameter(weight.detach().clone())
+            layer.out_features, layer.in_features = weight.shape
+    return result

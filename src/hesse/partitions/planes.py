@@ -1,0 +1,90 @@
+"""Labels of a tensor's entries: which units an entry goes with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hesse.partitions.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Numbers of units that broadcast to a tensor's shape; a weight (out, in) has two planes, (out, 1) and (1, in).
+
+    `zero`: where the parameters that make a unit are zero, so are the tensor's entries.
+    """
+
+    units: Tensor
+    zero: bool
+
+    def varies(self) -> set[int]:
+        """The dimensions along which entries go with different units."""
+        return {dim for dim, size in enumerate(self.units.shape) if size > 1}
+
+
+Planes = tuple[Plane, ...]
+
+
+def tidy(units: Units, labels: Tensor) -> Tensor:
+    """Each unit's set, and dimensions along which nothing changes of size 1."""
+    if labels.numel() == 0:
+        return labels
+    for dim, stride in enumerate(labels.stride()):
+        if stride == 0:
+            labels = labels.narrow(dim, 0, 1)
+    labels = units.find(labels.contiguous())
+    for dim in range(labels.ndim):
+        first = labels.narrow(dim, 0, 1)
+        if labels.shape[dim] > 1 and bool((labels == first).all()):
+            labels = first
+    return labels
+
+
+def tidied(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
+    """Planes with their sets found; those that share a dimension are joined, as both speak of the same indices.
+
+    A plane of one single unit is dropped: without the unit nothing would be left, so it is fixed.
+    """
+    result: list[Plane] = []
+    for plane in planes:
+        labels, zero = tidy(units, plane.units), plane.zero
+        if labels.numel() == 0:
+            continue
+        if labels.numel() == 1:
+            units.note("fixed", labels, reason)
+            continue
+        for other in [p for p in result if p.varies() & {d for d, size in enumerate(labels.shape) if size > 1}]:
+            units.join(labels, other.units)
+            shape = [max(sizes) for sizes in zip(labels.shape, other.units.shape, strict=True)]
+            labels, zero = tidy(units, labels.expand(shape)), zero or other.zero
+            result.remove(other)
+        if labels.numel() == 1:
+            units.note("fixed", labels, reason)
+        else:
+            result.append(Plane(labels, zero))
+    return tuple(result)
+
+
+def pinned(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
+    """Forbid units that differ along some dimensions, and say whether the plane differed along these alone.
+
+    They are fixed then; else those that differ along `dims` are joined, so that whole parts of the others go.
+    """
+    inside = plane.varies() & dims
+    if inside and inside == plane.varies():
+        units.note("fixed", plane.units, reason)
+        return True
+    for dim in inside:
+        units.join(plane.units, plane.units.narrow(dim, 0, 1))
+    return False
+
+
+def aligned(plane: Plane, ndim: int) -> Plane:
+    """The plane of a tensor that is broadcast to `ndim` dimensions."""
+    return Plane(plane.units[(None,) * (ndim - plane.units.ndim)], plane.zero)
+
+
+def without(plane: Plane, dims: Sequence[int]) -> Plane:
+    """The plane with dimensions of size 1 taken out."""
+    return Plane(plane.units.squeeze(tuple(dims)) if dims else plane.units, plane.zero)

@@ -1,0 +1,291 @@
+"""What each operation does with units: one small function for a kind of operation, and the table of operations."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hesse.partitions.contractions import bmm, convolution, mm, mv, with_bias
+from hesse.partitions.planes import Plane, Planes, aligned, pinned, tidied, without
+from hesse.partitions.propagation import Call, Propagation, Rule, tensors
+from hesse.partitions.units import Axis
+
+
+def elementwise(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Entries that meet go together; a unit stays zero where the operation makes zero of its zeros."""
+    (result,) = tensors(call.result)
+    operands = [t for t in tensors((call.args, call.kwargs)) if t.ndim]
+    reason = run.reason(f"joins them with a constant ({call.name})")
+    own = [[aligned(p, result.ndim) for p in run.planes(t)] for t in operands]
+    for dim in range(result.ndim):
+        sized = [i for i, t in enumerate(operands) if t.ndim >= result.ndim - dim and _size(t, result, dim) > 1]
+        if any(all(dim not in p.varies() for p in own[i]) for i in sized):
+            for plane in (p for planes in own for p in planes):
+                pinned(run.units, plane, {dim}, reason)
+    merged = tidied(run.units, [p for planes in own for p in planes], reason)
+    return [tuple(Plane(p.units, _stays_zero(call, operands, own, p)) for p in merged)]
+
+
+def _size(operand: Tensor, result: Tensor, dim: int) -> int:
+    return operand.shape[dim - result.ndim + operand.ndim]
+
+
+def _stays_zero(call: Call, operands: list[Tensor], own: list[list[Plane]], merged: Plane) -> bool:
+    """Whether the operation gives zero where the operands that carry a plane do."""
+    zero = {id(t) for t, ps in zip(operands, own, strict=True) for p in ps if p.zero and p.varies() & merged.varies()}
+    return bool(zero) and gives_zero(call, zero)
+
+
+def gives_zero(call: Call, zero: set[int]) -> bool:
+    """Whether the operation gives nothing but zeros if the arguments with these ids are."""
+
+    def other(value: object) -> object:
+        if isinstance(value, Tensor):
+            return torch.zeros_like(value) if id(value) in zero else value.clone()
+        return type(value)(other(v) for v in value) if isinstance(value, tuple | list) else value
+
+    given = call.function(*map(other, call.args), **{key: other(value) for key, value in call.kwargs.items()})
+    return all(not bool(t.count_nonzero()) for t in tensors(given)[:1])
+
+
+def moved(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Views, permutations, slices and copies: labels go the way of the entries."""
+    source, results = call.args[0], tensors(call.result)
+    found: list[list[Plane]] = [[] for _ in results]
+    for plane in run.planes(source):
+        labels = call.function(plane.units.expand(source.shape), *call.args[1:], **_kept(call.kwargs))
+        for place, piece in enumerate(tensors(labels)):
+            found[place].append(Plane(piece, plane.zero))
+    return [tuple(planes) for planes in found]
+
+
+def _kept(kwargs: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key not in ("dtype", "device", "layout", "memory_format")}
+
+
+def copied(run: Propagation, call: Call) -> Sequence[Planes]:
+    """The same shape, whatever else is different."""
+    return [run.planes(call.args[0]) for _ in tensors(call.result)]
+
+
+def like(run: Propagation, call: Call) -> Sequence[Planes]:
+    """New entries in the shape of old ones."""
+    zero = not bool(call.result.count_nonzero())
+    return [tuple(Plane(p.units, zero) for p in run.planes(call.args[0]))]
+
+
+def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
+    """A view of another shape; where it cuts a dimension of units in several, the parts must stay rectangular."""
+    source, (result,) = call.args[0], tensors(call.result)
+    found = []
+    for plane in run.planes(source):
+        labels = plane.units.expand(source.shape).reshape(result.shape)
+        found.append(Plane(labels, plane.zero))
+    planes = tidied(run.units, found, run.reason("takes it alone"))
+    for plane in planes:
+        if len(plane.varies()) > 1:
+            run.rectangles.append((plane, run.reason("views them in a shape of its own")))
+    return [planes]
+
+
+def joined(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Concatenation: side by side along one dimension, going together along the others."""
+    pieces: list[Tensor] = list(call.args[0])
+    pieces = [t for t in pieces if t.numel()]
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % pieces[0].ndim
+    reason = run.reason("joins them with a constant (cat)")
+    own = [run.planes(t) for t in pieces]
+    shared = {k for planes in own for p in planes if dim in p.varies() for k in p.varies()}
+    along = [[p for p in planes if p.varies() & shared] for planes in own]
+    found = [p for planes in own for p in planes if not p.varies() & shared]
+    for k in set(range(pieces[0].ndim)) - {dim}:
+        if any(all(k not in p.varies() for p in planes) for planes in own if pieces[0].shape[k] > 1):
+            for plane in (p for planes in own for p in planes):
+                pinned(run.units, plane, {k}, reason)
+    if any(along):
+        labels = [_side(run, t, ps, dim, reason).expand(t.shape) for t, ps in zip(pieces, along, strict=True)]
+        found.append(Plane(torch.cat(labels, dim), zero=True))
+    zero = all(p.zero for planes in own for p in planes)
+    return [tuple(Plane(p.units, zero) for p in tidied(run.units, found, reason))]
+
+
+def _side(run: Propagation, tensor: Tensor, planes: list[Plane], dim: int, reason: str) -> Tensor:
+    """The labels of a piece of a concatenation: its own, or new ones that stay."""
+    if planes:
+        return tidied(run.units, planes, reason)[0].units
+    size = tensor.shape[dim]
+    fixed = run.units.new(Axis("", dim, size))
+    run.units.note("fixed", fixed, reason)
+    return fixed.view([size if k == dim else 1 for k in range(tensor.ndim)])
+
+
+def stacked(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Tensors of one shape along a new dimension: what is at the same place goes together."""
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % (call.args[0][0].ndim + 1)
+    planes = [Plane(p.units.unsqueeze(dim), p.zero) for tensor in call.args[0] for p in run.planes(tensor)]
+    whole = tidied(run.units, planes, run.reason("stacks them"))
+    return [tuple(Plane(p.units, all(q.zero for q in planes)) for p in whole)]
+
+
+def reduced(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Sums, means, softmax, maxima and orders: what is taken together stays together, or goes as a whole."""
+    source, results = call.args[0], tensors(call.result)
+    dims = _dims(call, source.ndim)
+    planes = _taken_together(run, call, source, dims)
+    zero = bool(planes) and gives_zero(call, {id(source)})
+    if results[0].shape != source.shape:
+        planes = [p for p in planes if not p.varies() & dims]
+    left = [p if results[0].ndim == source.ndim else without(p, sorted(dims)) for p in planes]
+    return [tuple(Plane(p.units, zero and p.zero) for p in left)] * len(results)
+
+
+def _taken_together(run: Propagation, call: Call, source: Tensor, dims: set[int]) -> list[Plane]:
+    planes = []
+    for plane in run.planes(source):
+        summed = call.name == "sum" and plane.zero and plane.varies() <= dims
+        if not summed:
+            pinned(run.units, plane, dims, run.reason(f"takes them together ({call.name})"))
+        planes.append(plane)
+    return list(tidied(run.units, planes, run.reason("takes it alone")))
+
+
+def _dims(call: Call, ndim: int) -> set[int]:
+    given = call.argument(1, call.kwargs.get("dim"))
+    if call.name in ("topk", "norm", "linalg_vector_norm"):
+        given = call.argument(2, -1 if call.name == "topk" else None)
+    if given is None or (isinstance(given, list) and not given):
+        return set(range(ndim))
+    return {dim % ndim for dim in (given if isinstance(given, list | tuple) else [given])}
+
+
+def layer_norm(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Statistics over the last dimensions, then weight and offset."""
+    source, shape, weight = call.args[:3]
+    bias = call.args[3] if call.name == "native_layer_norm" else None
+    dims = set(range(source.ndim - len(shape), source.ndim))
+    planes = _taken_together(run, call, source, dims)
+    affine = [aligned(p, source.ndim) for t in (weight, bias) for p in run.planes(t)]
+    whole = tidied(run.units, [*planes, *affine], run.reason("takes it alone"))
+    first = tuple(Plane(p.units, bias is None and all(q.zero for q in planes)) for p in whole)
+    return [first, *[()] * (len(tensors(call.result)) - 1)]
+
+
+def group_norm(run: Propagation, call: Call) -> Sequence[Planes]:
+    """The channels of a group of the norm go together, with their weight and offset."""
+    source, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]
+    planes = [*run.planes(source), *(_channels(p, source.ndim) for t in (weight, bias) for p in run.planes(t))]
+    for plane in planes:
+        if plane.varies() != {1}:
+            pinned(run.units, plane, plane.varies() - {1}, run.reason("takes them together (group norm)"))
+            continue
+        rows = plane.units.reshape(groups, -1)
+        run.units.join(rows, rows[:, :1])
+    whole = tidied(run.units, planes, run.reason("takes them together (group norm)"))
+    return [tuple(Plane(p.units, weight is not None and bias is not None) for p in whole), (), ()]
+
+
+def batch_norm(run: Propagation, call: Call) -> Sequence[Planes]:
+    """A channel goes with its weight, offset and running statistics."""
+    source, weight, bias, *statistics = call.args[:5]
+    affine = [_channels(p, source.ndim) for t in (weight, bias, *statistics) for p in run.planes(t)]
+    whole = tidied(run.units, [*run.planes(source), *affine], run.reason("takes it alone"))
+    zero = weight is not None and bias is not None
+    first = tuple(Plane(p.units, zero) for p in whole)
+    return [first, *[()] * (len(tensors(call.result)) - 1)]
+
+
+def _channels(plane: Plane, ndim: int) -> Plane:
+    return Plane(plane.units.view(1, -1, *[1] * (ndim - 2)), plane.zero)
+
+
+def pooled(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Pooling and interpolation over positions: channels are not mixed."""
+    source = call.args[0]
+    return _spread(run, call, set(range(2, source.ndim)))
+
+
+def padded(run: Propagation, call: Call) -> Sequence[Planes]:
+    """More positions; along padded dimensions there may be no units."""
+    source = call.args[0]
+    return _spread(run, call, {d for d in range(source.ndim) if source.shape[d] != call.result.shape[d]})
+
+
+def _spread(run: Propagation, call: Call, dims: set[int]) -> Sequence[Planes]:
+    source, results, reason = call.args[0], tensors(call.result), run.reason(f"mixes positions ({call.name})")
+    left = [plane for plane in run.planes(source) if not pinned(run.units, plane, dims, reason)]
+    zero = gives_zero(call, {id(source)})
+    return [tuple(Plane(p.units, zero and p.zero) for p in tidied(run.units, left, reason))] * len(results)
+
+
+def written(run: Propagation, call: Call) -> Sequence[Planes]:
+    """A copy of the second argument in place of the first."""
+    target, source = call.args[:2]
+    return [tuple(aligned(p, target.ndim) for p in run.planes(source))]
+
+
+def embedding(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Rows are looked up by number, so they stay; columns are made here."""
+    found = []
+    (result,) = tensors(call.result)
+    for plane in run.planes(call.args[0]):
+        if not pinned(run.units, plane, {0}, run.reason("looks them up by number")):
+            run.units.note("written", plane.units)
+            found.append(Plane(plane.units.view(*[1] * (result.ndim - 1), -1), zero=True))
+    return [tuple(found)]
+
+
+def indexed(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Picking entries by number: like a slice where the numbers are constant, else what is picked from stays."""
+    source = call.args[0]
+    picks = call.args[1] if call.name == "index" else [None] * (call.args[1] % source.ndim) + [call.args[2]]
+    if not any(run.is_data(pick) for pick in picks):
+        return moved(run, call)
+    dims, found = {dim for dim, pick in enumerate(picks) if pick is not None}, []
+    for plane in run.planes(source):
+        if not pinned(run.units, plane, dims, run.reason("picks them by number")):
+            labels = call.function(plane.units.expand(source.shape), *call.args[1:])
+            found.append(Plane(labels, plane.zero))
+    return [tuple(found)]
+
+
+def nothing(run: Propagation, call: Call) -> Sequence[Planes]:
+    """Results that have no entries of units."""
+    return [()] * len(tensors(call.result))
+
+
+def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
+    return {name: rule for rule, names in entries for name in names.split()}
+
+
+RULES: dict[str, Rule] = _table(
+    (moved, "t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind unfold diagonal"),
+    (moved, "repeat roll flip narrow chunk movedim swapaxes as_strided tril triu"),
+    (copied, "clone detach alias _to_copy contiguous lift_fresh lift_fresh_copy dropout native_dropout"),
+    (like, "zeros_like ones_like full_like empty_like rand_like randn_like"),
+    (reshaped, "view _unsafe_view reshape _reshape_alias flatten unflatten"),
+    (joined, "cat"),
+    (stacked, "stack"),
+    (elementwise, "masked_fill where clamp"),
+    (written, "copy"),
+    (reduced, "sum mean amax amin max min var std softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp"),
+    (reduced, "cumsum cumprod argmax argmin topk sort argsort norm linalg_vector_norm prod any all"),
+    (layer_norm, "native_layer_norm _fused_rms_norm"),
+    (group_norm, "native_group_norm"),
+    (batch_norm, "native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm"),
+    (pooled, "max_pool2d_with_indices max_pool1d max_pool2d avg_pool1d avg_pool2d avg_pool3d"),
+    (padded, "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"),
+    (pooled, "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d max_pool3d_with_indices"),
+    (pooled, "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d mkldnn_max_pool2d"),
+    (embedding, "embedding"),
+    (indexed, "index index_select gather"),
+    (mm, "mm"),
+    (mv, "mv dot"),
+    (bmm, "bmm"),
+    (with_bias(mm, elementwise), "addmm"),
+    (with_bias(bmm, elementwise), "baddbmm"),
+    (convolution, "convolution"),
+    (
+        nothing,
+        "sym_size sym_stride sym_numel sym_storage_offset _assert_async new_zeros new_ones new_empty new_full",
+    ),
+)

@@ -1,0 +1,111 @@
+"""Find the groups of any network from one forward pass."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hesse.partitions.experts import expert_groups, followed_experts
+from hesse.partitions.partition import Group, Kind, Partition, Slice
+from hesse.partitions.planes import pinned
+from hesse.partitions.propagation import DATA, INTEGERS, Propagation, named_modules, tensors
+from hesse.partitions.rules import RULES, elementwise
+from hesse.partitions.units import Units
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call_with(model: nn.Module, inputs: Any) -> Any:
+    """`model(**inputs)` of a mapping, `model(*inputs)` of a tuple, else `model(inputs)`."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None = None) -> Partition:
+    """The groups of `model` that can be taken out with the outputs unchanged, once they are zero.
+
+    One forward pass of a batch, of any size, is watched op by op. What the network does must not depend on the values
+    of activations or of inputs that are not whole numbers; experts in the layout of transformers are known and may. An
+    axis of which no part can go (a residual width under a norm, an output, a vocabulary) is listed with the reason.
+
+    Args:
+        model: any network, put into eval mode for the while.
+        example_inputs: a tensor; a tuple or mapping of arguments.
+        forward: how it is called, `forward(model, inputs)`.
+
+    Raises:
+        UnsupportedModelError: an operation is not known, or the path depends on the data; it names the module.
+    """
+    run = Propagation(model, RULES, elementwise)
+    for tensor in tensors(example_inputs):
+        run.put(tensor, (), DATA if tensor.is_floating_point() else INTEGERS)
+    training = {module for module in model.modules() if module.training}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        watched = named_modules(model, run.modules), followed_experts(model, run)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watched[0], watched[1], run:
+            outputs = (forward or call_with)(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True
+    for tensor in tensors(outputs):
+        for plane in run.planes(tensor):
+            run.units.note("fixed", plane.units, "they are an output of the model")
+    for plane, why in run.rectangles:
+        for left in run.planes_of(plane):
+            pinned(run.units, left, set(sorted(left.varies())[1:]), why)
+    return _partition(model, run.units)
+
+
+def _partition(model: nn.Module, units: Units) -> Partition:
+    """Sets of indices as groups, or as axes that are fixed."""
+    numbers = torch.arange(len(units.parents))
+    roots = units.find(numbers).tolist()
+    members: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # root: {axis number: offsets}
+    for number, axis in enumerate(units.axes):
+        start = units.starts[number]
+        for offset in range(axis.size * (axis.stacked or 1)):
+            members[roots[start + offset]][number].append(offset)
+    fixed, heads, channels = units.noted("fixed"), units.noted("heads"), units.noted("channels")
+    readers = units.members("read") - units.members("written")
+    groups: dict[tuple[Any, ...], list[Group]] = defaultdict(list)
+    why: dict[str, str] = {}
+    for root, parts in members.items():
+        produced: list[Slice] = []
+        read: list[Slice] = []
+        problem = fixed.get(root)
+        for number, offsets in parts.items():
+            axis = units.axes[number]
+            stacks = {offset // axis.size for offset in offsets} if axis.stacked else {None}
+            for stack in stacks:
+                own = tuple(o % axis.size for o in offsets if stack is None or o // axis.size == stack)
+                if len(own) == axis.size:
+                    problem = problem or f"nothing would be left of {axis.parameter}"
+                part = Slice(axis.parameter, axis.axis, own, stack)
+                (read if units.starts[number] + offsets[0] in readers else produced).append(part)
+        if problem is None and not produced:
+            problem = "nothing in the model makes them"
+        if problem is not None:
+            why |= {f"{p.parameter}, axis {p.axis}": problem for p in (*produced, *read) if p.parameter}
+            continue
+        kind: Kind = "heads" if root in heads else "channels" if root in channels else "neurons"
+        key = (kind, *((p.parameter, p.axis, p.stack) for p in (*produced, *read)))
+        site = produced[0].parameter.rpartition(".")[0] + ("" if produced[0].stack is None else f".{produced[0].stack}")
+        groups[key].append(Group(kind, site, len(groups[key]), tuple(produced), tuple(read)))
+    found = [group for site in groups.values() for group in site]
+    met = {axis.parameter for axis in units.axes}
+    unused = {
+        name: "no part of the forward pass"
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name not in met
+    }
+    partition = Partition((*found, *expert_groups(model)), why | unused)
+    partition.check(model)
+    return partition

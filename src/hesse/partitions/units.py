@@ -1,0 +1,77 @@
+"""Which indices of which axes of a network's parameters live and go together: disjoint sets, joined as ops are met."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a parameter; with `stacked`, of each matrix that the parameter holds along its first axis."""
+
+    parameter: str
+    axis: int
+    size: int
+    stacked: int | None = None
+
+
+@dataclass
+class Units:
+    """Numbers for the indices of axes, and the sets that they have been joined into so far.
+
+    What is noted about an index (that it is fixed, written, read, ...) holds in the end for its whole set.
+    """
+
+    axes: list[Axis] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    parents: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    notes: dict[str, list[tuple[Tensor, str]]] = field(default_factory=dict)
+
+    def new(self, axis: Axis) -> Tensor:
+        """The numbers of an axis' indices, (size,) or (stacked, size)."""
+        start, count = len(self.parents), axis.size * (axis.stacked or 1)
+        self.axes.append(axis)
+        self.starts.append(start)
+        numbers = np.arange(start, start + count)
+        self.parents = np.concatenate([self.parents, numbers])
+        flat = torch.from_numpy(numbers)
+        return flat if axis.stacked is None else flat.view(axis.stacked, axis.size)
+
+    def find(self, units: Tensor) -> Tensor:
+        """The smallest number of each one's set."""
+        numbers = units.numpy()
+        roots = self.parents[numbers]
+        while not np.array_equal(above := self.parents[roots], roots):
+            roots = above
+        self.parents[numbers] = roots
+        return torch.from_numpy(roots)
+
+    def join(self, first: Tensor, second: Tensor) -> None:
+        """Join the sets of two broadcastable tensors of numbers, entry by entry."""
+        pairs = np.stack(np.broadcast_arrays(self.find(first).numpy(), self.find(second).numpy())).reshape(2, -1)
+        for one, other in np.unique(pairs[:, pairs[0] != pairs[1]], axis=1).T.tolist():
+            low, high = sorted((self._root(one), self._root(other)))
+            self.parents[high] = low
+
+    def _root(self, number: int) -> int:
+        while (above := int(self.parents[number])) != number:
+            number = above
+        return number
+
+    def note(self, kind: str, units: Tensor, reason: str = "") -> None:
+        """Note something about some units; of reasons the first counts."""
+        self.notes.setdefault(kind, []).append((units.flatten(), reason))
+
+    def noted(self, kind: str) -> dict[int, str]:
+        """The sets of which something was noted, by their smallest number, and why."""
+        found: dict[int, str] = {}
+        for units, reason in self.notes.get(kind, ()):
+            for root in np.unique(self.find(units).numpy()).tolist():
+                found.setdefault(root, reason)
+        return found
+
+    def members(self, kind: str) -> set[int]:
+        """The very indices of which something was noted."""
+        return {number for units, _ in self.notes.get(kind, ()) for number in units.tolist()}
