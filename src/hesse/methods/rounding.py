@@ -26,6 +26,7 @@ METHODS = (
         name="kronecker",
         curvature="kronecker",
         constraints=("grid",),
+        optional=("sparse",),
         solver="two_sided_feedback",
         source="GPTQ's update on K-FAC's curvature (Martens and Grosse, 2015, arXiv:1503.05671)",
         needs="calibration text",
