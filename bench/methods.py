@@ -29,13 +29,13 @@ TABLES: dict[str, list[Row]] = {
     "prune": [
         (method, {"sparsity": amount})
         for amount in (0.5, 0.7, "2:4")
-        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "kronecker-admm", "obc", "obert")
     ]
     + [(method, {"sparsity": 0.5}) for method in ("woodfisher", "m-fac")]
     + [(method, {"sparsity": 0.7}) for method in ("woodfisher", "m-fac")]
     + [
         (method, {"sparsity": 0.5, "block": 4})
-        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "kronecker-admm", "obc", "obert")
     ]
     + [
         (method, {"sparsity": amount, "scope": scope})
@@ -79,6 +79,8 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SparseGPT is better than Wanda", "sparsegpt", "wanda", {"sparsity": 0.5}),
     ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.5}),
     ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.7}),
+    ("the end loss's curvature prunes better than the layer's", "kronecker-admm", "admm", {"sparsity": 0.5}),
+    ("the end loss's curvature prunes better than the layer's", "kronecker-admm", "admm", {"sparsity": "2:4"}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": 0.5}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": "2:4"}),
     ("WoodFisher is better than magnitude", "woodfisher", "magnitude", {"sparsity": 0.5}),
