@@ -109,6 +109,16 @@ METHODS = (
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.06),
     ),
     Method(
+        name="slim-llm",
+        curvature="gram",
+        constraints=("grid",),
+        basis="mixed",
+        solver="salient_bits",
+        source="Huang et al., 2024, arXiv:2405.14917, without its search of scales",
+        needs="calibration text; a GPTQ for each split tried; stored dense, since no loader has bits by group",
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
+    ),
+    Method(
         name="quip",
         curvature="gram",
         constraints=("grid",),

@@ -14,6 +14,7 @@ from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.repair import Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
+from hesse.solvers.salient_bits import SalientBits
 from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
@@ -33,6 +34,7 @@ __all__ = [
     "Nearest",
     "Repair",
     "RowsAndColumns",
+    "SalientBits",
     "Solution",
     "Solver",
     "Spectrum",
