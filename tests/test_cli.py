@@ -58,8 +58,18 @@ def test_the_table_of_methods(hesse_command: CommandLine) -> None:
     assert [row["method"] for row in rows] == [row.name for row in TABLE]
     assert len({row.name for row in TABLE}) == len(TABLE)
     for row in rows:
-        assert row.keys() == {"method", "curvature", "constraint", "optional", "solver", "needs", "source", "run"}
-        assert all(row[key] for key in row if key != "optional")
+        assert row.keys() == {
+            "method",
+            "curvature",
+            "constraint",
+            "optional",
+            "solver",
+            "needs",
+            "source",
+            "run",
+            "rewrite",
+        }
+        assert all(row[key] for key in row if key not in ("optional", "rewrite"))
 
 
 @pytest.mark.parametrize("method", METHODS)

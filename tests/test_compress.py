@@ -124,7 +124,8 @@ def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tm
     assert report.format == {"grid": "pack-quantized", "low_rank": "low-rank"}.get(family if own else "", "dense")
     assert not [note for note in report.fallbacks if "did not reach" in note]
     before, after = dense_tensors(source), dense_tensors(out)
-    assert before.keys() == after.keys()
+    rewritten = METHODS[method].rewrite is not None
+    assert rewritten or before.keys() == after.keys()
     for name in LAYERS:
         weight, changed = before[f"{name}.weight"], after[f"{name}.weight"]
         if family == "sparse":
@@ -144,7 +145,7 @@ def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tm
         if method == "squeezellm":
             few = sorted(len(row.unique()) for row in changed)
             assert few[len(few) // 2] <= 17  # 16 values, and one weight in 200 that stays as it is
-    for name in before.keys() - {f"{name}.weight" for name in LAYERS}:
+    for name in set() if rewritten else before.keys() - {f"{name}.weight" for name in LAYERS}:
         assert torch.equal(before[name], after[name])
     if family == "low_rank":
         from transformers import AutoModelForCausalLM

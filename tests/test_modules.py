@@ -64,7 +64,7 @@ def matrix(module: nn.Module) -> Tensor:
     return module.weight.detach().flatten(1)  # type: ignore[operator, union-attr]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.rewrite is None])
 def test_every_method_leaves_members_of_its_constraint(method: str) -> None:
     model, data = small_net(), digits.batches(samples=FEW)
     before = deepcopy(model.state_dict())

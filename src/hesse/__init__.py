@@ -27,7 +27,7 @@ from hesse.training import Distillation, GradualSchedule, Training, held_zeros, 
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan
+    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, rotate
     from hesse.modules import ModuleReport, compress_module
 
 __all__ = [
@@ -71,13 +71,14 @@ __all__ = [
     "load_recipe",
     "plan",
     "recover",
+    "rotate",
     "solve",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan"):
+    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "rotate"):
         from hesse import api
 
         return getattr(api, name)

@@ -1,7 +1,7 @@
 """`hesse.compress`, `hesse.evaluate` and the others: what the command line does, from Python."""
 
-from hesse.api.compression import compress, estimate, plan
+from hesse.api.compression import compress, estimate, plan, rotate
 from hesse.api.measurement import evaluate, inspect
 from hesse.api.runtimes import benchmark, export
 
-__all__ = ["benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan"]
+__all__ = ["benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "rotate"]

@@ -1,4 +1,4 @@
-"""Change a model, or prepare for it: compress, plan and estimate."""
+"""Change a model, or prepare for it: compress, rotate, plan and estimate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,11 @@ from hesse.compression import (
     BudgetPlan,
     BudgetRequest,
     CompressionReport,
+    RotationReport,
     compress_checkpoint,
     estimate_checkpoint,
     plan_budget,
+    rotate_checkpoint,
 )
 from hesse.compression.memory import bytes_of
 from hesse.errors import OptionError
@@ -199,4 +201,39 @@ def estimate(
         overwrite=overwrite,
         progress=progress or Silence(),
         version=__version__,
+    )
+
+
+def rotate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    kind: str = "hadamard",
+    data: Data = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RotationReport:
+    """Write a model of the same function whose inputs and weights have no outliers, for whatever is to round it.
+
+    Norms are folded into the layers behind them, the features that blocks add to are rotated, and each head's values.
+    `kind` is `hadamard`, which looks at no data but to check the result, or `kurtail`, learned on the samples. Llama,
+    Mistral, Qwen2, Qwen3 and Gemma are rewritten. Other arguments are those of `compress`.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    return rotate_checkpoint(
+        locate(model),
+        Path(out),
+        kind,
+        calibration_of(data, samples, length, seed, batch_size),
+        device=find_device(device),
+        overwrite=overwrite,
+        progress=progress or Silence(),
+        name=str(model),
     )

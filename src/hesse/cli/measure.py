@@ -111,6 +111,7 @@ def methods(as_json: JsonOption = False) -> None:
                 "constraint": list(row.constraint),
                 "optional": list(row.optional),
                 "solver": row.solver,
+                "rewrite": row.rewrite,
                 "needs": row.needs,
                 "source": row.source,
                 "run": row.run,

@@ -12,6 +12,7 @@ from hesse.compression.measurements import (
     TextMeasurement,
 )
 from hesse.compression.report import CompressionReport, LayerReport, Verification
+from hesse.compression.rotate import RotationReport, rotate_checkpoint
 from hesse.compression.tokens import Calibration
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "LinePoint",
     "Measured",
     "Measurements",
+    "RotationReport",
     "TextMeasurement",
     "Verification",
     "compress_checkpoint",
     "estimate_checkpoint",
     "plan_budget",
+    "rotate_checkpoint",
 ]

@@ -49,7 +49,7 @@ def account(
         format=plan.format.name,
         seconds=seconds,
         peak_rss_bytes=peak_memory(),
-        bytes_before=plan.checkpoint.file_bytes,
+        bytes_before=plan.original.checkpoint.file_bytes,
         bytes_after=after.file_bytes,
         bits_per_weight=bits / weights,
         bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in plan.dense.model.parameters()),

@@ -110,6 +110,11 @@ def plan_budget(
     """
     clock = Clock()
     check_target(request.target)
+    if request.method.rewrite is not None:
+        raise OptionError(
+            f"a budget is planned on a model as it is, and {request.method.name} rewrites it: give --bits, or use "
+            "`hesse rotate` first and plan on what it writes"
+        )
     checkpoint, _, network = open_networks(model, device)
     names = [layer.name for layer in network.layers]
     check_patterns(names, (name for name, _ in network.model.named_modules()), request.ignore)

@@ -27,10 +27,11 @@ from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
 from hesse.models.allocator import keep_no_large_memory
 from hesse.models.shelf import Shelf
-from hesse.models.stream import Flow, start, take_up
-from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text
+from hesse.models.stream import Flow, calibration_batch, start, take_up
+from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text, writing
 from hesse.processes import joined
 from hesse.progress import Clock, Progress, Silence, peak_memory
+from hesse.rewriting import Rewriting, Sight
 
 REPORT_FILE = "compression.json"
 RECIPE_FILE = "recipe.yaml"
@@ -85,7 +86,7 @@ def compress_checkpoint(
         whole = dict[str, str]()
         if processes.leads:  # which alone looks at it; all of the model is read for it
             whole = identity(checkpoint, wanted, calibration, estimated, settings, versions(version))
-    size = checkpoint.file_bytes
+    size = checkpoint.file_bytes if plan is None else max(checkpoint.file_bytes, checkpoint.stored_bytes)
     expected_bytes = int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)  # never less than the output will take
     with unfinished(out, processes) as work:
         work.begin(whole, expected_bytes, restart)
@@ -97,6 +98,9 @@ def compress_checkpoint(
             plan = settled(planned.recipe)
         if not work.resumed:
             check_room(work.folder, out, expected_bytes + waiting_bytes(plan))
+        if plan.rewriting is not None:
+            with clock.phase("rewrite"):
+                _rewrite(plan, plan.rewriting, work, progress)
         fits = _memory(work, plan, memory)
         if memory is not None:
             keep_no_large_memory()
@@ -122,6 +126,20 @@ def _planned(
         work.journal.record("plan", planned.to_dict())
     work.processes.wait()
     return BudgetPlan.from_dict(work.journal.expect("plan"))
+
+
+def _rewrite(plan: Plan, rewriting: Rewriting, work: Unfinished, progress: Progress) -> None:
+    """Have the model read as it is rewritten, in a way that one process finds, once."""
+    path = work.journal.folder / "rewriting.safetensors"
+    if work.processes.leads and work.journal.recall("rewriting") is None:
+        progress.begin("rewrite", len(plan.network.blocks))
+        size = plan.calibration.batch_size or calibration_batch(plan.length)
+        rewriting.find(Sight(plan.samples.batches(size), plan.calibration.seed, work.journal.folder, progress.advance))
+        with writing(path):
+            rewriting.save(path)
+        work.journal.record("rewriting", {}, [path])
+    work.processes.wait()
+    rewriting.load(path)
 
 
 def _memory(work: Unfinished, plan: Plan, limit: int | None) -> MemoryPlan:
@@ -197,7 +215,14 @@ class _Run:
         with self.clock.phase("verify"):
             predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.result.layers}
             verification = verify(
-                folder, plan.checkpoint, plan.dense, dense, self.result.digests, predicted, plan.held_out, self.progress
+                folder,
+                plan.checkpoint,
+                plan.original,
+                dense,
+                self.result.digests,
+                predicted,
+                plan.held_out,
+                self.progress,
             )
         self.work.journal.record("verified", asdict(verification))
 
@@ -208,7 +233,7 @@ class _Run:
         self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
         batch_size = evaluation_batch(vocabulary(plan.dense), plan.length)
         batches = plan.check.batches(batch_size) if processes.leads else []
-        flows = check_pass(plan.dense, batches, self.clock, step, journal)
+        flows = check_pass(plan.original, batches, self.clock, step, journal)
         if plan.statistics is not None:
             return DensePass(plan.statistics.sensitivities, flows)
         whole, seed = whole_factors(plan.rules), plan.calibration.seed

@@ -102,7 +102,7 @@ def bytes_of(text: str) -> int:
 
 def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
     network, dense = plan.network, plan.dense
-    base = psutil.Process().memory_info().rss + LATER
+    base = psutil.Process().memory_info().rss + LATER + (0 if plan.rewriting is None else plan.rewriting.working_bytes)
     flows = 0 if plan.statistics is not None else -(-len(plan.samples.ids) // batch_size)
     tokens = batch_size * plan.length
     checked = evaluation_batch(vocabulary(dense), plan.length) * plan.length

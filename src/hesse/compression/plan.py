@@ -18,6 +18,7 @@ from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
+from hesse.rewriting import Rewriting
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,9 @@ class Plan:
     calibration: Calibration
     statistics: Statistics | None  # curvature that was estimated before, in place of `samples`
     checkpoint: Checkpoint
-    dense: Network  # in float32
+    original: Network  # of the model as it is on disk, in float32
+    rewriting: Rewriting | None  # what is done to it first; `checkpoint` is then what comes of that
+    dense: Network  # of `checkpoint`, in float32
     network: Network  # the same modules, in the type that calibration runs in
     rules: dict[str, Rule | None]  # by layer; None for those left as they are
     format: Format
@@ -63,7 +66,18 @@ def make_plan(
     Raises:
         HesseError: something is wrong with the model, the data, the statistics or the options.
     """
-    checkpoint, dense, network = open_networks(model, device)
+    checkpoint, original, network = open_networks(model, device)
+    rewriting, dense = None, original
+    if recipe.rewrite is not None:
+        if statistics is not None:
+            raise OptionError(
+                f"--curvature is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
+                "rotate` first, estimate on what it writes, and compress that"
+            )
+        rewriting = Rewriting(recipe.rewrite, original)
+        checkpoint = rewriting.checkpoint
+        dense = Network(checkpoint, torch.float32, device)
+        network = dense.in_dtype(network.dtype)
     rules = _rules(network, recipe)
     format = _format(format_name, network, rules)
     if target is not None:
@@ -99,6 +113,8 @@ def make_plan(
         calibration=calibration,
         statistics=statistics,
         checkpoint=checkpoint,
+        original=original,
+        rewriting=rewriting,
         dense=dense,
         network=network,
         rules=rules,

@@ -1,12 +1,13 @@
 """Named triples curvature × constraint × solver, and recipes that say them per layer."""
 
 from hesse.errors import OptionError
-from hesse.methods import low_rank, pruning, rounding
+from hesse.methods import low_rank, pruning, rewriting, rounding
 from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.row import Row
 
-METHODS: dict[str, Method] = {m.name: m for family in (rounding, pruning, low_rank) for m in family.METHODS}
+FAMILIES = (rounding, rewriting, pruning, low_rank)
+METHODS: dict[str, Method] = {method.name: method for family in FAMILIES for method in family.METHODS}
 DEFAULT_METHOD = "kronecker"
 TABLE: tuple[Row, ...] = tuple(method.row for method in METHODS.values())
 

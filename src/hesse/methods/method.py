@@ -17,7 +17,7 @@ from hesse.methods.constraint_options import (
     TableOptions,
     parse_sparsity,
 )
-from hesse.methods.recipe import Recipe, Rule
+from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.row import Row
 from hesse.methods.solver_options import ORDERED, UNDAMPED, SolverOptions
 
@@ -53,7 +53,7 @@ class Method:
     """A row of the table of methods.
 
     `constraints` are those the method always has, `optional` those an option may add (so that GPTQ with a sparsity is
-    joint pruning and quantisation).
+    joint pruning and quantisation). `rewrite` is done to the model before, and leaves its function as it is.
     """
 
     name: str
@@ -65,13 +65,14 @@ class Method:
     defaults: Options = Options()
     optional: tuple[str, ...] = ()
     basis: Basis = "own"
+    rewrite: Rewrite | None = None
 
     @property
     def row(self) -> Row:
         """What the table says of it."""
         run = f"hesse compress MODEL OUT --method {self.name}"
         triple = (self.curvature, self.constraints, self.solver)
-        return Row(self.name, *triple, self.source, self.needs, run, self.optional, self.basis)
+        return Row(self.name, *triple, self.source, self.needs, run, self.optional, self.basis, self.rewrite)
 
     def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
         """The recipe that applies this method with `options` to every layer that is not ignored.
@@ -96,7 +97,7 @@ class Method:
             **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
         )
         rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver)
-        return Recipe(method=self.name, rules=(rule,), ignore=ignore)
+        return Recipe(method=self.name, rules=(rule,), ignore=ignore, rewrite=self.rewrite)
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
         """The parts that the method has, always or because an option asks for them."""

@@ -2,7 +2,7 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -13,6 +13,8 @@ from hesse.methods.curvatures import CURVATURES, ON_WEIGHTS, CurvatureKind
 from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
+
+Rewrite = Literal["hadamard", "kurtail"]  # what `hesse.rewriting` knows
 
 
 class Rule(Strict):
@@ -53,6 +55,7 @@ class Recipe(Strict):
     about: str | None = None  # for people
     rules: tuple[Rule, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
+    rewrite: Rewrite | None = None  # what is done to the model before, its function unchanged
 
     def rule_for(self, layer: str) -> Rule | None:
         """The rule for the layer of that name, or None to leave it as it is."""

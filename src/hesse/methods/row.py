@@ -19,3 +19,4 @@ class Row:
     run: str
     optional: tuple[str, ...] = ()
     basis: str = "own"
+    rewrite: str | None = None  # how the model is rewritten before, its function unchanged

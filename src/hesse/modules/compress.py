@@ -80,6 +80,8 @@ def compress_module(
             before the model is run.
     """
     wanted = _recipe(method, recipe, options, layers, ignore)
+    if wanted.rewrite is not None:
+        raise OptionError(f"{wanted.rewrite} rewrites language models on disk, not modules: choose another method")
     if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
         raise OptionError("the model is a single layer: put it into an nn.Sequential")
     copied = deepcopy(model).eval()

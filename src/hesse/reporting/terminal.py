@@ -130,5 +130,6 @@ def methods_table() -> Table:
         constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
         run = "" if row.run.startswith("hesse compress") else f"; {row.run}"
         below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
-        table.add_row(row.name, f"{row.curvature} × {constraint} × {row.solver}\n{below}")
+        before = "" if row.rewrite is None else f"{row.rewrite}, then "
+        table.add_row(row.name, f"{before}{row.curvature} × {constraint} × {row.solver}\n{below}")
     return table

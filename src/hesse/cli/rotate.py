@@ -1,0 +1,60 @@
+"""The command that rewrites a model without changing its function."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesse.cli.app import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    app,
+    print_json,
+    print_line,
+    progress_bars,
+)
+
+
+@app.command(epilog="Example: `hesse rotate default default-rotated --kind kurtail --samples 32`")
+def rotate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    kind: Annotated[str, typer.Option(help="hadamard (random) or kurtail (learned on the samples).")] = "hadamard",
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Samples to learn from.")] = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of the random rotations and of the choice of samples.")] = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rewrite a model so that nothing in it stands out, its function unchanged, for whatever rounds it next."""
+    from hesse import api
+
+    with progress_bars(as_json) as bars:
+        report = api.rotate(
+            model,
+            out,
+            kind=kind,
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    for note in report.notes:
+        print_line(note)
+    print_line(f"KL(model || rotated): {report.kl:.3g} nats per token, on {report.tokens:,} tokens")
+    print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
+    print_line(f"Next: hesse compress {out} OUT")

@@ -1,0 +1,6 @@
+"""The same function of other weights, which are easier to round: rotations, and scales taken into layers before."""
+
+from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
+from hesse.rewriting.rewriting import ROTATIONS, Rewriting, Sight
+
+__all__ = ["ROTATIONS", "Change", "Rewriting", "RewrittenCheckpoint", "Sight"]

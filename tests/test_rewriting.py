@@ -1,0 +1,305 @@
+"""Rewritings: the function stays, what they are made of is orthogonal, and what stood out does so less."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hesse
+import tiny_models
+from helpers import IDS, OTHER_IDS, CommandLine, change, compress, dense_tensors, left_over, output, twin, write_ids
+from hesse.errors import DataError, OptionError, UnsupportedModelError
+from hesse.formats import open_checkpoint
+from hesse.methods.recipe import Rewrite
+from hesse.models.checkpoint import Checkpoint
+from hesse.models.network import Network
+from hesse.models.stream import advance, finish, start
+from hesse.rewriting import ROTATIONS, Rewriting, Sight
+from hesse.rewriting.hadamard import random_hadamard
+from hesse.rewriting.kurtosis import UNIFORM, kurtosis, learn_rotation
+from hesse.rewriting.maps import Folding, Map, Rotation, Scaling
+from hesse.rewriting.streams import FAMILIES
+from hesse.rewriting.walk import walk
+
+FolderOf = Callable[[str], Path]
+CPU = torch.device("cpu")
+SAMPLES = torch.tensor(OTHER_IDS)
+ROTATED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
+# Families and settings that the shared table has not.
+OTHERS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**tiny_models.GROUPED, "head_dim": 16}),
+    "llama-biases": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**tiny_models.GROUPED, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-odd": ("LlamaForCausalLM", "LlamaConfig", {**tiny_models.GROUPED, "hidden_size": 60, "head_dim": 20}),
+}
+
+
+# What no rotation reaches: norms inside heads, and biases that only heads or products of features see.
+UNTURNED = ("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias")
+
+
+@pytest.fixture(scope="module")
+def folder_of(family_folder: FolderOf, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """As `family_folder`, of `OTHERS` too."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in OTHERS:
+            return family_folder(name)
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(tiny_models.FAMILIES, name, OTHERS[name])
+                made[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+def logits(checkpoint: Checkpoint) -> Tensor:
+    """What a checkpoint predicts, computed in float64."""
+    network = Network(checkpoint, torch.float64, CPU)
+    flows = start(network, [SAMPLES])
+    for index, block in enumerate(network.blocks):
+        with network.loaded(block) as module:
+            advance(flows, module, index)
+    with network.surroundings() as model, torch.no_grad():
+        return finish(network, model, flows[0])
+
+
+def rewritten(kind: str, folder: Path, seed: int = 0) -> Rewriting:
+    rewriting = Rewriting(kind, Network(Checkpoint(folder), torch.float32, CPU))
+    rewriting.find(Sight([torch.tensor(IDS)], seed, None, lambda: None))
+    return rewriting
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("name", [*ROTATED, *OTHERS])
+def test_the_function_stays(name: str, kind: str, folder_of: FolderOf) -> None:
+    folder = folder_of(name)
+    rewriting = rewritten(kind, folder)
+    before, after = logits(Checkpoint(folder)), logits(rewriting.checkpoint)
+    assert float((after - before).abs().max()) < 2e-6 * float(before.abs().max())  # norms compute in float32
+    turned = rewriting.checkpoint.read(rewriting.checkpoint.names())
+    stored = Checkpoint(folder).read(Checkpoint(folder).names())
+    same = {tensor for tensor in stored if torch.allclose(turned[tensor], stored[tensor], atol=1e-3)}
+    assert same == {tensor for tensor in stored if tensor.endswith(UNTURNED)}
+
+
+@pytest.mark.parametrize("kind", get_args(Rewrite))
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral", "bert", "gemma2", "gemma3"])
+def test_other_families_are_refused_by_name(name: str, kind: str, family_folder: FolderOf) -> None:
+    network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|no rotation)"
+    ):
+        Rewriting(kind, network)
+
+
+@given(size=st.integers(1, 96), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_random_hadamard_matrices_are_orthogonal(size: int, seed: int) -> None:
+    matrix = random_hadamard(size, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12, rtol=0)
+    if size & (size - 1) == 0:
+        torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5), atol=1e-12, rtol=0)
+
+
+@given(
+    kind=st.sampled_from((Scaling, Folding, Rotation)),
+    heads=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    size=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_maps_cancel_between_layers(kind: type[Map], heads: int, repeats: int, size: int, seed: int) -> None:
+    """B repeat(A x) is the same after the map, with A's outputs repeated head by head as grouped attention does."""
+    generator = torch.Generator().manual_seed(seed)
+    features = heads * size
+    first, second = (
+        torch.randn(a, b, generator=generator, dtype=torch.float64) for a, b in ((features, 4), (3, features * repeats))
+    )
+    values = 0.5 + torch.rand(heads, size, generator=generator, dtype=torch.float64)
+    if kind is Rotation:
+        values = torch.stack([random_hadamard(size, generator) for _ in range(heads)])
+    if kind is Folding:  # of scales that the first layer applies
+        first = values.view(-1, 1)
+    map = kind(values)
+
+    def repeated(outputs: Tensor) -> Tensor:
+        return outputs.view(heads, 1, size, -1).expand(-1, repeats, -1, -1).reshape(features * repeats, -1)
+
+    torch.testing.assert_close(map.on_inputs(second) @ repeated(map.on_outputs(first)), second @ repeated(first))
+
+
+def test_folding_takes_in_scales_of_zero() -> None:
+    assert torch.equal(Folding(torch.tensor([[2.0, 0.0]])).on_inputs(torch.ones(1, 2)), torch.tensor([[2.0, 0.0]]))
+
+
+def test_a_learned_rotation_finds_what_was_turned() -> None:
+    """Uniform inputs, turned at random, come back to the kurtosis of a uniform; the path is the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(600, 8, generator=generator, dtype=torch.float64) - 0.5
+    turned = inputs @ random_hadamard(8, generator).T
+    start = random_hadamard(8, generator)
+    found = learn_rotation(turned, start)
+    torch.testing.assert_close(found @ found.T, torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
+    away = [float((kurtosis(turned @ r.T) - UNIFORM).abs().mean()) for r in (start, found)]
+    assert away[1] < 0.5 * away[0]
+    assert torch.equal(found, learn_rotation(turned, start))
+    assert torch.equal(learn_rotation(torch.zeros(5, 8), start), start)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_learning_never_ends_worse_than_it_began(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(100, 6, generator=generator).double() ** 3
+    start = random_hadamard(6, generator)
+    losses = [
+        float((kurtosis(inputs @ learn_rotation(inputs, start, steps).T) - UNIFORM).abs().mean())
+        for steps in (0, 1, 5, 40)
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_kurtosis_is_the_fourth_moment_over_the_squared_second() -> None:
+    assert kurtosis(torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 2.0]])).tolist() == [1.0, 4.0]
+    assert float(kurtosis(torch.linspace(-1, 1, 100001)[None])) == pytest.approx(UNIFORM, abs=1e-3)
+
+
+def plant(folder: Path, out: Path, channels: tuple[int, ...], size: float) -> Path:
+    """The same function with `channels` of the residual `size` times as large as they were to each norm's readers."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("layernorm.weight"):
+                tensors[name][list(channels)] *= size
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+                tensors[name][:, list(channels)] /= size
+
+    out.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    return change(out, edit)
+
+
+def input_kurtosis(checkpoint: Checkpoint, rewriting: Rewriting) -> float:
+    """The mean over layers behind norms, and over tokens."""
+    network = Network(checkpoint, torch.float32, CPU)
+    flows = start(network, [torch.tensor(IDS)])
+    found = [
+        kurtosis(inputs[stream.name].some).mean()
+        for _, block, inputs in walk(network, rewriting.streams, flows, every=1)
+        for stream in (block.attention, block.feedforward)
+    ]
+    return float(torch.stack(found).mean())
+
+
+def test_outliers_are_spread_and_learning_spreads_them_further(family_folder: FolderOf, tmp_path: Path) -> None:
+    folder = plant(family_folder("llama"), tmp_path / "planted", (3, 40), 30.0)
+    torch.testing.assert_close(
+        logits(Checkpoint(folder)), logits(Checkpoint(family_folder("llama"))), atol=1e-4, rtol=0
+    )
+    hadamard, learned = (rewritten(kind, folder) for kind in ROTATIONS)
+    found = [input_kurtosis(c, hadamard) for c in (Checkpoint(folder), hadamard.checkpoint, learned.checkpoint)]
+    assert found[0] > 20
+    assert found[1] < 4
+    assert found[2] < 0.95 * found[1]
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3"])
+def test_rotated_models_load(name: str, kind: str, family_folder: FolderOf, tmp_path: Path) -> None:
+    source, out = family_folder(name), tmp_path / "out"
+    report = hesse.rotate(source, out, kind=kind, data=IDS)
+    assert abs(report.kl) < 1e-7
+    assert ("head" in "".join(report.notes)) == (name == "llama-tied")
+    model = tiny_models.load(name, out)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    torch.testing.assert_close(output(model), output(tiny_models.load(name, source)), atol=2e-5, rtol=0)
+    assert not (out / "waiting").exists()
+    expected = rewritten(kind, source).checkpoint
+    written = Checkpoint(out)
+    assert set(written.names()) == set(expected.names())
+    for tensor, value in expected.read(expected.names()).items():
+        assert torch.equal(value, written.read([tensor])[tensor])
+
+
+def test_the_command_says_what_it_wrote(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
+    ids = write_ids(tmp_path / "ids.jsonl")
+    arguments = ("rotate", family_folder("llama"), tmp_path / "out", "--data", ids)
+    ran = hesse_command(*arguments)
+    assert ran.code == 0
+    assert "KL(model || rotated)" in ran.stdout
+    assert json.loads(hesse_command(*arguments, "--overwrite", "--json").stdout)["kind"] == "hadamard"
+    refused = hesse_command("rotate", family_folder("llama"), tmp_path / "other", "--kind", "quip")
+    assert "there is no rotation 'quip'; there are hadamard, kurtail" in refused.error
+    refused = hesse_command("rotate", family_folder("gpt2"), tmp_path / "other", "--data", ids)
+    assert "GPT2LMHeadModel is of a family that Hesse does not rewrite" in refused.error
+    assert not left_over(tmp_path, "other")
+
+
+@pytest.mark.parametrize("method", ["quarot", "kurtail"])
+def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    """As rotating first and rounding then; transformers loads it; what it is compared with is the model on disk."""
+    source, out, rotated = half_folder("llama-tied"), tmp_path / "out", tmp_path / "rotated"
+    report = compress(source, out, method=method, bits=4, group_size=32)
+    assert report.recipe["rewrite"] == hesse.METHODS[method].rewrite
+    hesse.rotate(source, rotated, kind=str(hesse.METHODS[method].rewrite), data=IDS)
+    compress(rotated, tmp_path / "two-steps", method="gptq", bits=4, group_size=32)
+    ours, two_steps = dense_tensors(out), dense_tensors(tmp_path / "two-steps")
+    assert ours.keys() == two_steps.keys()
+    assert all(torch.equal(ours[name], two_steps[name]) for name in ours)
+    dense = tiny_models.load("llama-tied", twin(out, tmp_path / "twin", rotated))
+    assert torch.equal(output(tiny_models.load("llama-tied", out)), output(dense))
+    kl = hesse.evaluate(out, reference=source, data=IDS).kl
+    assert report.verification.measured == pytest.approx(kl, rel=0.5)
+    if method == "quarot":
+        assert report.bytes_before == open_checkpoint(source).file_bytes
+
+
+def test_what_does_not_go_together_is_refused(family_folder: FolderOf, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hesse.estimate(family_folder("llama"), tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
+    with pytest.raises(OptionError, match=r"--curvature is of .* before it is rewritten"):
+        compress(family_folder("llama"), out, method="quarot", curvature=tmp_path / "stats", data=None)
+    with pytest.raises(OptionError, match="a budget is planned on a model as it is, and kurtail rewrites it"):
+        compress(family_folder("llama"), out, method="kurtail", mean_bits=3.5)
+    with pytest.raises(OptionError, match="hadamard rewrites language models on disk, not modules"):
+        hesse.compress_module(torch.nn.Sequential(torch.nn.Linear(4, 4)), [], method="quarot")
+    with pytest.raises(UnsupportedModelError, match="does not rewrite"):
+        compress(family_folder("gpt2"), out, method="quarot")
+    assert not left_over(tmp_path)
+
+
+def test_what_a_type_cannot_hold_is_refused(family_folder: FolderOf, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].half()
+        tensors["model.norm.weight"] *= 60000
+        tensors["lm_head.weight"] *= 1000
+
+    folder = plant(family_folder("llama"), tmp_path / "planted", (), 1.0)
+    change(folder, edit)
+    with pytest.raises(DataError, match=r"lm_head.weight holds NaN or infinity once it is rewritten in torch.float16"):
+        logits(rewritten("hadamard", folder).checkpoint)
+
+
+def test_recipes_know_what_there_is(tmp_path: Path) -> None:
+    assert set(ROTATIONS) <= set(get_args(Rewrite))
+    assert set(FAMILIES) < set(transformers.CONFIG_MAPPING)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(hesse.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
+    with pytest.raises(OptionError, match="rewrite: input should be 'hadamard'"):
+        hesse.load_recipe(file)
