@@ -11,10 +11,11 @@ from hesse.constraints import (
     EitherSide,
     Grid,
     LowRank,
-    MixedGrid,
     Plus,
     Rotated,
+    SalientColumns,
     ScaledColumns,
+    SignRankOne,
     Sparse,
     SparseGrid,
     Table,
@@ -37,7 +38,15 @@ SAID_AS = {
     "table": ("name", "nf4"),
     "act_order": ("order", "given"),
 }
-PARTS = {"grid": Grid, "sparse": Sparse, "low_rank": LowRank, "codebook": Codebook, "table": Table}
+PARTS = {
+    "grid": Grid,
+    "sparse": Sparse,
+    "low_rank": LowRank,
+    "codebook": Codebook,
+    "table": Table,
+    "salient": SalientColumns,
+    "sign_rank_one": SignRankOne,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -45,7 +54,7 @@ def test_every_method_builds_its_triple(name: str) -> None:
     (rule,) = find_method(name).recipe(Options()).rules
     constraint, parts = rule.constraint.build(), METHODS[name].constraints
     if METHODS[name].basis != "own":
-        assert isinstance(constraint, ScaledColumns | Rotated | EitherSide | MixedGrid)
+        assert isinstance(constraint, ScaledColumns | Rotated | EitherSide)
         constraint = constraint.base
     assert isinstance(constraint, Plus if len(parts) == 2 else PARTS[parts[0]])
     if isinstance(constraint, Plus):

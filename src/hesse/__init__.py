@@ -23,7 +23,7 @@ from hesse.curvature import (
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
-from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
+from hesse.training import Distillation, GradualSchedule, Training, held_zeros, prune_gradually, recover
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan",
+    "prune_gradually",
     "recover",
     "rotate",
     "solve",

@@ -6,10 +6,11 @@ from hesse.constraints.either_side import AlongOutputs, EitherSide, SideCode
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.constraints.low_rank import LowRank, LowRankCode
-from hesse.constraints.mixed_grid import GroupBits, MixedCode, MixedGrid
 from hesse.constraints.plus import Plus, PlusCode
 from hesse.constraints.rotated import Rotated
+from hesse.constraints.salient_columns import SalientCode, SalientColumns
 from hesse.constraints.scaled_columns import ScaledCode, ScaledColumns
+from hesse.constraints.sign_rank_one import SignRankOne, SignRankOneCode
 from hesse.constraints.sparse import Sparse, SparseCode, SparseGrid
 from hesse.constraints.table import Table
 
@@ -21,19 +22,20 @@ __all__ = [
     "EitherSide",
     "Grid",
     "GridCode",
-    "GroupBits",
     "Grouped",
     "LowRank",
     "LowRankCode",
-    "MixedCode",
-    "MixedGrid",
     "Plus",
     "PlusCode",
     "Rotated",
+    "SalientCode",
+    "SalientColumns",
     "ScaledCode",
     "ScaledColumns",
     "Scales",
     "SideCode",
+    "SignRankOne",
+    "SignRankOneCode",
     "Sparse",
     "SparseCode",
     "SparseGrid",

@@ -10,16 +10,17 @@ from hesse.constraints import (
     EitherSide,
     Grid,
     LowRank,
-    MixedGrid,
     Rotated,
+    SalientColumns,
     ScaledColumns,
+    SignRankOne,
     Sparse,
     Table,
 )
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
 
-Basis = Literal["own", "scaled", "rotated", "either-side", "mixed"]
+Basis = Literal["own", "scaled", "rotated", "either-side"]
 
 
 class GridOptions(Strict):
@@ -98,11 +99,30 @@ class CodebookOptions(Strict):
         return Codebook(self.bits)
 
 
+class SignRankOneOptions(Strict):
+    """A SignRankOne has no options."""
+
+    def build(self) -> SignRankOne:
+        """The constraint."""
+        return SignRankOne()
+
+
+class SalientOptions(Strict):
+    """Options of SalientColumns: which share of columns, and the grid that they are on."""
+
+    share: float = 0.2
+    grid: GridOptions = GridOptions(bits=4, group_size=-1, headroom=0.06)
+
+    def build(self) -> SalientColumns:
+        """The constraint."""
+        return SalientColumns(self.share, self.grid.build())
+
+
 class ConstraintOptions(Strict):
     """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
 
     Outliers may be added to a grid, a codebook or a table. A grid may be of the weight with its columns scaled,
-    in a rotated basis, with its groups along either side, or with bits mixed over groups (`basis`).
+    in a rotated basis, or with its groups along either side (`basis`).
     """
 
     grid: GridOptions | None = None
@@ -111,6 +131,8 @@ class ConstraintOptions(Strict):
     sparse: SparseOptions | None = None
     low_rank: LowRankOptions | None = None
     outliers: OutlierOptions | None = None
+    sign_rank_one: SignRankOneOptions | None = None
+    salient: SalientOptions | None = None
     basis: Basis = "own"
 
     def build(self) -> Constraint:
@@ -142,10 +164,10 @@ class ConstraintOptions(Strict):
 
 
 def _in_basis(constraint: Constraint, basis: Basis) -> Constraint:
-    if basis in ("either-side", "mixed"):
+    if basis == "either-side":
         if not isinstance(constraint, Grid):
-            raise OptionError(f"only a grid has groups of {basis} kind, not a {type(constraint).__name__}")
-        return EitherSide(constraint) if basis == "either-side" else MixedGrid(constraint)
+            raise OptionError(f"only a grid has groups along either side, not a {type(constraint).__name__}")
+        return EitherSide(constraint)
     if basis == "own":
         return constraint
     return ScaledColumns(constraint) if basis == "scaled" else Rotated(constraint)

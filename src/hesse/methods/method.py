@@ -13,6 +13,8 @@ from hesse.methods.constraint_options import (
     GridOptions,
     LowRankOptions,
     OutlierOptions,
+    SalientOptions,
+    SignRankOneOptions,
     SparseOptions,
     TableOptions,
     parse_sparsity,
@@ -111,6 +113,8 @@ class Method:
             sparse=_sparse(chosen) if chosen.sparsity is not None else None,
             low_rank=LowRankOptions(rank=chosen.rank) if chosen.rank is not None else None,
             outliers=OutlierOptions(share=chosen.outliers) if chosen.outliers is not None else None,
+            sign_rank_one=SignRankOneOptions() if "sign_rank_one" in has else None,
+            salient=SalientOptions() if "salient" in has else None,
             basis=self.basis,
         )
 

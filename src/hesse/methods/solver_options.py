@@ -15,9 +15,9 @@ from hesse.solvers import (
     GreedySurgeon,
     Incoherent,
     Nearest,
+    RefitSalient,
     Repair,
     RowsAndColumns,
-    SalientBits,
     Solver,
     StepwiseSurgeon,
     TwoSidedFeedback,
@@ -62,7 +62,7 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "incoherent": lambda options: Incoherent(ErrorFeedback(order=options.order)),
     "cheaper_side": lambda options: CheaperSide(ErrorFeedback(order=options.order)),
     "cheaper_plain_side": lambda _: CheaperSide(),
-    "salient_bits": lambda options: SalientBits(ErrorFeedback(order=options.order)),
+    "refit_salient": lambda _: RefitSalient(),
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
@@ -70,6 +70,5 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "plain_alternating": lambda _: Alternating(Nearest(), WhitenedSVD()),
     "two_sided_alternating": lambda _: Alternating(TwoSidedFeedback(), WhitenedSVD()),
 }
-UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side")
-# Whose columns have an order.
-ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side", "salient_bits")
+UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side", "refit_salient")
+ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side")  # whose columns have an order

@@ -12,9 +12,9 @@ from hesse.solvers.greedy_surgeon import GreedySurgeon
 from hesse.solvers.incoherent import Incoherent
 from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
 from hesse.solvers.nearest import Nearest
+from hesse.solvers.refit_salient import RefitSalient
 from hesse.solvers.repair import Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
-from hesse.solvers.salient_bits import SalientBits
 from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
@@ -32,9 +32,9 @@ __all__ = [
     "Incoherent",
     "LinearSolution",
     "Nearest",
+    "RefitSalient",
     "Repair",
     "RowsAndColumns",
-    "SalientBits",
     "Solution",
     "Solver",
     "Spectrum",

@@ -2,6 +2,8 @@
 
 import hashlib
 import pickle
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from hesse.errors import OutputError, reason
 from hesse.models.files import unfinished_file
 from hesse.models.writer import writing
+from hesse.progress import Progress
 from hesse.training.loop import Loop
 
 NAME = "training.pt"
@@ -20,13 +23,17 @@ DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError
 class Checkpoints:
     """One file below a folder, replaced as a whole `every` so many steps; read as data only, never as code.
 
+    `method` says what beside the loop decides the result, `note` gives tensors and plain values to keep with it.
+
     Raises:
         OutputError: it is another training's, is damaged, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, every: int, loop: Loop) -> None:
-        self.path, self.every, self.loop = folder / NAME, every, loop
-        self.identity = _identity(loop)
+    def __init__(
+        self, folder: Path, every: int, loop: Loop, method: str = "", note: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        self.path, self.every, self.loop, self.note = folder / NAME, every, loop, note
+        self.identity = {"method": method, **_identity(loop)}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -49,9 +56,9 @@ class Checkpoints:
             "remove it to begin anew"
         )
 
-    def save(self, note: dict[str, Any] | None = None) -> None:
-        """Keep the training as it is, with plain values beside it."""
-        content = {"identity": self.identity, "loop": self.loop.state(), "note": note or {}}
+    def save(self) -> None:
+        """Keep the training as it is, and what is to be noted of it."""
+        content = {"identity": self.identity, "loop": self.loop.state(), "note": self.note()}
         with writing(self.path.parent), unfinished_file(self.path) as beside:
             torch.save(content, beside)
 
@@ -61,11 +68,23 @@ class Checkpoints:
             self.save()
 
 
+def after_each_step(progress: Progress, kept: Checkpoints | None) -> Callable[[], None]:
+    """What a training does after a step: tell a person, and save if it is time."""
+
+    def after_step() -> None:
+        progress.advance()
+        if kept is not None:
+            kept.after_step()
+
+    return after_step
+
+
 def _identity(loop: Loop) -> dict[str, Any]:
     """What tells one training from another: how it trains, and what it began with."""
     digest = hashlib.sha256()
     for name, parts in loop.free.items():
-        digest.update(f"{name} {type(loop.held.get(name)).__name__}".encode())
+        held = loop.held.get(name)
+        digest.update(f"{name} {held if is_dataclass(held) else type(held).__name__}".encode())
         for part in (*parts, loop.objective.named[name]):
             digest.update(part.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
     groups = [

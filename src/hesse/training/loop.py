@@ -13,13 +13,16 @@ from hesse.curvature.objective import Batch
 from hesse.errors import DataError, OptionError
 from hesse.training.held import Held, check_names
 from hesse.training.passes import USE, Passes, seed_all
-from hesse.training.training import Training
+from hesse.training.training import Training, linear_decay
 
 Gradients = dict[str, Tensor]  # of the parameters that a loss reached
 
 
 class StepRule(Protocol):
     """The direction of a step, from gradients at weights of its choice."""
+
+    def check(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Raise OptionError if it cannot train these weights."""
 
     def direction(
         self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
@@ -34,6 +37,9 @@ class StepRule(Protocol):
 @dataclass(frozen=True)
 class PlainStep:
     """The gradient."""
+
+    def check(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Any can be trained."""
 
     def direction(
         self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
@@ -62,6 +68,7 @@ class Loop:
             training.distillation.check(objective.loss)
         self.objective, self.training = objective, training
         self.rule = PlainStep() if rule is None else rule
+        self.rule.check(objective.named)
         self.held = {name: held[name] for name in objective.names if name in held}
         self.step = 0
         self.losses: list[float] = []
@@ -87,16 +94,21 @@ class Loop:
             weight.data.copy_(self._allowed[name].detach())
 
     def hold(self, held: Mapping[str, Held]) -> None:
-        """Hold other things from now on, of the same parameters and the model's weights as they are.
+        """Hold the same parameters in other ways from now on; what is trained stays, and must fit them."""
+        self.held = {name: held[name] for name in self.held}
+        self.allow()
 
-        What is trained must have the shapes that it had; the optimiser goes on with it.
-        """
-        for name in self.held:
-            self.held[name] = held[name]
-            weight = self.objective.named[name].detach()
+    def go_on_from(self, weights: Mapping[str, Tensor], held: Mapping[str, Held]) -> None:
+        """Hold the same parameters in other ways, and begin again at `weights`; the optimiser keeps what it knows."""
+        for name, weight in weights.items():
             for part, start in zip(self.free[name], held[name].free(weight), strict=True):
                 part.data.copy_(start)
-        self.allow()
+        self.hold(held)
+
+    def first_batches(self, number: int) -> list[Batch]:
+        """The first batches of a pass of its own, which leaves the training's data and randomness as they are."""
+        with _own_randomness(self.objective.parameters[0].device):
+            return self._passes.first(number)
 
     def run(self, until: int, after_step: Callable[[], None] = lambda: None) -> None:
         """Train up to the step `until`.
@@ -127,7 +139,7 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(free, self.training.clip or torch.inf)
         if not bool(norm.isfinite()):
             raise DataError(f"the gradient of step {self.step} is not finite: use a smaller learning rate")
-        rate = self.training.rate(self.step, self.training.steps)
+        rate = (self.training.rate or linear_decay)(self.step, self.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self.optimizer.step()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class Passes:
                 self.number, self.position = self.number + 1, self.position + 1
                 return batch
             self._batches = None
+
+    def first(self, number: int) -> list[Batch]:
+        """The first batches of another pass, and the data's own generator as it was."""
+        before = None if self._generator is None else self._generator.get_state()
+        seed_all(self.seed, self.number, FETCH)
+        found = list(islice(self.objective.batches(), number))
+        if self._generator is not None and before is not None:
+            self._generator.set_state(before)
+        return found
 
     def state(self) -> dict[str, Any]:
         """Where it is."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.progress import Progress, Silence
-from hesse.training.checkpoints import Checkpoints
+from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import Held, held_zeros
-from hesse.training.loop import Loop
+from hesse.training.loop import Loop, StepRule
 from hesse.training.training import Training
 
 
@@ -34,6 +34,7 @@ def recover(
     *,
     loss: Loss | nn.Module,
     held: Mapping[str, Held] | None = None,
+    rule: StepRule | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
@@ -43,7 +44,8 @@ def recover(
 
     By default its zeros are held. `batches` are pairs of inputs and targets that can be walked again, as `Objective`
     takes them, and `forward(model, inputs)` gives the outputs. The model trains in the mode that it is in: call
-    `model.train()` first if dropout or batch statistics should be at work.
+    `model.train()` first if dropout or batch statistics should be at work. `rule` gives the direction of a step in
+    place of the gradient.
 
     With a folder `checkpoint` the training is saved there, and if it was cut short the same call with the same model,
     data and options goes on to weights that are equal bit by bit. Randomness of libraries other than torch is not
@@ -55,19 +57,13 @@ def recover(
         OutputError: the folder holds another training, or cannot be written.
     """
     objective = Objective.of(model, loss, batches, forward=forward)
-    loop = Loop(objective, training, held_zeros(model) if held is None else held)
+    loop = Loop(objective, training, held_zeros(model) if held is None else held, rule)
     progress = Silence() if progress is None else progress
     kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop)
     if kept is not None:
         kept.resume()
     progress.begin("recover", training.steps - loop.step)
-
-    def after_step() -> None:
-        progress.advance()
-        if kept is not None:
-            kept.after_step()
-
-    loop.run(training.steps, after_step)
+    loop.run(training.steps, after_each_step(progress, kept))
     if kept is not None:
         kept.save()
     free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}

@@ -28,7 +28,8 @@ class Training:
     """`steps` of an optimiser, each on `accumulation` batches as if they were one.
 
     - `optimizer` makes it from the names and tensors to train: `lambda named: torch.optim.AdamW(named, lr=1e-4)`.
-    - `rate(step, steps)` is what the learning rate is multiplied by at each step.
+    - `rate(step, steps)` is what the learning rate is multiplied by at each step; by default it falls linearly to 0,
+      and in gradual pruning it begins again at each cut.
     - `precision` is what the model computes in under autocast, such as torch.bfloat16; weights stay as they are.
     - `clip` bounds the norm of the gradient of all weights; None for none.
     - `teacher` is the dense model, or another with the same outputs, and `distillation` how it counts.
@@ -37,7 +38,7 @@ class Training:
 
     steps: int
     optimizer: Callable[[Named], torch.optim.Optimizer] = adam
-    rate: Callable[[int, int], float] = linear_decay
+    rate: Callable[[int, int], float] | None = None
     accumulation: int = 1
     precision: torch.dtype | None = None
     clip: float | None = 1.0

@@ -1,0 +1,93 @@
+"""The cuts of a gradual method: weights solved for by a rule of the table, and their zeros held from then on."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Sparse
+from hesse.methods import Recipe
+from hesse.training.held import HeldZeros
+from hesse.training.loop import Loop
+from hesse.training.movement import on_the_way
+from hesse.training.schedules import GradualSchedule
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One step of pruning: before which step of the training, to what, and the loss on the calibration batches."""
+
+    step: int
+    sparsity: float | str
+    loss_before: float
+    loss_after: float
+    predicted_loss_increase: float
+
+
+class Cutting:
+    """A training whose model is pruned a little more at each cut of a schedule, on the way to `pattern`.
+
+    `recipe` gives what prunes to a share or a pattern; curvatures are of the first `calibration` batches.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        schedule: GradualSchedule,
+        pattern: Sparse,
+        recipe: Callable[[float | str], Recipe],
+        calibration: int,
+    ) -> None:
+        self.loop, self.schedule, self.pattern = loop, schedule, pattern
+        self.recipe, self.calibration = recipe, calibration
+        self.cuts: list[Cut] = []
+        self.passed = 0  # cuts of the schedule, of which some may change nothing
+
+    def run(self, after_step: Callable[[], None]) -> None:
+        """Train and prune to the end."""
+        for number, (step, share) in enumerate(zip(self.schedule.cut_steps, self.schedule.shares, strict=True)):
+            if number < self.passed:
+                continue
+            self.loop.run(step, after_step)
+            amount = said(on_the_way(self.pattern, share))
+            if amount != 0.0 and (not self.cuts or amount != self.cuts[-1].sparsity):
+                self._cut(amount)
+            self.passed = number + 1
+        self.loop.run(self.loop.training.steps, after_step)
+
+    def _cut(self, amount: float | str) -> None:
+        from hesse.modules import compress_module
+
+        loop = self.loop
+        objective = loop.objective
+        report = compress_module(
+            objective.model,
+            loop.first_batches(self.calibration),
+            recipe=self.recipe(amount),
+            loss=objective.loss,
+            forward=objective.forward,
+            seed=loop.training.seed + self.passed,
+        )
+        pruned = dict(report.module.named_parameters())
+        weights = {name: pruned[name].detach() for name in loop.held}
+        loop.go_on_from(weights, {name: HeldZeros(weight != 0) for name, weight in weights.items()})
+        changes = (report.loss_before, report.loss_after, report.predicted_loss_increase)
+        self.cuts.append(Cut(loop.step, amount, *changes))
+
+    def note(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it beside the training."""
+        masks = {name: held.kept for name, held in self.loop.held.items() if isinstance(held, HeldZeros)}
+        return {"passed": self.passed, "cuts": [asdict(cut) for cut in self.cuts], "masks": masks}
+
+    def go_to(self, note: dict[str, Any]) -> None:
+        """Be where it was when `note` was kept, with a training that is there already."""
+        self.passed, self.cuts = note["passed"], [Cut(**cut) for cut in note["cuts"]]
+        masks: dict[str, Tensor] = note["masks"]
+        self.loop.hold({name: HeldZeros(mask.to(torch.bool)) for name, mask in masks.items()})
+
+
+def said(pattern: Sparse) -> float | str:
+    """A pattern as options have it."""
+    return pattern.amount if pattern.of is None else f"{int(pattern.amount)}:{pattern.of}"

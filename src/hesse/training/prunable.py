@@ -1,0 +1,64 @@
+"""Which weights of a network a pruning method is for, seen to fit before any work is done."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.methods import Options, Recipe, find_method
+
+if TYPE_CHECKING:  # which needs transformers, and seconds
+    from hesse.models.network import Layer
+
+
+def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore: Sequence[str]) -> Recipe:
+    """What `method` does to the layers that match one of `layers` and none of `ignore`.
+
+    Raises:
+        OptionError: it makes no zeros, or an option has no meaning for it.
+    """
+    if "sparse" not in find_method(method).constraints:
+        raise OptionError(f"the method {method} makes no zeros: `hesse methods` shows which have Sparse")
+    recipe = find_method(method).recipe(options, tuple(ignore))
+    rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in recipe.rules)
+    return recipe.model_copy(update={"rules": rules})
+
+
+def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
+    """The layers that a recipe is for, by the names of their weights.
+
+    Raises:
+        HesseError: the model has none, a pattern matches none, or the recipe does not fit one of them.
+    """
+    from hesse.compression.rules import rules_for
+    from hesse.modules.layers import layers_of
+
+    found, _ = layers_of(model)
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to prune")
+    shapes = {layer.name: layer.weight.shape for layer in found}
+    weights = {layer.name: partial(_weight, layer) for layer in found}
+    rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
+    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {parameters[id(layer.parameter)]: layer for layer in found if rules[layer.name] is not None}
+
+
+def prunable_weights(
+    model: nn.Module, sparsity: float | str = 0.5, layers: Sequence[str] = ("*",), ignore: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The names of the weights that can be pruned to `sparsity`, as `compress_module` would: for Movement and CrAM.
+
+    Raises:
+        HesseError: the model has none, a pattern of names matches none, or one does not fit `sparsity`.
+    """
+    chosen = prunable(model, pruning_recipe("magnitude", Options(sparsity=sparsity), layers, ignore))
+    for name, layer in chosen.items():
+        if layer.transposed and isinstance(sparsity, str) and ":" in sparsity:
+            raise OptionError(f"{name} is kept as (in, out), so its rows are not those of {sparsity}: ignore its layer")
+    return tuple(chosen)
+
+
+def _weight(layer: "Layer") -> Tensor:
+    return layer.weight.detach()
