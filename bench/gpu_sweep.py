@@ -70,7 +70,7 @@ def by_both_sides(width: int) -> list[Row]:
     curvature = Kronecker(output_factor=moment(width), input_factor=moment(width)).with_damped_factors(0.3, 0.01)
     state, weight = TwoSidedFeedback().init(curvature), torch.randn(width, width, device=DEVICE)
     loops, scales = _Loops(state, GRID, weight), GRID.fit(weight)
-    priced = loops.priced(loops.fed_back(scales))
+    priced = loops.priced(loops.fed_back(scales, weight))
     work, codes = weight.T[state.columns][:, state.rows].contiguous(), priced.code.codes.float()
     codes, slope = (each.T[state.columns][:, state.rows].contiguous() for each in (codes, priced.slope))
     steps = loops._steps(scales)

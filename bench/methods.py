@@ -29,13 +29,13 @@ TABLES: dict[str, list[Row]] = {
     "prune": [
         (method, {"sparsity": amount})
         for amount in (0.5, 0.7, "2:4")
-        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "kronecker-admm", "obc", "obert")
     ]
     + [(method, {"sparsity": 0.5}) for method in ("woodfisher", "m-fac")]
     + [(method, {"sparsity": 0.7}) for method in ("woodfisher", "m-fac")]
     + [
         (method, {"sparsity": 0.5, "block": 4})
-        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "obc", "obert")
+        for method in ("magnitude", "obd", "wanda", "sparsegpt", "admm", "kronecker-admm", "obc", "obert")
     ]
     + [
         (method, {"sparsity": amount, "scope": scope})
@@ -50,8 +50,8 @@ TABLES: dict[str, list[Row]] = {
         ("squeezellm", {"bits": 3}),
         ("minifloat", {"table": "fp4", "group_size": 64}),
         ("minifloat", {"table": "nf4", "group_size": 64}),
-        *((method, GRID) for method in ("adadim", "adadim-rtn")),
-        *((method, COARSE) for method in ("rtn", "gptq", "kronecker", "adadim", "adadim-rtn")),
+        *((method, GRID) for method in ("adadim", "adadim-rtn", "slim-llm")),
+        *((method, COARSE) for method in ("rtn", "gptq", "kronecker", "adadim", "adadim-rtn", "slim-llm")),
         ("gptq", {"bits": 4, "group_size": 64}),
         ("rtn", {"bits": 3, "group_size": -1}),
         ("gptq", {"bits": 3, "group_size": -1}),
@@ -79,6 +79,8 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("SparseGPT is better than Wanda", "sparsegpt", "wanda", {"sparsity": 0.5}),
     ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.5}),
     ("ADMM is better than SparseGPT", "admm", "sparsegpt", {"sparsity": 0.7}),
+    ("the end loss's curvature prunes better than the layer's", "kronecker-admm", "admm", {"sparsity": 0.5}),
+    ("the end loss's curvature prunes better than the layer's", "kronecker-admm", "admm", {"sparsity": "2:4"}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": 0.5}),
     ("exact surgery is better than one order for all rows", "obc", "sparsegpt", {"sparsity": "2:4"}),
     ("WoodFisher is better than magnitude", "woodfisher", "magnitude", {"sparsity": 0.5}),
@@ -91,6 +93,7 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("one order for all rows rounds as well as OBQ", "gptq", "obq", GRID),
     ("groups along either side are better than along rows", "adadim-rtn", "rtn", GRID),
     ("groups along either side are better than along rows", "adadim", "gptq", COARSE),
+    ("bits mixed over groups are better than one width", "slim-llm", "gptq", COARSE),
     ("activation-aware SVD is better than SVD", "activation-svd", "svd", {"rank": 128}),
     ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 128}),
     ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 64}),

@@ -95,6 +95,6 @@ def test_without_a_curvature_the_nearer_side_is_taken() -> None:
 def test_refusals() -> None:
     with pytest.raises(UnsupportedProduct, match="CheaperSide solves EitherSide, not Sparse"):
         solve(normal(0, 4, 8), gram(0, 8), Sparse(0.5), CheaperSide())
-    with pytest.raises(OptionError, match="only a grid has groups along either side, not a LowRank"):
+    with pytest.raises(OptionError, match="only a grid has groups of either-side kind, not a LowRank"):
         ConstraintOptions(low_rank=LowRankOptions(), basis="either-side").build()
     assert ConstraintOptions(grid=GridOptions(), basis="either-side").build() == EitherSide(Grid())

@@ -11,6 +11,7 @@ from hesse.constraints import (
     EitherSide,
     Grid,
     LowRank,
+    MixedGrid,
     Plus,
     Rotated,
     SalientColumns,
@@ -54,7 +55,7 @@ def test_every_method_builds_its_triple(name: str) -> None:
     (rule,) = find_method(name).recipe(Options()).rules
     constraint, parts = rule.constraint.build(), METHODS[name].constraints
     if METHODS[name].basis != "own":
-        assert isinstance(constraint, ScaledColumns | Rotated | EitherSide)
+        assert isinstance(constraint, ScaledColumns | Rotated | EitherSide | MixedGrid)
         constraint = constraint.base
     assert isinstance(constraint, Plus if len(parts) == 2 else PARTS[parts[0]])
     if isinstance(constraint, Plus):

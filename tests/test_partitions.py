@@ -10,7 +10,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 from hesse.errors import OptionError, UnsupportedModelError
@@ -23,6 +22,7 @@ from hesse.partitions import (
     slice_groups,
     trace_groups,
 )
+from tiny_models import FAMILIES
 
 IDS = {"input_ids": torch.randint(5, 500, (2, 7), generator=torch.Generator().manual_seed(0))}
 PRECISE = 1e-10
@@ -271,7 +271,7 @@ def test_an_untraceable_graph_is_refused_by_name() -> None:
         trace_groups(chain(Branch()), VALUES)
     with pytest.raises(UnsupportedModelError, match=r"the groups of 1 cannot be traced: .*linalg_pinv"):
         trace_groups(chain(Inverse()), VALUES)
-    with pytest.raises(UnsupportedModelError, match="the groups of the model cannot be traced: .*rnn"):
+    with pytest.raises(UnsupportedModelError, match=r"the groups of the model cannot be traced: .*rnn"):
         trace_groups(nn.LSTM(4, 6), torch.randn(2, 3, 4))
 
 
@@ -310,6 +310,8 @@ def test_narrow_attention_is_attention_with_heads_at_zero(first: bool) -> None:
     masks = {"attn_mask": torch.ones(5 if first else 3, 5 if first else 3, dtype=torch.bool).triu(1)}
     partition = trace_groups(attention, (inputs,) * 3, lambda m, x: m(*x, need_weights=False)[0])
     for options in ({}, masks):
-        check_slicing(
-            attention, partition.of(["heads"])[1:3], (inputs,) * 3, lambda m, x: m(*x, need_weights=False, **options)[0]
-        )
+
+        def attend(module: nn.Module, values: Any, options: dict[str, Tensor] = options) -> Any:
+            return module(*values, need_weights=False, **options)[0]
+
+        assert check_slicing(attention, partition.of(["heads"])[1:3], (inputs,) * 3, attend)[1] < PRECISE

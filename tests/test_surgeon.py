@@ -1,5 +1,7 @@
 """GreedySurgeon, ADMM, Repair, RowsAndColumns and two-sided WhitenedSVD against slow references and closed forms."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import Tensor
@@ -223,7 +225,10 @@ def test_the_iteration_alone_comes_to_the_same_values() -> None:
     """Without a refit: the fixed point of ADMM at a mask is the least-squares solution."""
     weight, curvature = normal(4, OUT, IN), gram(80)
     found = solve(
-        weight, curvature, Sparse(0.5).stored_as(torch.float64), ADMM(steps=4000, mask_steps=10, refit_steps=0)
+        weight,
+        curvature,
+        Sparse(0.5).stored_as(torch.float64),
+        ADMM(steps=4000, settled_steps=3990, strengths=(1.0, 1.0), refit_steps=0),
     ).weight
     for row, result in zip(weight, found, strict=True):
         torch.testing.assert_close(result, refitted(row, damped(curvature), result != 0), rtol=1e-4, atol=1e-5)
@@ -238,7 +243,59 @@ def test_admm_beats_a_late_mask_where_much_is_dropped() -> None:
     assert ours < theirs
 
 
+@pytest.mark.parametrize("constraint", [Sparse(0.6), Sparse(0.5, scope="row"), Sparse(2, 4)], ids=str)
+def test_admm_on_both_sides_leaves_the_best_values_for_its_mask(constraint: Sparse) -> None:
+    weight, curvature = normal(3, OUT, IN), kronecker(70).with_damped_factors(0.3, 0.01)
+    found = solve(weight, curvature, constraint.stored_as(torch.float64), ADMM(refit_steps=200)).weight
+    kept = (found != 0).flatten()
+    assert int(kept.sum()) == int(constraint.mask(weight.square()).sum())
+    hessian = curvature.matrix()
+    wanted = torch.zeros(OUT * IN, dtype=torch.float64)
+    wanted[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.flatten())
+    torch.testing.assert_close(found.flatten(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_admm_on_both_sides_with_equal_outputs_is_that_on_one() -> None:
+    weight, inputs = normal(5, OUT, IN), gram(71)
+    curvature = Kronecker(output_factor=torch.eye(OUT).double(), input_factor=damped(inputs))
+    one, two = (solve(weight, each, Sparse(0.5), ADMM()).weight for each in (inputs, curvature))
+    assert torch.equal(one != 0, two != 0)
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)  # refitted row by row, or as a whole
+
+
+def test_admm_on_both_sides_comes_near_the_best_of_all_masks() -> None:
+    best = ours = plain = 0.0
+    for seed in range(5):
+        weight, curvature = normal(seed, 3, 4), small_kronecker(seed, 3, 4)
+        hessian, flat = curvature.matrix(), weight.flatten()
+        costs = []
+        for chosen in combinations(range(12), 6):
+            kept = list(chosen)
+            values = torch.zeros(12, dtype=torch.float64)
+            values[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ flat)
+            costs.append(curvature.quadratic((values - flat).view(3, 4)))
+        best += min(costs)
+        ours += solve(weight, curvature, Sparse(0.5), ADMM()).predicted_loss_increase
+        plain += curvature.quadratic(Sparse(0.5).nearest(weight, curvature.diagonal()) - weight)
+    assert best <= ours * (1 + 1e-5)
+    assert ours < 1.5 * best
+    assert ours < 0.8 * plain
+
+
+@pytest.mark.parametrize("constraint", SPARSE, ids=str)
+def test_admm_on_both_sides_is_never_worse_than_its_mask_alone(constraint: Sparse) -> None:
+    for seed in range(5):
+        weight, curvature = normal(seed, 8, 20), small_kronecker(seed, 8, 20)
+        found = solve(weight, curvature, constraint, ADMM(refit_steps=1))
+        assert found.predicted_loss_increase <= curvature.quadratic(weight * (found.weight != 0) - weight) + 1e-9
+
+
 # Low rank on two sides
+
+
+def small_kronecker(seed: int, rows: int, columns: int) -> Kronecker:
+    factors = Kronecker(output_factor=moment(seed, rows), input_factor=moment(seed + 3, columns))
+    return factors.with_damped_factors(0.3, 0.01)
 
 
 def kronecker(seed: int) -> Kronecker:
@@ -349,7 +406,7 @@ def test_a_sum_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("solver", "curvature", "constraint", "said"),
     [
-        (ADMM(), Identity(), Sparse(0.5), "needs a Gram"),
+        (ADMM(), Identity(), Sparse(0.5), "needs a Gram or a Kronecker"),
         (ADMM(), gram(0), Grid(), "solves Sparse"),
         (GreedySurgeon(), Identity(), Sparse(0.5), "needs a Gram"),
         (GreedySurgeon(), gram(0), LowRank(2), "solves Grid and Sparse under a Gram"),

@@ -16,7 +16,7 @@ from hesse.constraints import Grid, GridCode, Scales, Sparse
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
-from hesse.solvers import ErrorFeedback, Nearest, TwoSidedFeedback, solve
+from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
 from hesse.solvers.refit_scales import refit_scales
 from hesse.solvers.two_sided_feedback import _Loops
 
@@ -71,7 +71,7 @@ def test_it_is_the_recursion_of_optimal_brain_surgeon_on_the_whole_matrix(
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     state = TwoSidedFeedback().init(curvature)
     scales = grid.fit(weight)
-    found = _Loops(state, grid, weight).fed_back(scales).codes
+    found = _Loops(state, grid, weight).fed_back(scales, weight).codes
     assert torch.equal(found.double(), surgeon(weight, curvature, grid, scales))
 
 
@@ -80,7 +80,7 @@ def test_wide_layers_cross_blocks_of_columns() -> None:
     weight, inputs = normal(0, 3, 150).float(), factor(1, 150).float()
     grid = Grid(4, 50).stored_as(torch.float32)
     curvature = Kronecker(output_factor=torch.ones(3), input_factor=inputs).with_damped_factors(0.0, 0.01)
-    ours = _Loops(TwoSidedFeedback().init(curvature), grid, weight).fed_back(grid.fit(weight))
+    ours = _Loops(TwoSidedFeedback().init(curvature), grid, weight).fed_back(grid.fit(weight), weight)
     theirs = solve(weight, Gram(second_moment=curvature.input_factor, tokens=1000), grid, ErrorFeedback("descending"))
     assert (ours.codes != theirs.encoded.codes).double().mean() < 0.01  # where a weight lies half-way
     assert curvature.quadratic(grid.decode(ours) - weight) == pytest.approx(theirs.predicted_loss_increase, rel=1e-3)
@@ -169,6 +169,36 @@ def test_refitted_scales_are_the_least_squares_solution(grid: Grid) -> None:
     torch.testing.assert_close(found, wanted.view(4, groups), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("sparse", [Sparse(0.5), Sparse(2, 4)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(4, 4, signed=True, headroom=1.0), Grid(4, -1, symmetric=False)], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_zeros_hold_and_what_is_kept_costs_no_more_than_rounding_what_was_pruned(
+    seed: int, grid: Grid, sparse: Sparse
+) -> None:
+    weight, curvature = normal(seed, 8, 16).float(), kronecker(seed, 8, 16)
+    found = solve(weight, curvature, sparse & grid, TwoSidedFeedback())
+    pruned = solve(weight, curvature, sparse, ADMM()).weight
+    assert (found.weight[pruned == 0] == 0).all()
+    scales = grid.fit(pruned)
+    plain = grid.decode(grid.round(pruned, scales))
+    assert found.predicted_loss_increase <= curvature.quadratic(plain - weight) * (1 + 1e-5)
+    assert torch.equal(grid.decode(found.encoded), found.weight)
+
+
+def test_no_single_kept_code_can_be_bettered_after_enough_passes() -> None:
+    weight, curvature, grid = normal(2, 4, 8), kronecker(2, 4, 8), Grid(3, 4, signed=True).stored_as(torch.float32)
+    pruned = solve(weight, curvature, Sparse(2, 4), ADMM()).weight
+    loops = _Loops(TwoSidedFeedback().init(curvature), grid, weight, pruned != 0)
+    priced = loops.priced(grid.round(pruned, grid.fit(pruned)))
+    for _ in range(12):
+        priced = loops.priced(loops.descended(priced))
+    assert (priced.code.codes[pruned == 0] == 0).all()
+    for (row, column), other in product((pruned != 0).nonzero().tolist(), range(-4, 4)):
+        codes = priced.code.codes.clone()
+        codes[row, column] = other
+        assert loops.priced(GridCode(codes, priced.code.scales)).cost >= priced.cost * (1 - 1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, steps=st.integers(0, 6))
 def test_refitting_scales_never_costs(seed: int, steps: int) -> None:
@@ -222,7 +252,7 @@ def test_refusals() -> None:
         solve(weight, singular, Grid(), TwoSidedFeedback())
     with pytest.raises(UnsupportedProduct, match="needs a Kronecker with an input factor"):
         solve(weight, Gram(second_moment=factor(0, 6), tokens=10), Grid(), TwoSidedFeedback())
-    with pytest.raises(UnsupportedProduct, match="solves Grid, not Sparse"):
+    with pytest.raises(UnsupportedProduct, match="solves Grid and Sparse & Grid, not Sparse"):
         solve(weight, kronecker(0, 4, 6), Sparse(0.5), TwoSidedFeedback())
 
 

@@ -6,6 +6,7 @@ from hesse.constraints.either_side import AlongOutputs, EitherSide, SideCode
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.constraints.low_rank import LowRank, LowRankCode
+from hesse.constraints.mixed_grid import GroupBits, MixedCode, MixedGrid
 from hesse.constraints.plus import Plus, PlusCode
 from hesse.constraints.rotated import Rotated
 from hesse.constraints.salient_columns import SalientCode, SalientColumns
@@ -22,9 +23,12 @@ __all__ = [
     "EitherSide",
     "Grid",
     "GridCode",
+    "GroupBits",
     "Grouped",
     "LowRank",
     "LowRankCode",
+    "MixedCode",
+    "MixedGrid",
     "Plus",
     "PlusCode",
     "Rotated",

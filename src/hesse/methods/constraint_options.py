@@ -10,6 +10,7 @@ from hesse.constraints import (
     EitherSide,
     Grid,
     LowRank,
+    MixedGrid,
     Rotated,
     SalientColumns,
     ScaledColumns,
@@ -20,7 +21,7 @@ from hesse.constraints import (
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
 
-Basis = Literal["own", "scaled", "rotated", "either-side"]
+Basis = Literal["own", "scaled", "rotated", "either-side", "mixed"]
 
 
 class GridOptions(Strict):
@@ -122,7 +123,7 @@ class ConstraintOptions(Strict):
     """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
 
     Outliers may be added to a grid, a codebook or a table. A grid may be of the weight with its columns scaled,
-    in a rotated basis, or with its groups along either side (`basis`).
+    in a rotated basis, with its groups along either side, or with bits mixed over groups (`basis`).
     """
 
     grid: GridOptions | None = None
@@ -164,10 +165,10 @@ class ConstraintOptions(Strict):
 
 
 def _in_basis(constraint: Constraint, basis: Basis) -> Constraint:
-    if basis == "either-side":
+    if basis in ("either-side", "mixed"):
         if not isinstance(constraint, Grid):
-            raise OptionError(f"only a grid has groups along either side, not a {type(constraint).__name__}")
-        return EitherSide(constraint)
+            raise OptionError(f"only a grid has groups of {basis} kind, not a {type(constraint).__name__}")
+        return EitherSide(constraint) if basis == "either-side" else MixedGrid(constraint)
     if basis == "own":
         return constraint
     return ScaledColumns(constraint) if basis == "scaled" else Rotated(constraint)

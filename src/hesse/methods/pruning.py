@@ -53,6 +53,15 @@ METHODS = (
         defaults=Options(sparsity=0.5, damping=0.01),
     ),
     Method(
+        name="kronecker-admm",
+        curvature="kronecker",
+        constraints=("sparse",),
+        solver="admm",
+        source="the steps of Boža, 2024, arXiv:2401.02938, on K-FAC's curvature (Martens and Grosse, 2015)",
+        needs="calibration text; two eigendecompositions a layer",
+        defaults=Options(sparsity=0.5, damping=0.01),
+    ),
+    Method(
         name="obc",
         curvature="gram",
         constraints=("sparse",),

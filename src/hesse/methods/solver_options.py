@@ -18,6 +18,7 @@ from hesse.solvers import (
     RefitSalient,
     Repair,
     RowsAndColumns,
+    SalientBits,
     Solver,
     StepwiseSurgeon,
     TwoSidedFeedback,
@@ -63,6 +64,7 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "cheaper_side": lambda options: CheaperSide(ErrorFeedback(order=options.order)),
     "cheaper_plain_side": lambda _: CheaperSide(),
     "refit_salient": lambda _: RefitSalient(),
+    "salient_bits": lambda options: SalientBits(ErrorFeedback(order=options.order)),
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
@@ -71,4 +73,5 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "two_sided_alternating": lambda _: Alternating(TwoSidedFeedback(), WhitenedSVD()),
 }
 UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side", "refit_salient")
-ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side")  # whose columns have an order
+# Whose columns have an order.
+ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side", "salient_bits")

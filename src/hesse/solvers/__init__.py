@@ -15,6 +15,7 @@ from hesse.solvers.nearest import Nearest
 from hesse.solvers.refit_salient import RefitSalient
 from hesse.solvers.repair import Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
+from hesse.solvers.salient_bits import SalientBits
 from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
@@ -35,6 +36,7 @@ __all__ = [
     "RefitSalient",
     "Repair",
     "RowsAndColumns",
+    "SalientBits",
     "Solution",
     "Solver",
     "Spectrum",

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import GridCode, Grouped, Sparse, SparseCode
-from hesse.curvature import Gram
+from hesse.curvature import Curvature, Gram
+from hesse.solvers.masked_refit import masked_refit
 from hesse.solvers.refit import refit
 
 
@@ -14,11 +15,21 @@ def cheaper_codes(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, p
     return GridCode(torch.where(rows, plain.codes, solved.codes), solved.scales)
 
 
-def refitted_code(gram: Gram, sparse: Sparse, weight: Tensor, start: Tensor, kept: Tensor, steps: int) -> SparseCode:
-    """The weights that are `kept` (out, in), refitted from `start`, or as they were in rows where that costs less."""
-    solved = refit(weight, start, kept, gram, steps)
-    rows = _plain_is_cheaper(gram, weight, solved, weight * kept)
-    return sparse.encode_masked(torch.where(rows, weight, solved), kept)
+def refitted_code(
+    curvature: Curvature, sparse: Sparse, weight: Tensor, start: Tensor, kept: Tensor, steps: int
+) -> SparseCode:
+    """The weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
+
+    Under a Gram that is judged row by row, under other curvatures, which couple rows, as a whole.
+    """
+    if isinstance(curvature, Gram):
+        solved = refit(weight, start, kept, curvature, steps)
+        rows = _plain_is_cheaper(curvature, weight, solved, weight * kept)
+        return sparse.encode_masked(torch.where(rows, weight, solved), kept)
+    codes = [
+        sparse.encode_masked(values, kept) for values in (masked_refit(weight, start, kept, curvature, steps), weight)
+    ]
+    return min(codes, key=lambda code: curvature.quadratic(sparse.decode(code).to(weight.dtype) - weight))
 
 
 def _plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Error feedback over both sides of a Kronecker curvature, then coordinate descent with refitted scales."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint, Grid, GridCode, Scales
+from hesse.constraints import Constraint, Grid, GridCode, Scales, SparseGrid
 from hesse.constraints.base import round_to
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import UnsupportedProduct
 from hesse.solvers import kernels, two_sided_loops
+from hesse.solvers.admm import ADMM, ADMMState
 from hesse.solvers.refit_scales import refit_scales
 from hesse.solvers.triangular import inverse_of, kronecker_root
 from hesse.solvers.two_sided_loops import Steps, TwoSidedSweeps
@@ -28,6 +30,11 @@ class TwoSidedState:
     column_feedback: Tensor  # (in, in) unit upper triangular: the rows of the inverse's factor over its diagonal
     row_feedback: Tensor  # (out, out)
 
+    @cached_property
+    def pruning(self) -> ADMMState:
+        """What chooses the weights that a Sparse drops."""
+        return ADMM().init(self.curvature)
+
 
 @dataclass(frozen=True)
 class TwoSidedFeedback:
@@ -38,6 +45,8 @@ class TwoSidedFeedback:
     column row by row. With a diagonal G it is GPTQ. Then `passes` times the scales are refitted to the codes by
     `refit_steps` of conjugate gradients, and each code is changed where that lowers ½ tr(G d A dᵀ); a last refit
     follows. Never worse than rounding to nearest on the same grid.
+
+    With a Sparse besides, ADMM chooses what is dropped and the values to start from; the sweeps then hold the zeros.
 
     Choose it where the end loss's curvature is known (a Kronecker of Fisher factors) and quality counts. Needs factors
     that are positive definite: `Kronecker.with_damped_factors`. On a GPU with Triton the loops over codes are kernels,
@@ -67,11 +76,17 @@ class TwoSidedFeedback:
         )
 
     def compute(self, state: TwoSidedState, weight: Tensor, constraint: Constraint) -> GridCode:
-        if not isinstance(constraint, Grid):
-            raise UnsupportedProduct(f"TwoSidedFeedback solves Grid, not {type(constraint).__name__}")
-        loops = _Loops(state, constraint, weight)
-        scales = constraint.fit(weight)
-        best = loops.cheaper(loops.priced(loops.fed_back(scales)), constraint.round(weight, scales))
+        if isinstance(constraint, SparseGrid):
+            pruned = ADMM().compute(state.pruning, weight, constraint.sparse)
+            grid, kept = constraint.grid, pruned.mask
+            start = constraint.sparse.decode(pruned).to(weight.dtype)
+        elif isinstance(constraint, Grid):
+            grid, kept, start = constraint, None, weight
+        else:
+            raise UnsupportedProduct(f"TwoSidedFeedback solves Grid and Sparse & Grid, not {type(constraint).__name__}")
+        loops = _Loops(state, grid, weight, kept)
+        scales = grid.fit(start)
+        best = loops.cheaper(loops.priced(loops.fed_back(scales, start)), grid.round(start, scales))
         for _ in range(self.passes):
             best = loops.refitted(best, self.refit_steps)
             best = loops.cheaper(best, loops.descended(best))
@@ -87,8 +102,8 @@ class _Priced(NamedTuple):
 class _Loops:
     """The sweeps over one weight, from and to codes in the weight's own order."""
 
-    def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor) -> None:
-        self.state, self.grid, self.weight = state, grid, weight
+    def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor, kept: Tensor | None = None) -> None:
+        self.state, self.grid, self.weight, self.kept = state, grid, weight, kept
         self.sweeps = _sweeps(state.input_factor.device)
 
     def priced(self, code: GridCode) -> _Priced:
@@ -109,9 +124,9 @@ class _Loops:
         kept = torch.where(stored.isfinite() & (stored != 0), stored, scales.scale)
         return self.cheaper(best, GridCode(best.code.codes, Scales(kept, scales.zero_point)))
 
-    def fed_back(self, scales: Scales) -> GridCode:
-        """The codes that error feedback finds for given scales."""
-        state, work = self.state, self._taken(self.weight)
+    def fed_back(self, scales: Scales, start: Tensor) -> GridCode:
+        """The codes that error feedback finds for given scales, from the values `start` on."""
+        state, work = self.state, self._taken(start)
         return self._code(
             self.sweeps.feed_back(work, self._steps(scales), state.column_feedback, state.row_feedback), scales
         )
@@ -129,8 +144,14 @@ class _Loops:
         zero_point = torch.zeros_like(scales.scale) if scales.zero_point is None else scales.zero_point
         values = (scales.scale, self.grid.lowest - zero_point, self.grid.highest - zero_point)
         scale, lowest, highest = (_loop(each[self.state.rows].T) for each in values)
-        group = self.state.columns // self.grid.group_width(len(self.state.columns))
-        return Steps(scale, lowest, highest, group.to(scale.device), self.grid.dtype)
+        group = (self.state.columns // self.grid.group_width(len(self.state.columns))).to(scale.device)
+        if self.kept is None:
+            return Steps(scale, lowest, highest, group, self.grid.dtype)
+        kept = self._taken(
+            self.kept.to(self.weight)
+        )  # what is dropped has the code of zero to choose from, and no other
+        each = torch.arange(len(group), device=scale.device)
+        return Steps(scale[group], lowest[group] * kept, highest[group] * kept, each, self.grid.dtype)
 
     def _taken(self, matrix: Tensor) -> Tensor:
         """A copy of a matrix (out, in) as the loops take it: transposed, both sides in their order."""

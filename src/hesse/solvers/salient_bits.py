@@ -1,0 +1,57 @@
+"""SliM-LLM: bits moved from the groups of columns that matter least to those that matter most."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
+from hesse.curvature import Curvature
+from hesse.errors import UnsupportedProduct
+from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
+
+
+class BitsState(NamedTuple):
+    """The state of error feedback, and U_jj of each column in its own place."""
+
+    feedback: FeedbackState
+    pivots: Tensor  # (in,)
+
+
+@dataclass(frozen=True)
+class SalientBits:
+    """`inner` on the bits of a MixedGrid that cost least, columns judged by Σ w² / U_jj², (A + λI)⁻¹ = UᵀU.
+
+    That is what removing a weight costs once later ones have made it good. How many groups k change their bits is
+    settled by `inner`'s own ½ tr(d A dᵀ), k = 0 included, so that uniform bits are never better: one solution for each
+    k, until `patience` of them in turn were no better. Source: SliM-LLM (Huang et al., 2024), which settles k by the
+    divergence of plainly rounded outputs and starts at 1.
+    """
+
+    inner: ErrorFeedback = field(default_factory=ErrorFeedback)
+    patience: int = 2
+
+    def init(self, curvature: Curvature) -> BitsState:
+        feedback = self.inner.init(curvature)
+        pivots = feedback.pivots
+        if feedback.order is not None:
+            pivots = pivots[torch.argsort(feedback.order)]
+        return BitsState(feedback, pivots)
+
+    def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
+        if not isinstance(constraint, MixedGrid):
+            raise UnsupportedProduct(f"SalientBits solves MixedGrid, not {type(constraint).__name__}")
+        best: tuple[float, MixedCode] | None = None
+        since = 0
+        for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
+            code = self.inner.compute(state.feedback, weight, grid)
+            assert isinstance(code, GridCode)
+            cost = state.feedback.curvature.quadratic(grid.decode(code).to(weight.dtype) - weight)
+            since += 1
+            if best is None or cost < best[0]:
+                best, since = (cost, constraint.code(code, grid)), 0
+            if since > self.patience:
+                break
+        assert best is not None
+        return best[1]
