@@ -44,6 +44,7 @@ def compress(
     mean_bits: float | None = None,
     loss: float | None = None,
     target: str | None = None,
+    allocation: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     memory: str | int | None = None,
@@ -72,6 +73,7 @@ def compress(
         mean_bits: a budget of bits a weight over the planned layers, scales included.
         loss: a budget of predicted loss in nats per token.
         target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
+        allocation: how a budget's choices are priced: `hawq` or `hawq-v2`; None solves every layer for every choice.
         overwrite: whether a model folder at `out` may be replaced.
         restart: whether to lose what an unfinished run that was to write `out` had done; otherwise the same run goes on
             from there, to the same result bit for bit, and another one is refused.
@@ -93,7 +95,9 @@ def compress(
     if any(budget is not None for budget in (size, mean_bits, loss)):
         if recipe is not None:
             raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
-        wanted = _request(Budget(size, mean_bits, loss), method, options, ignore, target)
+        wanted = _request(Budget(size, mean_bits, loss), method, options, ignore, target, allocation)
+    elif allocation is not None:
+        raise OptionError("an allocation is how a budget is shared out: give a size, mean bits or a loss")
     elif recipe is None:
         wanted = find_method(method).recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
@@ -137,6 +141,7 @@ def plan(
     mean_bits: float | None = None,
     loss: float | None = None,
     target: str | None = None,
+    allocation: str | None = None,
     progress: Progress | None = None,
 ) -> BudgetPlan:
     """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
@@ -149,7 +154,7 @@ def plan(
     """
     return plan_budget(
         locate(model),
-        _request(Budget(size, mean_bits, loss), method, options, ignore, target),
+        _request(Budget(size, mean_bits, loss), method, options, ignore, target, allocation),
         calibration_of(data, samples, length, seed, batch_size),
         None if curvature is None else Path(curvature),
         format=format,
@@ -159,9 +164,15 @@ def plan(
 
 
 def _request(
-    budget: Budget, method: str, options: Options | None, ignore: Sequence[str], target: str | None
+    budget: Budget,
+    method: str,
+    options: Options | None,
+    ignore: Sequence[str],
+    target: str | None,
+    allocation: str | None,
 ) -> BudgetRequest:
-    return BudgetRequest(budget, find_method(method), options or Options(), tuple(ignore), target or "transformers")
+    kept = tuple(ignore)
+    return BudgetRequest(budget, find_method(method), options or Options(), kept, target or "transformers", allocation)
 
 
 def estimate(

@@ -36,6 +36,9 @@ def compress(
     size: Annotated[str | None, typer.Option(help="Plan for a size: 40% of the dense weights, or 5MB.")] = None,
     loss: Annotated[float | None, typer.Option(help="Plan for a predicted loss, in nats per token.")] = None,
     target: Annotated[str | None, typer.Option(help="Only what transformers, vllm or any loader serves.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Price a budget's choices by hawq or hawq-v2, without solving each.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
     signed: Annotated[
@@ -112,6 +115,7 @@ def compress(
         "device": device,
         "format": format,
         "target": target,
+        "allocation": allocation,
     }
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}

@@ -20,6 +20,7 @@ from hesse.methods import Method, Options
 from hesse.methods.recipe import Recipe, Rule
 from hesse.models.checkpoint import Checkpoint
 from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, size_loss_front, smallest_within
+from hesse.planning.sensitivities import Sensitivity, find_sensitivity
 from hesse.progress import Clock, Progress
 
 FRONT_POINTS = 12
@@ -65,6 +66,26 @@ class BudgetRequest:
     options: Options
     ignore: tuple[str, ...]
     target: str
+    allocation: str | None = None  # a predictor of costs by name; None: by solving each layer for each choice
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """The predictor.
+
+        Raises:
+            OptionError: there is none of that name, or its costs are no nats, in which the budget is.
+        """
+        if self.allocation is None:
+            return None
+        found = find_sensitivity(self.allocation)
+        if found.shards:
+            raise OptionError(
+                f"--allocation {found.name} compares parts of the data, which the walk over a checkpoint does not keep "
+                "apart: use hawq or hawq-v2, or hesse.planning.allocate on a module in memory"
+            )
+        if self.budget.loss is not None and not found.in_nats:
+            raise OptionError(f"--allocation {found.name} ranks layers and predicts no loss: give --size or --bits")
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +123,13 @@ def plan_budget(
     """Plan what becomes of each layer of the model folder `model`.
 
     Every layer is solved alone, on the dense model, for everything that is on offer; the choice is the best under the
-    sum of these costs.
+    sum of these costs. With an `allocation` its predictor says what each choice costs, and nothing is solved.
 
     Raises:
         OptionError: the budget cannot be met; the message says what can be reached.
         HesseError: something is wrong with the model, the data or the options.
     """
-    clock = Clock()
+    clock, sensitivity = Clock(), request.sensitivity
     check_target(request.target)
     if request.method.rewrite is not None:
         raise OptionError(
@@ -119,9 +140,9 @@ def plan_budget(
     names = [layer.name for layer in network.layers]
     check_patterns(names, (name for name, _ in network.model.named_modules()), request.ignore)
     menu = make_menu(network, request.method, request.options, request.ignore, request.target, format)
-    meter = CostMeter(menu)
+    meter = CostMeter(menu, sensitivity)
     if statistics is None:
-        whole = [layer.weight.shape[0] for group in menu if group.needs_output_factor for layer in group.layers]
+        whole = [layer.weight.shape[0] for group in menu if meter.needs_output_factor(group) for layer in group.layers]
         selected = select_samples(model, calibration, network, factor_tokens(whole))
         meter.measure(network, selected, calibration, progress)
     else:

@@ -13,11 +13,12 @@ from hesse.compression.layers import LayerProblem, LayerSolver, effect
 from hesse.compression.menu import LayerGroup
 from hesse.compression.tokens import Calibration, Selection
 from hesse.constraints import Constraint, Grid
-from hesse.curvature import Gram
+from hesse.curvature import Gram, Kronecker
 from hesse.data import Samples
 from hesse.estimation import Statistics
 from hesse.models.network import Layer, Network
 from hesse.models.stream import advance_with_stops, calibration_batch, start
+from hesse.planning.sensitivities import Sensitivity
 from hesse.progress import Clock, Progress
 
 MOST_SAMPLES = 32  # to calibrate on: which layer costs more is settled sooner than what its weights should be
@@ -28,10 +29,13 @@ class CostMeter:
     """Nats per token that each offer costs alone, summed over its group's layers as these come by.
 
     A layer's cost is ½ dᵀ(G ⊗ E[xxᵀ])d of the change d that the offer's rule makes of it, with the Gram E[xxᵀ] of its
-    inputs and the output factor G of the dense model. Layers that no token reached cost nothing, and are noted.
+    inputs and the output factor G of the dense model. With a `sensitivity` nothing is solved: d is what rounding to the
+    nearest member does, and all that counts of G ⊗ E[xxᵀ] is one number. Layers that no token reached cost nothing, and
+    are noted.
     """
 
-    def __init__(self, menu: list[LayerGroup]) -> None:
+    def __init__(self, menu: list[LayerGroup], sensitivity: Sensitivity | None = None) -> None:
+        self.sensitivity = sensitivity
         self.costs = {group.name: [0.0] * len(group.offers) for group in menu}
         self.notes: list[str] = []
         self._group_of = {layer.name: group for group in menu for layer in group.layers}
@@ -50,12 +54,16 @@ class CostMeter:
             HesseError: the data cannot be used, or a layer cannot be solved.
         """
         progress.begin("probe the loss", 2 * len(network.blocks) + 1)
-        whole = [name for name, group in self._group_of.items() if group.needs_output_factor]
+        whole = [name for name, group in self._group_of.items() if self.needs_output_factor(group)]
         with tempfile.TemporaryDirectory() as folder:
             probes, seed, step = selected.probes, calibration.seed, progress.advance
             factors = probe(network, probes, whole, Path(folder), seed, Clock(), step)
             samples = selected.samples.first(MOST_SAMPLES)
             self._solve_all(network, samples, calibration, factors, progress)
+
+    def needs_output_factor(self, group: LayerGroup) -> bool:
+        """Whether all of E[ggᵀ] at the outputs of the group's layers is needed, and not its diagonal alone."""
+        return group.needs_output_factor if self.sensitivity is None else self.sensitivity.eigenvalues
 
     def _solve_all(
         self,
@@ -104,6 +112,9 @@ class CostMeter:
         if gram is None or not gram.tokens or output_factor is None:
             self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
             return
+        if self.sensitivity is not None:
+            self._add_ranked(group, layer, gram, output_factor, self.sensitivity)
+            return
         weight = layer.weight.float()
         found: dict[Constraint, float] = {}  # of this layer
         for place, offer in enumerate(group.offers):
@@ -118,6 +129,18 @@ class CostMeter:
                 increase = effect(change, gram, output_factor).loss_increase
                 found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
             self.costs[group.name][place] += share * found[solved]
+
+    def _add_ranked(
+        self, group: LayerGroup, layer: Layer, gram: Gram, output_factor: Tensor, sensitivity: Sensitivity
+    ) -> None:
+        weight = layer.weight.float()
+        kronecker = Kronecker(output_factor=output_factor.float(), input_factor=gram.second_moment.float())
+        half = 0.5 * sensitivity.coefficient([kronecker])
+        for place, offer in enumerate(group.offers):
+            constraint = offer.constraints[layer.name]
+            if constraint is not None:
+                change = constraint.nearest(weight) - weight
+                self.costs[group.name][place] += half * float(change.double().square().sum())
 
 
 def _coarser(constraint: Constraint) -> tuple[Constraint, float]:

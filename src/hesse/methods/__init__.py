@@ -1,7 +1,7 @@
 """Named triples curvature × constraint × solver, and recipes that say them per layer."""
 
 from hesse.errors import OptionError
-from hesse.methods import low_rank, pruning, rewriting, rounding, training
+from hesse.methods import allocation, low_rank, pruning, rewriting, rounding, training
 from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.row import Row
@@ -9,7 +9,7 @@ from hesse.methods.row import Row
 FAMILIES = (rounding, rewriting, pruning, low_rank)
 METHODS: dict[str, Method] = {method.name: method for family in FAMILIES for method in family.METHODS}
 DEFAULT_METHOD = "kronecker"
-TABLE: tuple[Row, ...] = (*(method.row for method in METHODS.values()), *training.ROWS)
+TABLE: tuple[Row, ...] = (*(method.row for method in METHODS.values()), *training.ROWS, *allocation.ROWS)
 
 __all__ = [
     "DEFAULT_METHOD",

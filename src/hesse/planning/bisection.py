@@ -1,0 +1,40 @@
+"""The most aggressive choice that a measurement still accepts: bisection along a sorted list."""
+
+from collections.abc import Callable
+
+from hesse.errors import OptionError
+from hesse.planning.problem import Choice, Problem
+
+
+def smallest_accepted(problem: Problem, accepts: Callable[[Choice], bool]) -> Choice:
+    """The choice found by lowering groups, those of the least predicted loss first, as long as `accepts` says yes.
+
+    Each group has the same number of candidates, from the most careful to the most aggressive. For each step down all
+    groups that took the step before are sorted by what the next is predicted to cost, and the longest part of this list
+    that may take it is found by bisection: about log₂(groups) measurements a step. What is returned was measured and
+    accepted; where acceptance is not monotone along the list it may not be the longest part. Source: the search of
+    Schaefer et al., 2023 (arXiv:2306.04879).
+
+    Raises:
+        OptionError: groups have different numbers of candidates, or not even the most careful choice is accepted.
+    """
+    levels = {len(group.candidates) for group in problem.groups}
+    if len(levels) != 1:
+        raise OptionError("groups are lowered step by step, so each needs as many candidates as the others")
+    best: Choice = (0,) * len(problem.groups)
+    if not accepts(best):
+        raise OptionError("not even the most careful choice is accepted: ask for less, or offer more careful ones")
+    lowered = list(range(len(problem.groups)))
+    for level in range(1, levels.pop()):
+        order = sorted(lowered, key=lambda place: problem.groups[place].candidates[level].loss)
+        most, tried = 0, len(order) + 1  # accepted, and refused
+        while tried - most > 1:
+            middle = (most + tried) // 2
+            choice = tuple(level if place in order[:middle] else own for place, own in enumerate(best))
+            if accepts(choice):
+                most = middle
+            else:
+                tried = middle
+        lowered = order[:most]
+        best = tuple(level if place in lowered else own for place, own in enumerate(best))
+    return best

@@ -1,0 +1,145 @@
+"""A share of zeros in tiles for each layer, where all layers' curves of cost over sparsity have one slope (LPViT)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesse.curvature import Objective
+from hesse.errors import OptionError
+from hesse.estimation import per_sample_gradients
+from hesse.planning.problem import Candidate, Group, Problem
+from hesse.planning.slope import by_common_slope
+
+Gradients = Literal["mean", "sampled", "empirical"]
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """What is kept of each parameter, and what that is predicted to cost."""
+
+    masks: dict[str, Tensor]  # as the parameters, true where a weight is kept
+    shares: dict[str, float]  # of zeros
+    predicted: float  # in the unit of the loss
+    kept: float  # of what all weights together cost, such as multiplications: a share
+
+    def apply(self, objective: Objective) -> None:
+        """Set all other weights to zero."""
+        for name, mask in self.masks.items():
+            objective.named[name].data.mul_(mask)
+
+
+@dataclass(frozen=True, eq=False)
+class TileCosts:
+    """What removing tiles of one matrix costs: gᵀd + ½ dᵀ((1/m) Σ g_i g_iᵀ + λI) d, with d = -w in the tiles."""
+
+    slope: Tensor  # gᵀd of each tile (rows, columns)
+    along: Tensor  # g_iᵀd (m, rows, columns)
+    squares: Tensor  # ‖w‖² (rows, columns)
+    damping: float
+
+    def order(self) -> Tensor:
+        """The tiles (all,) from what is cheapest to remove alone on."""
+        alone = self.slope + 0.5 * self.along.square().mean(0) + 0.5 * self.damping * self.squares
+        return alone.flatten().argsort(stable=True)
+
+    def curve(self) -> Tensor:
+        """What the first k of the order cost together, k from 0 to all (all + 1,)."""
+        order = self.order()
+        along = self.along.flatten(1)[:, order].cumsum(1).square().mean(0)
+        parts = self.slope.flatten()[order].cumsum(0) + 0.5 * along
+        costs = parts + 0.5 * self.damping * self.squares.flatten()[order].cumsum(0)
+        return torch.cat([costs.new_zeros(1), costs])
+
+
+def plan_tiles(
+    objective: Objective,
+    kept: float,
+    *,
+    tile: tuple[int, int] = (4, 4),
+    gradients: Gradients = "mean",
+    damping: float = 1.0,
+    cost: Mapping[str, float] | None = None,
+    levels: int = 32,
+    seed: int = 0,
+) -> TilePlan:
+    """Which tiles (rows, columns) of each matrix of the objective to keep, for a share `kept` of what all of them cost.
+
+    `gradients="mean"` is the paper's second-order term: the gradient of the whole loss, squared, with λ `damping` times
+    its mean square. "sampled" and "empirical" take those of single samples, whose mean square is a Fisher (of labels
+    drawn from the model, or of the data's) and, unlike the former, does not vanish at a minimum; λ is then as many
+    times its mean eigenvalue. Less than `kept` stays where the gradient says that the loss falls. `cost` is what a
+    weight of a parameter costs, such as the positions it is applied at for multiplications, or joules; without it all
+    cost the same. A layer keeps one tile or more. Source: LPViT (Xu et al., 2024, arXiv:2407.02068).
+
+    Raises:
+        OptionError: a parameter is no matrix or does not divide into tiles, or `kept` has no meaning or is not reached.
+    """
+    if not 0 < kept <= 1:
+        raise OptionError(f"the share to keep is {kept}: give one above 0 and at most 1, such as 0.5")
+    for name, parameter in objective.named.items():
+        if parameter.ndim != 2 or parameter.shape[0] % tile[0] or parameter.shape[1] % tile[1]:
+            raise OptionError(
+                f"{name} {tuple(parameter.shape)} does not divide into tiles of {tile[0]} × {tile[1]}: leave it out of "
+                "the objective's names, or choose another tile"
+            )
+    costs = _tile_costs(objective, tile, gradients, damping, seed)
+    each = {name: 1.0 if cost is None else cost[name] for name in costs}
+    unit = max(min(each.values()), 1e-12)
+    groups, counts, gained = [], list[list[int]](), 0.0
+    for name, own in costs.items():
+        curve, number = own.curve(), own.squares.numel()
+        least = float(curve[:-1].min())  # below zero, where the gradient says that less is better
+        gained += least
+        dropped = sorted({round(number * level / levels) for level in range(levels)} - {number})
+        weight = round(each[name] / unit * tile[0] * tile[1])
+        candidates = [Candidate(f"{k}", weight * (number - k), float(curve[k]) - least) for k in dropped]
+        groups.append(Group(name, tuple(candidates)))
+        counts.append(dropped)
+    problem = Problem(tuple(groups))
+    whole = sum(group.candidates[0].size for group in groups)
+    choice = by_common_slope(problem, int(kept * whole))
+    removed = {name: own[place] for name, own, place in zip(costs, counts, choice, strict=True)}
+    masks = {name: _mask(costs[name], removed[name], tile) for name in costs}
+    shares = {name: float((~mask).sum()) / mask.numel() for name, mask in masks.items()}
+    return TilePlan(masks, shares, problem.loss(choice) + gained, problem.size(choice) / whole)
+
+
+def _tile_costs(
+    objective: Objective, tile: tuple[int, int], gradients: Gradients, damping: float, seed: int
+) -> dict[str, TileCosts]:
+    mean = objective.gradient()
+    slopes = _along(objective, mean[None], tile)
+    squares = {name: _tiled(p.detach().double().square(), tile) for name, p in objective.named.items()}
+    if gradients == "mean":
+        level, along = float(mean.double().square().mean()), slopes
+    else:
+        parts, total, count = [], 0.0, 0
+        for rows in per_sample_gradients(objective, gradients, seed=seed):
+            parts.append(_along(objective, rows, tile))
+            total, count = total + float(rows.double().square().sum()), count + len(rows)
+        factor = (objective.scale * count) ** 0.5  # so that their mean square is in the unit of the loss
+        along = {name: factor * torch.cat([part[name] for part in parts]) for name in squares}
+        level = total * objective.scale / objective.size
+    return {name: TileCosts(slopes[name][0], along[name], squares[name], damping * level) for name in squares}
+
+
+def _along(objective: Objective, gradients: Tensor, tile: tuple[int, int]) -> dict[str, Tensor]:
+    """⟨g, -w⟩ in each tile of each parameter (m, rows, columns), of flat gradients (m, size)."""
+    pieces = zip(objective.named.items(), objective.split(gradients), strict=True)
+    return {name: -_tiled(piece.double() * parameter.detach().double(), tile) for (name, parameter), piece in pieces}
+
+
+def _tiled(entries: Tensor, tile: tuple[int, int]) -> Tensor:
+    """The sums of (..., out, in) over tiles (..., rows, columns)."""
+    rows, columns = entries.shape[-2:]
+    cut = entries.reshape(*entries.shape[:-2], rows // tile[0], tile[0], columns // tile[1], tile[1])
+    return cut.sum((-3, -1))
+
+
+def _mask(costs: TileCosts, removed: int, tile: tuple[int, int]) -> Tensor:
+    kept = torch.ones(costs.squares.numel(), dtype=torch.bool, device=costs.squares.device)
+    kept[costs.order()[:removed]] = False
+    return kept.view(costs.squares.shape).repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)

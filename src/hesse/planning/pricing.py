@@ -1,0 +1,125 @@
+"""One budget shared out among the parameters of a plain module, by any predictor."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Grid
+from hesse.curvature import Curvature, GaussNewton, Objective
+from hesse.planning.interactions import dependent_blocks, interactions, joint_problem, single_choice
+from hesse.planning.problem import Candidate, Choice, Group, Problem
+from hesse.planning.sensitivities import predicted_costs
+from hesse.planning.solve import cheapest_within
+
+THRESHOLD = 0.1  # of what two layers do alone, above which they are planned together
+MOST_JOINED = 3  # layers
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One thing that may become of a parameter."""
+
+    label: str
+    size: int  # bytes
+    weight: Tensor  # as the parameter
+
+
+Menu = Mapping[str, Sequence[Member]]  # by parameter
+
+
+def grid_menu(
+    objective: Objective, bits: Sequence[int] = (8, 4, 3, 2), group_size: int = -1
+) -> dict[str, list[Member]]:
+    """Each parameter of the objective rounded to nearest, to so many bits; the size counts scales too.
+
+    A parameter of more than two dimensions is rounded as a matrix (out, all others). Those that are meant to be left
+    alone, such as biases and norms, are not to be among the objective's `names`.
+    """
+    menu: dict[str, list[Member]] = {}
+    for name, parameter in objective.named.items():
+        weight = parameter.detach()
+        matrix = weight.reshape(len(weight), -1)
+        menu[name] = []
+        for each in bits:
+            grid = Grid(each, group_size)
+            size = round(grid.bits_per_weight(matrix.shape) * matrix.numel() / 8)
+            menu[name].append(Member(f"{each} bits", size, grid.nearest(matrix).view_as(weight)))
+    return menu
+
+
+def changes_of(objective: Objective, menu: Menu) -> dict[str, list[Tensor]]:
+    """What each member of a menu would change."""
+    return {name: [member.weight - objective.named[name].detach() for member in own] for name, own in menu.items()}
+
+
+def priced(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
+    """A menu with predicted costs as a problem of planning."""
+    return Problem(
+        tuple(
+            Group(name, tuple(Candidate(m.label, m.size, cost) for m, cost in zip(own, costs[name], strict=True)))
+            for name, own in menu.items()
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What the members of a menu are predicted to cost, for budgets of any size.
+
+    Groups of one block are planned together, as one group of `joint`.
+    """
+
+    problem: Problem  # a group for each parameter
+    joint: Problem
+    blocks: list[list[int]]  # places of groups
+
+    def cheapest(self, size: int) -> Choice:
+        """The members of the least predicted cost among those of at most `size` bytes together, by their places.
+
+        Raises:
+            OptionError: the smallest members do not fit; the message says what would.
+        """
+        return single_choice(self.problem, self.blocks, cheapest_within(self.joint, size))
+
+
+def price(
+    objective: Objective,
+    menu: Menu,
+    sensitivity: str = "second-order",
+    curvature: Callable[[Objective], Curvature] = lambda objective: GaussNewton(objective=objective),
+) -> Pricing:
+    """What each member of `menu` is predicted to cost by a predictor of that name.
+
+    `sensitivity` is a name of `predicted_costs`, or "q-vlm": consecutive layers whose changes interact are planned as
+    one, with all that they do to one another counted (Wang et al., 2024, arXiv:2410.08119).
+
+    Raises:
+        OptionError: there is no such predictor.
+    """
+    changes = changes_of(objective, menu)
+    if sensitivity != "q-vlm":
+        problem = priced(menu, predicted_costs(objective, changes, sensitivity, curvature))
+        return Pricing(problem, problem, [[place] for place in range(len(menu))])
+    costs = interactions(curvature(objective), objective, changes)
+    parts = torch.split(costs.diagonal().clamp(min=0), [len(own) for own in menu.values()])
+    problem = priced(menu, {name: part.tolist() for name, part in zip(menu, parts, strict=True)})
+    lasts = torch.tensor([len(own) for own in menu.values()]).cumsum(0) - 1
+    blocks = dependent_blocks(costs[lasts][:, lasts], THRESHOLD, MOST_JOINED)
+    return Pricing(problem, joint_problem(problem, costs, blocks), blocks)
+
+
+def allocate(objective: Objective, menu: Menu, size: int, sensitivity: str = "second-order") -> Choice:
+    """The members of `menu` that are predicted to cost least in at most `size` bytes: `price`, and its `cheapest`.
+
+    Raises:
+        OptionError: there is no such predictor, or the smallest members do not fit; the message says what would.
+    """
+    return price(objective, menu, sensitivity).cheapest(size)
+
+
+def use(objective: Objective, menu: Menu, choice: Choice) -> None:
+    """Put the chosen members in the place of the parameters."""
+    for (name, own), place in zip(menu.items(), choice, strict=True):
+        objective.named[name].data.copy_(own[place].weight)
