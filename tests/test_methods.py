@@ -20,6 +20,7 @@ from hesse.constraints import (
     Sparse,
     SparseGrid,
     Table,
+    VectorCodebook,
 )
 from hesse.errors import OptionError
 from hesse.methods import METHODS, Options, Recipe, find_method
@@ -47,6 +48,7 @@ PARTS = {
     "table": Table,
     "salient": SalientColumns,
     "sign_rank_one": SignRankOne,
+    "vector_codebook": VectorCodebook,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesse.compression.shared_solve import solve_shared
-from hesse.constraints import Constraint, Plus, Sparse, SparseGrid
+from hesse.constraints import Constraint, Plus, Sparse, SparseGrid, VectorCodebook
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
 from hesse.methods.curvatures import CURVATURES, unknown
@@ -139,8 +139,12 @@ def _dry_run(rule: Rule) -> None:
     constraint, solver = rule.constraint.build(), rule.solver.build()
     base = constraint.base if isinstance(constraint, Plus) else constraint
     sparse = base.sparse if isinstance(base, SparseGrid) else base
-    whole_groups = sparse.together if isinstance(sparse, Sparse) else 1
-    weight = torch.eye(DRY_SIZE * whole_groups)
+    together = 1
+    if isinstance(sparse, Sparse):
+        together = sparse.together
+    if isinstance(base, VectorCodebook):
+        together = base.length
+    weight = torch.eye(DRY_SIZE * together)
     problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
     solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
 

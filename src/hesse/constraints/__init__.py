@@ -14,6 +14,7 @@ from hesse.constraints.scaled_columns import ScaledCode, ScaledColumns
 from hesse.constraints.sign_rank_one import SignRankOne, SignRankOneCode
 from hesse.constraints.sparse import Sparse, SparseCode, SparseGrid
 from hesse.constraints.table import Table
+from hesse.constraints.vector_codebook import VectorCode, VectorCodebook
 
 __all__ = [
     "AlongOutputs",
@@ -44,4 +45,6 @@ __all__ = [
     "SparseCode",
     "SparseGrid",
     "Table",
+    "VectorCode",
+    "VectorCodebook",
 ]

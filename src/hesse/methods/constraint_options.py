@@ -17,6 +17,7 @@ from hesse.constraints import (
     SignRankOne,
     Sparse,
     Table,
+    VectorCodebook,
 )
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
@@ -119,6 +120,18 @@ class SalientOptions(Strict):
         return SalientColumns(self.share, self.grid.build())
 
 
+class VectorCodebookOptions(Strict):
+    """Options of a VectorCodebook."""
+
+    bits: Whole = 2
+    length: Whole = 4
+    books: Whole = 1
+
+    def build(self) -> VectorCodebook:
+        """The constraint."""
+        return VectorCodebook(self.bits, self.length, self.books)
+
+
 class ConstraintOptions(Strict):
     """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
 
@@ -128,6 +141,7 @@ class ConstraintOptions(Strict):
 
     grid: GridOptions | None = None
     codebook: CodebookOptions | None = None
+    vector_codebook: VectorCodebookOptions | None = None
     table: TableOptions | None = None
     sparse: SparseOptions | None = None
     low_rank: LowRankOptions | None = None

@@ -17,6 +17,7 @@ from hesse.methods.constraint_options import (
     SignRankOneOptions,
     SparseOptions,
     TableOptions,
+    VectorCodebookOptions,
     parse_sparsity,
 )
 from hesse.methods.recipe import Recipe, Rewrite, Rule
@@ -41,6 +42,8 @@ class Options:
     rank: int | None = None
     outliers: float | None = None
     table: str | None = None
+    vector_length: int | None = None
+    books: int | None = None
     act_order: bool | None = None
     damping: float | None = None
 
@@ -110,6 +113,11 @@ class Method:
             if chosen.table is not None
             else None,
             codebook=_given(CodebookOptions, chosen, ("bits",)) if "codebook" in has else None,
+            vector_codebook=VectorCodebookOptions(
+                bits=chosen.bits or 2, length=chosen.vector_length or 4, books=chosen.books or 1
+            )
+            if "vector_codebook" in has
+            else None,
             sparse=_sparse(chosen) if chosen.sparsity is not None else None,
             low_rank=LowRankOptions(rank=chosen.rank) if chosen.rank is not None else None,
             outliers=OutlierOptions(share=chosen.outliers) if chosen.outliers is not None else None,
@@ -123,7 +131,7 @@ class Method:
         has = {*self.constraints, *self.optional}
         grid = "grid" in has and (options.bits or self.defaults.bits)
         allowed = {
-            "bits": bool({"grid", "codebook"} & has),
+            "bits": bool({"grid", "codebook", "vector_codebook"} & has),
             **dict.fromkeys(GRID_OPTIONS, grid),
             "group_size": grid or "table" in has,
             "sparsity": "sparse" in has,
@@ -132,6 +140,7 @@ class Method:
             "rank": "low_rank" in has,
             "outliers": "outliers" in has,
             "table": "table" in has,
+            **dict.fromkeys(("vector_length", "books"), "vector_codebook" in has),
             "act_order": self.solver in ORDERED,
             "damping": self.solver not in UNDAMPED,
         }

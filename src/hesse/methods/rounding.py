@@ -119,6 +119,15 @@ METHODS = (
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
     ),
     Method(
+        name="vptq",
+        curvature="gram",
+        constraints=("vector_codebook",),
+        solver="vector_feedback",
+        source="Liu et al., 2024, arXiv:2409.17066, without outliers and training",
+        needs="calibration text; stored dense, since no loader reads codebooks of vectors",
+        defaults=Options(bits=2, vector_length=4, books=1, act_order=True, damping=0.01),
+    ),
+    Method(
         name="quip",
         curvature="gram",
         constraints=("grid",),

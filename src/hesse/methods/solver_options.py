@@ -22,6 +22,7 @@ from hesse.solvers import (
     Solver,
     StepwiseSurgeon,
     TwoSidedFeedback,
+    VectorFeedback,
     WhitenedSVD,
 )
 
@@ -65,6 +66,7 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "cheaper_plain_side": lambda _: CheaperSide(),
     "refit_salient": lambda _: RefitSalient(),
     "salient_bits": lambda options: SalientBits(ErrorFeedback(order=options.order)),
+    "vector_feedback": lambda options: VectorFeedback(order=options.order),
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
@@ -74,4 +76,12 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
 }
 UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side", "refit_salient")
 # Whose columns have an order.
-ORDERED = ("error_feedback", "repair", "alternating", "incoherent", "cheaper_side", "salient_bits")
+ORDERED = (
+    "error_feedback",
+    "repair",
+    "alternating",
+    "incoherent",
+    "cheaper_side",
+    "salient_bits",
+    "vector_feedback",
+)

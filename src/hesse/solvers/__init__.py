@@ -19,6 +19,7 @@ from hesse.solvers.salient_bits import SalientBits
 from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
 from hesse.solvers.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
+from hesse.solvers.vector_feedback import VectorFeedback
 from hesse.solvers.whitened_svd import WhitenedSVD
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Spectrum",
     "StepwiseSurgeon",
     "TwoSidedFeedback",
+    "VectorFeedback",
     "WhitenedSVD",
     "conjugate_gradients",
     "hutch_plus_plus",

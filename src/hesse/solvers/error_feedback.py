@@ -14,6 +14,7 @@ from hesse.constraints import Constraint, GridCode, Grouped, Scales, Sparse, Spa
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import column_sweep, kernels
+from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.column_sweep import Block
 from hesse.solvers.late_mask import LateMask
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
@@ -142,20 +143,15 @@ class _Sweep:
         """Replace `work` by allowed values, column after column."""
         columns = len(self.work)
         self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
-        factor = self.feedback
         whole_steps = self.grids is None or all(grid.bounds is not None for grid in self.grids)
         compiled = _compiled_walk(self.work) if whole_steps else None
         walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
-        for start in range(0, columns, block_size):
-            stop = min(start + block_size, columns)
-            if self.mask is not None:
-                self.mask.enter(start, stop)
-            errors = torch.empty_like(self.work[start:stop])
-            walk(start, stop, errors, factor[start:stop, start:stop])
-            self.work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        sweep_blocks(self.work, self.feedback, block_size, walk)
 
     def _walk(self, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
         """Replace the columns [start, stop) by allowed values, and fill their `errors`."""
+        if self.mask is not None:
+            self.mask.enter(start, stop)
         block = self.work[start:stop]
         allowed, codes = [], []
         # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
@@ -177,6 +173,8 @@ class _Sweep:
 
     def _walk_compiled(self, compiled: Walk, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
         """As `_walk`, with one call from one decision to the next."""
+        if self.mask is not None:
+            self.mask.enter(start, stop)
 
         def part(whole: Tensor | None) -> Tensor | None:
             return None if whole is None else whole[start:stop]

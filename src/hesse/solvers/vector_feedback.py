@@ -1,0 +1,69 @@
+"""VPTQ: error feedback over columns, each taken to the nearest entries of a codebook."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint, VectorCode, VectorCodebook
+from hesse.curvature import Curvature
+from hesse.errors import UnsupportedProduct
+from hesse.solvers.block_sweep import sweep_blocks
+from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
+
+
+@dataclass(frozen=True)
+class VectorFeedback:
+    """Codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update from column to column.
+
+    A column's vectors go to their nearest entries, and its error to the columns after it, as in ErrorFeedback. No
+    vectors of a layer's height come out worse than by k-means alone. Needs a Gram, with damping where it is singular.
+    Source: VPTQ (Liu et al., 2024).
+    """
+
+    order: Literal["given", "descending"] = "given"
+    block_size: int = 128
+
+    def init(self, curvature: Curvature) -> FeedbackState:
+        return ErrorFeedback(self.order).init(curvature)
+
+    def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
+        if not isinstance(constraint, VectorCodebook):
+            raise UnsupportedProduct(f"VectorFeedback solves VectorCodebook, not {type(constraint).__name__}")
+        plain = constraint.encode(weight, state.curvature.diagonal())
+        order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
+        work = weight.T.contiguous()[order]
+        codes = plain.codes.new_empty(constraint.books, len(work), work.shape[1] // constraint.length)
+        walk = partial(_walk, work, codes, constraint, plain.centroids.to(work))
+        sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
+
+        swept = constraint.code(codes[:, torch.argsort(order)].flatten(1), plain.centroids, weight.shape)
+        costs = [
+            state.curvature.row_quadratics(constraint.decode(code).to(weight.dtype) - weight)
+            .view(-1, constraint.length)
+            .sum(1)
+            for code in (swept, plain)
+        ]
+        cheaper = (costs[1] < costs[0])[None, :, None]
+        return VectorCode(torch.where(cheaper, plain.codes, swept.codes), plain.centroids)
+
+
+def _walk(
+    work: Tensor,
+    codes: Tensor,
+    constraint: VectorCodebook,
+    centroids: Tensor,
+    start: int,
+    stop: int,
+    errors: Tensor,
+    feedback: Tensor,
+) -> None:
+    """Take the columns [start, stop) of `work` to entries of the codebooks, whose indices are put into `codes`."""
+    for j in range(start, stop):
+        found, values = constraint.choose(work[j].view(-1, constraint.length), centroids)
+        codes[:, j] = found
+        error = torch.sub(work[j], values.flatten(), out=errors[j - start])
+        work[j] = values.flatten()
+        work[j + 1 : stop].addr_(feedback[j - start, j - start + 1 :], error, alpha=-1)
