@@ -27,7 +27,7 @@ from hesse.training import Distillation, GradualSchedule, Training, held_zeros, 
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, rotate
+    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, repair, rotate
     from hesse.modules import ModuleReport, compress_module
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "plan",
     "prune_gradually",
     "recover",
+    "repair",
     "rotate",
     "solve",
 ]
@@ -79,12 +80,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "rotate"):
-        from hesse import api
-
-        return getattr(api, name)
     if name in ("ModuleReport", "compress_module"):
         from hesse import modules
 
         return getattr(modules, name)
+    if name in __all__:
+        from hesse import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

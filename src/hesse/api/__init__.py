@@ -2,6 +2,7 @@
 
 from hesse.api.compression import compress, estimate, plan, rotate
 from hesse.api.measurement import evaluate, inspect
+from hesse.api.repairing import repair
 from hesse.api.runtimes import benchmark, export
 
-__all__ = ["benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "rotate"]
+__all__ = ["benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "repair", "rotate"]

@@ -10,6 +10,7 @@ from hesse.data import read_samples
 from hesse.evaluation import Evaluation, evaluate_checkpoint
 from hesse.evaluation.evaluate import evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
+from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.inspection import Inspection, inspect_checkpoint
 from hesse.models.locate import locate
 from hesse.models.network import Network
@@ -20,6 +21,7 @@ def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
+    adapter: str | Path | None = None,
     data: Data = None,
     samples: int | None = None,
     length: int | None = None,
@@ -32,6 +34,7 @@ def evaluate(
     Args:
         model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
         reference: the dense model to compare with.
+        adapter: a LoRA folder of PEFT, such as `repair` writes, to add to the model.
         data: as for `compress`; None for the shipped held-out text.
         samples: windows of text, from the first on; None for all.
         length: tokens a window; None for 2048, or as many as the model has positions for.
@@ -49,6 +52,8 @@ def evaluate(
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     network = Network(checkpoint, torch.float32, place)
+    if adapter is not None:
+        checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
     tokens = sample_length(network, length)
     chosen, _ = read_samples(
         data,

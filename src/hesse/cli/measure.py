@@ -34,6 +34,7 @@ from hesse.reporting import (
 def evaluate(
     model: ModelArgument,
     reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder, such as `hesse repair` writes, to add.")] = None,
     data: DataOption = None,
     samples: Annotated[int | None, typer.Option(help="Windows of text, from the first on; all if absent.")] = None,
     length: LengthOption = None,
@@ -48,6 +49,7 @@ def evaluate(
         result = api.evaluate(
             model,
             reference=reference,
+            adapter=adapter,
             data=data,
             samples=samples,
             length=length,

@@ -11,6 +11,8 @@ from hesse.compression.measurements import (
     Measurements,
     TextMeasurement,
 )
+from hesse.compression.repair import RepairRequest, repair_checkpoint
+from hesse.compression.repair_report import RepairedLayer, RepairReport
 from hesse.compression.report import CompressionReport, LayerReport, Verification
 from hesse.compression.rotate import RotationReport, rotate_checkpoint
 from hesse.compression.tokens import Calibration
@@ -27,11 +29,15 @@ __all__ = [
     "LinePoint",
     "Measured",
     "Measurements",
+    "RepairReport",
+    "RepairRequest",
+    "RepairedLayer",
     "RotationReport",
     "TextMeasurement",
     "Verification",
     "compress_checkpoint",
     "estimate_checkpoint",
     "plan_budget",
+    "repair_checkpoint",
     "rotate_checkpoint",
 ]

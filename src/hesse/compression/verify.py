@@ -9,11 +9,11 @@ from hesse.compression.dense import DensePass
 from hesse.compression.layers import digest
 from hesse.compression.report import Verification
 from hesse.errors import VerificationError
-from hesse.evaluation.evaluate import compare
+from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Network
-from hesse.models.stream import advance, start
+from hesse.models.stream import Flow, advance, start
 from hesse.progress import Progress
 
 # A quadratic model may be wrong by a factor of a few, and small increases drown in what it leaves out. Beyond these
@@ -39,21 +39,8 @@ def verify(
             proportion to the prediction; the message names the layer.
     """
     written = open_checkpoint(folder)
-    network = Network(written, torch.float32, dense_network.device)
-    progress.begin("verify", len(network.blocks))
     same = _compare_copied(source, written, digests)
-    flows = start(network, [flow.ids for flow in dense.flows])
-    for index, block in enumerate(network.blocks):
-        with network.loaded(block) as module:
-            for layer in block.layers:
-                if layer.name in digests and digest(layer.weight) != digests[layer.name]:
-                    raise VerificationError(
-                        f"{layer.name} reads back different from what was solved: nothing was put in place; "
-                        "check the disk, and report it if it happens again"
-                    )
-            advance(flows, module, index)
-        progress.advance()
-    result = compare(network, flows, dense_network, dense.flows, progress)
+    result = read_back(written, dense_network, dense.flows, digests, progress)
     measured = result.hidden_error if result.kl is None else result.kl
     assert measured is not None
     predicted = sum(predicted_by_layer.values())
@@ -74,6 +61,30 @@ def verify(
         standard_error=result.kl_standard_error,
         predicted=predicted,
     )
+
+
+def read_back(
+    written: Checkpoint, dense_network: Network, dense: list[Flow], digests: dict[str, str], progress: Progress
+) -> Evaluation:
+    """Take the check samples through `written`, and compare what it predicts with the dense model's flows.
+
+    Raises:
+        VerificationError: a weight differs from what was solved, by its fingerprint in `digests`.
+    """
+    network = Network(written, torch.float32, dense_network.device)
+    progress.begin("verify", len(network.blocks))
+    flows = start(network, [flow.ids for flow in dense])
+    for index, block in enumerate(network.blocks):
+        with network.loaded(block) as module:
+            for layer in block.layers:
+                if layer.name in digests and digest(layer.weight) != digests[layer.name]:
+                    raise VerificationError(
+                        f"{layer.name} reads back different from what was solved: nothing was put in place; "
+                        "check the disk, and report it if it happens again"
+                    )
+            advance(flows, module, index)
+        progress.advance()
+    return compare(network, flows, dense_network, dense, progress)
 
 
 def _compare_copied(source: Checkpoint, written: Checkpoint, digests: dict[str, str]) -> int:

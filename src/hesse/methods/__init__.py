@@ -9,7 +9,12 @@ from hesse.methods.row import Row
 FAMILIES = (rounding, rewriting, pruning, low_rank)
 METHODS: dict[str, Method] = {method.name: method for family in FAMILIES for method in family.METHODS}
 DEFAULT_METHOD = "kronecker"
-TABLE: tuple[Row, ...] = (*(method.row for method in METHODS.values()), *training.ROWS, *allocation.ROWS)
+TABLE: tuple[Row, ...] = (
+    *(method.row for method in METHODS.values()),
+    *allocation.ROWS,
+    *low_rank.ROWS,
+    *training.ROWS,
+)
 
 __all__ = [
     "DEFAULT_METHOD",

@@ -1,6 +1,7 @@
 """Methods that factorise weights into two thin ones."""
 
 from hesse.methods.method import Method, Options
+from hesse.methods.row import Row
 
 METHODS = (
     Method(
@@ -75,5 +76,16 @@ METHODS = (
         source="OATS (Zhang and Papyan, 2024, arXiv:2409.13652) with SparseGPT's update in place of thresholds",
         needs="calibration text; stored dense, since no loader adds the factors",
         defaults=Options(sparsity=0.6, rank=32, damping=0.01),
+    ),
+)
+ROWS = (
+    Row(
+        name="repair",
+        curvature="gram, kronecker or identity",
+        constraint=("what a model holds", "low_rank"),
+        solver="whitened_svd",
+        source="EoRA (Liu et al., 2024, arXiv:2410.21271), LoRC (Yao et al., 2023, arXiv:2303.08302)",
+        needs="a dense model, what any program compressed it to, and calibration text",
+        run="hesse repair DENSE COMPRESSED OUT",
     ),
 )

@@ -4,6 +4,7 @@ from hesse.reporting.compression import compression_page
 from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
 from hesse.reporting.page import check_page, write_page
+from hesse.reporting.repair import repair_summary
 from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "inspection_page",
     "inspection_summary",
     "methods_table",
+    "repair_summary",
     "write_page",
 ]

@@ -78,11 +78,7 @@ def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> li
 def compression_summary(report: "CompressionReport") -> RenderableType:
     """The table of costs, what departed from the recipe, and where the prediction lies."""
     parts: list[RenderableType] = [cost_table(report, None, None)]
-    if report.fallbacks:
-        parts.append(Text(f"{len(report.fallbacks)} fallbacks:", style="bold yellow"))
-        parts += [shown(f"  {note}") for note in report.fallbacks[:20]]
-        if len(report.fallbacks) > 20:
-            parts.append(Text(f"  and {len(report.fallbacks) - 20} more in compression.json"))
+    parts += fallback_lines(report.fallbacks, "compression.json")
     worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
     names = ", ".join(f"{layer.name} ({number(layer.predicted_loss_increase, 2)})" for layer in worst)
     parts.append(shown(f"most of the predicted increase: {names}"))
@@ -91,6 +87,17 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     parts.append(Text(f"read back: {report.verification.tensors_equal} tensors equal what was solved or copied"))
     parts.append(shown(f"written to {report.out}", "bold"))
     return Group(*parts)
+
+
+def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
+    """The first departures from what was asked; all of them are in the `file` beside the result."""
+    if not fallbacks:
+        return []
+    lines = [
+        Text(f"{len(fallbacks)} fallbacks:", style="bold yellow"),
+        *(shown(f"  {note}") for note in fallbacks[:20]),
+    ]
+    return lines if len(fallbacks) <= 20 else [*lines, Text(f"  and {len(fallbacks) - 20} more in {file}")]
 
 
 def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
