@@ -28,7 +28,7 @@ from hesse.version import __version__
 
 if TYPE_CHECKING:
     from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, repair, rotate
-    from hesse.modules import ModuleReport, compress_module
+    from hesse.modules import ModuleReport, compress_module, prune_module
 
 __all__ = [
     "METHODS",
@@ -71,6 +71,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "prune_gradually",
+    "prune_module",
     "recover",
     "repair",
     "rotate",
@@ -80,7 +81,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("ModuleReport", "compress_module"):
+    if name in ("ModuleReport", "compress_module", "prune_module"):
         from hesse import modules
 
         return getattr(modules, name)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hesse.errors import UnsupportedModelError
 from hesse.estimation.parts import Part, as_rows, fits
+from hesse.models.stops import patching
 
 Per = Literal["position", "sample"]
 Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients (m, out)
@@ -22,7 +23,7 @@ class Rows:
 
     inputs: Tensor  # (samples, positions, in), or token ids (samples, positions)
     gradients: Tensor  # (samples, positions, out)
-    source: tuple[object, ...]  # the same for layers that got the same tensors as inputs
+    source: tuple[object, ...]  # the same for layers that got the same rows of the same tensors as inputs
     vocabulary: int = 0  # how many token ids there are
 
     @cached_property
@@ -142,7 +143,8 @@ class Recorder:
         calls: dict[str, list[Rows]] = {}
         with torch.no_grad():
             for (name, received, output), gradient in zip(self.calls, gradients, strict=True):
-                place = (received.data_ptr(), received.shape, received.stride(), received._version)
+                place: tuple[object, ...] = (received.data_ptr(), received.shape, received.stride(), received._version)
+                place = (*place, patching(self._modules[name]))
                 slope = torch.zeros_like(output) if gradient is None else gradient
                 inputs, outputs = as_rows(self._modules[name], received, slope, flat)
                 rows = Rows(inputs, outputs, (place,), getattr(self._modules[name], "num_embeddings", 0))

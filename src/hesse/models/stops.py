@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
@@ -82,10 +82,14 @@ def stop_at_layers(
 def _sight(module: nn.Module, inputs: Tensor) -> Sight:
     """The tensor, how often it was changed in place, and what patches of it the layer takes."""
     version = None if inputs.is_inference() else inputs._version
-    patches: Any = None
+    return inputs, version, patching(module)
+
+
+def patching(module: nn.Module) -> Sight:
+    """What patches a convolution takes of its input: layers with the same see the same rows of the same tensor."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        patches = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return inputs, version, patches
+        return module.kernel_size, module.stride, module.padding, module.dilation
+    return ()
 
 
 def _same(before: Sight, now: Sight) -> bool:

@@ -1,9 +1,7 @@
 """A user's own network through the table of methods: probe the loss, then one walk that solves each layer."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +16,7 @@ from hesse.compression.report import LayerReport
 from hesse.compression.rules import fisher_needs, rules_for, whole_factors
 from hesse.compression.weight_fisher import name_of
 from hesse.constraints import LowRankCode
-from hesse.curvature import CrossEntropy, Gram, Loss, Objective
+from hesse.curvature import Gram, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation import Walk
@@ -28,7 +26,7 @@ from hesse.models.network import Block, Layer
 from hesse.models.pausing import PausedInMemory
 from hesse.models.stops import stop_at_layers
 from hesse.modules.factored import factored, replace_module
-from hesse.modules.layers import layers_of
+from hesse.modules.preparation import copied, objective_of
 from hesse.modules.report import ModuleReport
 from hesse.progress import Clock
 
@@ -82,18 +80,12 @@ def compress_module(
     wanted = _recipe(method, recipe, options, layers, ignore)
     if wanted.rewrite is not None:
         raise OptionError(f"{wanted.rewrite} rewrites language models on disk, not modules: choose another method")
-    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
-        raise OptionError("the model is a single layer: put it into an nn.Sequential")
-    copied = deepcopy(model).eval()
-    found, notes = layers_of(copied)
-    if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to compress")
+    copy, found, notes = copied(model)
     shapes = {layer.name: layer.weight.shape for layer in found}
     weights = {layer.name: partial(_weight, layer) for layer in found}
-    rules = rules_for(wanted, weights, shapes, (name for name, _ in copied.named_modules()))
-    with _frozen_but(copied, [layer for layer in found if rules[layer.name] is not None]) as chosen:
-        names = [name_of(layer) for layer in chosen]
-        objective = Objective.of(copied, CrossEntropy() if loss is None else loss, _pairs(batches), names, forward)
+    rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
+    chosen = [layer for layer in found if rules[layer.name] is not None]
+    with objective_of(copy, chosen, batches, loss, forward) as objective:
         return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
 
 
@@ -111,32 +103,6 @@ def _recipe(
 
 def _weight(layer: Layer) -> Tensor:
     return layer.weight.detach()
-
-
-def _pairs(batches: Iterable[Batch]) -> list[Batch]:
-    """The data, as one list that all passes walk alike."""
-    pairs = []
-    for number, batch in enumerate(batches):
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            raise OptionError(
-                f"batch {number} is {type(batch).__name__}, and must be a pair (inputs, targets): map the data to pairs"
-            )
-        pairs.append((batch[0], batch[1]))
-    return pairs
-
-
-@contextmanager
-def _frozen_but(model: nn.Module, layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Only the weights of `layers` take gradients meanwhile."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    for layer in layers:
-        layer.parameter.requires_grad_()
-    try:
-        yield layers
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before.get(name, True))
 
 
 class _Run:

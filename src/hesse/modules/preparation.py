@@ -1,0 +1,63 @@
+"""A user's network made ready: a copy whose layers are known, and its loss on data that can be walked again."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from hesse.compression.weight_fisher import name_of
+from hesse.curvature import CrossEntropy, Loss, Objective
+from hesse.curvature.objective import Batch
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.models.network import Layer
+from hesse.modules.layers import layers_of
+
+
+def copied(model: nn.Module) -> tuple[nn.Module, list[Layer], list[str]]:
+    """A copy in eval mode, its layers, and notes on what else has weights.
+
+    Raises:
+        HesseError: it has no layers, or is one itself.
+    """
+    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
+        raise OptionError("the model is a single layer: put it into an nn.Sequential")
+    copy = deepcopy(model).eval()
+    layers, notes = layers_of(copy)
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to compress")
+    return copy, layers, notes
+
+
+@contextmanager
+def objective_of(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    loss: Loss | nn.Module | None,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+) -> Iterator[Objective]:
+    """The loss as a function of the weights of `layers`, the only parameters that take gradients meanwhile."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.parameter.requires_grad_()
+    names = [name_of(layer) for layer in layers]
+    try:
+        yield Objective.of(model, CrossEntropy() if loss is None else loss, _pairs(batches), names, forward)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
+
+
+def _pairs(batches: Iterable[Batch]) -> list[Batch]:
+    """The data, as one list that all passes walk alike."""
+    pairs = []
+    for number, batch in enumerate(batches):
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            raise OptionError(
+                f"batch {number} is {type(batch).__name__}, and must be a pair (inputs, targets): map the data to pairs"
+            )
+        pairs.append((batch[0], batch[1]))
+    return pairs
