@@ -29,6 +29,7 @@ from hesse.version import __version__
 if TYPE_CHECKING:
     from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, repair, rotate
     from hesse.modules import ModuleReport, compress_module, prune_module
+    from hesse.structured import only_train_once, prune_groups
 
 __all__ = [
     "METHODS",
@@ -69,8 +70,10 @@ __all__ = [
     "held_zeros",
     "inspect",
     "load_recipe",
+    "only_train_once",
     "plan",
     "prune_gradually",
+    "prune_groups",
     "prune_module",
     "recover",
     "repair",
@@ -85,6 +88,10 @@ def __getattr__(name: str) -> Any:
         from hesse import modules
 
         return getattr(modules, name)
+    if name in ("only_train_once", "prune_groups"):
+        from hesse import structured
+
+        return getattr(structured, name)
     if name in __all__:
         from hesse import api
 

@@ -155,7 +155,7 @@ class Recorder:
 def backward(loss: Tensor, recorder: Recorder, parameters: Iterable[Tensor] = ()) -> tuple[Any, Any]:
     """Gradients of `loss` at the recorded outputs, and at `parameters`; None where it does not depend on them."""
     outputs, parameters = recorder.outputs, list(parameters)
-    if not loss.requires_grad:
+    if not loss.requires_grad or not (outputs or parameters):
         return [None] * len(outputs), [None] * len(parameters)
     found = torch.autograd.grad(loss, [*outputs, *parameters], allow_unused=True)
     return found[: len(outputs)], found[len(outputs) :]

@@ -1,7 +1,7 @@
 """Named triples curvature × constraint × solver, and recipes that say them per layer."""
 
 from hesse.errors import OptionError
-from hesse.methods import allocation, low_rank, networks, pruning, rewriting, rounding, training
+from hesse.methods import allocation, low_rank, networks, pruning, rewriting, rounding, structured, training
 from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.row import Row
@@ -14,6 +14,7 @@ TABLE: tuple[Row, ...] = (
     *allocation.ROWS,
     *low_rank.ROWS,
     *networks.ROWS,
+    *structured.ROWS,
     *training.ROWS,
 )
 

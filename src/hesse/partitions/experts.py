@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -135,4 +136,19 @@ def _linear_experts(fused: nn.Module, kept: list[int], neurons: list[list[int]])
             assert isinstance(layer, nn.Linear)
             layer.weight = nn.Parameter(weight.detach().clone())
             layer.out_features, layer.in_features = weight.shape
+    return result
+
+
+def with_linear_experts(model: nn.Module) -> nn.Module:
+    """`model`, or a copy with linear layers in the place of fused experts: `{experts}.{number}.down_proj`."""
+    if not any(is_fused(module) for module in model.modules()):
+        return model
+    result = deepcopy(model)
+    for name, module in list(result.named_modules()):
+        if is_fused(module):
+            assert isinstance(module.down_proj, Tensor)
+            count, _, inner = module.down_proj.shape
+            parent, _, child = name.rpartition(".")
+            whole = _linear_experts(module, list(range(count)), [list(range(inner))] * count)
+            setattr(result.get_submodule(parent), child, whole)
     return result

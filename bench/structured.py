@@ -1,0 +1,198 @@
+"""Structured pruning in small: what each way of choosing groups costs, measured, at three shares.
+
+    PYTHONPATH=src python bench/structured.py [conv] [hap] [lm] [moe] [once]
+
+Prints tables in Markdown. `conv`: channels of a residual network on scikit-learn's digits; `hap`: an implant there;
+`lm`: heads and neurons of the default model; `moe`: a tiny mixture of experts trained on the same text; `once`: Only
+Train Once.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from hesse.curvature import CrossEntropy, Objective
+from hesse.curvature.losses import next_tokens
+from hesse.data import read_samples
+from hesse.models.locate import DEFAULT_FOLDER
+from hesse.structured import Implant, only_train_once, prune_groups
+from hesse.structured.ranking import METHODS
+from hesse.training import Training, recover
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import digits
+
+Batches = list[tuple[Any, Tensor]]
+SHARES = (0.1, 0.25, 0.4)
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of a model of transformers."""
+    result: Tensor = model(input_ids=ids).logits
+    return result
+
+
+def loss(model: nn.Module, data: Batches, forward: Callable[[nn.Module, Any], Tensor] | None = None) -> float:
+    """The mean loss on held-out data."""
+    return Objective.of(model, CrossEntropy(), data, [next(model.named_parameters())[0]], forward).value()
+
+
+def table(
+    title: str, model: nn.Module, data: Batches, held_out: Batches, methods: list[dict[str, Any]], **common: Any
+) -> None:
+    """Print the rise of the held-out loss by method and share."""
+    forward = common.get("forward")
+    dense = loss(model, held_out, forward)
+    print(f"\n**{title}**: {sum(p.numel() for p in model.parameters())} parameters, held-out loss {dense:.4f}\n")
+    print("| method | " + " | ".join(f"{share:.0%} gone" for share in SHARES) + " | seconds |")
+    print("|---" * (len(SHARES) + 2) + "|")
+    sizes: dict[float, str] = {}
+    for method in methods:
+        cells, started = [], time.perf_counter()
+        for share in SHARES:
+            smaller, report = prune_groups(model, data, **{**common, **method, "amount": share})
+            cells.append(f"{loss(smaller, held_out, forward) - dense:+.4f}")
+            assert report.difference < 1e-4, "zeroing is not slicing"
+            if method.get("uniform", True) and method["method"] == "random":
+                kept = report.parameters[1] / report.parameters[0], report.flops[1] / report.flops[0]
+                sizes[share] = f"{kept[0]:.0%} of parameters, {kept[1]:.0%} of flops"
+        name = f"`{method['method']}`" + (", refit" if method.get("refit") else "")
+        name += "" if method.get("uniform", True) else ", one ranking"
+        print(
+            f"| {name} | " + " | ".join(cells) + f" | {(time.perf_counter() - started) / len(SHARES):.1f} |", flush=True
+        )
+    print("| left | " + " | ".join(sizes[share] for share in SHARES) + " | |")
+
+
+def every(*names: str) -> list[dict[str, Any]]:
+    """The methods at their own choice, the two floors with a refit too, and the surgeon with one ranking."""
+    own = [{"method": name} for name in names]
+    return [
+        *own,
+        {"method": "random", "refit": True},
+        {"method": "magnitude", "refit": True},
+        {"method": "obs", "uniform": False},
+    ]
+
+
+def conv() -> None:
+    """Channels of a convolution net: scores, and PAGCP's tolerance."""
+    model, test = digits.trained("conv"), digits.batches("test")
+    data = digits.batches(samples=256)
+    table("Digits, residual network: channels", model, data, test, every(*METHODS))
+    dense = loss(model, test)
+    print("\n| pagcp: tolerance | loss rises by | held-out | parameters left |\n|---|---|---|---|")
+    for tolerance in (0.02, 0.1, 0.3):
+        smaller, report = prune_groups(model, data, method="pagcp", amount=0.8, tolerance=tolerance)
+        left = report.parameters[1] / report.parameters[0]
+        rise = report.loss[1] - report.loss[0], loss(smaller, test) - dense
+        print(f"| {tolerance} | {rise[0]:+.4f} | {rise[1]:+.4f} | {left:.0%} |")
+
+
+def hap() -> None:
+    """Middling channels kept, as a low rank, or gone."""
+    model, test = digits.trained("conv"), digits.batches("test")
+    data, dense = digits.batches(samples=256), loss(digits.trained("conv"), test)
+    print("\n| hap, 10 % gone, the next 30 % | held-out | parameters left | after 100 steps of recovery |")
+    print("|---|---|---|---|")
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("kept", {"amount": 0.1}),
+        ("an implant of rank 2", {"amount": 0.1, "implanted": Implant(0.3, 2)}),
+        ("gone too", {"amount": 0.4}),
+    )
+    for name, options in cases:
+        smaller, report = prune_groups(model, data, method="hap", **options)
+        after = loss(smaller, test) - dense
+        recover(smaller, digits.batches(), Training(steps=100), loss=CrossEntropy(), held={})
+        left = report.parameters[1] / report.parameters[0]
+        print(f"| {name} | {after:+.4f} | {left:.0%} | {loss(smaller, test) - dense:+.4f} |")
+
+
+def text(samples: int, held_out: bool) -> Batches:
+    """Windows of 128 tokens of the shipped texts."""
+    purpose: Any = "evaluation" if held_out else "calibration"
+    found, _ = read_samples(None, DEFAULT_FOLDER, count=samples, length=128, seed=0, purpose=purpose)
+    ids = torch.tensor(found.ids)
+    return [(part, next_tokens(part)) for part in ids.split(8)]
+
+
+def lm() -> None:
+    """Neurons and heads of the default model."""
+    model = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False).eval()
+    data, test = text(48, False), text(32, True)
+    names = [name for name in METHODS if name != "hap"]
+    table("Default model: neurons", model, data, test, every(*names), kinds=["neurons"], forward=logits)
+    table("Default model: heads", model, data, test, every(*names), kinds=["heads"], forward=logits)
+
+
+def mixture() -> nn.Module:
+    """A tiny Mixtral, trained for a minute on the calibration text."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **{
+            "vocab_size": AutoModelForCausalLM.from_pretrained(
+                DEFAULT_FOLDER, trust_remote_code=False
+            ).config.vocab_size
+        },
+        **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128},
+    )
+    model = MixtralForCausalLM(config)
+    data = text(1024, False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    steps = 400
+    for step in range(steps):
+        ids, targets = data[step % len(data)]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits(model, ids).flatten(0, 1), targets.flatten()).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.step()
+    return model.eval()
+
+
+def moe() -> None:
+    """Neurons of experts, and whole experts."""
+    model, data, test = mixture(), text(48, False), text(32, True)
+    names = [name for name in METHODS if name != "hap"]
+    methods = [*every(*names), {"method": "heapr", "uniform": False}]
+    table("A mixture of experts: neurons of experts", model, data, test, methods, kinds=["neurons"], forward=logits)
+    whole = [{"method": name} for name in ("random", "magnitude", "taylor", "fisher")]
+    table("The same: whole experts", model, data, test, whole, kinds=["experts"], forward=logits)
+
+
+def once() -> None:
+    """Only Train Once, and plain training before pruning as much."""
+    data, test = digits.batches(), digits.batches("test")
+    print("\n| 600 steps from the trained `mlp` | held-out loss | parameters left | zeroed against sliced |")
+    print("|---|---|---|---|")
+    for penalty in (0.01, 0.03, 0.06):
+        smaller, report = only_train_once(digits.trained("mlp"), data, steps=600, rate=0.2, penalty=penalty)
+        share = 1 - sum(g for g, _ in report.removed.values()) / sum(n for _, n in report.removed.values())
+        left = report.parameters[1] / report.parameters[0]
+        print(f"| Only Train Once, λ {penalty} | {loss(smaller, test):.4f} | {left:.0%} | {report.difference:.1e} |")
+        for method in ("magnitude", "obs"):
+            model = digits.trained("mlp").train()
+            training = Training(steps=600, optimizer=sgd, clip=None)
+            recover(model, data, training, loss=CrossEntropy(), held={})
+            pruned, again = prune_groups(model.eval(), data, method=method, amount=1 - share)
+            left = again.parameters[1] / again.parameters[0]
+            print(f"| plain, then `{method}` | {loss(pruned, test):.4f} | {left:.0%} | {again.difference:.1e} |")
+
+
+def sgd(named: Any) -> torch.optim.Optimizer:
+    """What Only Train Once does without its penalty."""
+    return torch.optim.SGD([parameter for _, parameter in named], lr=0.2)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    for part in sys.argv[1:] or ("conv", "hap", "lm", "moe", "once"):
+        {"conv": conv, "hap": hap, "lm": lm, "moe": moe, "once": once}[part]()

@@ -1,0 +1,115 @@
+"""A low rank in the place of some of a layer's outputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesse.constraints import LowRank, LowRankCode
+from hesse.curvature import Gram, Objective
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.estimation import estimate_curvatures
+from hesse.solvers import WhitenedSVD, solve
+
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Implant:
+    """The share of each site's groups that stay as a low rank, and that rank in each layer that makes them."""
+
+    share: float
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or self.rank < 1:
+            raise OptionError(
+                f"an implant of share {self.share} and rank {self.rank}: use between 0 and 1, and 1 or more"
+            )
+
+
+class ImplantedLayer(nn.Module):
+    """Some outputs of a layer as they were, the others through `rank` outputs of the same kind and a kernel of 1."""
+
+    order: Tensor
+
+    def __init__(self, whole: nn.Module, narrow: nn.Module, wide: nn.Module, order: Tensor) -> None:
+        super().__init__()
+        self.whole, self.narrow, self.wide = whole, narrow, wide
+        self.register_buffer("order", order)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The layer's outputs, in their places."""
+        axis = -1 if isinstance(self.whole, nn.Linear) else 1
+        both = torch.cat([self.whole(values), self.wide(self.narrow(values))], axis)
+        return both.index_select(axis, self.order)
+
+
+def implant(objective: Objective, rows: Mapping[str, Sequence[int]], rank: int) -> None:
+    """Replace layers of the objective's model, in place: the given outputs of each get a low rank.
+
+    The rank is at most theirs, and then nothing changes. What the layer's inputs feel least is left out: the SVD is
+    whitened by E[xxᵀ] on the objective's data. Source: the neural implant of HAP (Yu et al., 2022,
+    arXiv:2101.08940), which puts a kernel of 1 there.
+
+    Raises:
+        UnsupportedModelError: a layer is not nn.Linear, or a convolution without groups.
+    """
+    model = objective.model
+    for name in rows:
+        layer = model.get_submodule(name)
+        plain = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and getattr(layer, "groups", 1) == 1
+        if not plain:
+            raise UnsupportedModelError(
+                f"{name} is {type(layer).__name__}: only linear layers and plain convolutions take an implant"
+            )
+    names = tuple(f"{name}.weight" for name in rows)
+    chosen = Objective(model, objective.loss, objective.data, names, objective.forward)
+    grams = estimate_curvatures(chosen, ["gram"]).gram
+    for name, places in rows.items():
+        parent, _, key = name.rpartition(".")
+        made = _implanted(model.get_submodule(name), list(places), rank, grams[f"{name}.weight"])
+        setattr(model.get_submodule(parent), key, made)
+
+
+def _implanted(layer: nn.Module, places: list[int], rank: int, gram: Gram) -> ImplantedLayer:
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+    weight = layer.weight.detach()
+    chosen = set(places)
+    kept = [row for row in range(len(weight)) if row not in chosen]
+    rows = weight[places].flatten(1)
+    if rank >= min(rows.shape):
+        rank = len(rows)
+        code = LowRankCode(torch.eye(rank).to(rows), rows)
+    else:
+        code = solve(rows, gram.damped(1e-6), LowRank(rank), WhitenedSVD()).encoded
+    bias = None if layer.bias is None else layer.bias.detach()
+    whole = _with(layer, weight[kept], None if bias is None else bias[kept])
+    narrow = _with(layer, code.right.view(rank, *weight.shape[1:]), None)
+    left = code.left.view(len(places), rank, *[1] * (weight.ndim - 2))
+    wide = _with(_pointwise(layer), left, None if bias is None else bias[places])
+    order = torch.tensor(kept + places, device=weight.device).argsort()
+    return ImplantedLayer(whole, narrow, wide, order)
+
+
+def _pointwise(layer: Plain) -> Plain:
+    if isinstance(layer, nn.Linear):
+        return layer
+    kind: type[Any] = type(layer)
+    with torch.device("meta"):
+        made: nn.Conv1d | nn.Conv2d = kind(layer.in_channels, layer.out_channels, 1)
+    return made
+
+
+def _with(like: Plain, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer that does what `like` does, with other weights."""
+    out, into = weight.shape[:2]
+    kind: type[Any] = type(like)
+    how = () if isinstance(like, nn.Linear) else (like.kernel_size, like.stride, like.padding, like.dilation)
+    with torch.device("meta"):
+        layer: nn.Module = kind(into, out, *how, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.clone())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
+    return layer

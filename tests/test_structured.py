@@ -1,0 +1,388 @@
+"""Structured pruning: scores against their definitions, budgets, refits, implants, half-spaces, and what is refused."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import digits
+import hesse
+from hesse.curvature import CrossEntropy, Hessian, Objective
+from hesse.curvature.losses import next_tokens
+from hesse.curvature.objective import label_generator
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.methods.structured import ROWS
+from hesse.partitions import Group, trace_groups, zero_groups
+from hesse.partitions.experts import with_linear_experts
+from hesse.structured import HalfSpace, Implant, ImplantedLayer, only_train_once, prune_groups
+from hesse.structured.budget import Ranking, shared_numbers, uniform_numbers
+from hesse.structured.implant import implant
+from hesse.structured.ranking import METHODS
+from hesse.structured.readers import Reader, readers
+from hesse.structured.scores import fisher_scores, taylor_scores, trace_scores
+from hesse.structured.sums import GroupSums, everything, outgoing, produced
+from hesse.structured.surgeon import DAMPING, greedy_removal, independent_costs, refitted
+from hesse.testing import normal
+from tiny_models import FAMILIES
+
+
+class Gated(nn.Module):
+    """A gated block, and a read-out of it."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(4, width), nn.Linear(4, width)
+        self.down, self.head = nn.Linear(width, 4), nn.Linear(4, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = self.down(nn.functional.silu(self.gate(values)) * self.up(values))
+        result: Tensor = self.head(torch.tanh(hidden) + values)
+        return result
+
+
+def gated() -> tuple[Objective, list[Group]]:
+    torch.manual_seed(0)
+    model = Gated().double().eval()
+    inputs, targets = normal(0, 12, 4), torch.arange(12) % 3
+    objective = Objective.of(model, CrossEntropy(), list(zip(inputs.split(5), targets.split(5), strict=True)))
+    groups = [group for group in trace_groups(model, inputs).groups if group.site == "gate"]
+    assert len(groups) == 5
+    return objective, groups
+
+
+def entries(model: nn.Module, group: Group, part: Any) -> dict[str, Tensor]:
+    """A mask of each parameter that a group has a part of."""
+    known = dict(model.named_parameters())
+    masks: dict[str, Tensor] = {}
+    for piece in part(group):
+        piece.fill(masks.setdefault(piece.parameter, torch.zeros_like(known[piece.parameter])), 1)
+    return masks
+
+
+@pytest.mark.parametrize("part", [produced, everything, outgoing])
+def test_sums_over_groups_are_sums_over_their_entries(part: Any) -> None:
+    model = family("mixtral")
+    groups = trace_groups(model, {"input_ids": torch.tensor([[5, 6, 7, 8]])}).groups[::41]
+    tensors = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    sums = GroupSums.over(groups, model, part)
+    found = sums.of({name: tensors[name] for name in sums.names})
+    spread = sums.spread(torch.arange(1.0, len(groups) + 1), tensors, 0.0)
+    for number, group in enumerate(groups):
+        masks = entries(model, group, part)
+        assert found[number].item() == pytest.approx(
+            sum(float((m * tensors[n]).sum()) for n, m in masks.items()), abs=1e-3
+        )
+        if part is produced and group.kind == "neurons":
+            assert all((spread[n][m > 0] == number + 1).all() for n, m in masks.items())
+
+
+def sampled(objective: Objective) -> tuple[Tensor, Tensor]:
+    """All inputs, and the labels that the sampled Fisher draws."""
+    generator = label_generator(0)
+    pairs = [(x, objective.sampled_targets(x, y, generator)) for x, y in objective.batches()]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def test_fisher_scores_are_half_the_mean_squares_of_gradients_along_the_groups() -> None:
+    objective, groups = gated()
+    inputs, labels = sampled(objective)
+    want = torch.zeros(len(groups), dtype=torch.float64)
+    for x, y in zip(inputs.split(1), labels.split(1), strict=True):
+        loss = objective.loss.terms(objective.outputs(x), y).sum()
+        (gradient,) = torch.autograd.grad(loss, [objective.named["down.weight"]])
+        want += (gradient * objective.named["down.weight"].detach()).sum(0).square() / 2 / len(labels)
+    assert torch.allclose(fisher_scores(objective, groups, 0), want, rtol=1e-8)
+
+
+def test_taylor_scores_are_mean_squares_over_batches() -> None:
+    objective, groups = gated()
+    want = torch.zeros(len(groups), dtype=torch.float64)
+    for x, y in objective.batches():
+        (gradient,) = torch.autograd.grad(
+            nn.functional.cross_entropy(objective.outputs(x), y), [objective.named["down.weight"]]
+        )
+        want += (gradient * objective.named["down.weight"].detach()).sum(0).square() / 3
+    assert torch.allclose(taylor_scores(objective, groups, 0), want, rtol=1e-8)
+
+
+def test_trace_scores_are_of_the_dense_hessian() -> None:
+    objective, groups = gated()
+    diagonal = objective.split(Hessian(objective=objective).matrix().diagonal())
+    by_name = dict(zip(objective.names, diagonal, strict=True))
+    want = []
+    for group in groups:
+        masks = entries(objective.model, group, produced)
+        count = sum(float(mask.sum()) for mask in masks.values())
+        trace = sum(float((mask * by_name[name]).sum()) for name, mask in masks.items())
+        square = sum(float((mask * objective.named[name].detach().square()).sum()) for name, mask in masks.items())
+        want.append(trace / count * square / 2)
+    found = trace_scores(objective, groups, 0, probes=1000)
+    assert torch.allclose(found, torch.tensor(want, dtype=torch.float64), atol=0.08 * max(map(abs, want)))
+
+
+def family(name: str) -> Any:
+    architecture, configuration, options = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, configuration)(**{**options, "num_hidden_layers": 1})
+    return getattr(transformers, architecture)(config).eval()
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    result: Tensor = model(input_ids=ids).logits
+    return result
+
+
+def tokens(samples: int = 12) -> list[tuple[Tensor, Tensor]]:
+    ids = torch.randint(5, 500, (samples, 10), generator=torch.Generator().manual_seed(0))
+    return [(part, next_tokens(part)) for part in ids.split(4)]
+
+
+def test_atomic_experts_cost_what_their_own_tokens_say() -> None:
+    model = family("mixtral").requires_grad_(True)
+    objective = Objective.of(model, CrossEntropy(), tokens(), forward=logits)
+    groups = trace_groups(model, tokens()[0][0], logits).sites(("neurons",))["neurons of model.layers.0.mlp.experts.1"]
+    ((reader,),) = readers(objective, [groups], 0)
+    inputs, labels = sampled(objective)
+    linear = with_linear_experts(model)
+    layer = linear.get_submodule("model.layers.0.mlp.experts.1.down_proj")
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _, x, y: seen.extend([x[0], y]))
+    loss = objective.loss.terms(logits(linear, inputs), labels).sum()
+    (gradient,) = torch.autograd.grad(loss, [seen[1]])
+    live = gradient.abs().amax(1) > 0  # a last token has no loss after it
+    activations, gradient = seen[0].detach()[live], gradient[live]
+    terms = int((labels != -100).sum())
+    outer = gradient.T @ gradient / terms  # over the expert's own tokens, by their share of all
+    weight = layer.weight.detach()
+    want = [0.5 * activations[:, k].square().mean() * weight[:, k] @ outer @ weight[:, k] for k in range(len(groups))]
+    assert torch.allclose(independent_costs([reader]).float(), torch.stack(want), rtol=1e-3)
+
+
+def some_readers(columns: Sequence[Sequence[int]]) -> list[Reader]:
+    made = []
+    for seed, out in ((0, 3), (10, 4)):
+        width = 1 + max(max(c) for c in columns)
+        half = normal(seed + 1, width + 3, width)
+        factor = normal(seed + 2, out, out)
+        places = [torch.tensor(c) for c in columns]
+        weight = normal(seed, out, width)
+        made.append(Reader("w", None, weight, factor @ factor.T, half.T @ half / len(half), places))
+    return made
+
+
+def least_cost(parts: Sequence[Reader], gone: Sequence[int]) -> float:
+    """Min ½ tr(G D A Dᵀ) with the columns of `gone` at zero, by the quadratic program's own equations."""
+    total = 0.0
+    for part in parts:
+        gram = part.input_factor + DAMPING * part.input_factor.diagonal().mean() * torch.eye(len(part.input_factor))
+        lost = torch.cat([part.columns[g] for g in gone]).tolist()
+        kept = [c for c in range(len(gram)) if c not in lost]
+        change = -part.weight.clone()
+        change[:, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept][:, lost] @ part.weight[:, lost].T).T
+        total += float((part.output_factor @ change @ gram @ change.T).trace()) / 2
+    return total
+
+
+@pytest.mark.parametrize("columns", [[[0], [1], [2], [3], [4]], [[0, 1], [2, 3], [4, 5], [6, 7]]], ids=["1", "2"])
+def test_the_surgeon_removes_what_brute_force_does(columns: list[list[int]]) -> None:
+    parts = some_readers(columns)
+    order, costs = greedy_removal(parts, len(columns) - 1)
+    for number in range(1, len(columns)):
+        assert sum(costs[:number]) == pytest.approx(least_cost(parts, order[:number]), rel=1e-8)
+        nexts = [
+            least_cost(parts, [*order[: number - 1], g]) for g in range(len(columns)) if g not in order[: number - 1]
+        ]
+        assert least_cost(parts, order[:number]) == pytest.approx(min(nexts), rel=1e-8)
+    best_pair = min(combinations(range(len(columns)), 2), key=lambda pair: least_cost(parts, pair))
+    assert sum(costs[:2]) <= 1.5 * least_cost(parts, best_pair)
+    part = parts[0]
+    moved = refitted(part, order[:2]) - part.weight
+    gram = part.input_factor + DAMPING * part.input_factor.diagonal().mean() * torch.eye(len(part.input_factor))
+    kept = [c for g in order[2:] + [g for g in range(len(columns)) if g not in order] for c in columns[g]]
+    assert (moved @ gram)[:, kept].abs().max() < 1e-9  # no better values of what is left
+
+
+def test_budgets_are_shares_of_sites_or_of_all() -> None:
+    group = Group("neurons", "a", 0, (), ())
+    cheap = Ranking("a", [group] * 10, [float(i) for i in range(10)], 3, 9)
+    dear = Ranking("b", [group] * 20, [100.0 + i for i in range(20)], 3, 18)
+    assert uniform_numbers([cheap, dear], 0.25) == [2, 5]
+    assert shared_numbers([cheap, dear], 0.2) == [6, 0]
+    assert shared_numbers([cheap, dear], 0.5) == [9, 6]
+    with pytest.raises(OptionError, match="more than may go"):
+        shared_numbers([cheap, dear], 0.95)
+
+
+def value(model: nn.Module, data: digits.Batches) -> float:
+    return Objective.of(model, CrossEntropy(), data).value()
+
+
+def test_what_scores_call_unimportant_costs_less_than_chance_and_a_refit_least() -> None:
+    model, data = digits.trained("conv"), digits.batches(samples=320)
+    losses = {}
+    for method in ("random", "magnitude", "heapr", "obs"):
+        smaller, report = prune_groups(model, data, method=method, amount=0.25)
+        assert report.difference < 1e-5
+        assert report.parameters[1] < 0.65 * report.parameters[0]
+        assert report.flops[1] < 0.7 * report.flops[0]
+        assert report.loss[1] == pytest.approx(value(smaller, data), rel=1e-5)
+        losses[method] = report.loss[1] - report.loss[0]
+        assert all(gone == round(0.25 * there) for gone, there in report.removed.values())
+    assert losses["obs"] < 0.2 * min(losses["heapr"], losses["magnitude"])
+    assert losses["heapr"] < losses["random"]
+    assert digits.accuracy(smaller) > digits.accuracy(model) - 0.05
+
+
+def test_one_ranking_over_all_sites_differs_by_site() -> None:
+    _, report = prune_groups(digits.trained("conv"), digits.batches(samples=128), amount=0.3, uniform=False, cap=0.5)
+    shares = {gone / there for gone, there in report.removed.values()}
+    assert len(shares) > 1
+    assert max(shares) <= 0.5
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.5])
+def test_the_tolerance_is_kept(tolerance: float) -> None:
+    data = digits.batches(samples=320)
+    _, report = prune_groups(digits.trained("conv"), data, method="pagcp", amount=0.8, tolerance=tolerance)
+    assert report.loss[1] <= report.loss[0] + tolerance + 1e-5
+    assert report.difference < 1e-5
+    assert sum(gone for gone, _ in report.removed.values()) > (0 if tolerance == 0.5 else -1)
+
+
+def test_an_implant_of_full_rank_changes_nothing() -> None:
+    model, data = digits.trained("mlp").double(), [(x.double(), y) for x, y in digits.batches(samples=192)]
+    options: dict[str, Any] = {"method": "hap", "amount": 0.1, "cap": 0.5}
+    plain, before = prune_groups(model, data, **options)
+    full, _ = prune_groups(model, data, **options, implanted=Implant(0.3, 1000))
+    narrow, after = prune_groups(model, data, **options, implanted=Implant(0.3, 2))
+    images = data[0][0]
+    with torch.no_grad():
+        assert torch.allclose(full(images), plain(images), atol=1e-8)
+        assert (narrow(images) - plain(images)).abs().max() > 1e-3
+    assert after.parameters[1] < before.parameters[1]
+
+
+@pytest.mark.parametrize("rank", [3, 7])
+def test_convolutions_take_implants(rank: int) -> None:
+    model, data = digits.trained("conv").double(), [(x.double(), y) for x, y in digits.batches(samples=64)]
+    images, rows = data[0][0], {"block1.conv1": [0, 3, 5, 9, 10, 11, 15], "block2.shortcut": list(range(0, 28, 4))}
+    with torch.no_grad():
+        before = model(images)
+    implant(Objective.of(model, CrossEntropy(), data), rows, rank)
+    with torch.no_grad():
+        assert ((model(images) - before).abs().max() < 1e-9) == (rank == 7)
+    assert isinstance(model.block1.conv1, ImplantedLayer)
+
+
+def test_a_half_space_step_is_as_written() -> None:
+    objective, groups = gated()
+    model, rate, penalty, margin = objective.model, 0.3, 0.6, 0.4
+    sums = GroupSums.over(groups, model, produced)
+    optimizer = HalfSpace(list(model.named_parameters()), sums, rate, penalty, margin, warmup=1)
+    (inputs, targets), *_ = objective.batches()
+    gone: set[int] = set()
+    for step in range(4):
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        gradients = dict(zip(objective.names, torch.autograd.grad(loss, objective.parameters), strict=True))
+        want = {name: p.detach() - rate * gradients[name] for name, p in model.named_parameters()}
+        for number, group in enumerate(groups):
+            masks = entries(model, group, produced)
+            old = torch.cat([p.detach()[masks[n] > 0] for n, p in model.named_parameters() if n in masks])
+            for name, mask in masks.items():
+                want[name] = want[name] - rate * penalty * mask * model.get_parameter(name).detach() / old.norm().clamp(
+                    min=1e-12
+                )
+            trial = torch.cat([want[n][masks[n] > 0] for n, _ in model.named_parameters() if n in masks])
+            if number in gone or (step >= 1 and float(trial @ old) < margin * float(old @ old)):
+                gone.add(number)
+                for name, mask in masks.items():
+                    want[name] = want[name] * (1 - mask)
+        optimizer.zero_grad()
+        for name, gradient in gradients.items():
+            model.get_parameter(name).grad = gradient
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(parameter.detach(), want[name], atol=1e-12)
+    assert 0 < len(gone) < len(groups)
+    assert set(torch.nonzero(optimizer.gone).flatten().tolist()) == gone
+
+
+def test_training_once_leaves_zero_groups_that_are_cut_with_the_outputs_unchanged() -> None:
+    model, data = digits.trained("mlp"), digits.batches()
+    smaller, report = only_train_once(model, data, steps=300, rate=0.2, penalty=0.03)
+    assert report.difference < 1e-5
+    assert report.parameters[1] < 0.9 * report.parameters[0]
+    assert digits.accuracy(smaller) > 0.9
+    assert digits.accuracy(model) > 0.9  # it stays as it was
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("mixtral", ["neurons"]), ("qwen2-moe", ["experts"]), ("gpt2", None)])
+def test_language_models_of_all_kinds_are_pruned(name: str, kinds: list[str] | None) -> None:
+    model, method = family(name), "fisher" if kinds == ["experts"] else "obs"
+    smaller, report = prune_groups(model, tokens(), method=method, amount=0.34, kinds=kinds, forward=logits)
+    assert report.parameters[1] < report.parameters[0]
+    assert report.difference < 1e-4
+    assert (report.loading is None) == (kinds is not None)
+    assert logits(smaller, tokens()[0][0]).shape == (4, 10, 512)
+
+
+def test_zeroed_groups_are_what_the_report_measures() -> None:
+    model, data = digits.trained("mlp"), digits.batches(samples=128)
+    smaller, _ = prune_groups(model, data, method="magnitude", amount=0.5)
+    groups = trace_groups(model, data[0][0]).groups
+    sizes = GroupSums.over(groups, model, everything).of(
+        {name: p.detach().double().square() for name, p in model.named_parameters()}
+    )
+    sites = {group.site for group in groups}
+    lost = []
+    for site in sites:
+        places = [i for i, group in enumerate(groups) if group.site == site]
+        lost += sorted(places, key=lambda i: float(sizes[i]))[: len(places) // 2]
+    zero_groups(model, [groups[i] for i in lost])
+    with torch.no_grad():
+        assert torch.allclose(model(data[0][0]), smaller(data[0][0]), atol=1e-5)
+
+
+def test_rows_say_calls_that_run() -> None:
+    named = {row.run.partition('method="')[2].partition('"')[0] for row in ROWS if "prune_groups" in row.run}
+    assert named == {*METHODS, "pagcp"}
+    assert all(hasattr(hesse, row.run.partition("(")[0].removeprefix("hesse.")) for row in ROWS)
+
+
+def test_bad_input_is_refused_before_any_work() -> None:
+    calls: list[int] = []
+
+    def counting(model: nn.Module, values: Tensor) -> Tensor:
+        calls.append(1)
+        result: Tensor = model(values)
+        return result
+
+    model, data = digits.trained("mlp"), digits.batches(samples=64)
+    for options, message in (
+        ({"method": "best"}, "there is no structured method 'best'"),
+        ({"amount": 1.2}, "amount is 1.2"),
+        ({"method": "pagcp"}, "a tolerance goes with the method pagcp"),
+        ({"method": "obs", "tolerance": 0.1}, "a tolerance goes with the method pagcp"),
+        ({"method": "obs", "implanted": Implant(0.1, 2)}, "an implant goes with the method hap"),
+        ({"method": "obs", "kinds": ["experts"]}, "obs judges what reads a group"),
+        ({"method": "fisher", "kinds": ["experts", "neurons"]}, "prune in two calls"),
+        ({"method": "pagcp", "tolerance": 0.1, "refit": True}, "without a refit"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            prune_groups(model, data, forward=counting, **options)  # type: ignore[arg-type]
+    assert not calls
+    for wrong in ({"kinds": ["heads"]}, {"kinds": ["layers"]}):
+        with pytest.raises(OptionError, match=r"no heads|no groups called layers"):
+            prune_groups(model, data, forward=counting, **wrong)  # type: ignore[arg-type]
+    assert len(calls) == 2  # each was traced, and no more
+    untraceable = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.LSTM(8, 8))
+    with pytest.raises(UnsupportedModelError, match="the groups of 2 cannot be traced"):
+        prune_groups(untraceable, data)
+    with pytest.raises(OptionError, match="still chosen"):
+        only_train_once(model, data, steps=10, kinds=["experts"])
+    with pytest.raises(OptionError, match="an implant of share 2"):
+        Implant(2, 1)
