@@ -14,6 +14,7 @@ from hesse.solvers import (
     ErrorFeedback,
     GreedySurgeon,
     Incoherent,
+    LearnedRounding,
     Nearest,
     RefitSalient,
     Repair,
@@ -67,6 +68,8 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "refit_salient": lambda _: RefitSalient(),
     "salient_bits": lambda options: SalientBits(ErrorFeedback(order=options.order)),
     "vector_feedback": lambda options: VectorFeedback(order=options.order),
+    "learned_rounding": lambda options: LearnedRounding(ErrorFeedback(order=options.order)),
+    "learned_two_sided": lambda _: LearnedRounding(TwoSidedFeedback()),
     "rows_and_columns": lambda _: RowsAndColumns(),
     "repair": lambda options: Repair(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
@@ -84,4 +87,5 @@ ORDERED = (
     "cheaper_side",
     "salient_bits",
     "vector_feedback",
+    "learned_rounding",
 )

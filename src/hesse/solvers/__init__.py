@@ -11,6 +11,7 @@ from hesse.solvers.estimate import Estimate, mean_of
 from hesse.solvers.greedy_surgeon import GreedySurgeon
 from hesse.solvers.incoherent import Incoherent
 from hesse.solvers.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
+from hesse.solvers.learned_rounding import LearnedRounding
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.refit_salient import RefitSalient
 from hesse.solvers.repair import Repair
@@ -32,6 +33,7 @@ __all__ = [
     "Estimate",
     "GreedySurgeon",
     "Incoherent",
+    "LearnedRounding",
     "LinearSolution",
     "Nearest",
     "RefitSalient",

@@ -1,5 +1,6 @@
 """Error feedback over both sides of a Kronecker curvature, then coordinate descent with refitted scales."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -91,6 +92,14 @@ class TwoSidedFeedback:
             best = loops.refitted(best, self.refit_steps)
             best = loops.cheaper(best, loops.descended(best))
         return loops.refitted(best, self.refit_steps).code
+
+    def settled(self, state: TwoSidedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+        """`code` after passes of coordinate descent until one does not lower the cost, scales as they are."""
+        loops = _Loops(state, grid, weight)
+        best, before = loops.priced(code), math.inf
+        while best.cost < before:
+            best, before = loops.cheaper(best, loops.descended(best)), best.cost
+        return best.code
 
 
 class _Priced(NamedTuple):

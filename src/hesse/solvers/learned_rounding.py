@@ -1,0 +1,105 @@
+"""AdaRound: which way each weight is rounded, learned by gradient descent on the whole layer's error."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint, Grid, GridCode
+from hesse.curvature import Curvature, Gram, Kronecker
+from hesse.errors import UnsupportedProduct
+from hesse.solvers.error_feedback import ErrorFeedback
+from hesse.solvers.never_worse import cheaper_codes
+from hesse.solvers.row_flips import settle_rows
+from hesse.solvers.two_sided_feedback import TwoSidedFeedback
+
+LOW, HIGH = -0.1, 1.1  # what a sigmoid is stretched to before it is cut to [0, 1]
+SHARPEST, BLUNTEST = 2.0, 20.0  # exponents of the regulariser, which falls from the second to the first
+FREE = 0.2  # share of the steps without the regulariser
+
+
+class LearnedState(NamedTuple):
+    """The curvature, and the state of the solver that gives scales and first codes."""
+
+    curvature: Gram | Kronecker
+    start: Any
+
+
+@dataclass(frozen=True)
+class LearnedRounding:
+    """Codes c + h · u with h in [0, 1] learned, around the codes c of `start`, whose scales they keep.
+
+    u is one step down the slope H d. h is a stretched sigmoid cut at both ends; all h of a layer take `steps` steps of
+    Adam on ½ dᵀHd and a term that drives each h to an end, by the exact gradient: one product with H each. Before and
+    after it codes are changed one at a time until no change lowers the cost; of both the cheaper is kept, row by row
+    under a Gram. So never worse than `start`. Needs a Gram, or with TwoSidedFeedback to start with a Kronecker.
+
+    Source: AdaRound (Nagel et al., 2020), on the second moments of all inputs in place of batches, and around the
+    codes of error feedback in place of floor(w / s), from where it comes to less on correlated inputs; under a
+    curvature of the loss: BRECQ (Li et al., 2021).
+    """
+
+    start: ErrorFeedback | TwoSidedFeedback = field(default_factory=ErrorFeedback)
+    steps: int = 300
+    rate: float = 0.02
+    first_share: float = 0.3  # h before the first step
+
+    def init(self, curvature: Curvature) -> LearnedState:
+        if not isinstance(curvature, Gram | Kronecker):
+            raise UnsupportedProduct(f"LearnedRounding needs a Gram or a Kronecker, not a {type(curvature).__name__}")
+        return LearnedState(curvature, self.start.init(curvature))
+
+    def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
+        if not isinstance(constraint, Grid):
+            raise UnsupportedProduct(f"LearnedRounding solves Grid, not {type(constraint).__name__}")
+        start = self.start.compute(state.start, weight, constraint)
+        assert isinstance(start, GridCode)
+        settled = self._settled(state, weight, constraint, start)
+        learned = self._settled(state, weight, constraint, self.learned(state.curvature, weight, constraint, settled))
+        if isinstance(state.curvature, Gram):
+            return cheaper_codes(state.curvature, constraint, weight, learned, settled)
+        costs = [state.curvature.quadratic(constraint.decode(code) - weight) for code in (settled, learned)]
+        return learned if costs[1] < costs[0] else settled
+
+    def _settled(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+        if isinstance(state.curvature, Gram):
+            return settle_rows(code, state.curvature, grid, weight)
+        assert isinstance(self.start, TwoSidedFeedback)
+        return self.start.settled(state.start, weight, grid, code)
+
+    def learned(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
+        """The codes that descent from `start` on comes to, of the same scales."""
+        columns, scales = weight.shape[1], start.scales
+        step = grid.expand(scales.scale, columns).to(weight)
+        zero = 0 if scales.zero_point is None else grid.expand(scales.zero_point, columns).to(weight)
+        codes = start.codes.to(weight)
+        downhill = torch.where(curvature.matvec((codes - zero) * step - weight) * step < 0, 1.0, -1.0)
+        other = (codes + downhill).clamp(grid.lowest, grid.highest)
+        direction = (other - codes) * step
+        share = torch.full_like(weight, (self.first_share - LOW) / (HIGH - LOW))
+        logits = torch.logit(share)
+        level = step.square() * (curvature.trace() / curvature.shape.numel())
+        moments = torch.zeros_like(logits), torch.zeros_like(logits)
+        for number in range(self.steps):
+            sigmoid = torch.sigmoid(logits)
+            stretched = sigmoid * (HIGH - LOW) + LOW
+            share = stretched.clamp(0, 1)
+            slope = curvature.matvec((codes - zero) * step + share * direction - weight) * direction / level
+            done = (number / self.steps - FREE) / (1 - FREE)
+            if done > 0:
+                exponent = SHARPEST + (BLUNTEST - SHARPEST) * (1 + math.cos(math.pi * done)) / 2
+                side = 2 * share - 1
+                slope -= 2 * exponent * side.sign() * side.abs() ** (exponent - 1)
+            inside = (stretched > 0) & (stretched < 1)
+            _adam(logits, slope * sigmoid * (1 - sigmoid) * inside, moments, self.rate, number + 1)
+        return GridCode(torch.where(logits > 0, other, codes).to(torch.int8), scales)
+
+
+def _adam(values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, number: int) -> None:
+    """Step `number`, counted from 1, of Adam (Kingma and Ba, 2015), in place."""
+    first, second = moments
+    first.lerp_(gradient, 0.1)
+    second.lerp_(gradient.square(), 0.001)
+    values -= rate * (first / (1 - 0.9**number)) / ((second / (1 - 0.999**number)).sqrt() + 1e-8)
