@@ -23,21 +23,29 @@ LENGTH, EVALUATED = 256, 32
 CHANNELS, TIMES = [17, 80, 143, 201], 30.0
 READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
 Row = tuple[str, dict[str, Any]]
+ROTATIONS = ("gptq", "quarot", "kurtail")
+GRIDS = [{"bits": bits, "group_size": group} for bits, group in ((3, 64), (2, 32), (3, -1))]
+BYTES = {"bits": 8, "group_size": -1, "input_bits": 8}
+W4A8 = {"bits": 4, "group_size": 64, "input_bits": 8}
+W4A4 = {"bits": 4, "group_size": 64, "input_bits": 4}
+AWQ = {"bits": 3, "group_size": 64}
 TABLES: dict[str, list[Row]] = {
-    "weights": [
-        (method, {"bits": bits, "group_size": group})
-        for bits, group in ((3, 64), (2, 32), (3, -1))
-        for method in ("gptq", "quarot", "kurtail")
-    ],
+    "weights": [(method, grid) for grid in GRIDS for method in ROTATIONS],
+    "awq": [(method, AWQ) for method in ("rtn", "awq", "awq-dense")],
+    "w8a8": [(method, BYTES) for method in ("rtn", "smoothquant")],
+    "w4a8": [(method, W4A8) for method in ("gptq", "qqq", "quarot")],
+    "w4a4": [(method, W4A4) for method in ROTATIONS],
 }
 # What is claimed: the first costs less than the second, at the same setting.
 CLAIMS: list[tuple[str, str, str, str, dict[str, Any]]] = [
-    (f"{claim}, {bits} bits", "weights", better, worse, {"bits": bits, "group_size": group})
-    for bits, group in ((3, 64), (2, 32), (3, -1))
-    for claim, better, worse in (
-        ("rotating helps GPTQ", "quarot", "gptq"),
-        ("a learned rotation is better than a random one", "kurtail", "quarot"),
-    )
+    *(("rotating helps GPTQ", "weights", "quarot", "gptq", grid) for grid in GRIDS),
+    *(("a learned rotation is better than a random one", "weights", "kurtail", "quarot", grid) for grid in GRIDS),
+    ("AWQ is better than plain rounding", "awq", "awq", "rtn", AWQ),
+    ("scales taken into the layers before cost what they cost beside the layer", "awq", "awq", "awq-dense", AWQ),
+    ("smoothing helps where inputs are rounded", "w8a8", "smoothquant", "rtn", BYTES),
+    ("smoothing helps GPTQ where inputs are rounded", "w4a8", "qqq", "gptq", W4A8),
+    ("rotating helps GPTQ where inputs are rounded", "w4a4", "quarot", "gptq", W4A4),
+    ("a learned rotation is better than a random one", "w4a4", "kurtail", "quarot", W4A4),
 ]
 
 
@@ -92,7 +100,8 @@ def main() -> None:
                 first, second = (found.get((table, method, str(options), name)) for method in (better, worse))
                 if isinstance(first, float) and isinstance(second, float):
                     outcome = "holds" if first < second else "does not hold here"
-                    print(f"| {claim} | {name} | {first:.5f} (`{better}`) | {second:.5f} (`{worse}`) | {outcome} |")
+                    said = ", ".join([claim, *(f"{key} {value}" for key, value in options.items())])
+                    print(f"| {said} | {name} | {first:.5f} (`{better}`) | {second:.5f} (`{worse}`) | {outcome} |")
     print("\n", limits())
 
 

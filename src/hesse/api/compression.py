@@ -67,7 +67,7 @@ def compress(
         seed: of the choice of samples and of sampled labels.
         batch_size: samples that go through the model together; it changes memory and time, not the result.
         device: `auto`, `cpu`, or `cuda`.
-        format: `auto`, `pack-quantized`, `dense` or `low-rank`.
+        format: `auto`, `pack-quantized`, `int-quantized`, `dense` or `low-rank`.
         size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
             `mean_bits` or `loss` the recipe is planned: see `plan`.
         mean_bits: a budget of bits a weight over the planned layers, scales included.

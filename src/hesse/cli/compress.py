@@ -54,6 +54,9 @@ def compress(
         bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")
     ] = None,
     damping: Annotated[float | None, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = None,
+    input_bits: Annotated[
+        int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
@@ -66,7 +69,7 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    format: Annotated[str, typer.Option(help="auto, pack-quantized, dense or low-rank.")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, pack-quantized, int-quantized, dense or low-rank.")] = "auto",
     report: Annotated[
         Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
     ] = None,
@@ -90,6 +93,7 @@ def compress(
         rank=rank,
         act_order=act_order,
         damping=damping,
+        input_bits=input_bits,
     )
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:

@@ -1,12 +1,13 @@
 """The layers of one block: solved, put in their places, and written."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hesse.compression.input_rounding import rounding_cost
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layer_report import layer_report
 from hesse.compression.layers import LayerProblem, LayerSolver, digest
@@ -84,12 +85,13 @@ class BlockSolver:
 
     def _on_the_way(self, index: int, block: Block, flows: list[Flow], tensors: dict[str, Tensor]) -> list[Layer]:
         """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
-        grams = InputGrams(self.clock, self.processes)
+        rounded = any(rule is not None and rule.input_bits for rule in self.plan.rules.values())
+        grams = InputGrams(self.clock, self.processes, with_peaks=rounded)
 
         def change(layer: Layer) -> None:
             gram = grams.gram()  # of an ignored layer too: it ends what was collected
             if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, gram))
+                tensors.update(self._solve(layer, gram, grams.square_peak()))
 
         with self.clock.phase("calibrate"):
             return advance_with_stops(flows, block, index, grams.collect, change, self.paused)
@@ -108,8 +110,11 @@ class BlockSolver:
                 tensors.update(self._solve(layer, gram))
         return missed
 
-    def _solve(self, layer: Layer, gram: Gram) -> dict[str, Tensor]:
-        """Solve one layer, put the result in its place, and return the tensors to write for it."""
+    def _solve(self, layer: Layer, gram: Gram, square_peak: float | None = None) -> dict[str, Tensor]:
+        """Solve one layer, put the result in its place, and return the tensors to write for it.
+
+        `square_peak` is E[max|x|²] over its inputs, where that is known.
+        """
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
@@ -123,6 +128,13 @@ class BlockSolver:
         self.result.notes += solved.notes
         with self.clock.phase("predict"):
             report, notes = layer_report(problem, solved, stored, self.plan.format.stored_bits(layer.name))
+            if rule.input_bits is not None:
+                cost = None
+                if sensitivity is not None and square_peak is not None:
+                    cost = rounding_cost(stored, sensitivity, square_peak, rule.input_bits)
+                else:
+                    notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
+                report = replace(report, input_bits=rule.input_bits, predicted_input_loss=cost)
             self.result.layers.append(report)
             self.result.notes += notes
         with self.clock.phase("write"):

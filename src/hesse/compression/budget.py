@@ -136,6 +136,8 @@ def plan_budget(
             f"a budget is planned on a model as it is, and {request.method.name} rewrites it: give --bits, or use "
             "`hesse rotate` first and plan on what it writes"
         )
+    if request.options.over(request.method.defaults).input_bits is not None:
+        raise OptionError("a budget counts what weights cost, not their inputs: leave out --input-bits, or the budget")
     checkpoint, _, network = open_networks(model, device)
     names = [layer.name for layer in network.layers]
     check_patterns(names, (name for name, _ in network.model.named_modules()), request.ignore)

@@ -31,7 +31,7 @@ from hesse.models.stream import Flow, calibration_batch, start, take_up
 from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text, writing
 from hesse.processes import joined
 from hesse.progress import Clock, Progress, Silence, peak_memory
-from hesse.rewriting import Rewriting, Sight
+from hesse.rewriting import Rewriting, Sight, Target
 
 REPORT_FILE = "compression.json"
 RECIPE_FILE = "recipe.yaml"
@@ -134,7 +134,9 @@ def _rewrite(plan: Plan, rewriting: Rewriting, work: Unfinished, progress: Progr
     if work.processes.leads and work.journal.recall("rewriting") is None:
         progress.begin("rewrite", len(plan.network.blocks))
         size = plan.calibration.batch_size or calibration_batch(plan.length)
-        rewriting.find(Sight(plan.samples.batches(size), plan.calibration.seed, work.journal.folder, progress.advance))
+        targets = {name: Target(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()}
+        batches, seed = plan.samples.batches(size), plan.calibration.seed
+        rewriting.find(Sight(batches, targets, seed, work.journal.folder, progress.advance))
         with writing(path):
             rewriting.save(path)
         work.journal.record("rewriting", {}, [path])
@@ -213,7 +215,10 @@ class _Run:
         """Read the checkpoint back, and note what was found."""
         plan, folder = self.plan, self.work.checkpoint
         with self.clock.phase("verify"):
-            predicted = {layer.name: layer.predicted_loss_increase or 0.0 for layer in self.result.layers}
+            predicted = {
+                layer.name: (layer.predicted_loss_increase or 0.0) + (layer.predicted_input_loss or 0.0)
+                for layer in self.result.layers
+            }
             verification = verify(
                 folder,
                 plan.checkpoint,

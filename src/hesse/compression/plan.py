@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesse.compression.output import companion_notes
 from hesse.compression.rules import fisher_needs, fitting, reads_inputs, rules_for, whole_factors
-from hesse.compression.targets import check_served
+from hesse.compression.targets import check_inputs, check_served
 from hesse.compression.tokens import Calibration, factor_tokens, sample_length, select_samples
 from hesse.data import Samples
 from hesse.errors import CheckpointError, OptionError
@@ -74,6 +74,11 @@ def make_plan(
                 f"--curvature is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
                 "rotate` first, estimate on what it writes, and compress that"
             )
+        if any((sparse := rule.constraint.sparse) and sparse.scope in ("global", "lamp") for rule in recipe.rules):
+            raise OptionError(
+                f"shares over all layers are counted before a model is rewritten ({recipe.rewrite}): use the scope "
+                "layer or row, or `hesse rotate` first"
+            )
         rewriting = Rewriting(recipe.rewrite, original)
         checkpoint = rewriting.checkpoint
         dense = Network(checkpoint, torch.float32, device)
@@ -82,6 +87,8 @@ def make_plan(
     format = _format(format_name, network, rules)
     if target is not None:
         check_served(target, network, {layer.name: format.constraint(layer.name) for layer in network.layers})
+        for name, layer in format.layers.items():
+            check_inputs(target, name, layer.constraint, layer.input_bits)
     if statistics is not None:
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")
@@ -98,7 +105,7 @@ def make_plan(
         probed = max(probed, calibration.samples * sample_length(network, calibration.length))
     selected = select_samples(model, calibration, network, probed)
     samples = selected.samples
-    calibrated = reads_inputs(rules)
+    calibrated = reads_inputs(rules) or (rewriting is not None and rewriting.learns)
     if statistics is not None:
         same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
         if same:
@@ -175,5 +182,7 @@ def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Forma
     stored = []
     for layer in network.layers:
         constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
-        stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed))
+        rule = rules[layer.name]
+        inputs = None if rule is None else rule.input_bits
+        stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed, inputs))
     return choose_format(name, network, stored)

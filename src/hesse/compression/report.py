@@ -20,6 +20,8 @@ class LayerReport:
     rank: int | None  # where the layer is stored as two factors
     predicted_loss_increase: float | None
     relative_output_error: float | None  # E‖(W' - W)x‖² / E‖Wx‖²
+    input_bits: int | None = None  # that a loader rounds its inputs to
+    predicted_input_loss: float | None = None  # of that, in nats per token, beside that of the weights
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def rotate_checkpoint(
         waiting.mkdir()
         progress.begin("rotate", len(network.blocks))
         batches = selected.samples.batches(calibration.batch_size or calibration_batch(length))
-        rewriting.find(Sight(batches, calibration.seed, waiting, progress.advance))
+        rewriting.find(Sight(batches, {}, calibration.seed, waiting, progress.advance))
         _write(rewriting, network, waiting, folder)
         for path in waiting.iterdir():
             path.unlink()

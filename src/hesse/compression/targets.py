@@ -54,6 +54,22 @@ def refusal(target: str, constraint: Constraint | None, shape: torch.Size, trans
     return None
 
 
+def check_inputs(target: str, layer: str, constraint: Constraint | None, input_bits: int | None) -> None:
+    """Refuse rounded inputs that the loader `target` does not serve.
+
+    Raises:
+        OptionError: the message names the layer.
+    """
+    if target != "vllm" or input_bits is None:
+        return
+    served = isinstance(constraint, Grid) and (constraint.bits, constraint.group_size, input_bits) == (8, -1, 8)
+    if not served:
+        raise OptionError(
+            f"{layer}: vllm rounds inputs to 8 bits before weights of 8 bits with a scale a row only: use --bits 8 "
+            "--group-size -1 --input-bits 8"
+        )
+
+
 def check_served(target: str, network: Network, constraints: dict[str, Constraint | None]) -> None:
     """Refuse a recipe that the loader `target` does not serve, before any work is done.
 

@@ -4,18 +4,23 @@ from hesse.constraints import Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import Format, StoredLayer
 from hesse.formats.dense import DenseFormat
+from hesse.formats.integers import IntegerFormat
 from hesse.formats.low_rank import LowRankFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint
 from hesse.models.network import Network
 
-FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (PackedFormat, DenseFormat, LowRankFormat)}
+FORMATS: dict[str, type[Format]] = {
+    kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)
+}
 
 __all__ = ["FORMATS", "CompressedCheckpoint", "Format", "StoredLayer", "choose_format", "open_checkpoint"]
 
 
 def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -> Format:
     """The format of that name, or with `auto` the smallest that loads: packed, low-rank, or dense.
+
+    Codes of 8 bits whose inputs are rounded too are stored as bytes, which takes no more room: runtimes multiply those.
 
     Raises:
         OptionError: there is no such format, or it cannot store these layers.
@@ -25,16 +30,27 @@ def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -
         if any(isinstance(c, LowRank) for c in constraints):
             requested = LowRankFormat.name
         elif any(isinstance(c, Grid | SparseGrid) for c in constraints):
-            requested = PackedFormat.name
+            requested = IntegerFormat.name if _are_bytes(layers) else PackedFormat.name
         else:
             requested = DenseFormat.name
     if requested not in FORMATS:
         raise OptionError(f"there is no format {requested!r}; there are auto, {', '.join(FORMATS)}")
-    if requested == PackedFormat.name:
+    if requested in (PackedFormat.name, IntegerFormat.name):
         _check_packable(layers)
     if requested == LowRankFormat.name and not any(isinstance(c, LowRank) for c in constraints):
         raise OptionError("--format low-rank stores factorised layers, and there are none: use --format auto")
+    rounded = next((layer.name for layer in layers if layer.input_bits is not None), None)
+    if rounded is not None and not issubclass(FORMATS[requested], PackedFormat):
+        raise OptionError(f"{rounded}: {requested} weights are loaded without rounding inputs: use --format auto")
     return FORMATS[requested](network, layers)
+
+
+def _are_bytes(layers: list[StoredLayer]) -> bool:
+    """Whether all layers that are changed have 8 bits, and inputs that are rounded."""
+    changed = [layer for layer in layers if layer.constraint is not None]
+    grids = [c.grid if isinstance(c, SparseGrid) else c for c in (layer.constraint for layer in changed)]
+    eight = all(isinstance(grid, Grid) and grid.bits == 8 for grid in grids)
+    return eight and all(layer.input_bits is not None for layer in changed)
 
 
 def _check_packable(layers: list[StoredLayer]) -> None:

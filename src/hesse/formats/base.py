@@ -19,6 +19,7 @@ class StoredLayer:
     shape: torch.Size  # (out, in)
     constraint: Constraint | None  # None: left as it is
     transposed: bool  # the file holds (in, out)
+    input_bits: int | None = None  # that a loader rounds each token's inputs to; None: it does not
 
     @property
     def is_expert(self) -> bool:

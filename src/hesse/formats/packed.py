@@ -44,6 +44,7 @@ class PackedFormat(DenseFormat):
     """
 
     name = "pack-quantized"
+    layout = "pack-quantized"  # of codes, in compressed-tensors' words
 
     def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
         self._cut: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
@@ -96,6 +97,9 @@ class PackedFormat(DenseFormat):
                 f"{next(iter(self.packed))}: asymmetric grids, and the layers of GPT-2 and Falcon, load from "
                 f"transformers 5.23 on, and this is {transformers.__version__}: update it, or use --format dense"
             )
+        for name, layer in self.layers.items():
+            if layer.input_bits is not None and (reason := self._unrounded(layer)) is not None:
+                raise OptionError(f"{name}: its inputs cannot be rounded: {reason}; leave out --input-bits")
         experts = [layer for layer in self.packed.values() if layer.is_expert]
         others = [layer for layer in self.packed.values() if not layer.is_expert]
         all_experts = [layer for layer in self.layers.values() if layer.is_expert]
@@ -112,6 +116,20 @@ class PackedFormat(DenseFormat):
                 f"{others[0].name}: transformers loads asymmetric grids, and the layers of GPT-2 and Falcon, only if "
                 "all layers share one scheme; give them one rule, use --symmetric, or --format dense"
             )
+
+    def _unrounded(self, layer: StoredLayer) -> str | None:
+        """Why loaders would not round the inputs of a layer; None if they do."""
+        if layer.name not in self.packed:
+            return "loaders do that before a layer of codes only"
+        if layer.is_expert:
+            return "transformers keeps experts in one tensor"
+        return (
+            "asymmetric grids and the layers of GPT-2 and Falcon load as dense" if self.unpacks_while_loading else None
+        )
+
+    def grid(self, name: str) -> Grid:
+        """The grid of a quantised layer."""
+        return _grid_of(self.layers[name])
 
     def _scheme(self, layer: StoredLayer) -> Scheme:
         """The quantisation arguments that a loader needs for a layer."""
@@ -135,11 +153,7 @@ class PackedFormat(DenseFormat):
         codes, scale, zero_point = encoded.codes, encoded.scales.scale.to(grid.dtype), encoded.scales.zero_point
         if layer.transposed:
             codes, scale = codes.T, scale.T
-        own = {
-            f"{name}.weight_packed": pack_to_int32(codes.contiguous(), grid.bits).contiguous(),
-            f"{name}.weight_scale": scale.contiguous(),
-            f"{name}.weight_shape": torch.tensor(codes.shape),
-        }
+        own = {**self.codes(name, codes), f"{name}.weight_scale": scale.contiguous()}
         if zero_point is not None:
             whole = zero_point.to(torch.int8)
             block = self._scheme(layer)["strategy"] == "block"
@@ -147,6 +161,11 @@ class PackedFormat(DenseFormat):
             stored = stored if block else pack_to_int32(stored, grid.bits, packed_dim=0).contiguous()
             own[f"{name}.weight_zero_point"] = stored
         return own if bias is None else {**own, f"{name}.bias": bias}
+
+    def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        """The tensors of a layer's codes, in the orientation of the file."""
+        packed = pack_to_int32(codes.contiguous(), self.grid(name).bits).contiguous()
+        return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor(codes.shape)}
 
     def stored_bits(self, name: str) -> float:
         if name not in self.packed:
@@ -170,13 +189,13 @@ class PackedFormat(DenseFormat):
         """The `quantization_config` of config.json."""
         schemes: dict[str, list[StoredLayer]] = {}
         for layer in self.packed.values():
-            schemes.setdefault(str(self._scheme(layer)), []).append(layer)
+            schemes.setdefault(f"{self._scheme(layer)} {layer.input_bits}", []).append(layer)
         groups = [self._group(layers, alone=len(schemes) == 1) for layers in schemes.values()]
         if any(layer.is_expert for layer in self.layers.values()) and not self._expert_widths:
             groups.append(NO_EXPERTS)
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": self.layout,
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": [*self._ignored(), *also_ignore],
@@ -191,7 +210,12 @@ class PackedFormat(DenseFormat):
         else:
             targets = [self._pattern(layer.name) for layer in layers if not layer.is_expert]
             targets += [EXPERTS] if any(layer.is_expert for layer in layers) else []
-        return {"targets": targets, "weights": self._scheme(layers[0])}
+        group = {"targets": targets, "weights": self._scheme(layers[0])}
+        bits = layers[0].input_bits
+        if bits is None:
+            return group
+        inputs = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        return {**group, "input_activations": inputs, "format": self.layout}
 
     def _ignored(self) -> list[str]:
         """Linear layers that are not packed, in names that also match when the base model is loaded alone."""

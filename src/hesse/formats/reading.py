@@ -1,12 +1,15 @@
 """Any checkpoint that Hesse or its peers write, presented as the dense tensors it stands for."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
 from hesse.errors import CheckpointError
@@ -141,6 +144,22 @@ class CompressedCheckpoint(Checkpoint):
         """Whether the weight of `layer` is stored as codes."""
         return layer in self._quantised
 
+    def input_rounding(self, layer: str) -> Callable[[Tensor], Tensor] | None:
+        """By compressed-tensors' own arithmetic.
+
+        Raises:
+            CheckpointError: with stored scales, or of outputs, which Hesse does not do.
+        """
+        scheme = self.scheme(layer)[1] if self.is_quantised(layer) else None
+        if scheme is None or (scheme.input_activations is None and scheme.output_activations is None):
+            return None
+        if scheme.output_activations is not None or scheme.input_activations.dynamic is not True:
+            raise CheckpointError(
+                f"{self.folder}: {layer} rounds its inputs with scales that are stored, or its outputs, which Hesse "
+                "does not do: what it would measure is another model; use one that rounds inputs dynamically"
+            )
+        return partial(_rounded, scheme.input_activations)
+
     def scheme(self, layer: str) -> tuple[str, QuantizationScheme]:
         """Format and scheme of the first target that names the layer, its pattern or any class of layers.
 
@@ -155,6 +174,12 @@ class CompressedCheckpoint(Checkpoint):
             if named:
                 return chosen
         raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")
+
+
+def _rounded(arguments: QuantizationArgs, inputs: Tensor) -> Tensor:
+    scale, zero_point = compute_dynamic_scales_and_zp(inputs, arguments, None)
+    rounded: Tensor = fake_quantize(inputs, scale, zero_point, arguments)
+    return rounded
 
 
 def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tuple[str, QuantizationScheme]]:

@@ -46,6 +46,7 @@ class Options:
     books: int | None = None
     act_order: bool | None = None
     damping: float | None = None
+    input_bits: int | None = None
 
     def over(self, defaults: "Options") -> "Options":
         """These options where given, `defaults` elsewhere."""
@@ -101,7 +102,9 @@ class Method:
             order="descending" if descending else "given",
             **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
         )
-        rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver)
+        if chosen.input_bits is not None and not 2 <= chosen.input_bits <= 8:
+            raise OptionError(f"--input-bits is {chosen.input_bits}, but must be between 2 and 8")
+        rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver, input_bits=chosen.input_bits)
         return Recipe(method=self.name, rules=(rule,), ignore=ignore, rewrite=self.rewrite)
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
@@ -143,6 +146,7 @@ class Method:
             **dict.fromkeys(("vector_length", "books"), "vector_codebook" in has),
             "act_order": self.solver in ORDERED,
             "damping": self.solver not in UNDAMPED,
+            "input_bits": grid and self.basis == "own",
         }
         if options.bits == 0:
             raise OptionError("bits is 0, but a Grid has 2 to 8")

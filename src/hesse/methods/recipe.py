@@ -14,7 +14,8 @@ from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
 
-Rewrite = Literal["hadamard", "kurtail"]  # what `hesse.rewriting` knows
+# What `hesse.rewriting` does to a model before it is rounded, its function unchanged.
+Rewrite = Literal["hadamard", "kurtail", "activation_aware", "smoothing", "outlier_smoothing"]
 
 
 class Rule(Strict):
@@ -24,6 +25,7 @@ class Rule(Strict):
     curvature: str
     constraint: ConstraintOptions
     solver: SolverOptions
+    input_bits: int | None = Field(default=None, ge=2, le=8)  # that a loader rounds each token's inputs to
 
     @field_validator("curvature")
     @classmethod

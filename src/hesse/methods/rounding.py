@@ -79,13 +79,13 @@ METHODS = (
         defaults=Options(table="fp4", group_size=128, act_order=True, damping=0.01),
     ),
     Method(
-        name="awq",
+        name="awq-dense",
         curvature="gram",
         constraints=("grid",),
         basis="scaled",
         solver="activation_aware",
         source="Lin et al., 2023, arXiv:2306.00978",
-        needs="calibration text; stored dense, since the scales are not taken into the layers before",
+        needs="calibration text; stored dense, since the scales are not taken into the layers before, as awq does",
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.06),
     ),
     Method(

@@ -1,7 +1,7 @@
 """A model's tensors on disk: named, read one at a time, never all at once."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,10 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Type of the stored tensor `name`."""
         return self._entry(name)[0]
+
+    def input_rounding(self, layer: str) -> Callable[[Tensor], Tensor] | None:
+        """What is done to the inputs of `layer` (..., tokens, in) before they meet its weight; None for nothing."""
+        return None
 
     def _entry(self, name: str) -> tuple[torch.dtype, torch.Size]:
         if name not in self._header:

@@ -1,9 +1,10 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,15 @@ class Network:
         name, blocks = _find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
+        self._round_inputs()
+
+    def _round_inputs(self) -> None:
+        """Have linear layers round their inputs where the checkpoint says that a loader does."""
+        for name, module in self.model.named_modules():
+            source = self.sources.get(f"{name}.weight", "")
+            rounding = self.checkpoint.input_rounding(source.removesuffix(".weight"))
+            if rounding is not None and isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(partial(_rounded, rounding))
 
     def in_dtype(self, dtype: torch.dtype) -> "Network":
         """The same modules with weights loaded as `dtype`; only one of the two may have weights in memory at a time."""
@@ -238,6 +248,10 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
             f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
             "config and weights do not belong together"
         )
+
+
+def _rounded(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+    return rounding(arguments[0])
 
 
 def _forget(module: nn.Module) -> None:

@@ -80,6 +80,8 @@ def compress_module(
     wanted = _recipe(method, recipe, options, layers, ignore)
     if wanted.rewrite is not None:
         raise OptionError(f"{wanted.rewrite} rewrites language models on disk, not modules: choose another method")
+    if any(rule.input_bits is not None for rule in wanted.rules):
+        raise OptionError("inputs are rounded in language models on disk, not in modules: leave out the bits of inputs")
     copy, found, notes = copied(model)
     shapes = {layer.name: layer.weight.shape for layer in found}
     weights = {layer.name: partial(_weight, layer) for layer in found}

@@ -2,5 +2,6 @@
 
 from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
 from hesse.rewriting.rewriting import ROTATIONS, Rewriting, Sight
+from hesse.rewriting.scales import SCALINGS, Target
 
-__all__ = ["ROTATIONS", "Change", "Rewriting", "RewrittenCheckpoint", "Sight"]
+__all__ = ["ROTATIONS", "SCALINGS", "Change", "Rewriting", "RewrittenCheckpoint", "Sight", "Target"]

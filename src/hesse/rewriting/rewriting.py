@@ -1,6 +1,6 @@
 """A rewriting of one model: what may be changed, found from data where it is, and the checkpoint that comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hesse.models.stream import start
 from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
 from hesse.rewriting.maps import Folding, Map, Rotation, Scaling
 from hesse.rewriting.rotation import draw_rotations, fold_norms, learn_rotations
+from hesse.rewriting.scales import SCALINGS, Target, search_scales
 from hesse.rewriting.streams import HEAD, Stream, find_streams
 
 ROTATIONS = ("hadamard", "kurtail")
@@ -25,6 +26,7 @@ class Sight:
     """What a rewriting that is learned looks at."""
 
     batches: list[Tensor]  # of token ids (samples, tokens)
+    targets: Mapping[str, Target]  # what each layer will be rounded to, for scales
     seed: int
     folder: Path | None  # where hidden states wait, or None for memory
     step: Callable[[], None]  # after each block
@@ -47,6 +49,11 @@ class Rewriting:
         self.checkpoint = RewrittenCheckpoint(self.base, head=network.sources[HEAD] if rotates else None)
 
     @property
+    def learns(self) -> bool:
+        """Whether it looks at data."""
+        return self.kind != "hadamard"
+
+    @property
     def working_bytes(self) -> int:
         """Memory that reading the rewritten model takes at most, besides what is read."""
         turned = [stream for stream in self.streams.all if stream is self.streams.residual or stream.heads > 1]
@@ -60,6 +67,11 @@ class Rewriting:
         Raises:
             DataError: the model overflows on the samples.
         """
+        if self.kind in SCALINGS:
+            flows = start(self.network, sight.batches, Shelf(sight.folder, "rewrite"))
+            parts = (self.network, self.streams, flows, sight.targets, sight.step)
+            self.checkpoint.change(search_scales(self.kind, *parts))
+            return
         folds = fold_norms(self.base, self.streams)
         self.checkpoint.change(folds)
         if self.kind == "hadamard":

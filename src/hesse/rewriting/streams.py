@@ -16,6 +16,7 @@ class Stream:
     writers: tuple[str, ...]  # weights (features, in), and biases and the scales of norms (features,)
     readers: tuple[str, ...]  # weights (out, features), or with each head repeated (out, features · repeats)
     heads: int = 1  # equal parts of the features that nothing may mix
+    repeats: int = 1  # how often in a row readers see each head
     offset: float = 0.0  # what the model adds to what is stored of the writers: 1 for norms that scale by 1 + w
 
     @property
@@ -120,6 +121,7 @@ def _block_streams(network: Network, block: str, family: Family) -> BlockStreams
     queries = stored("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
     gates = stored("mlp.gate_proj.weight", "mlp.up_proj.weight")
     heads = int(network.model.config.num_key_value_heads)
+    repeats = int(network.model.config.num_attention_heads) // heads
     offset = family.offset
     return BlockStreams(
         Stream(f"{block}.attention", stored("input_layernorm.weight"), queries, offset=offset),
@@ -129,6 +131,7 @@ def _block_streams(network: Network, block: str, family: Family) -> BlockStreams
             stored("self_attn.v_proj.weight", "self_attn.v_proj.bias"),
             stored("self_attn.o_proj.weight"),
             heads,
+            repeats,
         ),
         Stream(f"{block}.inner", stored("mlp.up_proj.weight", "mlp.up_proj.bias"), stored("mlp.down_proj.weight")),
     )

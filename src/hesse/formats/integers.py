@@ -1,0 +1,34 @@
+"""The int-quantized layout of compressed-tensors: a byte a weight, for runtimes that multiply rounded inputs by it."""
+
+import torch
+from torch import Tensor
+
+from hesse.errors import OptionError
+from hesse.formats.base import StoredLayer
+from hesse.formats.packed import PackedFormat
+from hesse.models.network import Network
+
+
+class IntegerFormat(PackedFormat):
+    """Codes of 8 bits as int8, one scale a group in the checkpoint's type; what is not quantised is dense.
+
+    Layers of fewer bits would take as much room: those are refused.
+    """
+
+    name = "int-quantized"
+    layout = "int-quantized"
+
+    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
+        super().__init__(network, layers)
+        for name in self.packed:
+            if (bits := self.grid(name).bits) != 8:
+                raise OptionError(f"{name}: {self.name} stores {bits} bits in 8: use --format auto")
+
+    def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return {f"{name}.weight": codes.contiguous()}
+
+    def stored_bits(self, name: str) -> float:
+        if name not in self.packed:
+            return super().stored_bits(name)
+        groups = self.grid(name).groups(self.layers[name].shape[1]) / self.layers[name].shape[1]
+        return 8 + groups * torch.finfo(self.grid(name).dtype).bits
