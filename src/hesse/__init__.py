@@ -27,7 +27,7 @@ from hesse.training import Distillation, GradualSchedule, Training, held_zeros, 
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import benchmark, compress, estimate, evaluate, export, inspect, plan, repair, rotate
+    from hesse.api import benchmark, compress, drop_blocks, estimate, evaluate, export, inspect, plan, repair, rotate
     from hesse.modules import ModuleReport, compress_module, prune_module
     from hesse.structured import only_train_once, prune_groups
 
@@ -64,6 +64,7 @@ __all__ = [
     "benchmark",
     "compress",
     "compress_module",
+    "drop_blocks",
     "estimate",
     "evaluate",
     "export",

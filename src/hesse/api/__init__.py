@@ -1,8 +1,20 @@
 """`hesse.compress`, `hesse.evaluate` and the others: what the command line does, from Python."""
 
+from hesse.api.blocks import drop_blocks
 from hesse.api.compression import compress, estimate, plan, rotate
 from hesse.api.measurement import evaluate, inspect
 from hesse.api.repairing import repair
 from hesse.api.runtimes import benchmark, export
 
-__all__ = ["benchmark", "compress", "estimate", "evaluate", "export", "inspect", "plan", "repair", "rotate"]
+__all__ = [
+    "benchmark",
+    "compress",
+    "drop_blocks",
+    "estimate",
+    "evaluate",
+    "export",
+    "inspect",
+    "plan",
+    "repair",
+    "rotate",
+]

@@ -2,6 +2,8 @@
 
 from hesse.compression.budget import Budget, BudgetPlan, BudgetRequest, plan_budget
 from hesse.compression.compress import compress_checkpoint
+from hesse.compression.drop_blocks import DropRequest, drop_blocks_checkpoint
+from hesse.compression.drop_report import DroppedBlock, DropReport
 from hesse.compression.estimate import estimate_checkpoint
 from hesse.compression.measurements import (
     Continuation,
@@ -24,6 +26,9 @@ __all__ = [
     "Calibration",
     "CompressionReport",
     "Continuation",
+    "DropReport",
+    "DropRequest",
+    "DroppedBlock",
     "LayerMeasurement",
     "LayerReport",
     "LinePoint",
@@ -36,6 +41,7 @@ __all__ = [
     "TextMeasurement",
     "Verification",
     "compress_checkpoint",
+    "drop_blocks_checkpoint",
     "estimate_checkpoint",
     "plan_budget",
     "repair_checkpoint",

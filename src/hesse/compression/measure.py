@@ -80,8 +80,8 @@ class Beside:
             "seen": [] if seen is None else start(network, seen.batches(size), Shelf(folder, "seen")),
             "few": start(network, replace(check, ids=tuple(few)).batches(size), Shelf(folder, "few")),
         }
-        self._line: Walks = {share: _branch(self._dense["check"]) for share in SHARES}
-        self._seen = _branch(self._dense["seen"])
+        self._line: Walks = {share: branch(self._dense["check"]) for share in SHARES}
+        self._seen = branch(self._dense["seen"])
         self._alone: Walks = {}
         self._members: dict[str, list[str]] = {}
 
@@ -119,7 +119,7 @@ class Beside:
             advance(flows, module, index)
         for name, members in _groups(layers).items():
             self._members[name] = [layer.name for layer in members]
-            self._alone[name] = _branch(self._dense["few"])
+            self._alone[name] = branch(self._dense["few"])
             with _moved(members, weights, 1.0):
                 advance(self._alone[name], module, index)
         for share in SHARES:
@@ -128,13 +128,13 @@ class Beside:
         for flows in self._dense.values():
             advance(flows, module, index)
 
-    def _compare(self) -> "dict[str | float, _Difference]":
+    def _compare(self) -> "dict[str | float, Difference]":
         """What the flows of each walk predict, against the dense ones from the same samples."""
         of_dense: dict[str, Walks] = {"few": self._alone, "check": self._line, "seen": {"seen": self._seen}}
-        found: dict[str | float, _Difference] = {}
+        found: dict[str | float, Difference] = {}
         with self._network.surroundings() as model, torch.no_grad():
             for kind, several in of_dense.items():
-                found.update({key: _Difference(self._network.kind == "encoder") for key in several})
+                found.update({key: Difference(self._network.kind == "encoder") for key in several})
                 for number, dense in enumerate(self._dense[kind]):
                     wanted = finish(self._network, model, dense)
                     for key, flows in several.items():
@@ -142,7 +142,7 @@ class Beside:
         return found
 
 
-class _Difference:
+class Difference:
     """Sums over tokens of how far one model is from another."""
 
     def __init__(self, encoder: bool) -> None:
@@ -165,7 +165,7 @@ class _Difference:
         return TextMeasurement(samples, totals.tokens, self.measured(), *losses, totals.agreement / totals.tokens)
 
 
-def _branch(flows: list[Flow]) -> list[Flow]:
+def branch(flows: list[Flow]) -> list[Flow]:
     """The same samples at the same place, to go another way from here."""
     return [replace(flow) for flow in flows]
 

@@ -1,7 +1,7 @@
 """Named triples curvature × constraint × solver, and recipes that say them per layer."""
 
 from hesse.errors import OptionError
-from hesse.methods import allocation, low_rank, networks, pruning, rewriting, rounding, structured, training
+from hesse.methods import allocation, blocks, low_rank, networks, pruning, rewriting, rounding, structured, training
 from hesse.methods.method import Method, Options
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.row import Row
@@ -12,6 +12,7 @@ DEFAULT_METHOD = "kronecker"
 TABLE: tuple[Row, ...] = (
     *(method.row for method in METHODS.values()),
     *allocation.ROWS,
+    *blocks.ROWS,
     *low_rank.ROWS,
     *networks.ROWS,
     *structured.ROWS,

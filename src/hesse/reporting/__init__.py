@@ -1,5 +1,6 @@
 """What a person reads."""
 
+from hesse.reporting.blocks import blocks_summary
 from hesse.reporting.compression import compression_page
 from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
@@ -8,6 +9,7 @@ from hesse.reporting.repair import repair_summary
 from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table
 
 __all__ = [
+    "blocks_summary",
     "check_page",
     "compression_page",
     "compression_summary",
