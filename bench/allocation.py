@@ -2,7 +2,7 @@
 
     python bench/allocation.py [--only bits,bisect,tiles,checkpoint] [--seeds 5]
 
-"bits", "bisect" and "tiles" train vision transformers of three blocks on scikit-learn's digits, one a seed, and measure
+"bits", "bisect" and "tiles" train vision transformers on scikit-learn's digits, one a seed, and measure
 on images that neither training nor planning saw: KL(dense || changed) of equally large plans, the size at an equal
 floor, and the loss of equally sparse ones before and after the same training. "checkpoint" plans the default model by
 `hesse compress --bits 3.2 --allocation ...`. Prints Markdown.
@@ -40,7 +40,8 @@ import digits
 BITS = (8, 6, 4, 3, 2)
 PREDICTORS = ("hawq", "hawq-v2", "q-bert", "second-order", "inter-layer", "q-vlm")
 RANDOM_PLANS = 10
-SAMPLES = 256  # that plans look at
+SAMPLES = 128  # that plans look at
+BATCH = 32
 TILE = (4, 4)
 FINE_TUNING = 4  # epochs
 
@@ -48,13 +49,14 @@ FINE_TUNING = 4  # epochs
 def network(seed: int) -> nn.Module:
     """A vision transformer that knows the digits."""
     torch.manual_seed(seed)
-    return digits.train(digits.VisionTransformer(blocks=3), digits.EPOCHS["vit"], seed=seed)
+    return digits.train(digits.VisionTransformer(), digits.EPOCHS["vit"], seed=seed)
 
 
 def objective_of(model: nn.Module) -> Objective:
     """The loss on images that it was trained on, of the matrices inside the blocks."""
     names = [n for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks")]
-    return Objective.of(model, CrossEntropy(), digits.batches("train", SAMPLES), names)
+    images, labels = (part[:SAMPLES].split(BATCH) for part in digits.digits()[0])
+    return Objective.of(model, CrossEntropy(), list(zip(images, labels, strict=True)), names)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -210,13 +212,10 @@ def tiles(seeds: int) -> None:
             masks = {
                 "norm, each matrix": magnitude_tiles(objective, kept, everywhere=False),
                 "norm, all matrices": magnitude_tiles(objective, kept, everywhere=True),
-                "LPViT, mean gradient": plan_tiles(objective, kept, tile=TILE, levels=128).masks,
-                "LPViT, empirical Fisher": plan_tiles(
-                    objective, kept, tile=TILE, levels=128, gradients="empirical", damping=0.1
-                ).masks,
-                "LPViT, true Fisher": plan_tiles(
-                    objective, kept, tile=TILE, levels=128, gradients="sampled", damping=0.1
-                ).masks,
+                "curves: mean gradient, λ 1 (LPViT)": plan_tiles(objective, kept, gradients="mean").masks,
+                "curves: mean gradient, λ 10⁶": plan_tiles(objective, kept, gradients="mean", damping=1e6).masks,
+                "curves: empirical Fisher": plan_tiles(objective, kept, gradients="empirical").masks,
+                "curves: true Fisher": plan_tiles(objective, kept).masks,
             }
             for name, own in masks.items():
                 copied = deepcopy(model)

@@ -54,7 +54,7 @@ ROWS = (
     ),
     Row(
         name="lpvit",
-        curvature="squared gradient + λI",
+        curvature="fisher of samples, or squared gradient",
         constraint=("sparse",),
         solver="common_slope",
         source="Xu et al., 2024, arXiv:2407.02068",

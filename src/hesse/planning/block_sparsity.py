@@ -35,7 +35,7 @@ class TilePlan:
 class TileCosts:
     """What removing tiles of one matrix costs: gᵀd + ½ dᵀ((1/m) Σ g_i g_iᵀ + λI) d, with d = -w in the tiles."""
 
-    slope: Tensor  # gᵀd of each tile (rows, columns)
+    slope: Tensor  # gᵀd of each tile (rows, columns), or zeros
     along: Tensor  # g_iᵀd (m, rows, columns)
     squares: Tensor  # ‖w‖² (rows, columns)
     damping: float
@@ -59,7 +59,7 @@ def plan_tiles(
     kept: float,
     *,
     tile: tuple[int, int] = (4, 4),
-    gradients: Gradients = "mean",
+    gradients: Gradients = "sampled",
     damping: float = 1.0,
     cost: Mapping[str, float] | None = None,
     levels: int = 32,
@@ -67,12 +67,14 @@ def plan_tiles(
 ) -> TilePlan:
     """Which tiles (rows, columns) of each matrix of the objective to keep, for a share `kept` of what all of them cost.
 
-    `gradients="mean"` is the paper's second-order term: the gradient of the whole loss, squared, with λ `damping` times
-    its mean square. "sampled" and "empirical" take those of single samples, whose mean square is a Fisher (of labels
-    drawn from the model, or of the data's) and, unlike the former, does not vanish at a minimum; λ is then as many
-    times its mean eigenvalue. Less than `kept` stays where the gradient says that the loss falls. `cost` is what a
-    weight of a parameter costs, such as the positions it is applied at for multiplications, or joules; without it all
-    cost the same. A layer keeps one tile or more. Source: LPViT (Xu et al., 2024, arXiv:2407.02068).
+    `gradients="sampled"` and "empirical" take the gradients of single samples, whose mean square is a Fisher (of labels
+    drawn from the model, or of the data's), and no slope, which is zero where training ended; λ is `damping` times its
+    mean eigenvalue. "mean" is LPViT's own form, gᵀd + ½ dᵀ(gg' + λI)d with the gradient g of the whole loss, and λ as
+    many times its mean square: where g is small, what it says of tiles as large as these is noise. Less than `kept`
+    stays where it says that the loss falls.
+
+    `cost` is what a weight of a parameter costs, such as the positions it is applied at for multiplications, or joules;
+    without it all cost the same. A layer keeps one tile or more. Source: LPViT (Xu et al., 2024, arXiv:2407.02068).
 
     Raises:
         OptionError: a parameter is no matrix or does not divide into tiles, or `kept` has no meaning or is not reached.
@@ -110,11 +112,11 @@ def plan_tiles(
 def _tile_costs(
     objective: Objective, tile: tuple[int, int], gradients: Gradients, damping: float, seed: int
 ) -> dict[str, TileCosts]:
-    mean = objective.gradient()
-    slopes = _along(objective, mean[None], tile)
     squares = {name: _tiled(p.detach().double().square(), tile) for name, p in objective.named.items()}
     if gradients == "mean":
-        level, along = float(mean.double().square().mean()), slopes
+        mean = objective.gradient()
+        along, level = _along(objective, mean[None], tile), float(mean.double().square().mean())
+        slopes = {name: own[0] for name, own in along.items()}
     else:
         parts, total, count = [], 0.0, 0
         for rows in per_sample_gradients(objective, gradients, seed=seed):
@@ -123,7 +125,8 @@ def _tile_costs(
         factor = (objective.scale * count) ** 0.5  # so that their mean square is in the unit of the loss
         along = {name: factor * torch.cat([part[name] for part in parts]) for name in squares}
         level = total * objective.scale / objective.size
-    return {name: TileCosts(slopes[name][0], along[name], squares[name], damping * level) for name in squares}
+        slopes = {name: torch.zeros_like(own) for name, own in squares.items()}
+    return {name: TileCosts(slopes[name], along[name], squares[name], damping * level) for name in squares}
 
 
 def _along(objective: Objective, gradients: Tensor, tile: tuple[int, int]) -> dict[str, Tensor]:
