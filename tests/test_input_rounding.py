@@ -16,6 +16,7 @@ from hesse.compression.input_rounding import rounding_cost
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import open_checkpoint
+from hesse.formats.codes import read_grid_code, stored_grid
 from hesse.methods import Recipe
 from hesse.models.network import Network
 
@@ -116,6 +117,24 @@ def test_bits_on_disk_are_those_that_are_said(family_folder: FolderOf, tmp_path:
     assert all(stored[f"{layer.name}.weight"].dtype == torch.int8 for layer in report.layers)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     assert report.bits_per_weight == pytest.approx(8 * sum(tensor.nbytes for tensor in stored.values()) / weights)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_bytes_are_exported_as_they_are_and_what_is_lost_is_said(
+    target: str, family_folder: FolderOf, tmp_path: Path
+) -> None:
+    pytest.importorskip(target)
+    out = tmp_path / "out"
+    compress(family_folder("llama"), out, method="rtn", **BYTES)
+    checkpoint, layer = open_checkpoint(out), "model.layers.1.self_attn.v_proj"
+    grid = stored_grid(checkpoint, layer)
+    assert grid == Grid(8, -1)
+    assert torch.equal(
+        grid.decode(read_grid_code(checkpoint, layer)), checkpoint.read([f"{layer}.weight"])[f"{layer}.weight"]
+    )
+    report = hesse.export(out, tmp_path / f"model.{target}", to=target)
+    assert len(report.layers) == 14
+    assert any("14 layers: inputs are not rounded" in note for note in report.notes)
 
 
 def test_layers_may_differ(half_folder: FolderOf, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def export_checkpoint(
         layers=written.layers,
         dense=written.dense,
         tensors_checked=written.tensors_checked,
-        notes=[*written.notes, *_departures(written.layers)],
+        notes=[*written.notes, *_departures(written.layers), *_unrounded(checkpoint, target)],
         versions={"hesse": version} | {package: package_version(package) for package in chosen.packages},
     )
 
@@ -103,6 +103,13 @@ def find_target(name: str) -> Target:
     if missing:
         raise OptionError(f"exporting to {name} needs {' and '.join(missing)}: {target.install}")
     return target
+
+
+def _unrounded(checkpoint: Checkpoint, target: str) -> list[str]:
+    """A sentence where loaders of the checkpoint would round inputs."""
+    layers = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(".weight")]
+    count = sum(checkpoint.input_rounding(layer) is not None for layer in layers)
+    return [f"{count} layers: inputs are not rounded in {target}, as transformers does for this model"] if count else []
 
 
 def _departures(layers: list[ExportedLayer]) -> list[str]:

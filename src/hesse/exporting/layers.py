@@ -58,9 +58,10 @@ def _source(checkpoint: Checkpoint, name: str) -> Source:
     grid = stored_grid(checkpoint, layer) if part == "weight" else None
     if grid is not None:
         assert isinstance(checkpoint, CompressedCheckpoint)
-        stored = checkpoint.packed_shape(layer)
+        stored = checkpoint.code_shape(layer)
         return Source(name, stored[::-1] if is_transposed(checkpoint, layer) else stored, grid.dtype, grid)
-    if name in checkpoint.shard_of:
+    quantised = isinstance(checkpoint, CompressedCheckpoint) and checkpoint.is_quantised(layer)
+    if name in checkpoint.shard_of and not (quantised and part == "weight"):
         return Source(name, checkpoint.shape(name), checkpoint.dtype(name), None)
     tensor = checkpoint.read([name])[name]  # codes of another kind
     return Source(name, tensor.shape, tensor.dtype, None)

@@ -7,6 +7,7 @@ from torch import Tensor
 from hesse.constraints import Grid, GridCode
 from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, reason
+from hesse.formats.integers import IntegerFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint
 from hesse.models.checkpoint import Checkpoint
@@ -18,7 +19,8 @@ def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:
         return None
     format, scheme = checkpoint.scheme(layer)
     arguments = scheme.weights
-    if format != PackedFormat.name or arguments is None or arguments.type != "int":
+    bytes_each = format == IntegerFormat.name and arguments is not None and arguments.symmetric
+    if not (format == PackedFormat.name or bytes_each) or arguments is None or arguments.type != "int":
         return None
     group_size = -1 if (width := _group_width(arguments)) is None else width
     dtype = checkpoint.dtype(f"{layer}.weight_scale")
@@ -35,12 +37,17 @@ def read_grid_code(checkpoint: Checkpoint, layer: str) -> GridCode:
     """
     grid = stored_grid(checkpoint, layer)
     assert grid is not None and isinstance(checkpoint, CompressedCheckpoint)
-    parts = ["weight_packed", "weight_scale", *([] if grid.symmetric else ["weight_zero_point"])]
+    packed = f"{layer}.weight_packed" in checkpoint.shard_of
+    parts = [
+        "weight_packed" if packed else "weight",
+        "weight_scale",
+        *([] if grid.symmetric else ["weight_zero_point"]),
+    ]
     stored = checkpoint.read_stored([f"{layer}.{part}" for part in parts])
-    packed, scale = (stored[f"{layer}.{part}"] for part in parts[:2])
+    codes, scale = (stored[f"{layer}.{part}"] for part in parts[:2])
     arguments = checkpoint.scheme(layer)[1].weights
     try:
-        codes = unpack_from_int32(packed, grid.bits, checkpoint.packed_shape(layer))
+        codes = unpack_from_int32(codes, grid.bits, checkpoint.code_shape(layer)) if packed else codes
         zero_point = None if grid.symmetric else _zero_point(stored[f"{layer}.weight_zero_point"], arguments, scale)
     except (IndexError, RuntimeError, ValueError) as error:
         raise CheckpointError(

@@ -127,12 +127,14 @@ class CompressedCheckpoint(Checkpoint):
             ) from None
         return weight
 
-    def packed_shape(self, layer: str) -> torch.Size:
-        """Shape of the codes of a layer that is packed into words, as on disk.
+    def code_shape(self, layer: str) -> torch.Size:
+        """Shape of the codes of a layer that has a byte for each, or is packed into words, as on disk.
 
         Raises:
             CheckpointError: its tensors do not have it.
         """
+        if f"{layer}.weight_packed" not in self.shard_of:
+            return self.shape(f"{layer}.weight")
         words = self.shape(f"{layer}.weight_packed")
         try:
             stored = self.read_stored([f"{layer}.weight_shape"])[f"{layer}.weight_shape"]

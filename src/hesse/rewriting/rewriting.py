@@ -18,6 +18,7 @@ from hesse.rewriting.scales import SCALINGS, Target, search_scales
 from hesse.rewriting.streams import HEAD, Stream, find_streams
 
 ROTATIONS = ("hadamard", "kurtail")
+OF_ROTATION = 10  # matrices of a rotation's size in float64 at once while it is learned
 MAPS: dict[str, type[Map]] = {kind.__name__: kind for kind in (Folding, Rotation, Scaling)}
 
 
@@ -59,7 +60,9 @@ class Rewriting:
         turned = [stream for stream in self.streams.all if stream is self.streams.residual or stream.heads > 1]
         widths = [(self.checkpoint.shape(stream.writers[0])[0], stream.heads) for stream in turned]
         largest = max(self.checkpoint.shape(name).numel() for name in self.checkpoint.names())
-        return 8 * sum(width**2 // heads for width, heads in widths) + 16 * largest
+        maps = 8 * sum(width**2 // heads for width, heads in widths)
+        learning = OF_ROTATION * 8 * max(width**2 for width, _ in widths) if self.kind == "kurtail" else 0
+        return maps + learning + 16 * largest
 
     def find(self, sight: Sight) -> None:
         """Find what is to be changed, and show the model so changed.
