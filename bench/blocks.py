@@ -1,4 +1,4 @@
-"""What whole blocks cost on one model: by each importance, at random, and made of blocks that stay.
+"""What whole blocks cost on one model: by each importance, at random, made of blocks that stay; and hidden units.
 
     python bench/blocks.py [--model FOLDER] [--samples 16] [--blocks 1,2,3]
 
@@ -103,6 +103,11 @@ def main() -> None:
                     f"{measured(out, arguments.model, texts[1]):.4f} | |",
                     flush=True,
                 )
+        for keep in (0.9, 0.75, 0.5):
+            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings)
+            kept = 100 * narrow.parameters_after / narrow.parameters_before
+            kl = measured(out, arguments.model, texts[1])
+            print(f"| 0 | {keep} of the hidden units, refitted | | {kl:.4f} | {kept:.1f} % |", flush=True)
     print("\n", limits())
 
 

@@ -27,7 +27,19 @@ from hesse.training import Distillation, GradualSchedule, Training, held_zeros, 
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import benchmark, compress, drop_blocks, estimate, evaluate, export, inspect, plan, repair, rotate
+    from hesse.api import (
+        benchmark,
+        compress,
+        drop_blocks,
+        estimate,
+        evaluate,
+        export,
+        inspect,
+        narrow,
+        plan,
+        repair,
+        rotate,
+    )
     from hesse.modules import ModuleReport, compress_module, prune_module
     from hesse.structured import only_train_once, prune_groups
 
@@ -71,6 +83,7 @@ __all__ = [
     "held_zeros",
     "inspect",
     "load_recipe",
+    "narrow",
     "only_train_once",
     "plan",
     "prune_gradually",

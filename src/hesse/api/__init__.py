@@ -1,6 +1,6 @@
 """`hesse.compress`, `hesse.evaluate` and the others: what the command line does, from Python."""
 
-from hesse.api.blocks import drop_blocks
+from hesse.api.blocks import drop_blocks, narrow
 from hesse.api.compression import compress, estimate, plan, rotate
 from hesse.api.measurement import evaluate, inspect
 from hesse.api.repairing import repair
@@ -14,6 +14,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "narrow",
     "plan",
     "repair",
     "rotate",

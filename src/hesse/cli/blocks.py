@@ -1,4 +1,4 @@
-"""The command that takes whole blocks out of a model: drop-blocks."""
+"""The commands that change a model's shape: drop-blocks and narrow."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +15,7 @@ from hesse.cli.app import (
     app,
     out_console,
     print_json,
+    print_line,
     progress_bars,
 )
 from hesse.reporting import blocks_summary
@@ -65,3 +66,46 @@ def drop_blocks(
         print_json(report.to_dict())
     else:
         out_console.print(blocks_summary(report))
+
+
+@app.command(epilog="Example: `hesse narrow default narrower --keep 0.75`")
+def narrow(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    keep: Annotated[float, typer.Option(help="Share of the hidden units of feed-forward layers that stay.")] = 0.75,
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    batch_size: BatchOption = None,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""
+    from hesse import api
+
+    with progress_bars(as_json) as bars:
+        report = api.narrow(
+            model,
+            out,
+            keep=keep,
+            data=data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    share = 100 * report.parameters_after / report.parameters_before
+    print_line(f"{report.width_after} of {report.width_before} hidden units in {len(report.blocks)} blocks")
+    print_line(f"{report.parameters_after:,} parameters ({share:.1f} %), {report.bytes_after:,} bytes")
+    error = "" if report.standard_error is None else f" ± {report.standard_error:.1g}"
+    where = "held-out" if report.held_out else "calibration"
+    print_line(f"{report.loss_name}, {report.samples} {where} samples: {report.measured:.4g}{error}")
+    print_line(f"Written to {out.absolute()}")

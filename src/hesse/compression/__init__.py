@@ -13,6 +13,7 @@ from hesse.compression.measurements import (
     Measurements,
     TextMeasurement,
 )
+from hesse.compression.narrow import NarrowedBlock, NarrowReport, narrow_checkpoint
 from hesse.compression.repair import RepairRequest, repair_checkpoint
 from hesse.compression.repair_report import RepairedLayer, RepairReport
 from hesse.compression.report import CompressionReport, LayerReport, Verification
@@ -34,6 +35,8 @@ __all__ = [
     "LinePoint",
     "Measured",
     "Measurements",
+    "NarrowReport",
+    "NarrowedBlock",
     "RepairReport",
     "RepairRequest",
     "RepairedLayer",
@@ -43,6 +46,7 @@ __all__ = [
     "compress_checkpoint",
     "drop_blocks_checkpoint",
     "estimate_checkpoint",
+    "narrow_checkpoint",
     "plan_budget",
     "repair_checkpoint",
     "rotate_checkpoint",

@@ -1,4 +1,4 @@
-"""Methods that take whole blocks out of a model."""
+"""Methods that take whole blocks out of a model, or hidden units out of all blocks."""
 
 from hesse.methods.row import Row
 
@@ -20,5 +20,14 @@ ROWS = (
         source="Smith et al., 2025, arXiv:2501.14713, without its fine-tuning",
         needs="calibration text; stored dense, since no loader shares blocks",
         run="hesse drop-blocks MODEL OUT --blocks 2 --share-rank 32",
+    ),
+    Row(
+        name="modegpt-mlp",
+        curvature="gram",
+        constraint=("fewer hidden units",),
+        solver="ridge leverage scores, then least squares",
+        source="Lin et al., 2024, arXiv:2408.09632, its feed-forward part",
+        needs="calibration text",
+        run="hesse narrow MODEL OUT --keep 0.75",
     ),
 )

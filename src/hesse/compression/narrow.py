@@ -1,0 +1,230 @@
+"""`hesse narrow`: feed-forward layers with fewer hidden units, the weights behind them refitted."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.compression.inputs import InputGrams
+from hesse.compression.output import check_output, copy_companions, temporary_folder
+from hesse.compression.plan import open_networks
+from hesse.compression.tokens import Calibration, Selection, select_samples
+from hesse.errors import DataError, OptionError, UnsupportedModelError
+from hesse.evaluation.evaluate import Evaluation, compare, evaluation_batch, pass_through, vocabulary
+from hesse.formats import open_checkpoint
+from hesse.models.network import Block, Layer, Network
+from hesse.models.shelf import Shelf
+from hesse.models.stream import advance_with_stops, calibration_batch, start
+from hesse.models.writer import Part, assemble, write_part, write_text
+from hesse.progress import Clock, Progress
+from hesse.solvers.nystroem import kept_units, refitted
+
+REPORT_FILE = "narrow.json"
+MULTIPLE = 8  # of hidden units, which kernels want
+# The last names of the layers that make hidden units, of the one that reads them, and where config.json says how many.
+SHAPES = (
+    (("gate_proj", "up_proj"), "down_proj", "intermediate_size"),
+    (("fc1",), "fc2", "ffn_dim"),
+    (("c_fc",), "mlp.c_proj", "n_inner"),
+    (("dense_h_to_4h",), "dense_4h_to_h", "intermediate_size"),
+)
+
+
+@dataclass(frozen=True)
+class NarrowedBlock:
+    """The feed-forward layer of a block."""
+
+    name: str  # of the layer that reads the hidden units
+    relative_error: float  # E‖W z - W' z_S‖² / E‖W z‖², of the outputs
+
+
+@dataclass(frozen=True)
+class NarrowReport:
+    """The whole run. Sizes in bytes, losses in nats per token, half squared errors of hidden states for an encoder."""
+
+    model: str
+    out: str
+    width_before: int
+    width_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    loss_name: str
+    measured: float
+    standard_error: float | None
+    samples: int
+    held_out: bool
+    blocks: list[NarrowedBlock]
+    notes: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _FeedForward:
+    """The layers that make the hidden units of a block, and the one that reads them."""
+
+    makers: list[Layer]
+    reader: Layer
+    setting: str
+
+    @classmethod
+    def of(cls, block: Block) -> "_FeedForward":
+        for ends, end, setting in SHAPES:
+            makers = [layer for layer in block.layers if layer.name.rpartition(".")[2] in ends]
+            readers = [layer for layer in block.layers if layer.name.endswith(f".{end}")]
+            if len(makers) == len(ends) and len(readers) == 1:
+                return cls(makers, readers[0], setting)
+        raise UnsupportedModelError(
+            f"{block.name} has no single feed-forward layer of a known shape, such as gate_proj, up_proj and "
+            "down_proj: mixtures of experts and fused layers cannot be made narrower here"
+        )
+
+
+def narrow_checkpoint(
+    model: Path,
+    out: Path,
+    keep: float,
+    calibration: Calibration,
+    *,
+    device: torch.device,
+    overwrite: bool,
+    progress: Progress,
+    name: str,
+) -> NarrowReport:
+    """Write the model folder `model`, which a person calls `name`, with a share `keep` of its hidden units to `out`.
+
+    Of each feed-forward layer those units stay that have the highest ridge leverage scores on the samples, and the
+    layer that reads them is the least-squares fit to what it gave before: the Nyström step of MoDeGPT (Lin et al.,
+    2024). The samples go through the narrowed model, and all layers get one width, so that config.json can say it.
+
+    Raises:
+        HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
+    """
+    clock = Clock()
+    if not 0 < keep < 1:
+        raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
+    check_output(out, model, overwrite)
+    _, network, _ = open_networks(model, device)
+    layers = [_FeedForward.of(block) for block in network.blocks]
+    widths = {layer.reader.weight.shape[1] for layer in layers}
+    if len(widths) > 1:
+        raise UnsupportedModelError(f"feed-forward layers have widths of {sorted(widths)}, and one was expected")
+    before = widths.pop()
+    after = max(round(keep * before / MULTIPLE), 1) * MULTIPLE
+    if after >= before:
+        raise OptionError(f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less")
+    selected = select_samples(model, calibration, network)
+    with temporary_folder(out, 2 * network.checkpoint.file_bytes) as folder:
+        with TemporaryDirectory(dir=folder) as waiting:
+            run = _Narrow(network, layers, after, selected, calibration, folder, Path(waiting), progress)
+            run.walk()
+            found = run.written()
+        measured = found.hidden_error if found.kl is None else found.kl
+        assert measured is not None
+        report = NarrowReport(
+            model=name,
+            out=str(out),
+            width_before=before,
+            width_after=after,
+            parameters_before=sum(p.numel() for p in network.model.parameters()),
+            parameters_after=found.parameters,
+            bytes_before=network.checkpoint.file_bytes,
+            bytes_after=found.bytes,
+            loss_name="half squared error of hidden states" if found.kl is None else "KL(dense || narrow)",
+            measured=measured,
+            standard_error=found.kl_standard_error,
+            samples=found.samples,
+            held_out=selected.held_out,
+            blocks=run.blocks,
+            notes=[*selected.notes, *copy_companions(model, folder)],
+            seconds=clock.total,
+        )
+        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+@dataclass(eq=False)
+class _Narrow:
+    """The state of one run."""
+
+    network: Network
+    layers: list[_FeedForward]
+    width: int
+    selected: Selection
+    calibration: Calibration
+    folder: Path  # to write into
+    waiting: Path  # for files that are needed meanwhile
+    progress: Progress
+    blocks: list[NarrowedBlock] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+
+    def walk(self) -> None:
+        """Narrow each block where the samples arrive at it, and write it."""
+        network, samples = self.network, self.selected.samples
+        length = max(len(ids) for ids in samples.ids)
+        size = self.calibration.batch_size or calibration_batch(length)
+        flows, grams = start(network, samples.batches(size), Shelf(self.waiting, "narrow")), InputGrams(Clock())
+        self.progress.begin("narrow", len(network.blocks))
+        for index, (block, feed_forward) in enumerate(zip(network.blocks, self.layers, strict=True)):
+            made: dict[str, Tensor] = {}
+
+            def change(layer: Layer, made: dict[str, Tensor] = made, reads: Layer = feed_forward.reader) -> None:
+                gram = grams.gram()
+                if layer is reads:
+                    weight = layer.weight.float()
+                    units = kept_units(gram.second_moment, self.width)
+                    fitted = refitted(weight, gram.second_moment, units)
+                    whole = torch.zeros_like(weight)
+                    whole[:, units] = fitted.to(network.checkpoint.dtype(f"{layer.name}.weight")).float()
+                    layer.replace(whole)
+                    made.update({"units": units, "fitted": fitted})
+                    error = gram.quadratic(whole - weight) / gram.quadratic(weight)
+                    self.blocks.append(NarrowedBlock(layer.name, error))
+
+            with network.loaded(block):
+                missed = advance_with_stops(flows, block, index, grams.collect, change)
+            if feed_forward.reader in missed:
+                raise DataError(f"{feed_forward.reader.name}: no sample reached it")
+            self._keep(block, feed_forward, made["units"].cpu(), made["fitted"].cpu())
+            self.progress.advance()
+
+    def _keep(self, block: Block, feed_forward: _FeedForward, units: Tensor, fitted: Tensor) -> None:
+        """Write a block's tensors, those of its feed-forward layer without the units that are gone."""
+        checkpoint, sources = self.network.checkpoint, self.network.sources
+        inside = dict.fromkeys(sources[name] for name in sources if name.startswith(f"{block.name}."))
+        tensors = checkpoint.read_stored(inside)
+        for layer in feed_forward.makers:
+            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+            tensors[weight] = tensors[weight][:, units] if layer.transposed else tensors[weight][units]
+            if bias in tensors:
+                tensors[bias] = tensors[bias][units]
+        reader = feed_forward.reader
+        weight = f"{reader.name}.weight"
+        tensors[weight] = (fitted.T if reader.transposed else fitted).to(tensors[weight].dtype)
+        self.parts.append(write_part(self.waiting / f"part-{len(self.parts)}.safetensors", tensors))
+
+    def written(self) -> Evaluation:
+        """Write what is left, read it back, and measure it."""
+        network, checkpoint = self.network, self.network.checkpoint
+        inside = {name for part in self.parts for name in part.names}
+        for name in checkpoint.stored_names():
+            if name not in inside:
+                path = self.waiting / f"part-{len(self.parts)}.safetensors"
+                self.parts.append(write_part(path, checkpoint.read_stored([name])))
+        assemble(self.parts, self.folder)
+        config = {**checkpoint.config, self.layers[0].setting: self.width}
+        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        check = self.selected.check
+        batches = check.batches(evaluation_batch(vocabulary(network), max(len(ids) for ids in check.ids)))
+        written = Network(open_checkpoint(self.folder), torch.float32, network.device)
+        passed = [pass_through(one, batches, self.progress, "verify") for one in (written, network)]
+        return compare(written, passed[0], network, passed[1], self.progress)
