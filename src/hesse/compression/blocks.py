@@ -12,7 +12,9 @@ from hesse.compression.inputs import InputGrams
 from hesse.compression.layer_report import layer_report
 from hesse.compression.layers import LayerProblem, LayerSolver, digest
 from hesse.compression.plan import Plan
+from hesse.compression.position_weights import position_weights
 from hesse.compression.report import LayerReport
+from hesse.compression.rules import weighted_inputs
 from hesse.compression.weight_fisher import name_of
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
@@ -86,12 +88,16 @@ class BlockSolver:
     def _on_the_way(self, index: int, block: Block, flows: list[Flow], tensors: dict[str, Tensor]) -> list[Layer]:
         """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
         rounded = any(rule is not None and rule.input_bits for rule in self.plan.rules.values())
-        grams = InputGrams(self.clock, self.processes, with_peaks=rounded)
+        weights = None
+        if weighted_inputs(self.plan.rules).intersection(layer.name for layer in block.layers):
+            with self.clock.phase("calibrate"):
+                weights = position_weights(flows, block, index)
+        grams = InputGrams(self.clock, self.processes, with_peaks=rounded, weights=weights)
 
         def change(layer: Layer) -> None:
             gram = grams.gram()  # of an ignored layer too: it ends what was collected
             if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, gram, grams.square_peak()))
+                tensors.update(self._solve(layer, gram, grams.square_peak(), grams.weighted))
 
         with self.clock.phase("calibrate"):
             return advance_with_stops(flows, block, index, grams.collect, change, self.paused)
@@ -110,17 +116,19 @@ class BlockSolver:
                 tensors.update(self._solve(layer, gram))
         return missed
 
-    def _solve(self, layer: Layer, gram: Gram, square_peak: float | None = None) -> dict[str, Tensor]:
+    def _solve(
+        self, layer: Layer, gram: Gram, square_peak: float | None = None, weighted: Gram | None = None
+    ) -> dict[str, Tensor]:
         """Solve one layer, put the result in its place, and return the tensors to write for it.
 
-        `square_peak` is E[max|x|²] over its inputs, where that is known.
+        `square_peak` is E[max|x|²] over its inputs, `weighted` their Gram with weights of positions, where known.
         """
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
             weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
             fisher = self._fisher(layer) if rule.needs_fisher else None
-            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher)
+            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher, weighted)
             solved = self.solver.solve(problem)
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)

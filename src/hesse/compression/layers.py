@@ -42,6 +42,7 @@ class LayerProblem:
     rule: Rule
     constraint: Constraint
     fisher: Tensor | None = None  # on the weight: diagonal (out, in), blocks (blocks, size, size) or (samples, out, in)
+    weighted: Gram | None = None  # of its inputs with weights of their positions, E[r xxᵀ]
 
 
 class _State(NamedTuple):
@@ -158,10 +159,12 @@ def _gaps(problem: LayerProblem) -> list[str]:
     if dead:
         effect = "rounded to nearest" if rule.constraint.sparse is None else "judged to cost nothing"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
-    if rule.curvature in ("gram", "kronecker") and gram.tokens < width:
+    if rule.curvature in ("gram", "weighted_gram", "kronecker") and gram.tokens < width:
         notes.append(
             f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
         )
+    if "weighted inputs" in rule.kind.needs and problem.weighted is None:
+        notes.append(f"{name}: how much attention its positions receive is not known; they were taken as equals")
     if rule.needs_fisher and unknown(problem.fisher):
         notes.append(f"{name}: the tokens that probed the loss did not reach it; its weights were taken as equals")
     if rule.needs_output_factor and unknown(problem.outputs):

@@ -150,6 +150,8 @@ def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
     gram = 0 if rule is not None and not rule.kind.needs else OF_INPUTS * columns**2 + tokens * columns
     if rule is None:
         return 4 * gram
+    if "weighted inputs" in rule.kind.needs:  # a second Gram, inputs times weights, and the scores of one head
+        gram += 2 * columns**2 + 2 * tokens * columns + 3 * plan.length**2
     outputs = OF_OUTPUTS * rows**2 if rule.needs_output_factor else 0
     return 4 * (OF_WEIGHT * rows * columns + gram + outputs + _copies(rule) * _fisher(plan, layer))
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from hesse.compression.output import companion_notes
-from hesse.compression.rules import fisher_needs, fitting, reads_inputs, rules_for, whole_factors
+from hesse.compression.rules import fisher_needs, fitting, reads_inputs, rules_for, weighted_inputs, whole_factors
 from hesse.compression.targets import check_inputs, check_served
 from hesse.compression.tokens import Calibration, factor_tokens, sample_length, select_samples
 from hesse.data import Samples
-from hesse.errors import CheckpointError, OptionError
+from hesse.errors import CheckpointError, OptionError, UnsupportedModelError
 from hesse.estimation import Statistics
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint
 from hesse.methods.recipe import Recipe, Rule
+from hesse.models.attention import tells_attention
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
 from hesse.rewriting import Rewriting
@@ -100,6 +101,14 @@ def make_plan(
         raise OptionError("--curvature has no blocks or gradients of the Fisher, which this method needs: leave it out")
     if statistics is not None and fisher.diagonals:
         statistics.check_holds("fisher")
+    if weighted_inputs(rules):
+        if statistics is not None:
+            raise OptionError("--curvature has no weighted inputs, which this method needs: leave it out")
+        if not tells_attention(network.model):
+            raise UnsupportedModelError(
+                f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
+                "method weighs its inputs: use curvature gram, or another method"
+            )
     probed = factor_tokens(outputs, any(fisher))
     if fisher.gradients:  # one of each sample
         probed = max(probed, calibration.samples * sample_length(network, calibration.length))

@@ -79,5 +79,10 @@ def reads_inputs(rules: Rules) -> bool:
     return bool(_needing(rules, "inputs"))
 
 
+def weighted_inputs(rules: Rules) -> set[str]:
+    """The layers whose rule weighs the positions of its layers' inputs."""
+    return _needing(rules, "weighted inputs")
+
+
 def _needing(rules: Rules, statistic: Statistic) -> set[str]:
     return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}

@@ -10,7 +10,9 @@ from torch import Tensor
 from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker, RankOneSum
 from hesse.methods.solver_options import SolverOptions
 
-Statistic = Literal["inputs", "output factor", "fisher diagonal", "fisher blocks", "fisher gradients"]
+Statistic = Literal[
+    "inputs", "weighted inputs", "output factor", "fisher diagonal", "fisher blocks", "fisher gradients"
+]
 ON_WEIGHTS: frozenset[Statistic] = frozenset({"fisher diagonal", "fisher blocks", "fisher gradients"})
 
 
@@ -24,6 +26,10 @@ class Known(Protocol):
     @property
     def gram(self) -> Gram:
         """Of its inputs, E[xxᵀ]."""
+
+    @property
+    def weighted(self) -> Gram | None:
+        """E[r xxᵀ] with the weights r of the inputs' positions; None where these are not known."""
 
     @property
     def outputs(self) -> Tensor | None:
@@ -55,6 +61,10 @@ def unknown(statistic: Tensor | None) -> bool:
 
 def _gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
     return known.gram.damped(damping)
+
+
+def _weighted_gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
+    return (known.gram if known.weighted is None else known.weighted).damped(damping)
 
 
 def _gram_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
@@ -111,6 +121,7 @@ _KINDS = (
     CurvatureKind("identity", frozenset(), lambda known, options, damping: Identity()),
     CurvatureKind("gram_diagonal", frozenset({"inputs"}), _gram_diagonal),
     CurvatureKind("gram", frozenset({"inputs"}), _gram),
+    CurvatureKind("weighted_gram", frozenset({"inputs", "weighted inputs"}), _weighted_gram),
     CurvatureKind("fisher_diagonal", frozenset({"fisher diagonal"}), _fisher_diagonal),
     CurvatureKind("fisher_rows_columns", frozenset({"fisher diagonal"}), _fisher_rows_columns),
     CurvatureKind("fisher_columns", frozenset({"fisher diagonal"}), _fisher_columns),

@@ -17,6 +17,16 @@ METHODS = (
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
     ),
     Method(
+        name="rsq",
+        rewrite="hadamard",
+        curvature="weighted_gram",
+        constraints=("grid",),
+        solver="error_feedback",
+        source="Sung et al., 2025, arXiv:2503.01820, positions weighed by the attention that they receive",
+        needs=f"calibration text; {FAMILIES}",
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01),
+    ),
+    Method(
         name="kurtail",
         rewrite="kurtail",
         curvature="gram",
