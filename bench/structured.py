@@ -1,16 +1,16 @@
 """Structured pruning in small: what each way of choosing groups costs, measured, at three shares.
 
-    PYTHONPATH=src python bench/structured.py [conv] [hap] [lm] [moe] [once]
+    PYTHONPATH=src python bench/structured.py [conv] [hap] [neurons] [heads] [moe] [once]
 
 Prints tables in Markdown. `conv`: channels of a residual network on scikit-learn's digits; `hap`: an implant there;
-`lm`: heads and neurons of the default model; `moe`: a tiny mixture of experts trained on the same text; `once`: Only
-Train Once.
+`neurons` and `heads`: of the default model; `moe`: a tiny mixture of experts on random chains; `once`: Only Train Once.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import digits
 
 Batches = list[tuple[Any, Tensor]]
 SHARES = (0.1, 0.25, 0.4)
+HALF = (0.5,)  # of the heads of the default model, which has two of keys and values a layer
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -45,18 +46,24 @@ def loss(model: nn.Module, data: Batches, forward: Callable[[nn.Module, Any], Te
 
 
 def table(
-    title: str, model: nn.Module, data: Batches, held_out: Batches, methods: list[dict[str, Any]], **common: Any
+    title: str,
+    model: nn.Module,
+    data: Batches,
+    held_out: Batches,
+    methods: list[dict[str, Any]],
+    shares: tuple[float, ...],
+    **common: Any,
 ) -> None:
     """Print the rise of the held-out loss by method and share."""
     forward = common.get("forward")
     dense = loss(model, held_out, forward)
     print(f"\n**{title}**: {sum(p.numel() for p in model.parameters())} parameters, held-out loss {dense:.4f}\n")
-    print("| method | " + " | ".join(f"{share:.0%} gone" for share in SHARES) + " | seconds |")
-    print("|---" * (len(SHARES) + 2) + "|")
+    print("| method | " + " | ".join(f"{share:.0%} gone" for share in shares) + " | seconds |")
+    print("|---" * (len(shares) + 2) + "|")
     sizes: dict[float, str] = {}
     for method in methods:
         cells, started = [], time.perf_counter()
-        for share in SHARES:
+        for share in shares:
             smaller, report = prune_groups(model, data, **{**common, **method, "amount": share})
             cells.append(f"{loss(smaller, held_out, forward) - dense:+.4f}")
             assert report.difference < 1e-4, "zeroing is not slicing"
@@ -66,9 +73,9 @@ def table(
         name = f"`{method['method']}`" + (", refit" if method.get("refit") else "")
         name += "" if method.get("uniform", True) else ", one ranking"
         print(
-            f"| {name} | " + " | ".join(cells) + f" | {(time.perf_counter() - started) / len(SHARES):.1f} |", flush=True
+            f"| {name} | " + " | ".join(cells) + f" | {(time.perf_counter() - started) / len(shares):.1f} |", flush=True
         )
-    print("| left | " + " | ".join(sizes[share] for share in SHARES) + " | |")
+    print("| left | " + " | ".join(sizes[share] for share in shares) + " | |")
 
 
 def every(*names: str) -> list[dict[str, Any]]:
@@ -86,7 +93,7 @@ def conv() -> None:
     """Channels of a convolution net: scores, and PAGCP's tolerance."""
     model, test = digits.trained("conv"), digits.batches("test")
     data = digits.batches(samples=256)
-    table("Digits, residual network: channels", model, data, test, every(*METHODS))
+    table("Digits, residual network: channels", model, data, test, every(*METHODS), SHARES)
     dense = loss(model, test)
     print("\n| pagcp: tolerance | loss rises by | held-out | parameters left |\n|---|---|---|---|")
     for tolerance in (0.02, 0.1, 0.3):
@@ -118,54 +125,66 @@ def hap() -> None:
 def text(samples: int, held_out: bool) -> Batches:
     """Windows of 128 tokens of the shipped texts."""
     purpose: Any = "evaluation" if held_out else "calibration"
-    found, _ = read_samples(None, DEFAULT_FOLDER, count=samples, length=128, seed=0, purpose=purpose)
-    ids = torch.tensor(found.ids)
+    found, _ = read_samples(None, DEFAULT_FOLDER, count=samples, length=128, seed=0, purpose=purpose, limit=None)
+    ids = torch.stack(list(found.ids))
     return [(part, next_tokens(part)) for part in ids.split(8)]
 
 
-def lm() -> None:
-    """Neurons and heads of the default model."""
+def lm(kind: str, shares: tuple[float, ...]) -> None:
+    """Neurons or heads of the default model."""
     model = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False).eval()
-    data, test = text(48, False), text(32, True)
+    data, test = text(16, False), text(24, True)
     names = [name for name in METHODS if name != "hap"]
-    table("Default model: neurons", model, data, test, every(*names), kinds=["neurons"], forward=logits)
-    table("Default model: heads", model, data, test, every(*names), kinds=["heads"], forward=logits)
+    table(f"Default model: {kind}", model, data, test, every(*names), shares, kinds=[kind], forward=logits)
+
+
+def chains(samples: int, seed: int) -> Batches:
+    """Sequences of 32 numbers below 128: nine in ten follow from the two before them by a random table."""
+    table = torch.randint(0, 128, (4, 128), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 128, (samples, 32), generator=generator)
+    free = torch.rand(ids.shape, generator=generator) < 0.1
+    for place in range(2, 32):
+        ids[:, place] = torch.where(free[:, place], ids[:, place], table[ids[:, place - 2] % 4, ids[:, place - 1]])
+    return [(part, next_tokens(part)) for part in ids.split(32)]
 
 
 def mixture() -> nn.Module:
-    """A tiny Mixtral, trained for a minute on the calibration text."""
+    """A tiny Mixtral, trained for seconds."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        **{
-            "vocab_size": AutoModelForCausalLM.from_pretrained(
-                DEFAULT_FOLDER, trust_remote_code=False
-            ).config.vocab_size
-        },
-        **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128},
+        **{"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     )
-    model = MixtralForCausalLM(config)
-    data = text(1024, False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    steps = 400
+    model, data, steps = MixtralForCausalLM(config), chains(32 * 100, 1), 500
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(steps):
         ids, targets = data[step % len(data)]
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits(model, ids).flatten(0, 1), targets.flatten()).backward()
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = 5e-3 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.step()
     return model.eval()
 
 
 def moe() -> None:
     """Neurons of experts, and whole experts."""
-    model, data, test = mixture(), text(48, False), text(32, True)
-    names = [name for name in METHODS if name != "hap"]
+    model, data, test = mixture(), chains(128, 2), chains(256, 3)
+    names = [name for name in METHODS if name not in ("hap", "fisher")]
     methods = [*every(*names), {"method": "heapr", "uniform": False}]
-    table("A mixture of experts: neurons of experts", model, data, test, methods, kinds=["neurons"], forward=logits)
+    table(
+        "A mixture of experts: neurons of experts",
+        model,
+        data,
+        test,
+        methods,
+        SHARES,
+        kinds=["neurons"],
+        forward=logits,
+    )
     whole = [{"method": name} for name in ("random", "magnitude", "taylor", "fisher")]
-    table("The same: whole experts", model, data, test, whole, kinds=["experts"], forward=logits)
+    table("The same: whole experts", model, data[:1], test, whole, SHARES, kinds=["experts"], forward=logits)
 
 
 def once() -> None:
@@ -194,5 +213,7 @@ def sgd(named: Any) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    for part in sys.argv[1:] or ("conv", "hap", "lm", "moe", "once"):
-        {"conv": conv, "hap": hap, "lm": lm, "moe": moe, "once": once}[part]()
+    parts = {"conv": conv, "hap": hap, "neurons": partial(lm, "neurons", SHARES), "heads": partial(lm, "heads", HALF)}
+    parts |= {"moe": moe, "once": once}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

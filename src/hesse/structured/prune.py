@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
+from hesse.estimation.walk import rows_of
 from hesse.partitions import KINDS, Group, check_partition, check_slicing, loading_problem, trace_groups
 from hesse.structured.budget import Ranking, shared_numbers, uniform_numbers
 from hesse.structured.implant import Implant, implant
@@ -74,7 +75,7 @@ def prune_groups(
         gone = within_tolerance(own, sites, tolerance, min(amount, cap))
     else:
         ranker = Ranker(objective, sites, method, cap, (method == "obs") if refit is None else refit, seed)
-        rankings = ranker.rankings()
+        rankings = ranker.rankings(amount if uniform else 1.0)
         numbers = (uniform_numbers if uniform else shared_numbers)(rankings, amount)
         gone = {r.site: list(r.groups[:number]) for r, number in zip(rankings, numbers, strict=True)}
         if method in IN_NATS:
@@ -110,7 +111,7 @@ def cuttable_sites(objective: Objective, kinds: Sequence[str] | None) -> Chosen:
         OptionError: there are none.
         UnsupportedModelError: the network cannot be traced, or not be cut.
     """
-    inputs = next(objective.batches())[0]
+    inputs = _some(objective)
     partition = trace_groups(objective.model, inputs, objective.call)
     there = {group.kind for group in partition.groups if group.kind != "experts"}
     chosen = tuple(sorted(there)) or KINDS[:3] if kinds is None else tuple(kinds)
@@ -124,7 +125,12 @@ def cut(objective: Objective, gone: Mapping[str, Sequence[Group]]) -> tuple[nn.M
     groups = [group for some in gone.values() for group in some]
     if not groups:
         return deepcopy(objective.model), 0.0
-    return check_slicing(objective.model, groups, next(objective.batches())[0], objective.call)
+    return check_slicing(objective.model, groups, _some(objective), objective.call)
+
+
+def _some(objective: Objective) -> Any:
+    """Two samples, which show what the network does as well as more."""
+    return rows_of(next(objective.batches())[0], slice(0, 2))
 
 
 def report_of(

@@ -50,18 +50,18 @@ class Ranker:
             scores = torch.split(SCORES[method](objective, every, seed), [len(groups) for groups in sites.values()])
             self._scores = dict(zip(sites, scores, strict=True))
 
-    def rankings(self) -> list[Ranking]:
-        """One for each site."""
-        return [self._ranking(site, groups) for site, groups in self.sites.items()]
+    def rankings(self, share: float) -> list[Ranking]:
+        """One for each site, of which no more than `share` will go."""
+        return [self._ranking(site, groups, share) for site, groups in self.sites.items()]
 
-    def _ranking(self, site: str, groups: Sequence[Group]) -> Ranking:
+    def _ranking(self, site: str, groups: Sequence[Group], share: float) -> Ranking:
         model, most = self.objective.model, min(int(self.cap * len(groups)), len(groups) - 1)
         if groups[0].kind == "experts":
             most = min(most, len(groups) - chosen_experts(model.get_submodule(groups[0].site.rpartition(".")[0])))
         fused = groups[0].produced[0].stack is not None and len(groups) % ALIGNED == 0
         step = ALIGNED if fused and most >= ALIGNED else 1
         if self.method == "obs":
-            order, costs = greedy_removal(self._readers[site], most)
+            order, costs = greedy_removal(self._readers[site], min(most, int(share * len(groups)) + step))
             gone = set(order)
             order += [place for place in range(len(groups)) if place not in gone]
         else:

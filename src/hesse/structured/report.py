@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hesse.curvature import Objective
+from hesse.curvature.objective import differentiable_twice
+from hesse.partitions.experts import with_linear_experts
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def parameters_of(model: nn.Module) -> int:
 
 
 def flops_of(objective: Objective) -> int:
-    """Floating-point operations of one sample of the first batch, forward."""
+    """Floating-point operations of one sample of the first batch, forward; of experts, those of its own tokens."""
     inputs, targets = next(objective.batches())
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        objective.outputs(inputs)
+    model, counter = with_linear_experts(objective.model), FlopCounterMode(display=False)
+    with torch.no_grad(), differentiable_twice(), counter:  # where products of attention are seen
+        objective.call(model, inputs)
     return int(counter.get_total_flops() // len(targets))

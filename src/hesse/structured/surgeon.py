@@ -41,9 +41,7 @@ def greedy_removal(readers: Sequence[Reader], number: int) -> tuple[list[int], l
         each = torch.zeros(len(left), dtype=torch.float64)
         for reader, value, inverse in zip(readers, values, inverses, strict=True):
             places = torch.stack([reader.columns[group] for group in left])  # (groups, columns)
-            blocks = inverse[places[:, :, None], places[:, None, :]]
-            parts = value[:, places].permute(1, 2, 0)  # (groups, columns, out)
-            each += (parts * torch.linalg.solve(blocks, parts)).sum((1, 2)).cpu() / 2
+            each += _costs(value, inverse, places).cpu() / 2
         best = int(each.argmin())
         costs.append(float(each[best]))
         order.append(left.pop(best))
@@ -53,6 +51,16 @@ def greedy_removal(readers: Sequence[Reader], number: int) -> tuple[list[int], l
             values[place] = values[place] - values[place][:, columns] @ rows
             inverses[place] = inverses[place] - inverses[place][:, columns] @ rows
     return order, costs
+
+
+def _costs(value: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
+    """tr(V_P ([A⁻¹]_PP)⁻¹ V_Pᵀ) for the columns P of each row of `places`."""
+    if places.shape[1] == 1:
+        return value[:, places[:, 0]].square().sum(0) / inverse.diagonal()[places[:, 0]]
+    blocks = inverse[places[:, :, None], places[:, None, :]]
+    parts = value[:, places].permute(1, 2, 0)  # (groups, columns, out)
+    costs: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return costs
 
 
 def refitted(reader: Reader, gone: Sequence[int]) -> Tensor:
