@@ -100,6 +100,9 @@ def test_a_trace_that_is_known_is_not_estimated() -> None:
     assert find_sensitivity("hawq-v2").coefficient([curvature]) == pytest.approx(float(dense.trace()) / 12)
     largest = float(torch.linalg.eigvalsh(dense)[-1])
     assert find_sensitivity("hawq").coefficient([curvature]) == pytest.approx(largest / 12)
+    diagonal = Kronecker(output_factor=(output @ output.T).diagonal(), input_factor=inputs @ inputs.T)
+    largest = float(torch.linalg.eigvalsh(diagonal.matrix())[-1])
+    assert find_sensitivity("hawq").coefficient([diagonal]) == pytest.approx(largest / 12)
 
 
 def test_the_trace_is_what_a_change_in_any_direction_costs() -> None:

@@ -1,10 +1,11 @@
 """What a change of one layer is thought to cost before a budget is shared out: the predictors of the literature."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hesse.curvature import Curvature, GaussNewton, Objective
+from hesse.curvature import Curvature, GaussNewton, Gram, Kronecker, Objective
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.planning.interactions import Changes, with_all_layers
 from hesse.solvers import hutchinson_trace, lanczos
@@ -40,7 +41,13 @@ def trace(curvature: Curvature) -> float:
 
 
 def largest_eigenvalue(curvature: Curvature) -> float:
-    """λ_max(H), by Lanczos."""
+    """λ_max(H), by Lanczos; of a Kronecker the product of its factors', whose vectors are short."""
+    if isinstance(curvature, Kronecker):
+        sides = (curvature.output_factor, curvature.input_factor)
+        return math.prod(
+            float(side.amax()) if side.ndim == 1 else largest_eigenvalue(Gram(second_moment=side, tokens=1))
+            for side in sides
+        )
     return float(lanczos(curvature, tolerance=1e-3, max_products=min(100, curvature.shape.numel())).values[0])
 
 
