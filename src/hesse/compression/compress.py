@@ -27,7 +27,7 @@ from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
 from hesse.models.allocator import keep_no_large_memory
 from hesse.models.shelf import Shelf
-from hesse.models.stream import Flow, calibration_batch, start, take_up
+from hesse.models.stream import Flow, start, take_up
 from hesse.models.writer import SHARD_BYTES, Part, assemble, write_part, write_text, writing
 from hesse.processes import joined
 from hesse.progress import Clock, Progress, Silence, peak_memory
@@ -98,13 +98,13 @@ def compress_checkpoint(
             plan = settled(planned.recipe)
         if not work.resumed:
             check_room(work.folder, out, expected_bytes + waiting_bytes(plan))
-        if plan.rewriting is not None:
-            with clock.phase("rewrite"):
-                _rewrite(plan, plan.rewriting, work, progress)
         fits = _memory(work, plan, memory)
         if memory is not None:
             keep_no_large_memory()
             progress.say(f"Memory: {fits.sentence()}.")
+        if plan.rewriting is not None:
+            with clock.phase("rewrite"):
+                _rewrite(plan, plan.rewriting, fits.batch_size, work, progress)
         report = _Run(plan, planned, fits, work, clock, progress, measured).run(name, version)
         work.finish()
     return report
@@ -128,14 +128,13 @@ def _planned(
     return BudgetPlan.from_dict(work.journal.expect("plan"))
 
 
-def _rewrite(plan: Plan, rewriting: Rewriting, work: Unfinished, progress: Progress) -> None:
+def _rewrite(plan: Plan, rewriting: Rewriting, batch_size: int, work: Unfinished, progress: Progress) -> None:
     """Have the model read as it is rewritten, in a way that one process finds, once."""
     path = work.journal.folder / "rewriting.safetensors"
     if work.processes.leads and work.journal.recall("rewriting") is None:
         progress.begin("rewrite", len(plan.network.blocks))
-        size = plan.calibration.batch_size or calibration_batch(plan.length)
         targets = {name: Target(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()}
-        batches, seed = plan.samples.batches(size), plan.calibration.seed
+        batches, seed = plan.samples.batches(batch_size), plan.calibration.seed
         rewriting.find(Sight(batches, targets, seed, work.journal.folder, progress.advance))
         with writing(path):
             rewriting.save(path)
