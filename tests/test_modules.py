@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 2},
     "codebook": {"bits": 2},
     "table": {"group_size": 16},
+    "vector_codebook": {"vector_length": 2},
 }
 
 

@@ -167,7 +167,7 @@ def test_the_prediction_is_of_the_exact_gauss_newton_matrix() -> None:
     moved = jacobian @ (changed - flat)
     shares = outputs(flat).softmax(-1)
     variance = (shares * moved.square()).sum(-1) - (shares * moved).sum(-1).square()
-    assert report.predicted_loss_increase == pytest.approx(0.5 * float(variance.mean()), rel=1e-6)
+    assert report.predicted_loss_increase == pytest.approx(0.5 * variance.mean().item(), rel=1e-6)
 
 
 def test_second_order_scores_beat_chance_on_trained_digits() -> None:
