@@ -61,6 +61,12 @@ TABLES: dict[str, list[Row]] = {
         ("rtn", {"bits": 3, "group_size": -1}),
         ("gptq", {"bits": 3, "group_size": -1}),
     ],
+    "below-two-bits": [
+        ("ptq161", {}),
+        ("onebit", {}),
+        ("squeezellm", {"bits": 1}),
+        ("rtn", {"bits": 2, "group_size": -1}),
+    ],
     "factorise": [
         (method, {"rank": rank})
         for rank in (64, 128)
