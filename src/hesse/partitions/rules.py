@@ -1,6 +1,7 @@
 """What each operation does with units: one small function for a kind of operation, and the table of operations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,17 @@ def moved(run: Propagation, call: Call) -> Sequence[Planes]:
     source, results = call.args[0], tensors(call.result)
     found: list[list[Plane]] = [[] for _ in results]
     for plane in run.planes(source):
-        labels = call.function(plane.units.expand(source.shape), *call.args[1:], **_kept(call.kwargs))
+        labels = call.function(plane.units.expand(source.shape), *_at_labels(call.args[1:]), **_kept(call.kwargs))
         for place, piece in enumerate(tensors(labels)):
             found[place].append(Plane(piece, plane.zero))
     return [tuple(planes) for planes in found]
+
+
+def _at_labels(value: Any) -> Any:
+    """Arguments with their tensors where labels are: on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return type(value)(_at_labels(v) for v in value) if isinstance(value, tuple | list) else value
 
 
 def _kept(kwargs: dict[str, object]) -> dict[str, object]:
@@ -243,7 +251,7 @@ def indexed(run: Propagation, call: Call) -> Sequence[Planes]:
     dims, found = {dim for dim, pick in enumerate(picks) if pick is not None}, []
     for plane in run.planes(source):
         if not pinned(run.units, plane, dims, run.reason("picks them by number")):
-            labels = call.function(plane.units.expand(source.shape), *call.args[1:])
+            labels = call.function(plane.units.expand(source.shape), *_at_labels(call.args[1:]))
             found.append(Plane(labels, plane.zero))
     return [tuple(found)]
 

@@ -20,7 +20,7 @@ def random_scores(objective: Objective, groups: Sequence[Group], seed: int) -> T
 def magnitudes(objective: Objective, groups: Sequence[Group], seed: int) -> Tensor:
     """Σ w² over all weights that go with a group, those that read it too."""
     sums = GroupSums.over(groups, objective.model, everything)
-    return sums.of({name: p.detach().double().square() for name, p in _parameters(objective, sums).items()})
+    return sums.of({name: p.detach().double().square() for name, p in _parameters(objective, sums).items()}).cpu()
 
 
 def taylor_scores(objective: Objective, groups: Sequence[Group], seed: int) -> Tensor:
@@ -33,7 +33,7 @@ def taylor_scores(objective: Objective, groups: Sequence[Group], seed: int) -> T
         gradients = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True, materialize_grads=True)
         products = {name: (g * p.detach()).double() for (name, p), g in zip(parameters.items(), gradients, strict=True)}
         found.append(sums.of(products).square())
-    return torch.stack(found).mean(0)
+    return torch.stack(found).mean(0).cpu()
 
 
 def fisher_scores(objective: Objective, groups: Sequence[Group], seed: int) -> Tensor:
@@ -51,7 +51,7 @@ def fisher_scores(objective: Objective, groups: Sequence[Group], seed: int) -> T
             pieces = list(sample_gradients(passage, name, walk.parts[name], parameter))
             if pieces:
                 gradients = torch.cat(pieces) * parameter.detach()
-                products += sums.of_samples({name: gradients}).double()
+                products += sums.of_samples({name: gradients}).double().cpu()
         total += products.square().sum(0)
     return total * walk.scale / 2
 
@@ -71,8 +71,8 @@ def trace_scores(objective: Objective, groups: Sequence[Group], seed: int, probe
         signs = (2 * torch.randint(0, 2, (chosen.size,), generator=generator) - 1).to(chosen.parameters[0])
         diagonal += (signs * hessian.matvec(signs)).double().cpu() / probes
     traces = sums.of(dict(zip(chosen.names, chosen.split(diagonal), strict=True)))
-    counts = sums.of({name: torch.ones_like(p, dtype=torch.float64) for name, p in parameters.items()})
-    squares = sums.of({name: p.detach().double().square() for name, p in parameters.items()})
+    counts = sums.of({name: torch.ones(p.shape, dtype=torch.float64) for name, p in parameters.items()})
+    squares = sums.of({name: p.detach().double().square().cpu() for name, p in parameters.items()})
     return traces / counts * squares / 2
 
 

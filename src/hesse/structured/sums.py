@@ -72,7 +72,7 @@ class GroupSums:
                 matrix = tensor if stack is None else tensor[:, stack]
                 kept = 1 + axis - (stack is not None)
                 sums = matrix.sum([dim for dim in range(1, matrix.ndim) if dim != kept]) if matrix.ndim > 2 else matrix
-                total.index_add_(1, groups, sums[:, indices])
+                total.index_add_(1, groups.to(total.device), sums[:, indices.to(sums.device)])
         return total
 
     def spread(self, values: Tensor, tensors: Mapping[str, Tensor], other: float) -> dict[str, Tensor]:
@@ -82,9 +82,10 @@ class GroupSums:
             full = torch.full_like(tensors[name], other)
             for axis, stack, indices, groups in places:
                 matrix = full if stack is None else full[stack]
+                indices = indices.to(full.device)
                 kept = axis - (stack is not None)
                 shape = [-1 if dim == kept else 1 for dim in range(matrix.ndim)]
-                own = values[groups].to(full).view(shape)
+                own = values[groups.to(values.device)].to(full).view(shape)
                 matrix.index_copy_(kept, indices, own.expand_as(matrix.index_select(kept, indices)).contiguous())
             result[name] = full
         return result
