@@ -119,7 +119,8 @@ def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tm
     own = METHODS[method].basis == "own"
     family = " + ".join(METHODS[method].constraints)
     options = {"grid": {"group_size": 32}, "sparse": {"sparsity": 0.5}, "low_rank": {"rank": 24}}
-    options["grid + low_rank"] = {"group_size": 32, "rank": 8}
+    options["grid + low_rank"] = options["table + low_rank"] = {"group_size": 32, "rank": 8}
+    options["sparse + low_rank"] = {"sparsity": 0.5, "rank": 8}
     report = compress(source, out, method=method, **options.get(family, {}))
     assert report.method == method
     assert report.format == {"grid": "pack-quantized", "low_rank": "low-rank"}.get(family if own else "", "dense")
