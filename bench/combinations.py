@@ -24,13 +24,8 @@ from hesse.compression.layers import LayerProblem, LayerSolver, effect
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
 from hesse.methods import Recipe, Rule
-from hesse.methods.constraint_options import (
-    ConstraintOptions,
-    GridOptions,
-    LowRankOptions,
-    OutlierOptions,
-    SparseOptions,
-)
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions, LowRankOptions, OutlierOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
 from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Group, Problem, cheapest_within

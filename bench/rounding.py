@@ -15,7 +15,8 @@ from run import LENGTH, SAMPLES
 
 import hesse
 from hesse.data import read_samples
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.recipe import Recipe, Rule
 from hesse.methods.solver_options import SolverOptions
 from hesse.models.locate import DEFAULT_FOLDER

@@ -8,7 +8,8 @@ from hesse.constraints import Grid, Rotated, ScaledColumns
 from hesse.constraints.rotated import rotate
 from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions, OutlierOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions, LowRankOptions, OutlierOptions
 from hesse.solvers import ActivationAware, ErrorFeedback, Incoherent, Nearest, solve
 from hesse.testing import normal
 

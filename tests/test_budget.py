@@ -15,7 +15,8 @@ from hesse.compression.targets import FUSED
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.formats import open_checkpoint
 from hesse.methods import Recipe, Rule, load_recipe
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions, LowRankOptions
 from hesse.methods.solver_options import SolverOptions
 
 FolderOf = Callable[[str], Path]

@@ -34,7 +34,8 @@ from hesse.compression import compress as compression
 from hesse.compression.layers import Effect
 from hesse.errors import VerificationError
 from hesse.methods import METHODS, Recipe, Rule
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.solver_options import SolverOptions
 from hesse.models import writer
 from hesse.models.checkpoint import INDEX, Checkpoint

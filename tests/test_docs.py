@@ -5,17 +5,29 @@ from pathlib import Path
 
 import pytest
 
+from hesse.methods import METHODS, TABLE
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 STRUCTURES = sorted(f"curvatures/{path.name}" for path in (DOCS / "curvatures").glob("*.md"))
-METHODS = [f"methods/{name}.md" for name in ("networks", "structured", "training")]
+METHOD_PAGES = [f"methods/{name}.md" for name in ("networks", "structured", "training")]
 
 
-@pytest.mark.parametrize("page", ["concepts.md", "curvature.md", "modules.md", *METHODS, *STRUCTURES])
+@pytest.mark.parametrize("page", ["concepts.md", "curvature.md", "modules.md", *METHOD_PAGES, *STRUCTURES])
 def test_examples_of_plain_tensors_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_every_method_has_its_section_and_its_options() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "methods").glob("*.md"))
+    guide = (DOCS / "guide.md").read_text(encoding="utf-8")
+    names = {
+        row.name: (row.name.removesuffix("-groups"), row.run.split("(")[0], row.run.split(" ")[1]) for row in TABLE
+    }
+    assert [row.name for row in TABLE if not any(f"`{name}" in pages for name in names[row.name])] == []
+    assert [name for name in METHODS if f"`{name}`" not in guide] == []

@@ -7,7 +7,8 @@ from torch import Tensor
 from hesse.constraints import AlongOutputs, EitherSide, Grid, Sparse
 from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions, LowRankOptions
 from hesse.solvers import CheaperSide, ErrorFeedback, Nearest, solve
 from hesse.testing import normal
 

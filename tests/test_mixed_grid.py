@@ -10,7 +10,8 @@ from hesse.constraints import Grid, GroupBits, MixedGrid, Sparse
 from hesse.constraints.mixed_grid import Signs
 from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.methods.constraint_options import ConstraintOptions, GridOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import GridOptions, LowRankOptions
 from hesse.solvers import ErrorFeedback, Nearest, SalientBits, solve
 from hesse.testing import normal, seeds
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesse.compression.shared_solve import solve_shared
-from hesse.constraints import Constraint, Plus, Sparse, SparseGrid, VectorCodebook
+from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
 from hesse.methods.curvatures import CURVATURES, unknown
@@ -138,14 +138,7 @@ def _runs(rule: Rule) -> bool:
 def _dry_run(rule: Rule) -> None:
     """Solve a small matrix by a rule."""
     constraint, solver = rule.constraint.build(), rule.solver.build()
-    base = constraint.base if isinstance(constraint, Plus) else constraint
-    sparse = base.sparse if isinstance(base, SparseGrid) else base
-    together = 1
-    if isinstance(sparse, Sparse):
-        together = sparse.together
-    if isinstance(base, VectorCodebook):
-        together = base.length
-    weight = torch.eye(DRY_SIZE * together)
+    weight = torch.eye(DRY_SIZE * constraint.together)
     problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
     solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
 

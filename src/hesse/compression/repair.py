@@ -25,7 +25,8 @@ from hesse.estimation import GramAccumulator
 from hesse.evaluation.evaluate import Evaluation, evaluation_batch, vocabulary
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
-from hesse.methods.constraint_options import ConstraintOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import LowRankOptions
 from hesse.methods.recipe import Rule
 from hesse.methods.solver_options import SolverOptions
 from hesse.models.checkpoint import Checkpoint

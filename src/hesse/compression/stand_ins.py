@@ -11,7 +11,8 @@ from hesse.compression.layers import LayerProblem, LayerSolver
 from hesse.constraints import LowRank
 from hesse.curvature import Gram
 from hesse.errors import HesseError, OptionError
-from hesse.methods.constraint_options import ConstraintOptions, LowRankOptions
+from hesse.methods.constraint_options import ConstraintOptions
+from hesse.methods.constraint_parts import LowRankOptions
 from hesse.methods.recipe import Rule
 from hesse.methods.solver_options import SolverOptions
 from hesse.models.network import Block, Layer, Network

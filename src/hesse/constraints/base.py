@@ -40,6 +40,11 @@ class Constraint(ABC):
     def check(self, shape: torch.Size) -> None:
         """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
 
+    @property
+    def together(self) -> int:
+        """Of how many neighbouring rows or columns a matrix must have a multiple, since they are chosen together."""
+        return 1
+
     def __add__(self, other: "Constraint") -> "Constraint":
         """Sums of a member of this set and a member of another."""
         from hesse.constraints.plus import Plus

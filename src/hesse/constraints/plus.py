@@ -1,5 +1,6 @@
 """S = A + B: sums of a member of one set and a member of another, such as a grid and a low rank."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class Plus(Constraint):
     @property
     def rows_are_independent(self) -> bool:
         return self.base.rows_are_independent and self.correction.rows_are_independent
+
+    @property
+    def together(self) -> int:
+        return math.lcm(self.base.together, self.correction.together)
 
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)

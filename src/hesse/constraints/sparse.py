@@ -137,6 +137,10 @@ class SparseGrid(Constraint):
     def rows_are_independent(self) -> bool:
         return self.sparse.rows_are_independent
 
+    @property
+    def together(self) -> int:
+        return self.sparse.together
+
     def check(self, shape: torch.Size) -> None:
         self.sparse.check(shape)
         self.grid.check(shape)

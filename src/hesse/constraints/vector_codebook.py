@@ -57,6 +57,10 @@ class VectorCodebook(Constraint):
     def rows_are_independent(self) -> bool:
         return False  # they share the codebooks
 
+    @property
+    def together(self) -> int:
+        return self.length
+
     def check(self, shape: torch.Size) -> None:
         if shape[0] % self.length:
             raise OptionError(

@@ -1,135 +1,23 @@
-"""Constraints as a recipe says them: a part each, and how parts are joined."""
+"""Constraints as a recipe says them: how their parts are joined."""
 
 from typing import Literal
 
-from pydantic import Field
-
-from hesse.constraints import (
-    Codebook,
-    Constraint,
-    EitherSide,
-    Grid,
-    LowRank,
-    MixedGrid,
-    Rotated,
-    SalientColumns,
-    ScaledColumns,
-    SignRankOne,
-    Sparse,
-    Table,
-    VectorCodebook,
-)
+from hesse.constraints import Constraint, EitherSide, Grid, MixedGrid, Rotated, ScaledColumns
 from hesse.errors import OptionError
-from hesse.methods.strict import Strict, Whole
+from hesse.methods.constraint_parts import (
+    CodebookOptions,
+    GridOptions,
+    LowRankOptions,
+    OutlierOptions,
+    SalientOptions,
+    SignRankOneOptions,
+    SparseOptions,
+    TableOptions,
+    VectorCodebookOptions,
+)
+from hesse.methods.strict import Strict
 
 Basis = Literal["own", "scaled", "rotated", "either-side", "mixed"]
-
-
-class GridOptions(Strict):
-    """Options of a Grid."""
-
-    bits: Whole = 4
-    group_size: Whole = 128
-    symmetric: bool = True
-    headroom: float = 0.0
-    signed: bool = False
-
-    def build(self) -> Grid:
-        """The constraint."""
-        return Grid(**self.model_dump())
-
-
-class SparseOptions(Strict):
-    """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
-
-    `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
-    magnitudes ("global") or by LAMP's ("lamp"), which gives each layer a share of its own before it is solved.
-    """
-
-    amount: float | str = 0.5
-    scope: Literal["layer", "row", "global", "lamp"] = "layer"
-    block: Whole = 1
-
-    def build(self) -> Sparse:
-        """The constraint; of a share of several layers together that of a layer with as much."""
-        parsed = parse_sparsity(self.amount)
-        if parsed.of is not None:
-            if self.scope in ("global", "lamp"):
-                raise OptionError(f"a pattern such as {self.amount} is the same everywhere: leave --scope out")
-            return Sparse(parsed.amount, parsed.of, block=self.block)
-        return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer", block=self.block)
-
-
-class LowRankOptions(Strict):
-    """Options of a LowRank."""
-
-    rank: Whole = 64
-
-    def build(self) -> LowRank:
-        """The constraint."""
-        return LowRank(self.rank)
-
-
-class TableOptions(Strict):
-    """Options of a Table."""
-
-    name: str = "fp4"
-    group_size: Whole = 128
-
-    def build(self) -> Table:
-        """The constraint."""
-        return Table(self.name, self.group_size)
-
-
-class OutlierOptions(Strict):
-    """The share of weights that stay as they are beside a grid or a codebook."""
-
-    share: float = Field(default=0.005, gt=0, lt=1)
-
-    def build(self) -> Sparse:
-        """The constraint."""
-        return Sparse(1 - self.share)
-
-
-class CodebookOptions(Strict):
-    """Options of a Codebook."""
-
-    bits: Whole = 4
-
-    def build(self) -> Codebook:
-        """The constraint."""
-        return Codebook(self.bits)
-
-
-class SignRankOneOptions(Strict):
-    """A SignRankOne has no options."""
-
-    def build(self) -> SignRankOne:
-        """The constraint."""
-        return SignRankOne()
-
-
-class SalientOptions(Strict):
-    """Options of SalientColumns: which share of columns, and the grid that they are on."""
-
-    share: float = 0.2
-    grid: GridOptions = GridOptions(bits=4, group_size=-1, headroom=0.06)
-
-    def build(self) -> SalientColumns:
-        """The constraint."""
-        return SalientColumns(self.share, self.grid.build())
-
-
-class VectorCodebookOptions(Strict):
-    """Options of a VectorCodebook."""
-
-    bits: Whole = 2
-    length: Whole = 4
-    books: Whole = 1
-
-    def build(self) -> VectorCodebook:
-        """The constraint."""
-        return VectorCodebook(self.bits, self.length, self.books)
 
 
 class ConstraintOptions(Strict):
@@ -186,18 +74,3 @@ def _in_basis(constraint: Constraint, basis: Basis) -> Constraint:
     if basis == "own":
         return constraint
     return ScaledColumns(constraint) if basis == "scaled" else Rotated(constraint)
-
-
-def parse_sparsity(text: str | float) -> Sparse:
-    """`0.5` as half, `"2:4"` as two kept of every four.
-
-    Raises:
-        OptionError: it is neither.
-    """
-    try:
-        if isinstance(text, str) and ":" in text:
-            kept, of = text.split(":")
-            return Sparse(int(kept), int(of))
-        return Sparse(float(text))
-    except (ValueError, OverflowError):
-        raise OptionError(f"sparsity is {text!r}, but must be a share such as 0.5 or a pattern such as 2:4") from None

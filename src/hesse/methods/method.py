@@ -1,30 +1,13 @@
 """A method of the literature: a named triple curvature × constraint × solver with its usual options."""
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, get_args
-
-from pydantic import BaseModel
 
 from hesse.errors import OptionError
-from hesse.methods.constraint_options import (
-    Basis,
-    CodebookOptions,
-    ConstraintOptions,
-    GridOptions,
-    LowRankOptions,
-    OutlierOptions,
-    SalientOptions,
-    SignRankOneOptions,
-    SparseOptions,
-    TableOptions,
-    VectorCodebookOptions,
-    parse_sparsity,
-)
+from hesse.methods.constraint_options import Basis, ConstraintOptions
+from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.row import Row
 from hesse.methods.solver_options import ORDERED, UNDAMPED, SolverOptions
-
-GRID_OPTIONS = ("group_size", "symmetric", "headroom", "signed")  # that mean something with bits only
 
 
 @dataclass(frozen=True)
@@ -109,69 +92,43 @@ class Method:
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
         """The parts that the method has, always or because an option asks for them."""
-        has = {*self.constraints, *self.optional}
-        return ConstraintOptions(
-            grid=_given(GridOptions, chosen, ("bits", *GRID_OPTIONS)) if "grid" in has and chosen.bits else None,
-            table=TableOptions(name=chosen.table, group_size=chosen.group_size or 128)
-            if chosen.table is not None
-            else None,
-            codebook=_given(CodebookOptions, chosen, ("bits",)) if "codebook" in has else None,
-            vector_codebook=VectorCodebookOptions(
-                bits=chosen.bits or 2, length=chosen.vector_length or 4, books=chosen.books or 1
-            )
-            if "vector_codebook" in has
-            else None,
-            sparse=_sparse(chosen) if chosen.sparsity is not None else None,
-            low_rank=LowRankOptions(rank=chosen.rank) if chosen.rank is not None else None,
-            outliers=OutlierOptions(share=chosen.outliers) if chosen.outliers is not None else None,
-            sign_rank_one=SignRankOneOptions() if "sign_rank_one" in has else None,
-            salient=SalientOptions() if "salient" in has else None,
-            basis=self.basis,
-        )
+        options = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+        parts = {name: PARTS[name].chosen(options) for name in self._parts(chosen)}
+        return ConstraintOptions(**parts, basis=self.basis)  # type: ignore[arg-type]
+
+    def _parts(self, chosen: Options) -> list[str]:
+        """Of the parts that the method can have, those that are there with such options."""
+        asked = {name: PARTS[name].asked_by() for name in (*self.constraints, *self.optional)}
+        return [name for name, option in asked.items() if option is None or getattr(chosen, option) is not None]
 
     def _refuse_foreign(self, options: Options) -> None:
         """Raise OptionError for an option that would have no effect in this method."""
-        has = {*self.constraints, *self.optional}
-        grid = "grid" in has and (options.bits or self.defaults.bits)
-        allowed = {
-            "bits": bool({"grid", "codebook", "vector_codebook"} & has),
-            **dict.fromkeys(GRID_OPTIONS, grid),
-            "group_size": grid or "table" in has,
-            "sparsity": "sparse" in has,
-            "scope": "sparse" in has,
-            "block": bool("sparse" in has and (options.sparsity or self.defaults.sparsity)),
-            "rank": "low_rank" in has,
-            "outliers": "outliers" in has,
-            "table": "table" in has,
-            **dict.fromkeys(("vector_length", "books"), "vector_codebook" in has),
-            "act_order": self.solver in ORDERED,
-            "damping": self.solver not in UNDAMPED,
-            "input_bits": grid and self.basis == "own",
-        }
         if options.bits == 0:
             raise OptionError("bits is 0, but a Grid has 2 to 8")
+        there = self._parts(options.over(self.defaults))
+        possible = {
+            option: name for name in (*self.constraints, *self.optional) for option in PARTS[name].takes.values()
+        }
+        allowed = {option for name in there for option in PARTS[name].takes.values()}
+        allowed |= {name for name, has in self._of_solver(there).items() if has}
         for field in fields(options):
-            if getattr(options, field.name) is not None and not allowed[field.name]:
-                option = "--" + field.name.replace("_", "-")
-                reason = "without --bits" if field.name in GRID_OPTIONS and "grid" in has else ""
-                meant = f"{option} has no meaning for the method {self.name} {reason}".rstrip()
+            if getattr(options, field.name) is not None and field.name not in allowed:
+                asked = PARTS[possible[field.name]].asked_by() if field.name in possible else None
+                reason = "" if asked is None else f"without {_flag(asked)}"
+                meant = f"{_flag(field.name)} has no meaning for the method {self.name} {reason}".rstrip()
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
+    def _of_solver(self, there: list[str]) -> dict[str, bool]:
+        """Whether the options that are no part's have a meaning."""
+        return {
+            "act_order": self.solver in ORDERED,
+            "damping": self.solver not in UNDAMPED,
+            "input_bits": "grid" in there and self.basis == "own",
+        }
 
-Part = TypeVar("Part", bound=BaseModel)
 
-
-def _given(kind: type[Part], options: Options, names: tuple[str, ...]) -> Part:
-    return kind(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
-
-
-def _sparse(options: Options) -> SparseOptions:
-    scopes = get_args(SparseOptions.model_fields["scope"].annotation)
-    if options.scope is not None and options.scope not in scopes:
-        raise OptionError(f"there is no scope {options.scope!r}; there are {', '.join(scopes)}")
-    assert options.sparsity is not None
-    scope, block = options.scope or "layer", 1 if options.block is None else options.block
-    return SparseOptions(amount=options.sparsity, scope=scope, block=block)  # type: ignore[arg-type]
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def _damping(value: float) -> float:

@@ -12,7 +12,7 @@ from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.methods import Options, Recipe
-from hesse.methods.constraint_options import parse_sparsity
+from hesse.methods.constraint_parts import parse_sparsity
 from hesse.progress import Progress, Silence
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.cutting import Cut, Cutting

@@ -1,0 +1,194 @@
+"""The parts of a constraint as a recipe says them, and which options of a method are theirs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+from typing_extensions import Self
+
+from hesse.constraints import (
+    Codebook,
+    Constraint,
+    Grid,
+    LowRank,
+    SalientColumns,
+    SignRankOne,
+    Sparse,
+    Table,
+    VectorCodebook,
+)
+from hesse.errors import OptionError
+from hesse.methods.strict import Strict, Whole
+
+Scope = Literal["layer", "row", "global", "lamp"]
+
+
+class Part(Strict, ABC):
+    """One part of a constraint.
+
+    `takes` says which of a method's options its fields are; the first is the one that asks for the part.
+    """
+
+    takes: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def asked_by(cls) -> str | None:
+        """The option without which the part is not there; None if there is no such one."""
+        return next(iter(cls.takes.values()), None)
+
+    @classmethod
+    def chosen(cls, options: Mapping[str, Any]) -> Self:
+        """The part with a method's options where they are given."""
+        return cls(**{own: options[name] for own, name in cls.takes.items() if options[name] is not None})
+
+    @abstractmethod
+    def build(self) -> Constraint:
+        """The constraint."""
+
+
+class GridOptions(Part):
+    """Options of a Grid."""
+
+    takes: ClassVar[dict[str, str]] = {name: name for name in ("bits", "group_size", "symmetric", "headroom", "signed")}
+
+    bits: Whole = 4
+    group_size: Whole = 128
+    symmetric: bool = True
+    headroom: float = 0.0
+    signed: bool = False
+
+    def build(self) -> Grid:
+        return Grid(**self.model_dump())
+
+
+class SparseOptions(Part):
+    """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
+
+    `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
+    magnitudes ("global") or by LAMP's ("lamp"), which gives each layer a share of its own before it is solved.
+    """
+
+    takes: ClassVar[dict[str, str]] = {"amount": "sparsity", "scope": "scope", "block": "block"}
+
+    amount: float | str = 0.5
+    scope: Scope = "layer"
+    block: Whole = 1
+
+    @classmethod
+    def chosen(cls, options: Mapping[str, Any]) -> Self:
+        if options["scope"] is not None and options["scope"] not in get_args(Scope):
+            raise OptionError(f"there is no scope {options['scope']!r}; there are {', '.join(get_args(Scope))}")
+        return super().chosen(options)
+
+    def build(self) -> Sparse:
+        """The constraint; of a share of several layers together that of a layer with as much."""
+        parsed = parse_sparsity(self.amount)
+        if parsed.of is not None:
+            if self.scope in ("global", "lamp"):
+                raise OptionError(f"a pattern such as {self.amount} is the same everywhere: leave --scope out")
+            return Sparse(parsed.amount, parsed.of, block=self.block)
+        return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer", block=self.block)
+
+
+class LowRankOptions(Part):
+    """Options of a LowRank."""
+
+    takes: ClassVar[dict[str, str]] = {"rank": "rank"}
+
+    rank: Whole = 64
+
+    def build(self) -> LowRank:
+        return LowRank(self.rank)
+
+
+class TableOptions(Part):
+    """Options of a Table."""
+
+    takes: ClassVar[dict[str, str]] = {"name": "table", "group_size": "group_size"}
+
+    name: str = "fp4"
+    group_size: Whole = 128
+
+    def build(self) -> Table:
+        return Table(self.name, self.group_size)
+
+
+class OutlierOptions(Part):
+    """The share of weights that stay as they are beside a grid or a codebook."""
+
+    takes: ClassVar[dict[str, str]] = {"share": "outliers"}
+
+    share: float = Field(default=0.005, gt=0, lt=1)
+
+    def build(self) -> Sparse:
+        return Sparse(1 - self.share)
+
+
+class CodebookOptions(Part):
+    """Options of a Codebook."""
+
+    takes: ClassVar[dict[str, str]] = {"bits": "bits"}
+
+    bits: Whole = 4
+
+    def build(self) -> Codebook:
+        return Codebook(self.bits)
+
+
+class SignRankOneOptions(Part):
+    """A SignRankOne has no options."""
+
+    def build(self) -> SignRankOne:
+        return SignRankOne()
+
+
+class SalientOptions(Part):
+    """Options of SalientColumns: which share of columns, and the grid that they are on."""
+
+    share: float = 0.2
+    grid: GridOptions = GridOptions(bits=4, group_size=-1, headroom=0.06)
+
+    def build(self) -> SalientColumns:
+        return SalientColumns(self.share, self.grid.build())
+
+
+class VectorCodebookOptions(Part):
+    """Options of a VectorCodebook."""
+
+    takes: ClassVar[dict[str, str]] = {"bits": "bits", "length": "vector_length", "books": "books"}
+
+    bits: Whole = 2
+    length: Whole = 4
+    books: Whole = 1
+
+    def build(self) -> VectorCodebook:
+        return VectorCodebook(self.bits, self.length, self.books)
+
+
+PARTS: dict[str, type[Part]] = {
+    "grid": GridOptions,
+    "codebook": CodebookOptions,
+    "vector_codebook": VectorCodebookOptions,
+    "table": TableOptions,
+    "sparse": SparseOptions,
+    "low_rank": LowRankOptions,
+    "outliers": OutlierOptions,
+    "sign_rank_one": SignRankOneOptions,
+    "salient": SalientOptions,
+}
+
+
+def parse_sparsity(text: str | float) -> Sparse:
+    """`0.5` as half, `"2:4"` as two kept of every four.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    try:
+        if isinstance(text, str) and ":" in text:
+            kept, of = text.split(":")
+            return Sparse(int(kept), int(of))
+        return Sparse(float(text))
+    except (ValueError, OverflowError):
+        raise OptionError(f"sparsity is {text!r}, but must be a share such as 0.5 or a pattern such as 2:4") from None
