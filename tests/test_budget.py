@@ -16,7 +16,7 @@ from hesse.errors import OptionError, UnsupportedProduct
 from hesse.formats import open_checkpoint
 from hesse.methods import Recipe, Rule, load_recipe
 from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.constraint_parts import GridOptions, LowRankOptions
+from hesse.methods.constraint_parts import GridOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
 
 FolderOf = Callable[[str], Path]
@@ -216,12 +216,7 @@ def test_vllm_needs_one_rule_for_what_it_fuses(half_folder: FolderOf, tmp_path: 
     ("curvature", "solver", "constraint", "usable"),
     [
         ("gram_diagonal", "error_feedback", ConstraintOptions(grid=GridOptions()), "use curvature gram"),
-        (
-            "gram_diagonal",
-            "whitened_svd",
-            ConstraintOptions(low_rank=LowRankOptions()),
-            "use curvature identity or gram",
-        ),
+        ("gram_diagonal", "admm", ConstraintOptions(sparse=SparseOptions()), "use curvature gram or kronecker"),
         ("gram", "nearest", ConstraintOptions(grid=GridOptions()), "use curvature identity or gram_diagonal"),
         ("gram", "whitened_svd", ConstraintOptions(grid=GridOptions()), "no curvature"),
     ],
