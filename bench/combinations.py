@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from machine import limits
-from methods import stored_dtype
+from methods import asked, stored_dtype
 from run import LENGTH, SAMPLES
 
 import hesse
@@ -87,6 +87,16 @@ RANKS = [
 ZEROS = [
     Scheme(f"2:4 and {b} bits, groups of 64", ConstraintOptions(grid=grid(b, 64), sparse=SparseOptions(amount="2:4")))
     for b in (3, 4)
+]
+
+
+# What is there without the end loss's curvature: the best of each kind.
+JOINT = {"sparsity": "2:4", "group_size": 64, "act_order": False}
+OTHERS = [
+    ("gptq", {"bits": 3, **JOINT}),
+    ("gptq", {"bits": 4, **JOINT}),
+    ("admm", {"sparsity": "2:4"}),
+    ("gptq", {"bits": 3, "group_size": 64}),
 ]
 
 
@@ -166,6 +176,11 @@ def main() -> None:
         kl, predicted = measure(Recipe(rules=(scheme.rule,)), arguments.samples)
         bits = sum(scheme.bits(shape) * shape.numel() for shape in shapes().values()) / total
         print(f"| {scheme.label} | {bits:.3f} | {kl:.5f} | {predicted:.5f} |", flush=True)
+    print("\n| by other curvatures, the same set | KL | predicted |\n|---|---|---|")
+    for method, options in OTHERS:
+        recipe = hesse.METHODS[method].recipe(hesse.Options(**options))
+        kl, predicted = measure(recipe, arguments.samples)
+        print(f"| `{method}`, {asked(options)} | {kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n| one plan over | bits a weight | KL | predicted | what it took |\n|---|---|---|---|---|")
     menus = {
         "bits": CODES,

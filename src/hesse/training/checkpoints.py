@@ -1,7 +1,6 @@
 """A training on disk, so that one that was killed goes on to the same weights."""
 
 import hashlib
-import pickle
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from hesse.progress import Progress
 from hesse.training.loop import Loop
 
 NAME = "training.pt"
-# What a file that is none of ours, or half of one, makes torch and the loop raise.
-DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class Checkpoints:
@@ -49,7 +46,7 @@ class Checkpoints:
             if not other:
                 self.loop.restore(saved["loop"])
                 return dict(saved["note"])
-        except DAMAGE as error:
+        except Exception as error:  # a file that is none of ours, or half of one, raises things of many kinds
             raise OutputError(f"{self.path} cannot be read ({reason(error)}): remove it to begin anew") from None
         raise OutputError(
             f"{self.path} is of a training that differs from this one in its {other[0]}: give another folder, or "
