@@ -1,9 +1,10 @@
 """Structured pruning in small: what each way of choosing groups costs, measured, at three shares.
 
-    PYTHONPATH=src python bench/structured.py [conv] [hap] [neurons] [heads] [moe] [once]
+    PYTHONPATH=src python bench/structured.py [conv] [hap] [neurons] [heads] [moe] [once] [axformer]
 
 Prints tables in Markdown. `conv`: channels of a residual network on scikit-learn's digits; `hap`: an implant there;
-`neurons` and `heads`: of the default model; `moe`: a tiny mixture of experts on random chains; `once`: Only Train Once.
+`neurons` and `heads`: of the default model; `moe`: a tiny mixture of experts on random chains; `once`: Only Train Once;
+`axformer`: parts, heads and neurons by measured loss.
 """
 
 import math
@@ -206,6 +207,37 @@ def once() -> None:
             print(f"| plain, then `{method}` | {loss(pruned, test):.4f} | {left:.0%} | {again.difference:.1e} |")
 
 
+def axformer() -> None:
+    """AxFormer on the vision transformer, PAGCP at the same tolerance, the surgeon at the same size."""
+    model, test = digits.trained("vit"), digits.batches("test")
+    data = digits.batches()
+    dense = loss(model, test), digits.accuracy(model)
+    print(f"\nheld-out loss {dense[0]:.4f}, accuracy {dense[1]:.3f}\n")
+    print("| tolerance, method | loss rises by | held-out | accuracy | parameters left | flops left | seconds |")
+    print("|---|---|---|---|---|---|---|")
+
+    def show(name: str, options: dict[str, Any]) -> float:
+        started = time.perf_counter()
+        smaller, report = prune_groups(model, data, **options)
+        seconds = time.perf_counter() - started
+        left, flops = (after / before for before, after in (report.parameters, report.flops))
+        rise = report.loss[1] - report.loss[0], loss(smaller, test) - dense[0]
+        print(
+            f"| {name} | {rise[0]:+.4f} | {rise[1]:+.4f} | {digits.accuracy(smaller):.3f} | {left:.0%} | {flops:.0%} | "
+            f"{seconds:.1f} |",
+            flush=True,
+        )
+        return left
+
+    half = prune_groups(model, data, method="magnitude", amount=0.5)[1].parameters
+    inside = 2 * (1 - half[1] / half[0])  # the share of the parameters that is in groups
+    for tolerance in (0.0, 0.02, 0.1, 0.3):
+        left = show(f"{tolerance}, `axformer`", {"method": "axformer", "tolerance": tolerance})
+        show(f"{tolerance}, `pagcp`", {"method": "pagcp", "amount": 0.8, "tolerance": tolerance})
+        if left < 1:
+            show(f"{tolerance}, `obs` at that size", {"method": "obs", "amount": (1 - left) / inside})
+
+
 def sgd(named: Any) -> torch.optim.Optimizer:
     """What Only Train Once does without its penalty."""
     return torch.optim.SGD([parameter for _, parameter in named], lr=0.2)
@@ -214,6 +246,6 @@ def sgd(named: Any) -> torch.optim.Optimizer:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     parts = {"conv": conv, "hap": hap, "neurons": partial(lm, "neurons", SHARES), "heads": partial(lm, "heads", HALF)}
-    parts |= {"moe": moe, "once": once}
+    parts |= {"moe": moe, "once": once, "axformer": axformer}
     for part in sys.argv[1:] or parts:
         parts[part]()

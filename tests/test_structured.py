@@ -1,6 +1,7 @@
 """Structured pruning: scores against their definitions, budgets, refits, implants, half-spaces, and what is refused."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import combinations
 from typing import Any
 
@@ -20,6 +21,7 @@ from hesse.partitions import Group, trace_groups, zero_groups
 from hesse.partitions.experts import with_linear_experts
 from hesse.structured import HalfSpace, Implant, ImplantedLayer, only_train_once, prune_groups
 from hesse.structured.budget import Ranking, shared_numbers, uniform_numbers
+from hesse.structured.hierarchy import within_hierarchy
 from hesse.structured.implant import implant
 from hesse.structured.ranking import METHODS
 from hesse.structured.readers import Reader, readers
@@ -244,13 +246,75 @@ def test_one_ranking_over_all_sites_differs_by_site() -> None:
     assert max(shares) <= 0.5
 
 
+@pytest.mark.parametrize(("net", "method"), [("conv", "pagcp"), ("vit", "axformer")])
 @pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.5])
-def test_the_tolerance_is_kept(tolerance: float) -> None:
+def test_the_tolerance_is_kept(tolerance: float, net: str, method: str) -> None:
     data = digits.batches(samples=320)
-    _, report = prune_groups(digits.trained("conv"), data, method="pagcp", amount=0.8, tolerance=tolerance)
+    _, report = prune_groups(digits.trained(net), data, method=method, amount=0.8, tolerance=tolerance)
     assert report.loss[1] <= report.loss[0] + tolerance + 1e-5
     assert report.difference < 1e-5
     assert sum(gone for gone, _ in report.removed.values()) > (0 if tolerance == 0.5 else -1)
+
+
+def slow_hierarchy(model: nn.Module, data: digits.Batches, tolerance: float) -> tuple[nn.Module, set[str]]:
+    """The algorithm as it is written, on copies: the model with what goes at zero, and the names of that."""
+    sites = trace_groups(model, data[0][0]).sites()
+
+    def zeroed(groups: Sequence[Group]) -> nn.Module:
+        copy = deepcopy(model)
+        zero_groups(copy, groups)
+        return copy
+
+    def weight(group: Group) -> float:
+        known = dict(now.named_parameters())
+        return sum(float(piece.of(known[piece.parameter].detach()).square().sum()) for piece in group.slices)
+
+    dense, gone = value(model, data), list[Group]()
+    for level in ("sites", "heads", "neurons"):
+        now, elements = zeroed(gone), list[list[Group]]()
+        for groups in sites.values():
+            left = [group for group in groups if group not in gone]
+            if level == "sites":
+                elements.append(left)
+            elif level == "heads" == groups[0].kind:
+                elements += [[group] for group in left]
+            elif level == "neurons" == groups[0].kind and left:
+                left, size = sorted(left, key=weight), max(len(left) // 8, 1)
+                elements += [left[start : start + size] for start in range(0, len(left), size)]
+        for element in sorted(elements, key=lambda element: value(zeroed([*gone, *element]), data)):
+            if value(zeroed([*gone, *element]), data) <= dense + tolerance:
+                gone = [*gone, *element]
+    return zeroed(gone), {group.name for group in gone}
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.6])
+def test_the_hierarchy_is_as_written_and_sliced_is_zeroed(tolerance: float) -> None:
+    model, data = digits.trained("vit").double(), [(x.double(), y) for x, y in digits.batches(samples=96)]
+    want, names = slow_hierarchy(model, data, tolerance)
+    objective = Objective.of(deepcopy(model), CrossEntropy(), data)
+    sites = trace_groups(model, data[0][0]).sites()
+    gone = within_hierarchy(objective, sites, tolerance)
+    assert {group.name for groups in gone.values() for group in groups} == names
+    smaller, report = prune_groups(model, data, method="axformer", tolerance=tolerance)
+    with torch.no_grad():
+        assert torch.allclose(smaller(data[0][0]), want(data[0][0]), atol=1e-10)
+    assert {site: lost for site, (lost, _) in report.removed.items()} == {
+        site: min(len(gone[site]), len(groups) - 1) for site, groups in sites.items()
+    }
+
+
+def test_a_part_that_does_harm_goes_whole_and_one_unit_at_zero_stays() -> None:
+    model, data = digits.trained("vit"), digits.batches(samples=192)
+    with torch.no_grad():
+        model.get_submodule("blocks.1.down").weight.mul_(-4)  # type: ignore[operator, union-attr]
+    smaller, report = prune_groups(model, data, method="axformer", tolerance=0.0)
+    harmful = next(site for site in report.removed if "blocks.1.up" in site)
+    assert report.removed[harmful] == (63, 64)
+    assert report.loss[1] < report.loss[0]
+    up = smaller.get_submodule("blocks.1.up")
+    assert up.weight.shape == (1, 32)  # type: ignore[union-attr]
+    assert not up.weight.any()  # type: ignore[operator, union-attr]
+    assert not up.bias.any()  # type: ignore[operator, union-attr]
 
 
 def test_an_implant_of_full_rank_changes_nothing() -> None:
@@ -350,7 +414,7 @@ def test_zeroed_groups_are_what_the_report_measures() -> None:
 
 def test_rows_say_calls_that_run() -> None:
     named = {row.run.partition('method="')[2].partition('"')[0] for row in ROWS if "prune_groups" in row.run}
-    assert named == {*METHODS, "pagcp"}
+    assert named == {*METHODS, "pagcp", "axformer"}
     assert all(hasattr(hesse, row.run.partition("(")[0].removeprefix("hesse.")) for row in ROWS)
 
 
@@ -366,12 +430,16 @@ def test_bad_input_is_refused_before_any_work() -> None:
     for options, message in (
         ({"method": "best"}, "there is no structured method 'best'"),
         ({"amount": 1.2}, "amount is 1.2"),
-        ({"method": "pagcp"}, "a tolerance goes with the method pagcp"),
-        ({"method": "obs", "tolerance": 0.1}, "a tolerance goes with the method pagcp"),
+        ({"method": "pagcp"}, "a tolerance goes with the methods pagcp"),
+        ({"method": "obs", "tolerance": 0.1}, "a tolerance goes with the methods pagcp"),
         ({"method": "obs", "implanted": Implant(0.1, 2)}, "an implant goes with the method hap"),
         ({"method": "obs", "kinds": ["experts"]}, "obs judges what reads a group"),
         ({"method": "fisher", "kinds": ["experts", "neurons"]}, "prune in two calls"),
         ({"method": "pagcp", "tolerance": 0.1, "refit": True}, "without a refit"),
+        ({"method": "axformer"}, "a tolerance goes with the methods pagcp"),
+        ({"method": "axformer", "tolerance": -0.1}, "tolerance is -0.1"),
+        ({"method": "axformer", "tolerance": 0.1, "refit": True}, "axformer measures"),
+        ({"method": "axformer", "tolerance": 0.1, "kinds": ["experts"]}, "axformer judges what reads a group"),
     ):
         with pytest.raises(OptionError, match=message):
             prune_groups(model, data, forward=counting, **options)  # type: ignore[arg-type]

@@ -46,6 +46,15 @@ ROWS = (
         run='hesse.prune_groups(model, batches, method="pagcp", tolerance=0.05)',
     ),
     Row(
+        name="axformer",
+        curvature="the measured loss",
+        constraint=GROUPS,
+        solver="greedy, from sub-layers down to heads and neurons",
+        source="AxFormer, Nagarajan et al., 2020, arXiv:2010.03688, without hard attention",
+        needs="a traceable network, data and a tolerance",
+        run='hesse.prune_groups(model, batches, method="axformer", tolerance=0.05)',
+    ),
+    Row(
         name="only-train-once",
         curvature="identity, λ Σ ‖w_g‖",
         constraint=GROUPS,

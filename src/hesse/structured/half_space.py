@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from hesse.curvature import Loss
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
-from hesse.partitions import Group
-from hesse.structured.prune import cut, cuttable_sites, objective_of, report_of
+from hesse.structured.prune import cut, cuttable_sites, leaving_one, objective_of, report_of
 from hesse.structured.report import StructuredReport, flops_of, parameters_of
 from hesse.structured.sums import GroupSums, produced
 from hesse.training import Training, recover
@@ -116,10 +115,6 @@ def only_train_once(
     recover(objective.model, objective.data, training, loss=objective.loss, held={}, forward=forward)
     objective.model.eval()
     zero = {id(group) for group, gone in zip(groups, made[0].gone.tolist(), strict=True) if gone}
-    gone = {site: _leaving_one([g for g in some if id(g) in zero], some) for site, some in sites.items()}
+    gone = {site: leaving_one([g for g in some if id(g) in zero], some) for site, some in sites.items()}
     sliced, difference = cut(objective, gone)
     return sliced, report_of("only-train-once", model, sliced, objective, sites, gone, before, difference, None)
-
-
-def _leaving_one(gone: list[Group], there: Sequence[Group]) -> list[Group]:
-    return gone[1:] if len(gone) == len(there) else gone

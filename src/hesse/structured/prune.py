@@ -14,12 +14,14 @@ from hesse.errors import OptionError
 from hesse.estimation.walk import rows_of
 from hesse.partitions import KINDS, Group, check_partition, check_slicing, loading_problem, trace_groups
 from hesse.structured.budget import Ranking, shared_numbers, uniform_numbers
+from hesse.structured.hierarchy import within_hierarchy
 from hesse.structured.implant import Implant, implant
 from hesse.structured.ranking import IN_NATS, METHODS, Ranker
 from hesse.structured.report import StructuredReport, flops_of, parameters_of
 from hesse.structured.tolerance import within_tolerance
 
 Chosen = dict[str, list[Group]]  # by site
+MEASURING = ("pagcp", "axformer")
 
 
 def prune_groups(
@@ -43,7 +45,8 @@ def prune_groups(
     Args:
         model: any network whose groups `hesse.partitions.trace_groups` finds; it stays as it is.
         batches: (inputs, targets) pairs, such as a DataLoader or a list; walked once and kept.
-        method: `random`, `magnitude`, `taylor`, `fisher`, `hap`, `heapr` or `obs`; or `pagcp`, which measures.
+        method: `random`, `magnitude`, `taylor`, `fisher`, `hap`, `heapr` or `obs`; or `pagcp` or `axformer`, which
+            measure. Where `axformer` takes all of a site, one group stays, at zero.
         amount: the share that goes: of each site's groups, or, if not `uniform`, of all parameters in them.
         kinds: of `heads`, `neurons`, `channels`, `experts`; None for those of the first three that there are.
         loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
@@ -52,7 +55,8 @@ def prune_groups(
         cap: the most that goes of a site.
         refit: whether what reads the groups is fitted again, by least squares on the inputs that are left; None for
             what the method does: `obs` does.
-        tolerance: for `pagcp`, by how much the loss on `batches` may rise; `amount` then bounds each site.
+        tolerance: for `pagcp` and `axformer`, by how much the loss on `batches` may rise; for `pagcp`, `amount` then
+            bounds each site; for `axformer` neither `amount` nor `cap` does.
         implanted: for `hap`, how many groups next in the ranking become a low rank.
         forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
         seed: of random choices and sampled labels.
@@ -69,10 +73,12 @@ def prune_groups(
     sites = cuttable_sites(objective, kinds)
     before = (parameters_of(model), flops_of(objective), objective.value())
     ranker, rankings, predicted = None, list[Ranking](), None
-    if method == "pagcp":
-        assert tolerance is not None
-        own = objective_of(model, objective.data, objective.loss, forward)
-        gone = within_tolerance(own, sites, tolerance, min(amount, cap))
+    if tolerance is not None:
+        if method == "pagcp":
+            gone = within_tolerance(objective, sites, tolerance, min(amount, cap))
+        else:
+            gone = within_hierarchy(objective, sites, tolerance)
+        gone = {site: leaving_one(groups, sites[site]) for site, groups in gone.items()}
     else:
         ranker = Ranker(objective, sites, method, cap, (method == "obs") if refit is None else refit, seed)
         rankings = ranker.rankings(amount if uniform else 1.0)
@@ -88,6 +94,11 @@ def prune_groups(
         rows = _rows(objective.model, gone, rankings, implanted.share)
         implant(objective_of(sliced, objective.data, objective.loss, forward, copied=False), rows, implanted.rank)
     return sliced, report_of(method, model, sliced, objective, sites, gone, before, difference, predicted)
+
+
+def leaving_one(gone: list[Group], there: Sequence[Group]) -> list[Group]:
+    """What of groups at zero can be cut out: one stays, at zero, where all of a site are."""
+    return gone[1:] if len(gone) == len(there) else gone
 
 
 def objective_of(
@@ -171,17 +182,19 @@ def _check(
     implanted: Implant | None,
     kinds: Sequence[str] | None,
 ) -> None:
-    if method not in (*METHODS, "pagcp"):
-        raise OptionError(f"there is no structured method {method!r}; there are {', '.join(METHODS)}, pagcp")
+    if method not in (*METHODS, *MEASURING):
+        raise OptionError(f"there is no structured method {method!r}; there are {', '.join((*METHODS, *MEASURING))}")
     if not 0 < amount < 1 or not 0 < cap <= 1:
         raise OptionError(f"amount is {amount} and cap {cap}, but they must be above 0, and amount below 1")
-    if (method == "pagcp") != (tolerance is not None):
-        raise OptionError("a tolerance goes with the method pagcp, and with no other: give both or none")
+    if (method in MEASURING) != (tolerance is not None):
+        raise OptionError("a tolerance goes with the methods pagcp and axformer, and no other: give both or none")
+    if tolerance is not None and not tolerance >= 0:
+        raise OptionError(f"tolerance is {tolerance}, but must be 0 or more, in the unit of the loss")
     if implanted is not None and method != "hap":
         raise OptionError(f"an implant goes with the method hap, not with {method}")
-    if method == "pagcp" and refit:
-        raise OptionError("pagcp measures the network as it is, without a refit: leave it out, or choose obs")
-    if (method in ("pagcp", "heapr", "obs") or refit) and "experts" in (kinds or ()):
+    if method in MEASURING and refit:
+        raise OptionError(f"{method} measures the network as it is, without a refit: leave it out, or choose obs")
+    if (method in (*MEASURING, "heapr", "obs") or refit) and "experts" in (kinds or ()):
         raise OptionError(f"{method} judges what reads a group, and an expert has its router there: use fisher")
     if {"experts", "neurons"} <= set(kinds or ()):
         raise OptionError(

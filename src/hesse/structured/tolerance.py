@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import Objective
-from hesse.errors import OptionError
 from hesse.partitions import Group
 from hesse.structured.sums import GroupSums, everything
 
@@ -22,12 +21,7 @@ def within_tolerance(
     an eighth of its groups after another, the smallest weights first, until the loss would have risen by more than
     the site's share of the tolerance (what those before it left is added), or the share `amount` of the site is gone.
     `objective.model` is left with them at zero. Source: PAGCP (Ye et al., 2023, arXiv:2303.11923), one task.
-
-    Raises:
-        OptionError: the tolerance is negative.
     """
-    if not tolerance >= 0:
-        raise OptionError(f"tolerance is {tolerance}, but must be 0 or more, in the unit of the loss")
     start = objective.value()
     sizes = {site: len(groups) * groups[0].parameters(objective.model) for site, groups in sites.items()}
     chosen = {}
@@ -38,23 +32,27 @@ def within_tolerance(
 
 
 def _of_site(objective: Objective, site: Sequence[Group], allowed: float, amount: float) -> list[Group]:
-    sums = GroupSums.over(site, objective.model, everything)
-    weights = dict(objective.model.named_parameters())
-    squares = sums.of({name: weights[name].detach().double().square() for name in sums.names})
-    order = [site[place] for place in squares.argsort().tolist()]
     most = min(round(amount * len(site)), len(site) - 1)
     gone: list[Group] = []
-    while len(gone) < most:
-        more = order[len(gone) : min(len(gone) + max(len(site) // STEPS, 1), most)]
-        saved = _zero(objective, more)
+    for more in chunks(objective, site, most):
+        saved = zero(objective, more)
         if not objective.value() <= allowed:
-            _restore(objective, saved)
+            restore(objective, saved)
             break
         gone += more
     return gone
 
 
-def _zero(objective: Objective, groups: Sequence[Group]) -> dict[str, Tensor]:
+def chunks(objective: Objective, site: Sequence[Group], most: int) -> list[list[Group]]:
+    """The `most` groups of a site with the smallest weights, an eighth of the site after another."""
+    sums = GroupSums.over(site, objective.model, everything)
+    weights = dict(objective.model.named_parameters())
+    squares = sums.of({name: weights[name].detach().double().square() for name in sums.names})
+    order, size = [site[place] for place in squares.argsort().tolist()][:most], max(len(site) // STEPS, 1)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def zero(objective: Objective, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Set what makes some groups to zero; the parameters as they were."""
     known = dict(objective.model.named_parameters())
     pieces = [piece for group in groups for piece in group.produced if piece.parameter in known]
@@ -65,7 +63,8 @@ def _zero(objective: Objective, groups: Sequence[Group]) -> dict[str, Tensor]:
     return saved
 
 
-def _restore(objective: Objective, saved: dict[str, Tensor]) -> None:
+def restore(objective: Objective, saved: dict[str, Tensor]) -> None:
+    """Undo `zero`."""
     known = dict(objective.model.named_parameters())
     with torch.no_grad():
         for name, tensor in saved.items():
