@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "activation-svd": {"rank": 8},
     "squeezellm": {},
     "rsq": {"bits": 3, "group_size": 32},
+    "aptq": {"bits": 3, "group_size": 32},
     "kurtail": {"bits": 3, "group_size": 32},
     "qqq": {"group_size": 32},
     "planned": {"mean_bits": 3.5},

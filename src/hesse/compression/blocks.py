@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hesse.compression.attention_factors import attention_factors
 from hesse.compression.input_rounding import rounding_cost
 from hesse.compression.inputs import InputGrams
 from hesse.compression.layer_report import layer_report
@@ -14,7 +15,7 @@ from hesse.compression.layers import LayerProblem, LayerSolver, digest
 from hesse.compression.plan import Plan
 from hesse.compression.position_weights import position_weights
 from hesse.compression.report import LayerReport
-from hesse.compression.rules import weighted_inputs
+from hesse.compression.rules import attention_outputs, weighted_inputs
 from hesse.compression.weight_fisher import name_of
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
@@ -92,12 +93,16 @@ class BlockSolver:
         if weighted_inputs(self.plan.rules).intersection(layer.name for layer in block.layers):
             with self.clock.phase("calibrate"):
                 weights = position_weights(flows, block, index)
+        attention: dict[str, Tensor] = {}
+        if attention_outputs(self.plan.rules).intersection(layer.name for layer in block.layers):
+            with self.clock.phase("estimate"):
+                attention = attention_factors(flows, block, index, self.processes)
         grams = InputGrams(self.clock, self.processes, with_peaks=rounded, weights=weights)
 
         def change(layer: Layer) -> None:
             gram = grams.gram()  # of an ignored layer too: it ends what was collected
             if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, gram, grams.square_peak(), grams.weighted))
+                tensors.update(self._solve(layer, gram, grams.square_peak(), grams.weighted, attention.get(layer.name)))
 
         with self.clock.phase("calibrate"):
             return advance_with_stops(flows, block, index, grams.collect, change, self.paused)
@@ -117,18 +122,24 @@ class BlockSolver:
         return missed
 
     def _solve(
-        self, layer: Layer, gram: Gram, square_peak: float | None = None, weighted: Gram | None = None
+        self,
+        layer: Layer,
+        gram: Gram,
+        square_peak: float | None = None,
+        weighted: Gram | None = None,
+        attention: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Solve one layer, put the result in its place, and return the tensors to write for it.
 
-        `square_peak` is E[max|x|²] over its inputs, `weighted` their Gram with weights of positions, where known.
+        `square_peak` is E[max|x|²] over its inputs, `weighted` their Gram with weights of positions, `attention`
+        what the output of its attention feels of its outputs, where known.
         """
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
             weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
             fisher = self._fisher(layer) if rule.needs_fisher else None
-            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher, weighted)
+            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher, weighted, attention)
             solved = self.solver.solve(problem)
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)

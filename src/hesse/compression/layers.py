@@ -43,6 +43,7 @@ class LayerProblem:
     constraint: Constraint
     fisher: Tensor | None = None  # on the weight: diagonal (out, in), blocks (blocks, size, size) or (samples, out, in)
     weighted: Gram | None = None  # of its inputs with weights of their positions, E[r xxᵀ]
+    attention: Tensor | None = None  # what the output of the attention that it is inside feels of the outputs
 
 
 class _State(NamedTuple):
@@ -60,7 +61,7 @@ class LayerSolver:
     def __init__(self, processes: Processes = ALONE) -> None:
         self._processes = processes
         self._gram: Gram | None = None
-        self._states: dict[tuple[str, Solver, float], _State] = {}
+        self._states: dict[tuple[str, Solver, float, int], _State] = {}
 
     def solve(self, problem: LayerProblem) -> Solved:
         """The solution for a layer.
@@ -95,8 +96,9 @@ class LayerSolver:
 
     def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
         rule = problem.rule
-        key = (rule.curvature, solver, damping)
+        key = (rule.curvature, solver, damping, len(problem.weight) if rule.kind.couples_rows else 0)
         own = problem.outputs if rule.needs_output_factor else problem.fisher if rule.needs_fisher else None
+        own = problem.attention if "attention factor" in rule.kind.needs else own
         if key not in self._states or self._states[key].of is not own:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ConditioningWarning)
@@ -152,7 +154,7 @@ def _gaps(problem: LayerProblem) -> list[str]:
     if dead:
         effect = "rounded to nearest" if rule.constraint.sparse is None else "judged to cost nothing"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
-    if rule.curvature in ("gram", "weighted_gram", "kronecker") and gram.tokens < width:
+    if rule.curvature in ("gram", "weighted_gram", "kronecker", "attention") and gram.tokens < width:
         notes.append(
             f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
         )

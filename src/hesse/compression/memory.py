@@ -6,8 +6,9 @@ from pathlib import Path
 
 import psutil
 
+from hesse.compression.attention_factors import attention_modules
 from hesse.compression.plan import Plan
-from hesse.compression.rules import fisher_needs, whole_factors
+from hesse.compression.rules import attention_outputs, fisher_needs, whole_factors
 from hesse.compression.sizes import read_size
 from hesse.compression.tokens import PROBE_TOKENS
 from hesse.compression.weight_fisher import BLOCK_SIZE
@@ -130,9 +131,23 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
         waiting = _activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
         written = elements * _stored(network)
         solving = max((_solving(plan, layer, tokens) for layer in block.layers), default=0)
-        phases[f"solve {block.name}"] = network.dtype.itemsize * elements + written + waiting + solving
+        sides = _attention_factors(plan, block)
+        if sides:
+            passed = OF_ACTIVATIONS * _activations(network, block, tokens, network.dtype.itemsize)
+            phases[f"take gradients through the attention of {block.name}"] = (
+                network.dtype.itemsize * elements + passed + 2 * sides
+            )
+        phases[f"solve {block.name}"] = network.dtype.itemsize * elements + written + waiting + solving + sides
     largest = max(phases, key=phases.__getitem__)
     return MemoryPlan(base + int(phases[largest] * (1 + SHARE_FREE)), batch_size, paused, largest)
+
+
+def _attention_factors(plan: Plan, block: Block) -> int:
+    """Bytes of what a block's attention feels of its layers' outputs, where that is asked for."""
+    if not attention_outputs(plan.rules).intersection(layer.name for layer in block.layers):
+        return 0
+    inside = [layer for layers in attention_modules(block).values() for layer in layers]
+    return 4 * sum(layer.weight.shape[0] ** 2 for layer in inside)
 
 
 def _free() -> int:
@@ -152,7 +167,7 @@ def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
         return 4 * gram
     if "weighted inputs" in rule.kind.needs:  # a second Gram, inputs times weights, and the scores of one head
         gram += 2 * columns**2 + 2 * tokens * columns + 3 * plan.length**2
-    outputs = OF_OUTPUTS * rows**2 if rule.needs_output_factor else 0
+    outputs = OF_OUTPUTS * rows**2 if rule.kind.couples_rows else 0
     return 4 * (OF_WEIGHT * rows * columns + gram + outputs + _copies(rule) * _fisher(plan, layer))
 
 

@@ -7,8 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hesse.compression.attention_factors import attention_modules
 from hesse.compression.output import companion_notes
-from hesse.compression.rules import fisher_needs, fitting, reads_inputs, rules_for, weighted_inputs, whole_factors
+from hesse.compression.rules import (
+    attention_outputs,
+    fisher_needs,
+    fitting,
+    reads_inputs,
+    rules_for,
+    weighted_inputs,
+    whole_factors,
+)
 from hesse.compression.targets import check_inputs, check_served
 from hesse.compression.tokens import Calibration, factor_tokens, sample_length, select_samples
 from hesse.data import Samples
@@ -108,6 +117,17 @@ def make_plan(
             raise UnsupportedModelError(
                 f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
                 "method weighs its inputs: use curvature gram, or another method"
+            )
+    if wanted := attention_outputs(rules):
+        if statistics is not None:
+            raise OptionError("--curvature has no factors of the attention, which this method needs: leave it out")
+        inside = {
+            layer.name for block in network.blocks for layers in attention_modules(block).values() for layer in layers
+        }
+        if not (tells_attention(network.model) and inside & wanted):
+            raise UnsupportedModelError(
+                f"{type(network.model).__name__} has no attention with layers of this method's that can be passed back "
+                "through: use curvature gram or kronecker, or another method"
             )
     probed = factor_tokens(outputs, any(fisher))
     if fisher.gradients:  # one of each sample

@@ -84,5 +84,10 @@ def weighted_inputs(rules: Rules) -> set[str]:
     return _needing(rules, "weighted inputs")
 
 
+def attention_outputs(rules: Rules) -> set[str]:
+    """The layers whose rule asks what the output of their attention feels of them."""
+    return _needing(rules, "attention factor")
+
+
 def _needing(rules: Rules, statistic: Statistic) -> set[str]:
     return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}

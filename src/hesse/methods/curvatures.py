@@ -11,7 +11,13 @@ from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity
 from hesse.methods.solver_options import SolverOptions
 
 Statistic = Literal[
-    "inputs", "weighted inputs", "output factor", "fisher diagonal", "fisher blocks", "fisher gradients"
+    "inputs",
+    "weighted inputs",
+    "output factor",
+    "attention factor",
+    "fisher diagonal",
+    "fisher blocks",
+    "fisher gradients",
 ]
 ON_WEIGHTS: frozenset[Statistic] = frozenset({"fisher diagonal", "fisher blocks", "fisher gradients"})
 
@@ -34,6 +40,10 @@ class Known(Protocol):
     @property
     def outputs(self) -> Tensor | None:
         """What the loss feels of its outputs: E[ggᵀ] (out, out), or its diagonal (out,); None if nothing is known."""
+
+    @property
+    def attention(self) -> Tensor | None:
+        """What the output of the attention feels of its outputs, (out, out); None for a layer outside attention."""
 
     @property
     def fisher(self) -> Tensor | None:
@@ -72,7 +82,14 @@ def _gram_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
 
 
 def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvature:
-    outputs = known.outputs
+    return _of_outputs(known.outputs, known, options, damping)
+
+
+def _attention(known: Known, options: SolverOptions, damping: float) -> Curvature:
+    return _of_outputs(known.attention, known, options, damping)
+
+
+def _of_outputs(outputs: Tensor | None, known: Known, options: SolverOptions, damping: float) -> Curvature:
     if outputs is None or unknown(outputs):  # its outputs are taken as equals
         outputs = torch.ones_like(known.weight[:, 0])
     kronecker = Kronecker(output_factor=outputs, input_factor=known.gram.second_moment)
@@ -128,5 +145,6 @@ _KINDS = (
     CurvatureKind("fisher_blocks", frozenset({"fisher blocks"}), _fisher_blocks),
     CurvatureKind("fisher_gradients", frozenset({"fisher gradients"}), _fisher_gradients),
     CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, couples_rows=True),
+    CurvatureKind("attention", frozenset({"inputs", "attention factor"}), _attention, couples_rows=True),
 )
 CURVATURES = {kind.name: kind for kind in _KINDS}

@@ -33,6 +33,15 @@ METHODS = (
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=1.0, signed=True, damping=0.01),
     ),
     Method(
+        name="aptq",
+        curvature="attention",
+        constraints=("grid",),
+        solver="two_sided_feedback",
+        source="Guan et al., 2024, arXiv:2402.14866, without its choice of bits",
+        needs="calibration text; a pass back through each block's attention",
+        defaults=Options(bits=4, group_size=128, symmetric=True, headroom=1.0, signed=True, damping=0.01),
+    ),
+    Method(
         name="obq",
         curvature="gram",
         constraints=("grid",),

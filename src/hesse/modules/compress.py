@@ -13,7 +13,7 @@ from hesse.compression.layer_report import layer_report
 from hesse.compression.layers import LayerProblem, LayerSolver
 from hesse.compression.loss_factors import LossFactors
 from hesse.compression.report import LayerReport
-from hesse.compression.rules import fisher_needs, rules_for, whole_factors
+from hesse.compression.rules import attention_outputs, fisher_needs, rules_for, whole_factors
 from hesse.compression.weight_fisher import name_of
 from hesse.constraints import LowRankCode
 from hesse.curvature import Gram, Loss, Objective
@@ -86,6 +86,8 @@ def compress_module(
     shapes = {layer.name: layer.weight.shape for layer in found}
     weights = {layer.name: partial(_weight, layer) for layer in found}
     rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
+    if attention_outputs(rules):
+        raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
     chosen = [layer for layer in found if rules[layer.name] is not None]
     with objective_of(copy, chosen, batches, loss, forward) as objective:
         return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
