@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hesse.api import (
         benchmark,
         compress,
+        cut,
         drop_blocks,
         estimate,
         evaluate,
@@ -76,6 +77,7 @@ __all__ = [
     "benchmark",
     "compress",
     "compress_module",
+    "cut",
     "drop_blocks",
     "estimate",
     "evaluate",

@@ -2,6 +2,7 @@
 
 from hesse.api.blocks import drop_blocks, narrow
 from hesse.api.compression import compress, estimate, plan, rotate
+from hesse.api.cutting import cut
 from hesse.api.measurement import evaluate, inspect
 from hesse.api.repairing import repair
 from hesse.api.runtimes import benchmark, export
@@ -9,6 +10,7 @@ from hesse.api.runtimes import benchmark, export
 __all__ = [
     "benchmark",
     "compress",
+    "cut",
     "drop_blocks",
     "estimate",
     "evaluate",

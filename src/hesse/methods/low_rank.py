@@ -88,4 +88,13 @@ ROWS = (
         needs="a dense model, what any program compressed it to, and calibration text",
         run="hesse repair DENSE COMPRESSED OUT",
     ),
+    Row(
+        name="acip",
+        curvature="kronecker",
+        constraint=("low_rank",),
+        solver="whitened_svd",
+        source="one ranking for any size, after Genzel et al., 2025, arXiv:2502.01717, by predicted loss",
+        needs="what `hesse estimate --curvature gram,kronecker` wrote, once",
+        run="hesse cut MODEL STATISTICS OUT --size 60%",
+    ),
 )

@@ -47,12 +47,22 @@ class WhitenedSVD:
         if not isinstance(constraint, LowRank):
             raise UnsupportedProduct(f"WhitenedSVD solves LowRank, not {type(constraint).__name__}")
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
-        # Transposed, the outputs' side is one of columns too.
-        whitened = _times(_times(weight, inputs).T, outputs).T
-        left, values, right = torch.linalg.svd(whitened, full_matrices=False)
+        left, values, right = torch.linalg.svd(_whitened(state, weight), full_matrices=False)
         root = values[: constraint.rank].sqrt()
         thin = left[:, : constraint.rank] * root, root[:, None] * right[: constraint.rank]
         return constraint.encode_factors(_over(thin[0].T, outputs).T, _over(thin[1], inputs))
+
+    def values(self, state: Sides, weight: Tensor) -> Tensor:
+        """The singular values of C_Gᵀ W C_A, falling: leaving out the k-th costs half its square."""
+        found: Tensor = torch.linalg.svdvals(_whitened(state, weight))
+        return found
+
+
+def _whitened(state: Sides, weight: Tensor) -> Tensor:
+    """C_Gᵀ W C_A."""
+    outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
+    # Transposed, the outputs' side is one of columns too.
+    return _times(_times(weight, inputs).T, outputs).T
 
 
 def _times(matrix: Tensor, side: Tensor | None) -> Tensor:

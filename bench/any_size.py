@@ -1,0 +1,54 @@
+"""One ranking for any size against one rank for all layers: `python bench/any_size.py`."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hesse
+from hesse.models.locate import DEFAULT_FOLDER
+
+SAMPLES, LENGTH = 64, 256
+
+
+def uniform_rank(shapes: list[tuple[int, int]], share: float) -> int:
+    """The largest rank with which factors of all layers take such a share of their parameters."""
+    return int(share * sum(rows * columns for rows, columns in shapes) / sum(map(sum, shapes)))
+
+
+def row(name: str, report: Any, out: Path) -> None:
+    """Evaluate on held-out text, and print."""
+    kl = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).kl
+    print(f"| {name} | {kl:.4f} | {report.predicted_loss_increase:.4f} |", flush=True)
+
+
+def main() -> None:
+    """Print a table."""
+    print("| method | KL | predicted |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        hesse.estimate("default", folder / "st", curvatures=("gram", "kronecker"), samples=SAMPLES, length=LENGTH)
+        for share in (90, 80, 60):
+            out = folder / f"cut-{share}"
+            report = hesse.cut("default", folder / "st", out, size=f"{share}%")
+            row(f"`hesse cut` {share} %", report, out)
+            rank = uniform_rank([layer.shape for layer in report.layers] + kept(report), share / 100)
+            for method in ("activation-svd", "kronecker-svd"):
+                out = folder / f"{method}-{share}"
+                options = hesse.Options(rank=rank)
+                given = hesse.compress("default", out, method=method, options=options, curvature=folder / "st")
+                row(f"`{method}`, rank {rank}", given, out)
+
+
+def kept(report: Any) -> list[tuple[int, int]]:
+    """The shapes of the layers that stayed dense."""
+    from safetensors import safe_open
+
+    changed = {layer.name for layer in report.layers}
+    with safe_open(DEFAULT_FOLDER / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    own = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith("_proj.weight")}
+    return [(shape[0], shape[1]) for name, shape in own.items() if name not in changed]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The command that makes a model of any size from one ranking: cut."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesse.cli.app import DeviceOption, JsonOption, ModelArgument, app, out_console, print_json, progress_bars
+from hesse.reporting import compression_summary
+
+
+@app.command(epilog="Example: `hesse cut default STATISTICS smaller --size 80%`")
+def cut(
+    model: ModelArgument,
+    statistics: Annotated[Path, typer.Argument(help="What `hesse estimate --curvature gram,kronecker` wrote of it.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    size: Annotated[str, typer.Option(help="Of the linear layers: 60% of their dense bytes, or 5MB.")],
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut thin factors of any total size from one ranking of the directions of all layers."""
+    from hesse import api
+
+    with progress_bars(as_json) as bars:
+        report = api.cut(
+            model,
+            statistics,
+            out,
+            size=size,
+            ignore=tuple(ignore or ()),
+            device=device,
+            overwrite=overwrite,
+            progress=bars,
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        out_console.print(compression_summary(report))
