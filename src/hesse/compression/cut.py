@@ -96,7 +96,8 @@ def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> G
 def singular_values(layer: Layer, statistics: Statistics) -> Tensor:
     """Of the layer's weight in its metric, falling; zeros where no token reached it."""
     weight = layer.weight.float()
-    gram, kronecker = (kind(layer.name, weight.device) for kind in (statistics.gram, statistics.kronecker))
+    gram = statistics.gram(layer.name, weight.device)
+    kronecker = statistics.kronecker(layer.name, weight.device)
     if gram is None or kronecker is None:
         return weight.new_zeros(min(weight.shape))
     rule = METHODS[METHOD].recipe(Options(rank=1)).rules[0]
