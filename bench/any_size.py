@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import hesse
+from hesse.errors import HesseError
 from hesse.models.locate import DEFAULT_FOLDER
 
 SAMPLES, LENGTH = 64, 256
@@ -18,7 +19,7 @@ def uniform_rank(shapes: list[tuple[int, int]], share: float) -> int:
 def row(name: str, report: Any, out: Path) -> None:
     """Evaluate on held-out text, and print."""
     kl = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).kl
-    print(f"| {name} | {kl:.4f} | {report.predicted_loss_increase:.4f} |", flush=True)
+    print(f"| {name} | {kl:.5f} | {report.predicted_loss_increase:.5f} |", flush=True)
 
 
 def main() -> None:
@@ -35,7 +36,11 @@ def main() -> None:
             for method in ("activation-svd", "kronecker-svd"):
                 out = folder / f"{method}-{share}"
                 options = hesse.Options(rank=rank)
-                given = hesse.compress("default", out, method=method, options=options, curvature=folder / "st")
+                try:
+                    given = hesse.compress("default", out, method=method, options=options, curvature=folder / "st")
+                except HesseError as error:
+                    print(f"| `{method}`, rank {rank} | refused: {error} | |", flush=True)
+                    continue
                 row(f"`{method}`, rank {rank}", given, out)
 
 
