@@ -8,7 +8,7 @@ from hesse.api.options import Data, at_least, find_device
 from hesse.compression.tokens import sample_length
 from hesse.data import read_samples
 from hesse.evaluation import Evaluation, evaluate_checkpoint
-from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.evaluation.evaluate import evaluation_batch
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.inspection import Inspection, inspect_checkpoint
@@ -64,8 +64,7 @@ def evaluate(
         purpose="evaluation",
         limit=network.input_limit,
     )
-    longest = max(len(ids) for ids in chosen.ids)
-    batches = chosen.batches(batch_size or evaluation_batch(vocabulary(network), longest))
+    batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
     dense = None if reference is None else open_checkpoint(locate(reference))
     return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
 

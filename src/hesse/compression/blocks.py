@@ -78,7 +78,7 @@ class BlockSolver:
                     empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
                     tensors.update(self._solve(layer, empty))
         with self.clock.phase("write"):
-            for name in stored_names(self.plan, block):
+            for name in self.plan.network.stored_in(block):
                 layer_name, _, kind = name.rpartition(".")
                 if layer_name not in self.result.digests or kind not in ("weight", "bias"):
                     tensors.update(self.plan.checkpoint.read_stored([name]))
@@ -179,9 +179,3 @@ class BlockSolver:
         if found is None:
             return None
         return found.values.T if layer.transposed else found.values
-
-
-def stored_names(plan: Plan, block: Block) -> list[str]:
-    """The checkpoint's names of the tensors of a block."""
-    sources = plan.network.sources
-    return list(dict.fromkeys(sources[n] for n in sources if n.startswith(f"{block.name}.")))

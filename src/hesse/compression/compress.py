@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hesse.compression.account import account, versions
-from hesse.compression.blocks import BlockResult, BlockSolver, stored_names
+from hesse.compression.blocks import BlockResult, BlockSolver
 from hesse.compression.budget import BudgetPlan, BudgetRequest, plan_budget
 from hesse.compression.dense import DensePass, check_pass, probe
 from hesse.compression.identity import identity
@@ -22,7 +22,7 @@ from hesse.compression.tokens import Calibration
 from hesse.compression.unfinished import Unfinished, unfinished
 from hesse.compression.verify import verify
 from hesse.estimation import Statistics
-from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.evaluation.evaluate import evaluation_batch
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Recipe
 from hesse.models.allocator import keep_no_large_memory
@@ -235,7 +235,7 @@ class _Run:
         plan, journal, step, processes = self.plan, self.work.own, self.progress.advance, self.work.processes
         walks = 1 if plan.statistics is not None else 3
         self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
-        batch_size = evaluation_batch(vocabulary(plan.dense), plan.length)
+        batch_size = evaluation_batch(plan.dense, plan.length)
         batches = plan.check.batches(batch_size) if processes.leads else []
         flows = check_pass(plan.original, batches, self.clock, step, journal)
         if plan.statistics is not None:
@@ -269,7 +269,7 @@ class _Run:
         if not self.work.processes.leads:
             return
         with self.clock.phase("write"):
-            inside = {name for block in blocks for name in stored_names(plan, block)}
+            inside = {name for block in blocks for name in plan.network.stored_in(block)}
             for name in plan.checkpoint.stored_names():
                 if name not in inside:
                     path = journal.folder / f"part-{len(self.parts)}.safetensors"

@@ -75,7 +75,7 @@ class CostMeter:
     ) -> None:
         """Solve each layer for every offer, on the inputs that it has in the dense model."""
         progress.begin("solve for each choice", len(network.blocks))
-        length = max(len(ids) for ids in samples.ids)
+        length = samples.longest
         flows = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
         grams = InputGrams(Clock())
 

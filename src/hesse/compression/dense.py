@@ -13,7 +13,7 @@ from hesse.compression.loss_factors import LossFactors
 from hesse.compression.weight_fisher import NOTHING, FisherNeeds
 from hesse.data import Samples
 from hesse.estimation import BackwardWalk, WalkState
-from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.evaluation.evaluate import evaluation_batch
 from hesse.models.network import Network
 from hesse.models.shelf import Shelf, Waiting
 from hesse.models.stream import Flow, advance, calibration_batch, start, take_up
@@ -65,8 +65,7 @@ def probe(
     each block meanwhile. With a `journal`, which is then of that folder, the walk goes on where it was cut short. Each
     of several `processes` takes its share of the samples, in a folder of its own, and has the sums over all of them.
     """
-    length = max(len(ids) for ids in samples.ids)
-    size = min(evaluation_batch(vocabulary(network), length), calibration_batch(length))
+    size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
     size = min(size, max(len(samples.ids) // processes.count, 1))
     size = 1 if fisher.of_samples else size  # whose gradients are of single samples, which experts mix
     lasting = journal is not None

@@ -16,11 +16,11 @@ from hesse.compression.plan import open_networks
 from hesse.compression.stand_ins import StandIns
 from hesse.compression.tokens import Calibration, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.evaluation.evaluate import Evaluation, compare, evaluation_batch, pass_through, vocabulary
+from hesse.evaluation.evaluate import Evaluation, compare, evaluation_batch, pass_through
 from hesse.formats import open_checkpoint
 from hesse.models.network import Network
 from hesse.models.stream import advance, start
-from hesse.models.writer import Part, assemble, write_part, write_text
+from hesse.models.writer import Parts, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "blocks.json"
@@ -117,8 +117,7 @@ class _Drop:
         """Do it all; everything is written into the folder."""
         network, checkpoint = self.network, self.network.checkpoint
         samples = self.selected.samples
-        length = max(len(ids) for ids in samples.ids)
-        size = self.calibration.batch_size or evaluation_batch(vocabulary(network), length)
+        size = self.calibration.batch_size or evaluation_batch(network, samples.longest)
         batches = samples.batches(size)
         self._choose(batches)
         if not self.dropped:
@@ -136,8 +135,6 @@ class _Drop:
         parameters = sum(p.numel() for p in network.model.parameters())
         self._write(made)
         found = self._measured()
-        divergence = found.hidden_error if found.kl is None else found.kl
-        assert divergence is not None
         return DropReport(
             model=name,
             out=str(out),
@@ -150,8 +147,8 @@ class _Drop:
             parameters_after=parameters - sum(self._saved(drop.block) for drop in self.dropped),
             bytes_before=checkpoint.file_bytes,
             bytes_after=open_checkpoint(self.folder).file_bytes,
-            loss_name="half squared error of hidden states" if found.kl is None else "KL(dense || changed)",
-            measured=divergence,
+            loss_name=found.difference_name("changed"),
+            measured=found.difference,
             standard_error=found.kl_standard_error,
             samples=found.samples,
             held_out=self.selected.held_out,
@@ -190,20 +187,13 @@ class _Drop:
         network, checkpoint = self.network, self.network.checkpoint
         whole = list(range(len(network.blocks))) if self.stand_ins is not None else self.kept
         config = checkpoint.config if self.stand_ins is not None else fewer_blocks_config(network, whole)
-        names = fewer_blocks_names(network, whole)
-        parts, written = list[Part](), set[str]()
-        groups = [
-            [network.sources[path] for path in network.sources if path.startswith(f"{network.blocks[k].name}.")]
-            for k in whole
-        ]
-        for group in [*groups, *([name] for name in names)]:
-            inside = [name for name in dict.fromkeys(group) if name not in written]
-            if inside:
-                tensors = {**checkpoint.read_stored(inside), **{name: made[name] for name in inside if name in made}}
-                path = self.waiting / f"part-{len(parts)}.safetensors"
-                parts.append(write_part(path, {names[name]: tensor for name, tensor in tensors.items()}))
-                written |= set(inside)
-        assemble(parts, self.folder)
+        names, parts = fewer_blocks_names(network, whole), Parts(self.waiting)
+        for group in [*(network.stored_in(network.blocks[number]) for number in whole), *([name] for name in names)]:
+            left = [name for name in group if names[name] not in parts.names]
+            if left:
+                tensors = {**checkpoint.read_stored(left), **{name: made[name] for name in left if name in made}}
+                parts.add({names[name]: tensor for name, tensor in tensors.items()})
+        parts.assemble(self.folder)
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _measured(self) -> Evaluation:
@@ -213,8 +203,7 @@ class _Drop:
             VerificationError: its blocks do not do what they did in their places before.
         """
         network, check = self.network, self.selected.check
-        length = max(len(ids) for ids in check.ids)
-        batches = check.batches(evaluation_batch(vocabulary(network), length))
+        batches = check.batches(evaluation_batch(network, check.longest))
         written = Network(open_checkpoint(self.folder), torch.float32, network.device)
         flows = pass_through(written, batches, self.progress, "verify")
         if self.stand_ins is None:
@@ -223,10 +212,10 @@ class _Drop:
                 with network.loaded(network.blocks[number]) as module:
                     advance(skipping, module, number)
             same = compare(written, flows, network, skipping, self.progress)
-            difference = same.hidden_error if same.kl is None else same.kl
-            if difference is None or not difference <= MOST_DIFFERENCE:
+            if not same.difference <= MOST_DIFFERENCE:
                 raise VerificationError(
-                    f"the blocks of {type(network.model).__name__} do other things in other places ({difference:.4g} "
-                    "nats per token): nothing was put in place; they cannot be dropped from this architecture"
+                    f"the blocks of {type(network.model).__name__} do other things in other places "
+                    f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be dropped from "
+                    "this architecture"
                 )
         return compare(written, flows, network, pass_through(network, batches, self.progress, "dense"), self.progress)

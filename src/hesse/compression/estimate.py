@@ -124,7 +124,7 @@ class _Estimation:
         self.folder, self.dense, self.network = folder, dense, network
         self.samples, self.probes, self.calibration = selected.samples, selected.probes, calibration
         self.clock, self.progress = clock, progress
-        self.length = max(len(ids) for ids in self.samples.ids)
+        self.length = self.samples.longest
         self.files: dict[str, dict[str, str]] = {}  # by kind and layer
         self.written = 0
 

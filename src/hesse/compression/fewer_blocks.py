@@ -46,9 +46,7 @@ def fewer_blocks_names(network: Network, kept: Sequence[int]) -> dict[str, str]:
     """
     of_block: dict[str, int] = {}
     for index, block in enumerate(network.blocks):
-        for name, source in network.sources.items():
-            if name.startswith(f"{block.name}."):
-                of_block[source] = index
+        of_block |= dict.fromkeys(network.stored_in(block), index)
     places = {old: new for new, old in enumerate(kept)}
     blocks = network.blocks[0].name.split(".")[-2]  # what the list of blocks is called
     names = {}

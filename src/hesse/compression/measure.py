@@ -21,7 +21,7 @@ from hesse.compression.measurements import (
     TextMeasurement,
 )
 from hesse.data import Samples
-from hesse.evaluation.evaluate import evaluation_batch, vocabulary
+from hesse.evaluation.evaluate import evaluation_batch
 from hesse.evaluation.metrics import HiddenTotals, Totals
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Block, Layer, Network
@@ -73,7 +73,7 @@ class Beside:
         self, network: Network, written: Checkpoint, check: Samples, seen: Samples | None, folder: Path
     ) -> None:
         self._network, self._written = network, written
-        size = evaluation_batch(vocabulary(network), max(len(ids) for ids in check.ids))
+        size = evaluation_batch(network, check.longest)
         few = [ids[: max(TOKENS_ALONE // len(check.ids), 2)] for ids in check.ids]
         self._dense = {
             "check": start(network, check.batches(size), Shelf(folder, "measured")),

@@ -106,7 +106,7 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
     base = psutil.Process().memory_info().rss + LATER + (0 if plan.rewriting is None else plan.rewriting.working_bytes)
     flows = 0 if plan.statistics is not None else -(-len(plan.samples.ids) // batch_size)
     tokens = batch_size * plan.length
-    checked = evaluation_batch(vocabulary(dense), plan.length) * plan.length
+    checked = evaluation_batch(dense, plan.length) * plan.length
     checked = min(checked, max(PROBE_TOKENS, 2 * plan.length))
     outside = _outside(dense)
     logits = 4 * checked * vocabulary(dense) if dense.kind == "causal-lm" else 0

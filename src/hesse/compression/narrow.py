@@ -14,12 +14,12 @@ from hesse.compression.output import check_output, copy_companions, temporary_fo
 from hesse.compression.plan import open_networks
 from hesse.compression.tokens import Calibration, Selection, select_samples
 from hesse.errors import DataError, OptionError, UnsupportedModelError
-from hesse.evaluation.evaluate import Evaluation, compare, evaluation_batch, pass_through, vocabulary
+from hesse.evaluation.evaluate import Evaluation, compare, evaluation_batch, pass_through
 from hesse.formats import open_checkpoint
 from hesse.models.network import Block, Layer, Network
 from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, calibration_batch, start
-from hesse.models.writer import Part, assemble, write_part, write_text
+from hesse.models.writer import Parts, write_text
 from hesse.progress import Clock, Progress
 from hesse.solvers.nystroem import kept_units, refitted
 
@@ -128,8 +128,6 @@ def narrow_checkpoint(
             run = _Narrow(network, layers, after, selected, calibration, folder, Path(waiting), progress)
             run.walk()
             found = run.written()
-        measured = found.hidden_error if found.kl is None else found.kl
-        assert measured is not None
         report = NarrowReport(
             model=name,
             out=str(out),
@@ -139,8 +137,8 @@ def narrow_checkpoint(
             parameters_after=found.parameters,
             bytes_before=network.checkpoint.file_bytes,
             bytes_after=found.bytes,
-            loss_name="half squared error of hidden states" if found.kl is None else "KL(dense || narrow)",
-            measured=measured,
+            loss_name=found.difference_name("narrow"),
+            measured=found.difference,
             standard_error=found.kl_standard_error,
             samples=found.samples,
             held_out=selected.held_out,
@@ -165,13 +163,14 @@ class _Narrow:
     waiting: Path  # for files that are needed meanwhile
     progress: Progress
     blocks: list[NarrowedBlock] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parts = Parts(self.waiting)
 
     def walk(self) -> None:
         """Narrow each block where the samples arrive at it, and write it."""
         network, samples = self.network, self.selected.samples
-        length = max(len(ids) for ids in samples.ids)
-        size = self.calibration.batch_size or calibration_batch(length)
+        size = self.calibration.batch_size or calibration_batch(samples.longest)
         flows, grams = start(network, samples.batches(size), Shelf(self.waiting, "narrow")), InputGrams(Clock())
         self.progress.begin("narrow", len(network.blocks))
         for index, (block, feed_forward) in enumerate(zip(network.blocks, self.layers, strict=True)):
@@ -199,9 +198,7 @@ class _Narrow:
 
     def _keep(self, block: Block, feed_forward: _FeedForward, units: Tensor, fitted: Tensor) -> None:
         """Write a block's tensors, those of its feed-forward layer without the units that are gone."""
-        checkpoint, sources = self.network.checkpoint, self.network.sources
-        inside = dict.fromkeys(sources[name] for name in sources if name.startswith(f"{block.name}."))
-        tensors = checkpoint.read_stored(inside)
+        tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for layer in feed_forward.makers:
             weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
             tensors[weight] = tensors[weight][:, units] if layer.transposed else tensors[weight][units]
@@ -210,21 +207,19 @@ class _Narrow:
         reader = feed_forward.reader
         weight = f"{reader.name}.weight"
         tensors[weight] = (fitted.T if reader.transposed else fitted).to(tensors[weight].dtype)
-        self.parts.append(write_part(self.waiting / f"part-{len(self.parts)}.safetensors", tensors))
+        self.parts.add(tensors)
 
     def written(self) -> Evaluation:
         """Write what is left, read it back, and measure it."""
         network, checkpoint = self.network, self.network.checkpoint
-        inside = {name for part in self.parts for name in part.names}
         for name in checkpoint.stored_names():
-            if name not in inside:
-                path = self.waiting / f"part-{len(self.parts)}.safetensors"
-                self.parts.append(write_part(path, checkpoint.read_stored([name])))
-        assemble(self.parts, self.folder)
+            if name not in self.parts.names:
+                self.parts.add(checkpoint.read_stored([name]))
+        self.parts.assemble(self.folder)
         config = {**checkpoint.config, self.layers[0].setting: self.width}
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         check = self.selected.check
-        batches = check.batches(evaluation_batch(vocabulary(network), max(len(ids) for ids in check.ids)))
+        batches = check.batches(evaluation_batch(network, check.longest))
         written = Network(open_checkpoint(self.folder), torch.float32, network.device)
         passed = [pass_through(one, batches, self.progress, "verify") for one in (written, network)]
         return compare(written, passed[0], network, passed[1], self.progress)

@@ -56,7 +56,7 @@ class Plan:
     @property
     def length(self) -> int:
         """Tokens of the longest sample."""
-        return max(len(ids) for ids in self.samples.ids)
+        return self.samples.longest
 
 
 def make_plan(

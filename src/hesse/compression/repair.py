@@ -22,7 +22,7 @@ from hesse.constraints import LowRank, LowRankCode
 from hesse.curvature import Gram
 from hesse.errors import OptionError, VerificationError
 from hesse.estimation import GramAccumulator
-from hesse.evaluation.evaluate import Evaluation, evaluation_batch, vocabulary
+from hesse.evaluation.evaluate import evaluation_batch
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
 from hesse.methods.constraint_options import ConstraintOptions
@@ -32,7 +32,7 @@ from hesse.methods.solver_options import SolverOptions
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Block, Layer
 from hesse.models.stream import Flow, advance_with_stops, calibration_batch, start
-from hesse.models.writer import Part, assemble, write_part, write_text
+from hesse.models.writer import Parts, write_text
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "repair.json"
@@ -129,7 +129,9 @@ class _Repair:
     digests: dict[str, str] = field(default_factory=dict)
     layers: list[RepairedLayer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parts = Parts(self.waiting)
 
     def run(self, names: tuple[str, str], out: Path, version: str) -> RepairReport:
         """Do it all; everything is written into the folder."""
@@ -143,7 +145,7 @@ class _Repair:
         with self.clock.phase("verify"):
             before = read_back(pair.network.checkpoint, pair.dense, flows, {}, self.progress)
             after = read_back(written, pair.dense, flows, self.digests, self.progress)
-        measured = _measured(before), _measured(after)
+        measured = before.difference, after.difference
         predicted = [sum(getattr(x, f"predicted_{when}") or 0.0 for x in self.layers) for when in ("before", "after")]
         if measured[1] > measured[0]:
             if predicted[1] < predicted[0] / 2:
@@ -161,7 +163,7 @@ class _Repair:
             rank=request.rank,
             bytes_compressed=pair.network.checkpoint.file_bytes,
             bytes_added=written.file_bytes - pair.network.checkpoint.file_bytes,
-            loss_name="half squared error of hidden states" if before.kl is None else "KL(dense || repaired)",
+            loss_name=before.difference_name("repaired"),
             predicted_before=predicted[0],
             predicted_after=predicted[1],
             measured_before=measured[0],
@@ -180,10 +182,8 @@ class _Repair:
         """Where the check samples end in the dense model."""
         network, check = self.pair.dense, self.selected.check
         self.progress.begin("dense model", len(network.blocks))
-        length = max(len(ids) for ids in check.ids)
-        return check_pass(
-            network, check.batches(evaluation_batch(vocabulary(network), length)), self.clock, self.progress.advance
-        )
+        batches = check.batches(evaluation_batch(network, check.longest))
+        return check_pass(network, batches, self.clock, self.progress.advance)
 
     def _sensitivities(self) -> dict[str, Tensor]:
         """What the loss feels of the layers' outputs, by their names in the compressed model."""
@@ -198,11 +198,10 @@ class _Repair:
         """Take the samples through the compressed model, and repair each layer where they arrive."""
         network, samples = self.pair.network, self.selected.samples
         self.progress.begin("repair", len(network.blocks))
-        length = max(len(ids) for ids in samples.ids)
         solver, grams = LayerSolver(), InputGrams(self.clock)
         wanted = {layer.name for layer in self.pair.layers}
         with self.clock.phase("calibrate"):
-            flows = start(network, samples.batches(self.calibration.batch_size or calibration_batch(length)))
+            flows = start(network, samples.batches(self.calibration.batch_size or calibration_batch(samples.longest)))
 
         def change(layer: Layer, gram: Gram | None = None) -> None:
             gram = grams.gram() if gram is None else gram  # of a layer left out too: it ends what was collected
@@ -254,17 +253,16 @@ class _Repair:
         """Write a block's tensors, for a dense result: those of `repaired` layers, and the others decoded."""
         if self.request.format == "adapter":
             return
-        sources = self.pair.network.sources
-        self._write([sources[name] for name in sources if name.startswith(f"{block.name}.")], repaired)
+        self._write(self.pair.network.stored_in(block), repaired)
 
     def _write(self, names: Iterable[str], repaired: dict[str, Tensor]) -> None:
         """Write the dense tensors `names` of the compressed checkpoint to a part of their own."""
-        tensors = self.pair.network.checkpoint.read(dict.fromkeys(names))
+        tensors = self.pair.network.checkpoint.read(names)
         for name, tensor in tensors.items():
             layer = name.removesuffix(".weight")
             if layer in self.pair.twins:
                 tensors[name] = repaired.get(layer, tensor).to(self.pair.dtype(layer))
-        self.parts.append(write_part(self.waiting / f"part-{len(self.parts)}.safetensors", tensors))
+        self.parts.add(tensors)
 
     def _written(self, name: str) -> Checkpoint:
         """Write the adapter, or what is left of a dense checkpoint; what came of it, read back."""
@@ -272,19 +270,11 @@ class _Repair:
         if self.request.format == "adapter":
             write_adapter(self.folder, network, self.factors, self.pair.dtype, self.request.rank, name)
             return AdaptedCheckpoint(network.checkpoint.folder, self.folder, layer_paths(network))
-        inside = {tensor for part in self.parts for tensor in part.names}
         for tensor in network.checkpoint.names():
-            if tensor not in inside:
+            if tensor not in self.parts.names:
                 self._write([tensor], {})
-        assemble(self.parts, self.folder)
+        self.parts.assemble(self.folder)
         self.notes += copy_companions(network.checkpoint.folder, self.folder)
         config = {key: value for key, value in network.checkpoint.config.items() if key != "quantization_config"}
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         return open_checkpoint(self.folder)
-
-
-def _measured(evaluation: Evaluation) -> float:
-    """How far a model is from the dense one."""
-    found = evaluation.hidden_error if evaluation.kl is None else evaluation.kl
-    assert found is not None
-    return found

@@ -11,11 +11,11 @@ from hesse.compression.output import check_output, copy_companions, temporary_fo
 from hesse.compression.plan import open_networks
 from hesse.compression.tokens import Calibration, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.evaluation.evaluate import compare, evaluation_batch, pass_through, vocabulary
+from hesse.evaluation.evaluate import compare, evaluation_batch, pass_through
 from hesse.formats import open_checkpoint
 from hesse.models.network import Network
 from hesse.models.stream import calibration_batch
-from hesse.models.writer import Part, assemble, write_part, write_text
+from hesse.models.writer import Parts, write_text
 from hesse.progress import Progress
 from hesse.rewriting import ROTATIONS, Rewriting, Sight
 
@@ -62,7 +62,6 @@ def rotate_checkpoint(
     _, network, _ = open_networks(model, device)
     rewriting = Rewriting(kind, network)
     selected = select_samples(model, calibration, network)
-    length = max(len(ids) for ids in selected.samples.ids)
     checkpoint = rewriting.checkpoint
     notes = list(selected.notes)
     if len(checkpoint.names()) > len(network.checkpoint.names()):
@@ -71,7 +70,7 @@ def rotate_checkpoint(
         waiting = folder / "waiting"
         waiting.mkdir()
         progress.begin("rotate", len(network.blocks))
-        batches = selected.samples.batches(calibration.batch_size or calibration_batch(length))
+        batches = selected.samples.batches(calibration.batch_size or calibration_batch(selected.samples.longest))
         rewriting.find(Sight(batches, {}, calibration.seed, waiting, progress.advance))
         _write(rewriting, network, waiting, folder)
         for path in waiting.iterdir():
@@ -79,7 +78,7 @@ def rotate_checkpoint(
         waiting.rmdir()
         write_text(folder / "config.json", json.dumps(checkpoint.config, indent=2) + "\n")
         notes += copy_companions(model, folder)
-        check = selected.check.batches(evaluation_batch(vocabulary(network), length))
+        check = selected.check.batches(evaluation_batch(network, selected.check.longest))
         written = Network(open_checkpoint(folder), torch.float32, device)
         passed = [
             pass_through(one, check, progress, phase) for one, phase in ((written, "check"), (network, "compare"))
@@ -97,14 +96,10 @@ def rotate_checkpoint(
 
 def _write(rewriting: Rewriting, network: Network, waiting: Path, folder: Path) -> None:
     """All tensors of the rewritten model to `folder`, by way of files of a block each."""
-    checkpoint, sources = rewriting.checkpoint, network.sources
-    left = dict.fromkeys(checkpoint.names())
-    parts: list[Part] = []
+    checkpoint, parts = rewriting.checkpoint, Parts(waiting)
     for block in network.blocks:
-        inside = list(dict.fromkeys(sources[name] for name in sources if name.startswith(f"{block.name}.")))
-        parts.append(write_part(waiting / f"part-{len(parts)}.safetensors", checkpoint.read_stored(inside)))
-        for name in inside:
-            del left[name]
-    for name in left:
-        parts.append(write_part(waiting / f"part-{len(parts)}.safetensors", checkpoint.read_stored([name])))
-    assemble(parts, folder)
+        parts.add(checkpoint.read_stored(network.stored_in(block)))
+    for name in checkpoint.names():
+        if name not in parts.names:
+            parts.add(checkpoint.read_stored([name]))
+    parts.assemble(folder)

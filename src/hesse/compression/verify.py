@@ -41,8 +41,7 @@ def verify(
     written = open_checkpoint(folder)
     same = _compare_copied(source, written, digests)
     result = read_back(written, dense_network, dense.flows, digests, progress)
-    measured = result.hidden_error if result.kl is None else result.kl
-    assert measured is not None
+    measured = result.difference
     predicted = sum(predicted_by_layer.values())
     limit = TOLERATED_RATIO * predicted + TOLERATED_INCREASE * _scale(result.hidden_error, dense)
     if not measured <= limit:
@@ -56,7 +55,7 @@ def verify(
         tensors_equal=same + len(digests),
         samples=result.samples,
         held_out=held_out,
-        loss_name="KL(dense || compressed)" if result.kl is not None else "half squared error of hidden states",
+        loss_name=result.difference_name("compressed"),
         measured=measured,
         standard_error=result.kl_standard_error,
         predicted=predicted,

@@ -26,6 +26,11 @@ class Samples:
     source: str  # what a person typed, or "default calibration text"
     exact: bool  # the data gave ready ids: these very tokens, one sample a line
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest of them."""
+        return max(len(ids) for ids in self.ids)
+
     def first(self, count: int) -> "Samples":
         """The first `count` of them, or all if they are fewer."""
         return replace(self, ids=self.ids[:count])

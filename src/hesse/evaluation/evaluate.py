@@ -47,6 +47,17 @@ class Evaluation:
         """The fields by name."""
         return asdict(self)
 
+    @property
+    def difference(self) -> float:
+        """How far the model is from its reference: `kl`, or `hidden_error` for an encoder."""
+        found = self.hidden_error if self.kl is None else self.kl
+        assert found is not None, "evaluated without a reference"
+        return found
+
+    def difference_name(self, changed: str) -> str:
+        """What `difference` is, for a model that people call `changed`."""
+        return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
+
 
 def evaluate_checkpoint(
     checkpoint: Checkpoint,
@@ -161,6 +172,6 @@ def check_ids(network: Network, batches: list[Tensor]) -> None:
         )
 
 
-def evaluation_batch(network_vocabulary: int, length: int) -> int:
-    """Samples a batch such that their logits stay within `LOGITS_LIMIT`."""
-    return max(LOGITS_LIMIT // (network_vocabulary * length), 1)
+def evaluation_batch(network: Network, length: int) -> int:
+    """Samples of `length` tokens a batch such that their logits stay within `LOGITS_LIMIT`."""
+    return max(LOGITS_LIMIT // (vocabulary(network) * length), 1)

@@ -5,14 +5,10 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
@@ -21,10 +17,10 @@ from hesse.models.allocator import give_back_memory
 from hesse.models.architecture import build
 from hesse.models.checkpoint import Checkpoint
 from hesse.models.experts import unfuse
+from hesse.models.layout import Kind, find_blocks, kind_of, sources_of
 from hesse.models.limits import bounded_modules
 from hesse.models.read_ahead import ReadAhead
 
-Kind = Literal["causal-lm", "encoder"]
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
 # Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -90,10 +86,10 @@ class Network:
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
-        self.kind: Kind = _kind(self.model)
+        self.kind: Kind = kind_of(self.model)
         self.blocks_return_tuples = False  # found out by the first run
-        self.sources = _sources(self.model, stored)
-        name, blocks = _find_blocks(self.model)
+        self.sources = sources_of(self.model, stored)
+        name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
         self._round_inputs()
@@ -131,6 +127,10 @@ class Network:
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
                     "incomplete, or transformers converts this architecture in a way that Hesse does not know"
                 )
+
+    def stored_in(self, block: Block) -> list[str]:
+        """The checkpoint's names of the tensors of a block."""
+        return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
 
     @property
     def layers(self) -> list[Layer]:
@@ -262,46 +262,6 @@ def _forget(module: nn.Module) -> None:
             if parameter is not None:
                 without = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 child._parameters[name] = empty.setdefault(id(parameter), without)
-
-
-def _kind(model: PreTrainedModel) -> Kind:
-    return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
-
-
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The ModuleList with the most parameters: the blocks. Lists inside it (experts) have fewer."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    sized = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists]
-    if not sized or max(size for size, _, _ in sized) == 0:
-        raise UnsupportedModelError(f"{type(model).__name__} is not a list of blocks of linear layers")
-    _, name, blocks = max(sized, key=lambda entry: entry[0])
-    if not any(isinstance(m, nn.Linear | Conv1D) for m in blocks.modules()):
-        raise UnsupportedModelError(f"the blocks {name} of {type(model).__name__} hold no linear layers")
-    return name, blocks
-
-
-def _sources(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
-    """The checkpoint's name for each parameter and buffer of `model` that it holds, tied ones included."""
-    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wanted |= {name for name, _ in model.named_buffers()}
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    for key in stored:
-        renamed = key
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        for name in (key, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if name in wanted:
-                sources.setdefault(name, key)
-                break
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, original in tied.items():
-        if name not in sources and original in sources:
-            sources[name] = sources[original]
-        elif original not in sources and name in sources:
-            sources[original] = sources[name]
-    return sources
 
 
 def _prefix_of(model: nn.Module, child: nn.Module) -> str:

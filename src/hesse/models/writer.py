@@ -31,6 +31,28 @@ class Part:
     bytes: int  # of the tensors
 
 
+class Parts:
+    """What is written of a checkpoint so far, a file in `folder` for each call, until shards are made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: list[Part] = []
+        self.names: set[str] = set()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Write `tensors`; nothing of them is kept.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        self._parts.append(write_part(self._folder / f"part-{len(self._parts)}.safetensors", tensors))
+        self.names |= tensors.keys()
+
+    def assemble(self, folder: Path) -> None:
+        """Make the weights' files in `folder`; see `assemble`."""
+        assemble(self._parts, folder)
+
+
 def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
     """Write `tensors`; nothing of them is kept.
 
