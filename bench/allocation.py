@@ -13,7 +13,6 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -39,6 +38,8 @@ import digits
 
 BITS = (8, 6, 4, 3, 2)
 PREDICTORS = ("hawq", "hawq-v2", "q-bert", "second-order", "inter-layer", "q-vlm")
+ORDERS = ("hawq", "hawq-v2", "q-bert", "second-order", "inter-layer")  # of bisections
+FLOOR = 0.01  # KL that a bisection accepts
 RANDOM_PLANS = 10
 SAMPLES = 128  # that plans look at
 BATCH = 32
@@ -128,39 +129,45 @@ def bits(seeds: int) -> None:
             print(f"| {name} | {summary(values)} | {math.exp(ratio):.2f} |", flush=True)
 
 
+def sizes_at_floor(seed: int) -> tuple[dict[str, float], int]:
+    """Bits a weight at which one network still holds `FLOOR`, by order of the bisection; how often it was measured."""
+    model = network(seed)
+    objective = objective_of(model)
+    menu = grid_menu(objective, BITS)
+    images = digits.digits()[0][0][:SAMPLES]
+    with torch.no_grad():
+        dense = model(images)
+    measured: list[float] = []
+
+    def accepts(choice: Choice) -> bool:
+        with torch.no_grad():
+            measured.append(divergence(dense, with_choice(model, menu, choice)(images)))
+        return measured[-1] <= FLOOR
+
+    generator = random.Random(seed)
+    costs = {name: predicted_costs(objective, changes_of(objective, menu), name) for name in ORDERS}
+    costs["random"] = {name: [generator.random() for _ in BITS] for name in menu}
+    weights = sum(parameter.numel() for parameter in objective.parameters)
+    found = {}
+    for name, own in costs.items():
+        problem = priced(menu, own)
+        found[name] = 8 * problem.size(smallest_accepted(problem, accepts)) / weights
+    return found, len(measured)
+
+
 def bisect(seeds: int) -> None:
     """The size at which a floor of KL on the training images still holds."""
     found: dict[str, list[float]] = {}
-    runs: list[int] = []
+    measurements = 0
     for seed in range(seeds):
-        model = network(seed)
-        objective = objective_of(model)
-        menu = grid_menu(objective, BITS)
-        images = digits.digits()[0][0][:SAMPLES]
-        with torch.no_grad():
-            dense = model(images)
-
-        def accepts(choice: Choice) -> bool:
-            runs[-1] += 1
-            with torch.no_grad():
-                return divergence(dense, with_choice(model, menu, choice)(images)) <= 0.01  # noqa: B023
-
-        orders: dict[str, Callable[[], dict[str, list[float]]]] = {
-            name: lambda name=name: predicted_costs(objective, changes_of(objective, menu), name)  # type: ignore[misc]  # noqa: B023
-            for name in ("hawq", "hawq-v2", "q-bert", "second-order", "inter-layer")
-        }
-        generator = random.Random(seed)
-        orders["random"] = lambda: {name: [generator.random() for _ in BITS] for name in menu}  # noqa: B023
-        for name, order in orders.items():
-            runs.append(0)
-            problem = priced(menu, order())
-            choice = smallest_accepted(problem, accepts)
-            weights = sum(parameter.numel() for parameter in objective.parameters)
-            found.setdefault(name, []).append(8 * problem.size(choice) / weights)
-    print("\n| order of the bisection | bits a weight at KL 0.01 |\n|---|---|")
+        sizes, measured = sizes_at_floor(seed)
+        measurements += measured
+        for name, size in sizes.items():
+            found.setdefault(name, []).append(size)
+    print(f"\n| order of the bisection | bits a weight at KL {FLOOR} |\n|---|---|")
     for name, values in found.items():
         print(f"| {name} | {summary(values)} |", flush=True)
-    print(f"\n{statistics.fmean(runs):.0f} measurements a search")
+    print(f"\n{measurements / (seeds * len(found)):.0f} measurements a search")
 
 
 def tuned(model: nn.Module, masks: dict[str, Tensor]) -> float:
