@@ -24,20 +24,6 @@ app = typer.Typer(
 out_console = Console()
 error_console = Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, `default`, or a hub id such as owner/name.")]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Text: .txt, .jsonl with `text` or `input_ids`, .parquet, or a datasets id. The shipped text if absent."
-    ),
-]
-LengthOption = Annotated[
-    int | None, typer.Option(help="Tokens a sample; 2048, or as many as the model has positions for, if absent.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-BatchOption = Annotated[int | None, typer.Option(help="Samples that go through the model together.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
-
 
 class _Interrupted(Exception):
     """Ctrl-C, or a signal to end, after everything has been tidied up; its argument is what became of the work."""

@@ -1,22 +1,21 @@
 """The commands that change a model's shape: drop-blocks and narrow."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import (
+from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
     ModelArgument,
-    app,
-    out_console,
-    print_json,
-    print_line,
-    progress_bars,
+    OutArgument,
+    OverwriteOption,
+    SamplesOption,
+    SeedOption,
 )
 from hesse.reporting import blocks_summary
 
@@ -24,7 +23,7 @@ from hesse.reporting import blocks_summary
 @app.command("drop-blocks", epilog="Example: `hesse drop-blocks default shorter --blocks 1`")
 def drop_blocks(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     blocks: Annotated[int | None, typer.Option(help="How many blocks go.")] = None,
     loss: Annotated[float | None, typer.Option(help="Or what they may cost together, in nats per token.")] = None,
     importance: Annotated[
@@ -36,10 +35,10 @@ def drop_blocks(
     data: DataOption = None,
     samples: Annotated[int, typer.Option(help="Samples that blocks are judged by.")] = 16,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take whole blocks out of a model, chosen by what they are measured or predicted to be worth."""
@@ -71,15 +70,15 @@ def drop_blocks(
 @app.command(epilog="Example: `hesse narrow default narrower --keep 0.75`")
 def narrow(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     keep: Annotated[float, typer.Option(help="Share of the hidden units of feed-forward layers that stay.")] = 0.75,
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: SamplesOption = 128,
     length: LengthOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""

@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from hesse.cli.app import (
+from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    IgnoreOption,
     JsonOption,
     LengthOption,
     ModelArgument,
-    app,
-    out_console,
-    print_json,
-    print_line,
-    progress_bars,
+    OutArgument,
+    SamplesOption,
+    SeedOption,
 )
 from hesse.errors import OptionError
 from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
@@ -57,16 +57,16 @@ def compress(
     input_bits: Annotated[
         int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
     ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
+    ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
     data: DataOption = None,
     curvature: Annotated[
         Path | None, typer.Option(help="A folder that `hesse estimate` wrote, in place of calibration.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: SamplesOption = 128,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     format: Annotated[str, typer.Option(help="auto, pack-quantized, int-quantized, dense or low-rank.")] = "auto",
@@ -146,12 +146,12 @@ def compress(
 @app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
 def estimate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     data: DataOption = None,
     curvature: Annotated[str, typer.Option(help="What to estimate: gram, kronecker, fisher, with commas.")] = "gram",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: SamplesOption = 128,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,

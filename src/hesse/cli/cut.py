@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import DeviceOption, JsonOption, ModelArgument, app, out_console, print_json, progress_bars
+from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.options import DeviceOption, IgnoreOption, JsonOption, ModelArgument, OutArgument, OverwriteOption
 from hesse.reporting import compression_summary
 
 
@@ -13,11 +14,11 @@ from hesse.reporting import compression_summary
 def cut(
     model: ModelArgument,
     statistics: Annotated[Path, typer.Argument(help="What `hesse estimate --curvature gram,kronecker` wrote of it.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     size: Annotated[str, typer.Option(help="Of the linear layers: 60% of their dense bytes, or 5MB.")],
-    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
+    ignore: IgnoreOption = None,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cut thin factors of any total size from one ranking of the directions of all layers."""

@@ -5,18 +5,15 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import (
+from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
     ModelArgument,
-    app,
-    out_console,
-    print_json,
-    print_line,
-    progress_bars,
+    ReferenceOption,
 )
 from hesse.methods import TABLE, Options
 from hesse.reporting import (
@@ -33,7 +30,7 @@ from hesse.reporting import (
 @app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")
 def evaluate(
     model: ModelArgument,
-    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    reference: ReferenceOption = None,
     adapter: Annotated[Path | None, typer.Option(help="A LoRA folder, such as `hesse repair` writes, to add.")] = None,
     data: DataOption = None,
     samples: Annotated[int | None, typer.Option(help="Windows of text, from the first on; all if absent.")] = None,

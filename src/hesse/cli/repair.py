@@ -1,21 +1,21 @@
 """The command that makes good what a compression lost: repair."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import (
+from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    IgnoreOption,
     JsonOption,
     LengthOption,
     ModelArgument,
-    app,
-    out_console,
-    print_json,
-    progress_bars,
+    OutArgument,
+    SamplesOption,
+    SeedOption,
 )
 from hesse.reporting import repair_summary
 
@@ -24,7 +24,7 @@ from hesse.reporting import repair_summary
 def repair(
     dense: ModelArgument,
     compressed: Annotated[str, typer.Argument(help="What was made of it, by Hesse or by another program.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     rank: Annotated[int, typer.Option(help="Of the two thin factors beside each layer.")] = 32,
     curvature: Annotated[
         str,
@@ -34,11 +34,11 @@ def repair(
         str, typer.Option(help="adapter: PEFT's, to load beside the compressed model; dense: the sums, a whole model.")
     ] = "adapter",
     damping: Annotated[float, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = 0.01,
-    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone; may be repeated.")] = None,
+    ignore: IgnoreOption = None,
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: SamplesOption = 128,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples and of sampled labels.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter or model folder OUT.")] = False,

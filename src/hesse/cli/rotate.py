@@ -1,28 +1,26 @@
 """The command that rewrites a model without changing its function."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import (
+from hesse.cli.app import app, print_json, print_line, progress_bars
+from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
     ModelArgument,
-    app,
-    print_json,
-    print_line,
-    progress_bars,
+    OutArgument,
+    OverwriteOption,
 )
 
 
 @app.command(epilog="Example: `hesse rotate default default-rotated --kind kurtail --samples 32`")
 def rotate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: OutArgument,
     kind: Annotated[str, typer.Option(help="hadamard (random) or kurtail (learned on the samples).")] = "hadamard",
     data: DataOption = None,
     samples: Annotated[int, typer.Option(help="Samples to learn from.")] = 128,
@@ -30,7 +28,7 @@ def rotate(
     seed: Annotated[int, typer.Option(help="Of the random rotations and of the choice of samples.")] = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a model so that nothing in it stands out, its function unchanged, for whatever rounds it next."""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import JsonOption, ModelArgument, app, out_console, print_json, progress_bars
+from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.options import JsonOption, ModelArgument, ReferenceOption
 
 
 @app.command(epilog="Example: `hesse export tiny-4bit tiny-4bit.gguf --to gguf`")
@@ -31,7 +32,7 @@ def export(
 @app.command(epilog="Example: `hesse benchmark tiny-4bit --reference default`")
 def benchmark(
     model: ModelArgument,
-    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    reference: ReferenceOption = None,
     runtimes: Annotated[str, typer.Option(help="Runtimes to measure in, with commas.")] = (
         "transformers,llama.cpp,onnxruntime,torchao"
     ),
