@@ -308,12 +308,12 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hesse.compression import compress as compression
+    from hesse.compression import run
 
     if where == "solve":
         monkeypatch.setattr(LayerSolver, "solve", stop)
     else:
-        monkeypatch.setattr(compression, "verify", stop)
+        monkeypatch.setattr(run, "verify", stop)
     ran = run_into(hesse_command, model, tmp_path / "out")
     kept = "was not written; what is done of it is kept, and the same command goes on."
     assert (ran.code, ran.error) == (130, f"Interrupted: {tmp_path / 'out'} {kept}")

@@ -29,8 +29,7 @@ from helpers import (
     sha256,
     twin,
 )
-from hesse.compression import blocks, layer_report
-from hesse.compression import compress as compression
+from hesse.compression import blocks, layer_report, run
 from hesse.compression.layers import Effect
 from hesse.errors import VerificationError
 from hesse.methods import METHODS, Recipe, Rule
@@ -438,7 +437,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Tensor],
         edited = {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()}
         return writer.write_part(path, edited)
 
-    for module in (blocks, compression):
+    for module in (blocks, run):
         monkeypatch.setattr(module, "write_part", changed)
 
 

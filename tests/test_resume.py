@@ -183,7 +183,7 @@ def cut_short(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **option
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.compress._Run._note", stop)
+        patch.setattr("hesse.compression.run.Run._note", stop)
         with pytest.raises(KeyboardInterrupt, match="kept"):
             compress(source, out, **{**settings("gptq"), **options})
 
@@ -287,7 +287,7 @@ def test_the_command_line_says_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.compress._Run._note", stop)
+        patch.setattr("hesse.compression.run.Run._note", stop)
         ran = hesse_command(*arguments)
     assert ran.code == 130
     kept = "was not written; what is done of it is kept, and the same command goes on."
