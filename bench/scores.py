@@ -127,6 +127,7 @@ ROWS: dict[str, tuple[Run, str]] = {
     "Wanda": (by_method("wanda"), "row"),
     "SparseGPT": (by_method("sparsegpt"), "layer"),
     "ADMM": (by_method("admm"), "layer"),
+    "ADMM in the loss's curvature": (by_method("kronecker-admm"), "layer"),
     "OBC": (by_method("obc"), "layer"),
     "WoodFisher": (by_method("woodfisher"), "layer"),
     "oBERT": (by_method("obert"), "layer"),

@@ -31,6 +31,19 @@ class Attention(nn.Module):
         return result
 
 
+class Recurrent(nn.Module):
+    """torch's fused LSTM, which has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.LSTM(2, 2, batch_first=True)
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.head(self.steps(values)[0])
+        return result
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.SiLU(), nn.Linear(3, CLASSES))
 
@@ -56,6 +69,7 @@ SETTINGS = {
     "mlp": Setting(mlp, normal(0, 5, 2)),
     "conv": Setting(conv, normal(1, 5, 1, 3, 3)),
     "attention": Setting(Attention, torch.tensor([[0, 1, 2], [2, 2, 1], [0, 0, 1], [1, 0, 2], [2, 1, 0]]), (3,)),
+    "recurrent": Setting(Recurrent, normal(3, 5, 3, 2), (3,)),
     "linear": Setting(linear, normal(2, 5, 2)),
 }
 LOSSES: dict[str, Callable[[str], Loss]] = {

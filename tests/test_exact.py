@@ -261,6 +261,40 @@ def test_parameters_must_be_there_and_take_a_gradient() -> None:
         Objective.of(objective.model, objective.loss, objective.data)
 
 
+class Distances(nn.Module):
+    """From points that are learnt: an operation that torch can differentiate once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = nn.Parameter(normal(0, 3, 2))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return -torch.cdist(values, self.points)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_an_operation_without_second_derivative_is_named(kind: Any) -> None:
+    objective = Objective.of(Distances(), CrossEntropy(), [(normal(1, 5, 2), torch.tensor([0, 1, 2, 0, 1]))])
+    assert objective.value() > 0
+    with pytest.raises(UnsupportedProduct, match="_cdist_backward"):
+        kind(objective=objective).matvec(normal(2, objective.size))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 7, 1, 2, 0]), "class 7, but the model gives 3"),
+        (torch.tensor([0, -1, 1, 2, 0]), "class -1"),
+        (torch.tensor([0.0, 1, 1, 2, 0]), "whole numbers"),
+        (torch.tensor([[0], [1], [1], [2], [0]]), r"targets \(5, 1\)"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(targets: Tensor, message: str) -> None:
+    objective = Objective.of(nn.Linear(2, 3).double(), CrossEntropy(), [(normal(1, 5, 2), targets)])
+    with pytest.raises(DataError, match=message):
+        objective.value()
+
+
 def test_losses_must_be_a_mean_or_a_sum_of_terms() -> None:
     model, data = mlp(), [(torch.ones(2, 2), torch.zeros(2, dtype=torch.long))]
     with pytest.raises(OptionError, match="reduction='none'"):

@@ -48,6 +48,14 @@ class Exact(Curvature):
 
     @torch.no_grad()
     def matvec(self, vector: Tensor) -> Tensor:
+        try:
+            return self._product(vector)
+        except (NotImplementedError, RuntimeError) as error:
+            if "derivative for" not in str(error):
+                raise
+            raise UnsupportedProduct(f"{str(error).splitlines()[0]}: torch cannot differentiate it twice") from error
+
+    def _product(self, vector: Tensor) -> Tensor:
         objective = self.objective
         flat = vector.reshape(-1, objective.size).to(objective.parameters[0])
         total = torch.zeros_like(flat)
@@ -237,5 +245,9 @@ def _sandwich(
 
 
 def _derivative(function: Callable[..., Tensor], point: Columns, *direction: Tensor) -> Tensor:
-    slope: Tensor = jvp(function, point, direction)[1]
+    try:
+        slope: Tensor = jvp(function, point, direction)[1]
+    except NotImplementedError:  # an operation without forward mode: Jᵀ is linear, and its own backward is J
+        value, pull_back = vjp(function, *point)[:2]
+        slope = vjp(pull_back, torch.zeros_like(value))[1](direction)[0]
     return slope

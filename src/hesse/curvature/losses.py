@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hesse.errors import OptionError, UnsupportedProduct
+from hesse.errors import DataError, OptionError, UnsupportedProduct
 
 Reduction = Literal["mean", "sum"]
 ROWS = 128  # of logits, handled together: their copies in float64 should be small beside the logits
@@ -31,6 +31,14 @@ class Loss(ABC):
     @abstractmethod
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each term, (samples, ...); masked ones are 0."""
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """See that `terms` can be taken of them.
+
+        Raises:
+            DataError: their shapes, types or values do not belong together.
+        """
+        return None
 
     def count(self, targets: Tensor) -> int | None:
         """How many terms a mean divides by, where the targets alone say it."""
@@ -71,6 +79,17 @@ class CrossEntropy(Loss):
             outputs.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=self.ignore_index
         )
         return flat.view(targets.shape)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        if targets.is_floating_point() or targets.shape != outputs.shape[:-1]:
+            raise DataError(
+                f"targets {tuple(targets.shape)} of {targets.dtype} for outputs {tuple(outputs.shape)}: cross-entropy "
+                f"takes the numbers of classes, {tuple(outputs.shape[:-1])} whole numbers; for another loss give loss="
+            )
+        counted = targets[targets != self.ignore_index]
+        wrong = counted[(counted < 0) | (counted >= outputs.shape[-1])]
+        if len(wrong):
+            raise DataError(f"a target is class {int(wrong[0])}, but the model gives {outputs.shape[-1]} classes")
 
     def count(self, targets: Tensor) -> int | None:
         return int((targets != self.ignore_index).sum())

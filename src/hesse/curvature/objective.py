@@ -130,7 +130,8 @@ class Objective:
         Raises:
             OptionError: it is no tensor.
         """
-        outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
+        with layer_by_layer():
+            outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
         if not isinstance(outputs, Tensor):
             raise OptionError(
                 f"the model gives {type(outputs).__name__}, not a tensor: give forward=lambda model, inputs: ..."
@@ -167,13 +168,18 @@ class Objective:
         return 1.0 if self.loss.reduction == "sum" else 1 / terms
 
     def value(self) -> float:
-        """L(θ)."""
+        """L(θ).
+
+        Raises:
+            DataError: the loss cannot be taken of these targets.
+        """
+        total = 0.0
         with torch.no_grad():
-            sums = [
-                float(self.loss.terms(self.outputs(inputs), targets).double().sum())
-                for inputs, targets in self.batches()
-            ]
-        return sum(sums) * self.scale
+            for inputs, targets in self.batches():
+                outputs = self.outputs(inputs)
+                self.loss.check(outputs, targets)
+                total += float(self.loss.terms(outputs, targets).double().sum())
+        return total * self.scale
 
     def gradient(self) -> Tensor:
         """∂L/∂θ (size,).
@@ -235,6 +241,17 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, list | tuple):
         return type(inputs)(_moved(value, device) for value in inputs)
     return inputs
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Transformers of torch's own in eval mode without their fused form, which calls none of their layers."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

@@ -47,8 +47,9 @@ def compress_module(
 ) -> ModuleReport:
     """Prune, quantise or factorise the layers of any `torch.nn.Module`; `model` itself is left as it is.
 
-    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups, and transformers' Conv1D; a convolution is the matrix
-    (out, in · kernel) that its patches are multiplied by. Embeddings, norms and weights that two modules share stay.
+    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups, transformers' Conv1D, and the `q_proj`, `k_proj` and
+    `v_proj` that an nn.MultiheadAttention keeps in one weight; a convolution is the matrix (out, in · kernel) that its
+    patches are multiplied by. Embeddings, norms and weights that two modules share stay.
     What the loss feels of each layer is taken from one pass back through the dense model; then all batches go
     through the copy together, stop at each layer, and go on through the solved one, so that later layers see inputs
     that the earlier, changed ones make. So the activations of all batches are in memory at once.
@@ -82,15 +83,15 @@ def compress_module(
         raise OptionError(f"{wanted.rewrite} rewrites language models on disk, not modules: choose another method")
     if any(rule.input_bits is not None for rule in wanted.rules):
         raise OptionError("inputs are rounded in language models on disk, not in modules: leave out the bits of inputs")
-    copy, found, notes = copied(model)
-    shapes = {layer.name: layer.weight.shape for layer in found}
-    weights = {layer.name: partial(_weight, layer) for layer in found}
-    rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
-    if attention_outputs(rules):
-        raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
-    chosen = [layer for layer in found if rules[layer.name] is not None]
-    with objective_of(copy, chosen, batches, loss, forward) as objective:
-        return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
+    with copied(model) as (copy, found, notes):
+        shapes = {layer.name: layer.weight.shape for layer in found}
+        weights = {layer.name: partial(_weight, layer) for layer in found}
+        rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
+        if attention_outputs(rules):
+            raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
+        chosen = [layer for layer in found if rules[layer.name] is not None]
+        with objective_of(copy, chosen, batches, loss, forward) as objective:
+            return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
 
 
 def _recipe(

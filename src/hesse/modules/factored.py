@@ -10,7 +10,27 @@ from hesse.constraints import LowRankCode
 from hesse.models.network import Layer
 
 
-def factored(layer: Layer, code: LowRankCode) -> nn.Sequential:
+class Factored(nn.Sequential):
+    """A layer and a second one, which a network that looks at their weight and bias instead of calling them can read.
+
+    As torch's own transformer layers do.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """What the two make together (out, in), or (out, in, *kernel)."""
+        first, second = (module.get_parameter("weight") for module in self)
+        return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The second one's."""
+        bias = self[1].bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+
+def factored(layer: Layer, code: LowRankCode) -> Factored:
     """Linear + Linear, or a convolution with `rank` outputs + one with a kernel of 1, of the layer's type."""
     module, rank = layer.module, len(code.right)
     bias = module._parameters.get("bias")
@@ -19,7 +39,7 @@ def factored(layer: Layer, code: LowRankCode) -> nn.Sequential:
         new.weight = nn.Parameter(values.to(layer.parameter).view_as(new.get_parameter("weight")))
     if bias is not None:
         pair[1].bias = nn.Parameter(bias.detach().clone())
-    return nn.Sequential(*pair).train(module.training)
+    return Factored(*pair).train(module.training)
 
 
 def _pair(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:

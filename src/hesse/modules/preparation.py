@@ -12,11 +12,15 @@ from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.models.network import Layer
+from hesse.modules.attention import split_attentions
 from hesse.modules.layers import layers_of
 
 
-def copied(model: nn.Module) -> tuple[nn.Module, list[Layer], list[str]]:
+@contextmanager
+def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
     """A copy in eval mode, its layers, and notes on what else has weights.
+
+    Meanwhile the projections of torch's own attention are layers.
 
     Raises:
         HesseError: it has no layers, or is one itself.
@@ -24,10 +28,11 @@ def copied(model: nn.Module) -> tuple[nn.Module, list[Layer], list[str]]:
     if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
         raise OptionError("the model is a single layer: put it into an nn.Sequential")
     copy = deepcopy(model).eval()
-    layers, notes = layers_of(copy)
-    if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to compress")
-    return copy, layers, notes
+    with split_attentions(copy):
+        layers, notes = layers_of(copy)
+        if not layers:
+            raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to compress")
+        yield copy, layers, notes
 
 
 @contextmanager

@@ -75,40 +75,40 @@ def prune_module(
     if scope not in ("network", "layer") or steps < 1:
         raise OptionError(f"the scope is 'network' or 'layer' and steps are 1 or more, not {scope!r} and {steps}")
     Sparse(sparsity)
-    copy, found, notes = copied(model)
-    names = [layer.name for layer in found]
-    check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
-    chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
-    if not chosen:
-        raise OptionError("no layer is left to prune: ignore fewer")
-    options = ScoreOptions(kind, seed, attack)
-    with objective_of(copy, chosen, batches, loss, forward) as objective:
-        before, dense = objective.value(), weights_of(objective)
-        kept = torch.ones_like(dense, dtype=torch.bool)
-        for step in range(1, steps + 1):
-            judged = SCORES[score](objective, options)
-            share = 1 - (1 - sparsity) ** (step / steps)
-            stays = _stay(objective, torch.where(kept, judged.scores, -torch.inf), share, scope)
-            _put(objective, _values(judged, weights_of(objective), kept, stays, update))
-            kept = stays
-        after, change = objective.value(), weights_of(objective) - dense
-        _put(objective, dense)
-        predicted = GaussNewton(objective=objective).quadratic(change)
-        _put(objective, dense + change)
-        reports = [_report(layer, score) for layer in chosen]
-    notes += [f"{report.name}: all of its weights were removed" for report in reports if report.sparsity == 1]
-    return ModuleReport(
-        module=copy,
-        method=score,
-        loss_before=before,
-        loss_after=after,
-        predicted_loss_increase=predicted,
-        bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / len(dense),
-        layers=reports,
-        notes=notes,
-        recipe={"score": score, "sparsity": sparsity, "scope": scope, "steps": steps, "update": update},
-        encoded={layer.name: Sparse().encode_masked(layer.weight, layer.weight != 0) for layer in chosen},
-    )
+    with copied(model) as (copy, found, notes):
+        names = [layer.name for layer in found]
+        check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
+        chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
+        if not chosen:
+            raise OptionError("no layer is left to prune: ignore fewer")
+        options = ScoreOptions(kind, seed, attack)
+        with objective_of(copy, chosen, batches, loss, forward) as objective:
+            before, dense = objective.value(), weights_of(objective)
+            kept = torch.ones_like(dense, dtype=torch.bool)
+            for step in range(1, steps + 1):
+                judged = SCORES[score](objective, options)
+                share = 1 - (1 - sparsity) ** (step / steps)
+                stays = _stay(objective, torch.where(kept, judged.scores, -torch.inf), share, scope)
+                _put(objective, _values(judged, weights_of(objective), kept, stays, update))
+                kept = stays
+            after, change = objective.value(), weights_of(objective) - dense
+            _put(objective, dense)
+            predicted = GaussNewton(objective=objective).quadratic(change)
+            _put(objective, dense + change)
+            reports = [_report(layer, score) for layer in chosen]
+        notes += [f"{report.name}: all of its weights were removed" for report in reports if report.sparsity == 1]
+        return ModuleReport(
+            module=copy,
+            method=score,
+            loss_before=before,
+            loss_after=after,
+            predicted_loss_increase=predicted,
+            bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / len(dense),
+            layers=reports,
+            notes=notes,
+            recipe={"score": score, "sparsity": sparsity, "scope": scope, "steps": steps, "update": update},
+            encoded={layer.name: Sparse().encode_masked(layer.weight, layer.weight != 0) for layer in chosen},
+        )
 
 
 def _matches(layer: Layer, patterns: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from hesse.partitions.attention import NarrowAttention
+from hesse.partitions.attention import NarrowAttention, without_nested_tensors
 from hesse.partitions.partition import Group
 
 # What attention modules call their numbers of heads, and the widths that are multiples of it.
@@ -88,6 +88,7 @@ def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> Non
                 module.config = deepcopy(module.config)
                 for attribute in HEADS:
                     _scale(module.config, attribute, share)
+    without_nested_tensors(new)
 
 
 def head_shares(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, ...], Fraction]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesse.curvature.objective import differentiable_twice, layer_by_layer
 from hesse.partitions.experts import expert_groups, followed_experts
 from hesse.partitions.partition import Group, Kind, Partition, Slice
 from hesse.partitions.planes import pinned
@@ -44,15 +44,12 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
     for tensor in tensors(example_inputs):
         run.put(tensor, (), DATA if tensor.is_floating_point() else INTEGERS)
     training = {module for module in model.modules() if module.training}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
         watched = named_modules(model, run.modules), followed_experts(model, run)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watched[0], watched[1], run:
+        with torch.no_grad(), layer_by_layer(), differentiable_twice(), watched[0], watched[1], run:
             outputs = (forward or call_with)(model, example_inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
     for tensor in tensors(outputs):

@@ -11,6 +11,7 @@ from hesse.curvature import Curvature, Kronecker, Objective
 from hesse.errors import UnsupportedModelError
 from hesse.estimation import estimate_curvatures
 from hesse.partitions import Group
+from hesse.partitions.attention import outputs_called
 from hesse.partitions.experts import with_linear_experts
 from hesse.partitions.partition import Slice
 
@@ -55,7 +56,8 @@ def readers(objective: Objective, sites: Iterable[Sequence[Group]], seed: int) -
             )
         parameters[name].requires_grad_(True)
     chosen = Objective(model, objective.loss, objective.data, tuple(names), objective.forward)
-    factors = estimate_curvatures(chosen, ["kronecker"], seed=seed).kronecker
+    with outputs_called(model):
+        factors = estimate_curvatures(chosen, ["kronecker"], seed=seed).kronecker
     return [_of_site(model, site, factors) for site in sites]
 
 

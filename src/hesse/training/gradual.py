@@ -82,7 +82,7 @@ def prune_gradually(
     for name in chosen:
         if name not in objective.named:
             raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")
-    whole = {name: HeldZeros(torch.ones_like(layer.parameter, dtype=torch.bool)) for name, layer in chosen.items()}
+    whole = {name: HeldZeros(torch.ones_like(objective.named[name], dtype=torch.bool)) for name in chosen}
     loop = Loop(objective, replace(training, rate=rate), whole)
     cutting = Cutting(loop, schedule, pattern, recipe, calibration)
     progress = Silence() if progress is None else progress

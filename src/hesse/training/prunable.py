@@ -27,22 +27,26 @@ def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore:
 
 
 def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
-    """The layers that a recipe is for, by the names of their weights.
+    """The layers that a recipe is for, by the names of their weights in the model.
+
+    One of those that share a weight stands for all, as the projections of torch's own attention do.
 
     Raises:
         HesseError: the model has none, a pattern matches none, or the recipe does not fit one of them.
     """
     from hesse.compression.rules import rules_for
+    from hesse.compression.weight_fisher import name_of
+    from hesse.modules.attention import split_attentions, stored_as
     from hesse.modules.layers import layers_of
 
-    found, _ = layers_of(model)
-    if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to prune")
-    shapes = {layer.name: layer.weight.shape for layer in found}
-    weights = {layer.name: partial(_weight, layer) for layer in found}
-    rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
-    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {parameters[id(layer.parameter)]: layer for layer in found if rules[layer.name] is not None}
+    with split_attentions(model):
+        found, _ = layers_of(model)
+        if not found:
+            raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to prune")
+        shapes = {layer.name: layer.weight.shape for layer in found}
+        weights = {layer.name: partial(_weight, layer) for layer in found}
+        rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
+        return {stored_as(model, name_of(layer)): layer for layer in found if rules[layer.name] is not None}
 
 
 def prunable_weights(
