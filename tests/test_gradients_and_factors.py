@@ -24,6 +24,7 @@ from hesse.curvature import (
 )
 from hesse.errors import ConditioningError, DataError, OptionError, UnsupportedModelError
 from hesse.estimation import eigen_kronecker, estimate_curvatures, per_sample_gradients
+from hesse.estimation.parts import seen_by
 from hesse.testing import normal
 from small_nets import Attention, everything, make
 
@@ -533,6 +534,19 @@ def test_a_layer_that_is_called_twice_and_outputs_changed_in_place(per: Any) -> 
     torch.testing.assert_close(curvature.output_factor, moments[1].T @ moments[1] / 4)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["same", "valid", (1, 2)], ids=str)
+@pytest.mark.parametrize("size", [(3, 3), (2, 4)], ids=str)
+def test_patches_are_what_a_convolution_multiplies(mode: str, padding: Any, size: tuple[int, int]) -> None:
+    stride = 1 if padding == "same" else 2
+    layer = nn.Conv2d(2, 3, size, stride, padding, padding_mode=mode, bias=False, dtype=torch.float64)
+    line = nn.Conv1d(2, 3, size[1], stride, padding if isinstance(padding, str) else 2, padding_mode=mode, bias=False)
+    for module, inputs in ((layer, normal(0, 2, 2, 5, 6)), (line.double(), normal(1, 2, 2, 6))):
+        patches = seen_by(module, inputs)
+        made = (patches @ module.weight.flatten(1).T).transpose(1, 2)
+        torch.testing.assert_close(made, module(inputs).flatten(2))
+
+
 def test_one_dimensional_convolutions_are_two_dimensional_ones_of_height_one() -> None:
     torch.manual_seed(0)
     flat = nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1, dilation=2), nn.Flatten(), nn.Linear(12, 2)).double()
@@ -692,11 +706,6 @@ def test_options_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="0 is a convolution with groups"):
         estimate_curvatures(
             Objective.of(groups, CrossEntropy(), [(normal(0, 1, 2, 1, 1), torch.tensor([0]))]), ["gram"]
-        )
-    padded = nn.Sequential(nn.Conv2d(2, 2, 1, padding="same"), nn.Flatten()).double()
-    with pytest.raises(UnsupportedModelError, match="pads by name"):
-        estimate_curvatures(
-            Objective.of(padded, CrossEntropy(), [(normal(0, 1, 2, 1, 1), torch.tensor([0]))]), ["gram"]
         )
     batch = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
     with pytest.raises(UnsupportedModelError, match=r"1 takes statistics over a batch.*model.eval\(\)"):

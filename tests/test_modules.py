@@ -330,6 +330,21 @@ def test_a_convolution_in_one_dimension_and_the_transposed_layers_of_gpt2() -> N
         torch.testing.assert_close(report.module(data[0][0]), whole(data[0][0]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"padding": "same"}, {"padding": 1, "padding_mode": "circular"}], ids=str)
+def test_convolutions_that_pad_by_name_or_not_with_zeros(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, **settings), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10))
+    data = digits.batches(samples=FEW)
+    report = compress(model, data, "activation-svd", rank=2, ignore=["3"])
+    whole = deepcopy(model)
+    whole[0].weight.data = matrix(report.module[0]).view(6, 1, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(report.module(data[0][0]), whole(data[0][0]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(report.module[0].weight, whole[0].weight)
+    assert str(report).startswith("activation-svd: ")
+    assert "Conv2d" not in repr(report)
+
+
 def test_results_are_in_the_models_own_type_and_can_be_trained_on() -> None:
     model = small_net().to(torch.bfloat16)
     data = [(images.to(torch.bfloat16), labels) for images, labels in digits.batches(samples=FEW)]

@@ -250,7 +250,8 @@ def test_one_ranking_over_all_sites_differs_by_site() -> None:
 @pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.5])
 def test_the_tolerance_is_kept(tolerance: float, net: str, method: str) -> None:
     data = digits.batches(samples=320)
-    _, report = prune_groups(digits.trained(net), data, method=method, amount=0.8, tolerance=tolerance)
+    amount = 0.8 if method == "pagcp" else None
+    _, report = prune_groups(digits.trained(net), data, method=method, amount=amount, tolerance=tolerance)
     assert report.loss[1] <= report.loss[0] + tolerance + 1e-5
     assert report.difference < 1e-5
     assert sum(gone for gone, _ in report.removed.values()) > (0 if tolerance == 0.5 else -1)
@@ -438,6 +439,8 @@ def test_bad_input_is_refused_before_any_work() -> None:
         ({"method": "pagcp", "tolerance": 0.1, "refit": True}, "without a refit"),
         ({"method": "axformer"}, "a tolerance goes with the methods pagcp"),
         ({"method": "axformer", "tolerance": -0.1}, "tolerance is -0.1"),
+        ({"method": "axformer", "tolerance": 0.1, "amount": 0.5}, "axformer goes by the tolerance alone"),
+        ({"method": "axformer", "tolerance": 0.1, "cap": 0.5}, "axformer goes by the tolerance alone"),
         ({"method": "axformer", "tolerance": 0.1, "refit": True}, "axformer measures"),
         ({"method": "axformer", "tolerance": 0.1, "kinds": ["experts"]}, "axformer judges what reads a group"),
     ):

@@ -80,8 +80,6 @@ def _check(name: str, module: nn.Module) -> None:
         return
     if module.groups != 1:
         raise UnsupportedModelError(f"{name} is a convolution with groups, which is no single matrix: leave it out")
-    if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        raise UnsupportedModelError(f"{name} pads by name or not with zeros: its patches are not known here")
 
 
 def as_rows(module: nn.Module, inputs: Tensor, gradients: Tensor, flat: bool) -> tuple[Tensor, Tensor]:
@@ -117,12 +115,16 @@ def seen_by(module: nn.Module, inputs: Tensor) -> Tensor:
     def pair(value: tuple[int, ...], filler: int) -> tuple[int, ...]:
         return (filler, *value) if line else value
 
-    assert not isinstance(module.padding, str)
+    padding, zeros = module.padding, module.padding_mode == "zeros"
+    if isinstance(padding, str) or not zeros:  # which unfold does not know
+        sides = module._reversed_padding_repeated_twice
+        inputs = nn.functional.pad(inputs, sides, "constant" if zeros else module.padding_mode)
+        padding = (0,) * len(module.kernel_size)
     return nn.functional.unfold(
         inputs.unsqueeze(2) if line else inputs,
         pair(module.kernel_size, 1),
         pair(module.dilation, 1),
-        pair(module.padding, 0),
+        pair(padding, 0),
         pair(module.stride, 1),
     ).transpose(1, 2)
 

@@ -88,7 +88,7 @@ def _sight(module: nn.Module, inputs: Tensor) -> Sight:
 def patching(module: nn.Module) -> Sight:
     """What patches a convolution takes of its input: layers with the same see the same rows of the same tensor."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module.kernel_size, module.stride, module.padding, module.dilation
+        return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
     return ()
 
 

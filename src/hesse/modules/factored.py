@@ -48,7 +48,8 @@ def _pair(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linea
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             kind: type[Any] = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
             how = (module.kernel_size, module.stride, module.padding, module.dilation)
-            return kind(module.in_channels, rank, *how, bias=False), kind(rank, module.out_channels, 1, bias=bias)
+            first = kind(module.in_channels, rank, *how, bias=False, padding_mode=module.padding_mode)
+            return first, kind(rank, module.out_channels, 1, bias=bias)
         assert isinstance(module.weight, Tensor)
         outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         return nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias)

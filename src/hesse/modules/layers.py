@@ -38,11 +38,8 @@ def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
         return "its weight is no parameter of floating-point numbers"
     if owners[id(weight)] > 1:
         return "its weight is another module's too"
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        if module.groups != 1:
-            return f"a convolution in {module.groups} groups is no single matrix"
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            return "it pads by name or not with zeros, so that its patches are not known here"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
+        return f"a convolution in {module.groups} groups is no single matrix"
     return None
 
 

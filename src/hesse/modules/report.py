@@ -1,6 +1,6 @@
 """What compressing a module did and what it cost."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -8,13 +8,14 @@ from torch import nn
 from hesse.compression.report import LayerReport
 
 NOT_WRITTEN = ("module", "encoded")
+NAMED = 3  # layers that a line names
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleReport:
     """The changed module, and the account of it. Losses are in the loss's own unit, a term: nats for cross-entropy."""
 
-    module: nn.Module  # a changed copy, in eval mode
+    module: nn.Module = field(repr=False)  # a changed copy, in eval mode
     method: str
     loss_before: float  # on the data that the layers were solved on
     loss_after: float  # measured on the same data
@@ -23,12 +24,23 @@ class ModuleReport:
     layers: list[LayerReport]
     notes: list[str]  # layers that were left alone, and departures from what was asked
     recipe: dict[str, Any]
-    encoded: dict[str, Any]  # by layer: codes and scales, mask and values, or factors, as the constraint stores them
+    encoded: dict[str, Any] = field(
+        repr=False
+    )  # by layer: codes and scales, mask and values, or factors, as the constraint stores them
 
     @property
     def measured_loss_increase(self) -> float:
         """What the change cost on the data that the layers were solved on."""
         return self.loss_after - self.loss_before
+
+    def __str__(self) -> str:
+        names = ", ".join(layer.name for layer in self.layers[:NAMED])
+        more = f" and {len(self.layers) - NAMED} more" if len(self.layers) > NAMED else ""
+        notes = "".join(f"\n  {note}" for note in self.notes)
+        return (
+            f"{self.method}: {self.bits_per_weight:.2f} bits a weight, loss {self.loss_before:.4f} → "
+            f"{self.loss_after:.4f} ({self.predicted_loss_increase:+.4f} predicted), {names}{more}{notes}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, without the module and the stored forms."""

@@ -107,9 +107,11 @@ def _with(like: Plain, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer that does what `like` does, with other weights."""
     out, into = weight.shape[:2]
     kind: type[Any] = type(like)
-    how = () if isinstance(like, nn.Linear) else (like.kernel_size, like.stride, like.padding, like.dilation)
+    how: dict[str, Any] = {"bias": bias is not None}
+    if not isinstance(like, nn.Linear):
+        how |= {name: getattr(like, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
     with torch.device("meta"):
-        layer: nn.Module = kind(into, out, *how, bias=bias is not None)
+        layer: nn.Module = kind(into, out, **how)
     layer.weight = nn.Parameter(weight.clone())
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
     return layer

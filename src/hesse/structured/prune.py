@@ -29,11 +29,11 @@ def prune_groups(
     batches: Iterable[Batch],
     *,
     method: str = "obs",
-    amount: float = 0.3,
+    amount: float | None = None,
     kinds: Sequence[str] | None = None,
     loss: Loss | nn.Module | None = None,
     uniform: bool = True,
-    cap: float = 0.9,
+    cap: float | None = None,
     refit: bool | None = None,
     tolerance: float | None = None,
     implanted: Implant | None = None,
@@ -47,16 +47,17 @@ def prune_groups(
         batches: (inputs, targets) pairs, such as a DataLoader or a list; walked once and kept.
         method: `random`, `magnitude`, `taylor`, `fisher`, `hap`, `heapr` or `obs`; or `pagcp` or `axformer`, which
             measure. Where `axformer` takes all of a site, one group stays, at zero.
-        amount: the share that goes: of each site's groups, or, if not `uniform`, of all parameters in them.
+        amount: the share that goes: of each site's groups, or, if not `uniform`, of all parameters in them; None for
+            0.3.
         kinds: of `heads`, `neurons`, `channels`, `experts`; None for those of the first three that there are.
         loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
         uniform: the same share everywhere, which models need that transformers shall load; else one ranking over
             the whole network by cost a parameter, with at most the share `cap` of each site.
-        cap: the most that goes of a site.
+        cap: the most that goes of a site; None for 0.9.
         refit: whether what reads the groups is fitted again, by least squares on the inputs that are left; None for
             what the method does: `obs` does.
         tolerance: for `pagcp` and `axformer`, by how much the loss on `batches` may rise; for `pagcp`, `amount` then
-            bounds each site; for `axformer` neither `amount` nor `cap` does.
+            bounds each site; `axformer` takes neither `amount` nor `cap`.
         implanted: for `hap`, how many groups next in the ranking become a low rank.
         forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
         seed: of random choices and sampled labels.
@@ -68,6 +69,9 @@ def prune_groups(
         HesseError: one of its kinds names what is wrong. Before anything is scored, the network is traced, and one
             group of each site is cut out to see that the network can do without.
     """
+    if method == "axformer" and (amount is not None or cap is not None):
+        raise OptionError("axformer goes by the tolerance alone: leave out amount and cap, or choose pagcp")
+    amount, cap = 0.3 if amount is None else amount, 0.9 if cap is None else cap
     _check(method, amount, cap, refit, tolerance, implanted, kinds)
     objective = objective_of(model, batches, loss, forward)
     sites = cuttable_sites(objective, kinds)

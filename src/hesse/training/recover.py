@@ -1,7 +1,7 @@
 """Fine-tuning of a compressed network that leaves it compressed."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Recovery:
     """
 
     losses: tuple[float, ...]
-    free: dict[str, tuple[Tensor, ...]]
+    free: dict[str, tuple[Tensor, ...]] = field(repr=False)
 
 
 def recover(
