@@ -8,6 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
 from hesse.curvature import Curvature, Gram
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import cost_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ActivationAware:
             scale = size ** (step / self.steps)
             scale = scale / (scale.amax() * scale.amin()).sqrt()  # which keeps codes' scales in their type's range
             code = constraint.encode_scaled(weight, scale)
-            cost = state.quadratic(constraint.decode(code).to(weight.dtype) - weight)
+            cost = cost_of(state, constraint, code, weight)
             if best is None or cost < best[0]:
                 best = cost, code
         assert best is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver
+from hesse.solvers.base import Solver, cost_of
 from hesse.solvers.repair import Repair, SumState, as_sum
 
 
@@ -33,10 +33,10 @@ class Alternating:
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
         constraint = as_sum(self, constraint)
         repaired = Repair(self.first, self.second).compute(state, weight, constraint)
-        best = self._cost(state, weight, constraint, repaired), repaired
+        best = cost_of(state.curvature, constraint, repaired, weight), repaired
         last = float("inf")
         for code in self.turns(state, weight, constraint):
-            cost = self._cost(state, weight, constraint, code)
+            cost = cost_of(state.curvature, constraint, code, weight)
             if cost >= last:
                 break
             best, last = min(best, (cost, code), key=lambda priced: priced[0]), cost
@@ -50,6 +50,3 @@ class Alternating:
             code = self.first.compute(state.first, weight - correction.decode(beside).to(weight.dtype), base)
             beside = self.second.compute(state.second, weight - base.decode(code).to(weight.dtype), correction)
             yield PlusCode(code, beside)
-
-    def _cost(self, state: SumState, weight: Tensor, constraint: Plus, code: PlusCode) -> float:
-        return state.curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)

@@ -43,6 +43,11 @@ class Solution:
         return self.curvature.quadratic(self.weight - self.original)
 
 
+def cost_of(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
+    """½ dᵀHd of the member of `constraint` that is stored as `code`, d being its difference from `weight` (out, in)."""
+    return curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
+
+
 def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver) -> Solution:
     """The member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
 

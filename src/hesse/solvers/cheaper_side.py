@@ -8,7 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver
+from hesse.solvers.base import Solver, cost_of
 
 
 class SideState(NamedTuple):
@@ -37,7 +37,6 @@ class CheaperSide:
         for along in (False, True):
             side = constraint.side(along)
             code = side.encode(weight) if self.inner is None else self.inner.compute(state.inner, weight, side)
-            cost = state.curvature.quadratic(side.decode(code).to(weight.dtype) - weight)
-            found.append((cost, along, code))
+            found.append((cost_of(state.curvature, side, code, weight), along, code))
         _, along, code = min(found, key=lambda each: each[0])
         return SideCode(code, along)

@@ -10,6 +10,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import cost_of
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_codes
 from hesse.solvers.row_flips import settle_rows
@@ -60,8 +61,7 @@ class LearnedRounding:
         learned = self._settled(state, weight, constraint, self.learned(state.curvature, weight, constraint, settled))
         if isinstance(state.curvature, Gram):
             return cheaper_codes(state.curvature, constraint, weight, learned, settled)
-        costs = [state.curvature.quadratic(constraint.decode(code) - weight) for code in (settled, learned)]
-        return learned if costs[1] < costs[0] else settled
+        return min((settled, learned), key=lambda code: cost_of(state.curvature, constraint, code, weight))
 
     def _settled(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):

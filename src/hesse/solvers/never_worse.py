@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hesse.constraints import GridCode, Grouped, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram
+from hesse.solvers.base import cost_of
 from hesse.solvers.masked_refit import masked_refit
 from hesse.solvers.refit import refit
 
@@ -29,7 +30,7 @@ def refitted_code(
     codes = [
         sparse.encode_masked(values, kept) for values in (masked_refit(weight, start, kept, curvature, steps), weight)
     ]
-    return min(codes, key=lambda code: curvature.quadratic(sparse.decode(code).to(weight.dtype) - weight))
+    return min(codes, key=lambda code: cost_of(curvature, sparse, code, weight))
 
 
 def _plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:

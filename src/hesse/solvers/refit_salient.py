@@ -10,6 +10,7 @@ from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import cost_of
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,14 @@ class RefitSalient:
         if not isinstance(constraint, SalientColumns):
             raise UnsupportedProduct(f"RefitSalient solves SalientColumns, not {type(constraint).__name__}")
         best = constraint.encode(weight, state.diagonal().to(weight))
-        least = _cost(state, weight, constraint, best)
+        least = cost_of(state, constraint, best, weight)
         code = best
         for _ in range(self.rounds):
             code = _rows_refitted(state, weight, constraint, _columns_refitted(state, weight, constraint, code))
-            cost = _cost(state, weight, constraint, code)
+            cost = cost_of(state, constraint, code, weight)
             if cost < least:
                 best, least = code, cost
         return best
-
-
-def _cost(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> float:
-    return gram.quadratic(constraint.decode(code).to(weight) - weight)
 
 
 def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:

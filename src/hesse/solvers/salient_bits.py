@@ -9,6 +9,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
 from hesse.curvature import Curvature
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import cost_of
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
 
@@ -47,7 +48,7 @@ class SalientBits:
         for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
             code = self.inner.compute(state.feedback, weight, grid)
             assert isinstance(code, GridCode)
-            cost = state.feedback.curvature.quadratic(grid.decode(code).to(weight.dtype) - weight)
+            cost = cost_of(state.feedback.curvature, grid, code, weight)
             since += 1
             if best is None or cost < best[0]:
                 best, since = (cost, constraint.code(code, grid)), 0
