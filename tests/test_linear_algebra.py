@@ -22,6 +22,7 @@ from hesse.solvers import (
     log_determinant,
     spectral_density,
 )
+from hesse.solvers.conjugate_steps import conjugate_steps
 from hesse.solvers.triangular import inverse_of
 from hesse.testing import normal, seeds
 
@@ -165,6 +166,19 @@ def test_solving_says_which_way_it_went() -> None:
 def test_products_that_are_not_finite_are_named() -> None:
     with pytest.raises(DataError, match="NaN or infinity"):
         conjugate_gradients(Matrix(values=torch.full((3, 3), float("nan"))), torch.ones(3))
+
+
+@pytest.mark.parametrize("steps", [N, 10 * N])
+def test_steps_come_to_the_minimum_and_stay_there(steps: int) -> None:
+    matrix, wanted, start = positive(), normal(1, N), normal(2, N)
+    residual = matrix.matvec(wanted - start)
+    found = conjugate_steps(start, residual, matrix.diagonal(), matrix.matvec, steps)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_steps_end_where_nothing_bends() -> None:
+    start = normal(0, N)
+    assert torch.equal(conjugate_steps(start, torch.ones(N), torch.ones(N), torch.zeros_like, 5), start)
 
 
 # Eigenvalues

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hesse.constraints import Grid, GridCode
 from hesse.curvature import Curvature
+from hesse.solvers.conjugate_steps import conjugate_steps
 
 
 def refit_scales(code: GridCode, slope: Tensor, curvature: Curvature, grid: Grid, steps: int) -> Tensor:
@@ -29,19 +30,5 @@ def refit_scales(code: GridCode, slope: Tensor, curvature: Curvature, grid: Grid
 
     scale = code.scales.scale.to(slope.dtype)
     metric = by_group(codes.square() * curvature.diagonal().to(slope.dtype))
-    used = metric > 0
-    metric = torch.where(used, metric, 1)
-    residual = torch.where(used, -by_group(codes * slope), 0)
-    direction = residual / metric
-    strength = (residual * direction).sum()
-    for _ in range(steps):
-        if not strength > 0:
-            break
-        image = product(direction)
-        length = strength / (direction * image).sum()
-        scale = scale + length * direction
-        residual = residual - length * image
-        scaled = residual / metric
-        before, strength = strength, (residual * scaled).sum()
-        direction = scaled + strength / before * direction
-    return scale
+    residual = torch.where(metric > 0, -by_group(codes * slope), 0)
+    return conjugate_steps(scale, residual, metric, product, steps)
