@@ -1,5 +1,8 @@
 """Every error that Hesse raises on purpose: one line that names the thing and says what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HesseError(Exception):
     """Base of all errors below; the command line prints its message and exits with 1."""
@@ -39,6 +42,15 @@ class ConditioningError(HesseError):
 
 class ConditioningWarning(UserWarning):
     """A result that rounding may have spoilt."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Raise a HesseError of what is done inside with `what` before its message: a layer's name, for one."""
+    try:
+        yield
+    except HesseError as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def printable(text: str) -> str:

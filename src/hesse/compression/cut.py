@@ -11,7 +11,7 @@ from hesse.compression.plan import open_networks
 from hesse.compression.rules import check_patterns
 from hesse.compression.sizes import read_size
 from hesse.constraints import LowRank
-from hesse.errors import HesseError, OptionError
+from hesse.errors import OptionError, naming
 from hesse.estimation import Statistics
 from hesse.methods import METHODS, Options, Recipe
 from hesse.methods.recipe import matches
@@ -103,7 +103,5 @@ def singular_values(layer: Layer, statistics: Statistics) -> Tensor:
     rule = METHODS[METHOD].recipe(Options(rank=1)).rules[0]
     problem = LayerProblem(layer.name, weight, gram, kronecker.output_factor, rule, LowRank(1))
     solver = WhitenedSVD()
-    try:
+    with naming(layer.name):
         return solver.values(solver.init(rule.kind.build(problem, rule.solver, rule.solver.damping)), weight)
-    except HesseError as error:
-        raise type(error)(f"{layer.name}: {error}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from hesse.compression.shared_solve import solve_shared
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Gram
-from hesse.errors import ConditioningError, ConditioningWarning, HesseError, UnsupportedProduct
+from hesse.errors import ConditioningError, ConditioningWarning, UnsupportedProduct, naming
 from hesse.methods.curvatures import CURVATURES, unknown
 from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
@@ -73,7 +73,7 @@ class LayerSolver:
         if gram is not self._gram:
             self._gram, self._states = gram, {}
         notes: list[str] = []
-        try:
+        with naming(name):
             if not rule.kind.needs:
                 return self._solved(problem, rule.solver.build(), 0.0, notes)
             if gram.tokens == 0:
@@ -91,8 +91,6 @@ class LayerSolver:
                 except ConditioningError:
                     continue
             raise ConditioningError("the Gram could not be factorised at any damping: use more calibration tokens")
-        except HesseError as error:
-            raise type(error)(f"{name}: {error}") from None
 
     def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
         rule = problem.rule

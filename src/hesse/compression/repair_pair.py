@@ -9,7 +9,7 @@ from torch import Tensor
 from hesse.compression.plan import open_networks
 from hesse.compression.rules import check_patterns
 from hesse.constraints import LowRank
-from hesse.errors import HesseError, OptionError
+from hesse.errors import OptionError, naming
 from hesse.evaluation.evaluate import vocabulary
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import matches
@@ -46,10 +46,8 @@ class Pair:
         if not layers:
             raise OptionError("no layer is left to repair: leave out an --ignore")
         for layer in layers:
-            try:
+            with naming(layer.name):
                 LowRank(rank).check(layer.weight.shape)
-            except HesseError as error:
-                raise type(error)(f"{layer.name}: {error}") from None
         return cls(source, network, probed, other, pairs, layers)
 
     def weights(self, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hesse.compression.layers import check_products
 from hesse.compression.shared_sparsity import with_own_shares
 from hesse.compression.weight_fisher import FisherNeeds
 from hesse.constraints import Constraint
-from hesse.errors import HesseError, OptionError
+from hesse.errors import OptionError, naming
 from hesse.methods.curvatures import Statistic
 from hesse.methods.recipe import Recipe, Rule, matches
 
@@ -48,10 +48,8 @@ def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | Non
     if rule is None:
         return None
     constraint = rule.constraint.build()
-    try:
+    with naming(name):
         constraint.check(shape)
-    except HesseError as error:
-        raise type(error)(f"{name}: {error}") from None
     return constraint
 
 

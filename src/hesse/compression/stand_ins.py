@@ -10,7 +10,7 @@ from hesse.compression.inputs import InputGrams
 from hesse.compression.layers import LayerProblem, LayerSolver
 from hesse.constraints import LowRank
 from hesse.curvature import Gram
-from hesse.errors import HesseError, OptionError
+from hesse.errors import OptionError, naming
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import LowRankOptions
 from hesse.methods.recipe import Rule
@@ -35,10 +35,8 @@ class StandIns:
     def __init__(self, network: Network, rank: int, damping: float = 0.01) -> None:
         self.network, self.rank, self._damping = network, rank, damping
         for layer in network.layers:
-            try:
+            with naming(layer.name):
                 LowRank(rank).check(layer.weight.shape)
-            except HesseError as error:
-                raise type(error)(f"{layer.name}: {error}") from None
 
     def donor(self, block: Block, kept: Collection[int]) -> int:
         """The kept block whose layers, scaled by outputs, are nearest to those of `block`.
