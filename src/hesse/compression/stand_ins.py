@@ -11,10 +11,7 @@ from hesse.compression.layers import LayerProblem, LayerSolver
 from hesse.constraints import LowRank
 from hesse.curvature import Gram
 from hesse.errors import OptionError, naming
-from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.constraint_parts import LowRankOptions
-from hesse.methods.recipe import Rule
-from hesse.methods.solver_options import SolverOptions
+from hesse.methods import METHODS, Options
 from hesse.models.network import Block, Layer, Network
 from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, start
@@ -32,11 +29,12 @@ class StandIns:
         OptionError: the rank is too high for a layer.
     """
 
-    def __init__(self, network: Network, rank: int, damping: float = 0.01) -> None:
-        self.network, self.rank, self._damping = network, rank, damping
+    def __init__(self, network: Network, rank: int) -> None:
+        self.network, self.rank = network, rank
         for layer in network.layers:
             with naming(layer.name):
                 LowRank(rank).check(layer.weight.shape)
+        self._rule = METHODS["activation-svd"].recipe(Options(rank=rank)).rules[0]
 
     def donor(self, block: Block, kept: Collection[int]) -> int:
         """The kept block whose layers, scaled by outputs, are nearest to those of `block`.
@@ -97,12 +95,7 @@ class StandIns:
     def _made(self, layer: Layer, other: Tensor, gram: Gram, solver: LayerSolver) -> Tensor:
         wanted = layer.weight.float()
         scaled = _scaled(other, wanted, gram)
-        rule = Rule(
-            curvature="gram",
-            constraint=ConstraintOptions(low_rank=LowRankOptions(rank=self.rank)),
-            solver=SolverOptions(name="whitened_svd", damping=self._damping),
-        )
-        problem = LayerProblem(layer.name, wanted - scaled, gram, None, rule, LowRank(self.rank))
+        problem = LayerProblem(layer.name, wanted - scaled, gram, None, self._rule, LowRank(self.rank))
         return scaled + solver.solve(problem).solution.weight
 
     def _weight(self, layer: Layer) -> Tensor:
