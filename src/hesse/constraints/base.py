@@ -1,7 +1,7 @@
 """The protocol of a constraint: a set S of allowed weight matrices, and how a member is stored."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -56,8 +56,10 @@ class Constraint(ABC):
         return self.decode(self.encode(weight, metric)).to(weight.dtype)
 
     def stored_as(self, dtype: torch.dtype) -> Self:
-        """The same set with scales and values stored in `dtype`."""
-        return replace(self, dtype=dtype)
+        """The same set, made of the same sets, with scales and values stored in `dtype`."""
+        parts = ((each.name, getattr(self, each.name)) for each in fields(self))
+        sets: dict[str, Any] = {name: part.stored_as(dtype) for name, part in parts if isinstance(part, Constraint)}
+        return replace(self, **sets, dtype=dtype)
 
 
 def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:

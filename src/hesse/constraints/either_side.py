@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint
 from hesse.constraints.grid import Grid
@@ -41,9 +40,6 @@ class AlongOutputs(Grouped):
     def rows_are_independent(self) -> bool:
         return False
 
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), dtype=dtype)
-
     def fit(self, weight: Tensor) -> Scales:
         found, rows = self.base.fit(weight.T), len(weight)
         zero_point = None if found.zero_point is None else self.base.expand(found.zero_point, rows).T
@@ -79,9 +75,6 @@ class EitherSide(Constraint):
 
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), dtype=dtype)
 
     def side(self, along_outputs: bool) -> Grouped:
         """The grid with its groups along rows, or along columns."""

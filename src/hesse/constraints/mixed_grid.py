@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint
 from hesse.constraints.grid import Grid
@@ -111,9 +110,6 @@ class MixedGrid(Constraint):
 
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), dtype=dtype)
 
     def choices(self, salience: Tensor) -> Iterator[GroupBits]:
         """The base's own bits, and then those for k = 1, 2, ...; `salience` (in,) says how much a column matters."""

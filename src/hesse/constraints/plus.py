@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint
 from hesse.constraints.sparse import Sparse
@@ -49,9 +48,6 @@ class Plus(Constraint):
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
         self.correction.check(shape)
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), self.correction.stored_as(dtype), dtype=dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> PlusCode:
         """The nearest member of the base, and of the correction what is nearest to what that leaves.

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint, round_to
 from hesse.constraints.grid import Grid
@@ -28,9 +27,6 @@ class Rotated(Constraint):
 
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), self.seed, dtype=dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
         # A diagonal metric is not one in the other basis: it is left out.

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint
 from hesse.constraints.grid import Grid
@@ -53,9 +52,6 @@ class SalientColumns(Constraint):
                 f"{self.share:.0%} of {shape[1]} columns is none of them, or all: leave the layer out with --ignore, "
                 "or choose another share"
             )
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.share, self.grid.stored_as(dtype), dtype=dtype)
 
     @property
     def rest(self) -> SignRankOne:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hesse.constraints.base import Constraint, round_to
 from hesse.constraints.grid import Grid
@@ -34,9 +33,6 @@ class ScaledColumns(Constraint):
 
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
-
-    def stored_as(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.base.stored_as(dtype), dtype=dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> ScaledCode:
         """With every s at 1."""

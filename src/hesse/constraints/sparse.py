@@ -145,9 +145,6 @@ class SparseGrid(Constraint):
         self.sparse.check(shape)
         self.grid.check(shape)
 
-    def stored_as(self, dtype: torch.dtype) -> "SparseGrid":
-        return SparseGrid(self.sparse.stored_as(dtype), self.grid.stored_as(dtype), dtype=dtype)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
         return self.grid.encode(self.sparse.decode(self.sparse.encode(weight, metric)), metric)
 
