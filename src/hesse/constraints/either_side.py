@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint
+from hesse.constraints.base import Constraint, of_each
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 
@@ -82,9 +82,8 @@ class EitherSide(Constraint):
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SideCode:
         found = [SideCode(self.side(along).encode(weight), along) for along in (False, True)]
-        inside = torch.ones_like(weight) if metric is None else metric.to(weight)
-        costs = [float((inside * (self.decode(code).to(weight.dtype) - weight).square()).sum()) for code in found]
-        return found[costs.index(min(costs))]
+        inside = of_each(weight, metric)
+        return min(found, key=lambda code: self.distance(weight, code, inside))
 
     def decode(self, encoded: SideCode) -> Tensor:
         return self.side(encoded.along_outputs).decode(encoded.code)

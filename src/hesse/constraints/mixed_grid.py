@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint
+from hesse.constraints.base import Constraint, of_each
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.errors import OptionError
@@ -129,15 +129,10 @@ class MixedGrid(Constraint):
         return GroupBits(self.base, tuple(bits), dtype=self.dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> MixedCode:
-        inside = torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
-        best: tuple[float, MixedCode] | None = None
-        for grid in self.choices((inside * weight.square()).sum(0)):
-            code = grid.encode(weight)
-            cost = float((inside * (grid.decode(code).to(weight.dtype) - weight).square()).sum())
-            if best is None or cost < best[0]:
-                best = cost, self.code(code, grid)
-        assert best is not None
-        return best[1]
+        inside = of_each(weight, metric)
+        choices = self.choices((inside * weight.square()).sum(0))
+        codes = (self.code(grid.encode(weight), grid) for grid in choices)
+        return min(codes, key=lambda code: self.distance(weight, code, inside))
 
     def code(self, code: GridCode, grid: GroupBits) -> MixedCode:
         """The stored form of codes on one of the choices."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint
+from hesse.constraints.base import Constraint, of_each
 from hesse.constraints.sparse import Sparse
 from hesse.errors import OptionError
 
@@ -57,7 +57,7 @@ class Plus(Constraint):
         """
         if not isinstance(self.correction, Sparse):
             return self._onto(weight, metric, weight, metric)
-        inside = torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
+        inside = of_each(weight, metric)
         found = [self._onto(weight, metric, weight, metric)]
         starts = [self.correction.encode(weight, metric).mask, self.correction.encode(weight).mask]
         for exact in [*starts, found[0].correction.mask]:
@@ -65,13 +65,12 @@ class Plus(Constraint):
                 # An exact weight weighs nothing in the base, and takes a value there that disturbs no range.
                 found.append(self._onto(weight, metric, torch.where(exact, 0.0, weight), inside * ~exact))
                 exact = found[-1].correction.mask
-        costs = [float((inside * (self.decode(code).to(weight.dtype) - weight).square()).sum()) for code in found]
-        return found[costs.index(min(costs))]
+        return min(found, key=lambda code: self.distance(weight, code, inside))
 
     def _onto(self, weight: Tensor, metric: Tensor | None, seen: Tensor, seen_metric: Tensor | None) -> PlusCode:
         """The base's nearest to `seen`, and the correction's to what is left of `weight`."""
         base = self.base.encode(seen, seen_metric)
-        return PlusCode(base, self.correction.encode(weight - self.base.decode(base).to(weight.dtype), metric))
+        return PlusCode(base, self.correction.encode(self.base.left(weight, base), metric))
 
     def decode(self, encoded: PlusCode) -> Tensor:
         return self.base.decode(encoded.base) + self.correction.decode(encoded.correction)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.base import Constraint, of_each, round_to
 
 ROUNDS = 100  # of alternation at most
 SETTLED = 1e-7  # change of a round, as a share, from which on it has converged
@@ -37,7 +37,7 @@ class SignRankOne(Constraint):
         """Every matrix can be one."""
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SignRankOneCode:
-        rows, columns = rank_one(weight.abs(), torch.ones_like(weight) if metric is None else metric.expand_as(weight))
+        rows, columns = rank_one(weight.abs(), of_each(weight, metric))
         return SignRankOneCode(weight >= 0, round_to(rows, self.dtype), round_to(columns, self.dtype))
 
     def decode(self, encoded: SignRankOneCode) -> Tensor:

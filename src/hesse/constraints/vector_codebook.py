@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, round_to
+from hesse.constraints.base import Constraint, of_each, round_to
 from hesse.constraints.weighted_means import nearest_vectors, weighted_means
 from hesse.errors import OptionError
 
@@ -74,7 +74,7 @@ class VectorCodebook(Constraint):
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> VectorCode:
-        masses = self.vectors(torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape))
+        masses = self.vectors(of_each(weight, metric))
         left, books, codes = self.vectors(weight), [], []
         for book in range(self.books):
             means = weighted_means(left, masses, self.entries, STEPS, seed=book)

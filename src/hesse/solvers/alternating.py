@@ -47,6 +47,6 @@ class Alternating:
         base, correction = constraint.base, constraint.correction
         beside = self.second.compute(state.second, weight, correction)
         for _ in range(self.rounds):
-            code = self.first.compute(state.first, weight - correction.decode(beside).to(weight.dtype), base)
-            beside = self.second.compute(state.second, weight - base.decode(code).to(weight.dtype), correction)
+            code = self.first.compute(state.first, correction.left(weight, beside), base)
+            beside = self.second.compute(state.second, base.left(weight, code), correction)
             yield PlusCode(code, beside)

@@ -36,7 +36,7 @@ class Repair:
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
         constraint = as_sum(self, constraint)
         base = self.first.compute(state.first, weight, constraint.base)
-        left = weight - constraint.base.decode(base).to(weight.dtype)
+        left = constraint.base.left(weight, base)
         return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
 
 
