@@ -41,9 +41,8 @@ class AlongOutputs(Grouped):
         return False
 
     def fit(self, weight: Tensor) -> Scales:
-        found, rows = self.base.fit(weight.T), len(weight)
-        zero_point = None if found.zero_point is None else self.base.expand(found.zero_point, rows).T
-        return Scales(self.base.expand(found.scale, rows).T, zero_point)
+        each = self.base.expanded(self.base.fit(weight.T), len(weight))
+        return Scales(each.scale.T, None if each.zero_point is None else each.zero_point.T)
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return self.base.codes(weight, scale, zero_point)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints.base import round_to
-from hesse.constraints.grouped import Grouped, Scales
+from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.errors import OptionError
 
 
@@ -70,10 +70,20 @@ class Grid(Grouped):
         return Scales(scale, (self.lowest - bottom / scale).round().clamp(self.lowest, self.highest))
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        codes = weight / scale
-        if zero_point is not None:
-            codes += zero_point
-        return codes.round_().clamp_(self.lowest, self.highest)
+        return nearest_whole(weight, scale, zero_point).clamp_(self.lowest, self.highest)
 
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return round_to((codes if zero_point is None else codes - zero_point) * scale, self.dtype)
+
+    def steps(self, code: GridCode, like: Tensor) -> Tensor:
+        """Codes counted from their zero points (out, in), of the type and on the device of `like`."""
+        steps, zero_point = code.codes.to(like), code.scales.zero_point
+        return steps if zero_point is None else steps - self.expand(zero_point.to(like), steps.shape[1])
+
+
+def nearest_whole(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The nearest codes of a grid without ends, in a tensor of their own."""
+    codes = weight / scale
+    if zero_point is not None:
+        codes += zero_point
+    return codes.round_()

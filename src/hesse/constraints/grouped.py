@@ -18,6 +18,11 @@ class Scales:
     scale: Tensor  # (out, groups), float32 holding values of the grid's dtype
     zero_point: Tensor | None  # (out, groups), whole numbers in float32
 
+    @property
+    def zeros(self) -> Tensor:
+        """The zero points (out, groups), 0 where the grid is symmetric."""
+        return torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
+
 
 @dataclass(frozen=True, eq=False)
 class GridCode:
@@ -90,12 +95,16 @@ class Grouped(Constraint):
         """Scales in a row of `columns` columns."""
         return math.ceil(columns / self.group_width(columns))
 
-    def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest weight of each row and group (out, groups), or 0 where that is further out."""
+    def by_group(self, weight: Tensor) -> Tensor:
+        """`weight` (out, in) as (out, groups, width), a narrower last group filled up with zeros."""
         rows, columns = weight.shape
         width = self.group_width(columns)
-        # Padding by zeros does not change the range, which includes 0.
-        padded = torch.nn.functional.pad(weight, (0, self.groups(columns) * width - columns)).view(rows, -1, width)
+        missing = self.groups(columns) * width - columns
+        return torch.nn.functional.pad(weight, (0, missing)).view(rows, -1, width)
+
+    def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest weight of each row and group (out, groups), or 0 where that is further out."""
+        padded = self.by_group(weight)  # whose zeros do not change the range, which includes 0
         return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
 
     def stored_scale(self, scale: Tensor) -> Tensor:
@@ -107,22 +116,23 @@ class Grouped(Constraint):
         """A value per group (out, groups) as a value per column (out, in)."""
         return per_group.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
 
+    def expanded(self, scales: Scales, columns: int) -> Scales:
+        """Scales per group as scales per column (out, in)."""
+        zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
+        return Scales(self.expand(scales.scale, columns), zero_point)
+
     def round(self, weight: Tensor, scales: Scales) -> GridCode:
         """Nearest codes of `weight` (out, in) for given scales."""
-        columns = weight.shape[1]
-        zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
-        codes = self.codes(weight, self.expand(scales.scale, columns), zero_point)
-        return GridCode(codes.to(torch.int8), scales)
+        each = self.expanded(scales, weight.shape[1])
+        return GridCode(self.codes(weight, each.scale, each.zero_point).to(torch.int8), scales)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
         # A weight's nearest code is the same in every diagonal metric.
         return self.round(weight, self.fit(weight))
 
     def decode(self, encoded: GridCode) -> Tensor:
-        columns = encoded.codes.shape[1]
-        scales = encoded.scales
-        zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
-        return self.values(encoded.codes.to(scales.scale.dtype), self.expand(scales.scale, columns), zero_point)
+        each = self.expanded(encoded.scales, encoded.codes.shape[1])
+        return self.values(encoded.codes.to(each.scale.dtype), each.scale, each.zero_point)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
         scale_bits = torch.finfo(self.dtype).bits + (0 if self.symmetric else self.code_bits)

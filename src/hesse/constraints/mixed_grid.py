@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints.base import Constraint, of_each
-from hesse.constraints.grid import Grid
+from hesse.constraints.grid import Grid, nearest_whole
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.errors import OptionError
 
@@ -22,12 +22,11 @@ class Signs(Grid):
         """There is nothing to choose but the group size, which whoever builds it has checked."""
 
     def fit(self, weight: Tensor) -> Scales:
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         width, groups = self.group_width(columns), self.groups(columns)
-        padded = torch.nn.functional.pad(weight.abs(), (0, groups * width - columns)).view(rows, groups, width)
         sizes = torch.full((groups,), width, device=weight.device)
         sizes[-1] = columns - (groups - 1) * width
-        scale = self.stored_scale(2 * padded.sum(-1) / sizes)
+        scale = self.stored_scale(2 * self.by_group(weight.abs()).sum(-1) / sizes)
         return Scales(scale, torch.full_like(scale, -0.5))
 
 
@@ -71,12 +70,9 @@ class GroupBits(Grouped):
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Of whole rows (out, in); of single columns `at` has them."""
-        codes = weight / scale
-        if zero_point is not None:
-            codes += zero_point
-        levels = torch.tensor([[1 << (bits - 1) for bits in self.bits]]).to(codes)
+        levels = torch.tensor([[1 << (bits - 1) for bits in self.bits]]).to(weight)
         highest = self.expand(levels, weight.shape[1]) - 1
-        return codes.round_().clamp_(-highest - 1, highest)
+        return nearest_whole(weight, scale, zero_point).clamp_(-highest - 1, highest)
 
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return self.base.values(codes, scale, zero_point)

@@ -108,13 +108,12 @@ def _drops(price: Tensor, number: Tensor) -> Tensor:
 
 def _rounded(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCode:
     scales, columns = grid.fit(weight), weight.shape[1]
-    zero = torch.zeros_like(scales.scale) if scales.zero_point is None else scales.zero_point
     codes = torch.empty(weight.shape, dtype=torch.int8)
     greedy_loops.round_all(
         _on_cpu(weight).numpy(),
         _on_cpu(inverse).numpy(),
         _on_cpu(grid.expand(scales.scale, columns)).numpy(),
-        _on_cpu(grid.expand(zero, columns)).numpy(),
+        _on_cpu(grid.expand(scales.zeros, columns)).numpy(),
         np.float32(grid.lowest),
         np.float32(grid.highest),
         lost_bits(grid.dtype),

@@ -71,11 +71,9 @@ class LearnedRounding:
 
     def learned(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
         """The codes that descent from `start` on comes to, of the same scales."""
-        columns, scales = weight.shape[1], start.scales
-        step = grid.expand(scales.scale, columns).to(weight)
-        zero = 0 if scales.zero_point is None else grid.expand(scales.zero_point, columns).to(weight)
-        codes = start.codes.to(weight)
-        downhill = torch.where(curvature.matvec((codes - zero) * step - weight) * step < 0, 1.0, -1.0)
+        step = grid.expand(start.scales.scale, weight.shape[1]).to(weight)
+        codes, member = start.codes.to(weight), grid.steps(start, weight) * step
+        downhill = torch.where(curvature.matvec(member - weight) * step < 0, 1.0, -1.0)
         other = (codes + downhill).clamp(grid.lowest, grid.highest)
         direction = (other - codes) * step
         share = torch.full_like(weight, (self.first_share - LOW) / (HIGH - LOW))
@@ -86,7 +84,7 @@ class LearnedRounding:
             sigmoid = torch.sigmoid(logits)
             stretched = sigmoid * (HIGH - LOW) + LOW
             share = stretched.clamp(0, 1)
-            slope = curvature.matvec((codes - zero) * step + share * direction - weight) * direction / level
+            slope = curvature.matvec(member + share * direction - weight) * direction / level
             done = (number / self.steps - FREE) / (1 - FREE)
             if done > 0:
                 exponent = SHARPEST + (BLUNTEST - SHARPEST) * (1 + math.cos(math.pi * done)) / 2
@@ -94,7 +92,7 @@ class LearnedRounding:
                 slope -= 2 * exponent * side.sign() * side.abs() ** (exponent - 1)
             inside = (stretched > 0) & (stretched < 1)
             _adam(logits, slope * sigmoid * (1 - sigmoid) * inside, moments, self.rate, number + 1)
-        return GridCode(torch.where(logits > 0, other, codes).to(torch.int8), scales)
+        return GridCode(torch.where(logits > 0, other, codes).to(torch.int8), start.scales)
 
 
 def _adam(values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, number: int) -> None:

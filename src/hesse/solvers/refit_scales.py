@@ -15,20 +15,12 @@ def refit_scales(code: GridCode, slope: Tensor, curvature: Curvature, grid: Grid
     preconditioned by the diagonal of H over the codes, take `steps` steps: one product with H each. No step raises the
     cost, beyond rounding. A group whose codes are all zero keeps its scale.
     """
-    columns = slope.shape[1]
-    codes = code.codes.to(slope.dtype)
-    if code.scales.zero_point is not None:
-        codes = codes - grid.expand(code.scales.zero_point, columns)
-
-    def by_group(values: Tensor) -> Tensor:
-        width = grid.group_width(columns)
-        padded = torch.nn.functional.pad(values, (0, grid.groups(columns) * width - columns))
-        return padded.view(len(values), -1, width).sum(-1)
+    codes = grid.steps(code, slope)
 
     def product(scale: Tensor) -> Tensor:
-        return by_group(codes * curvature.matvec(codes * grid.expand(scale, columns)))
+        return grid.by_group(codes * curvature.matvec(codes * grid.expand(scale, codes.shape[1]))).sum(-1)
 
     scale = code.scales.scale.to(slope.dtype)
-    metric = by_group(codes.square() * curvature.diagonal().to(slope.dtype))
-    residual = torch.where(metric > 0, -by_group(codes * slope), 0)
+    metric = grid.by_group(codes.square() * curvature.diagonal().to(slope.dtype)).sum(-1)
+    residual = torch.where(metric > 0, -grid.by_group(codes * slope).sum(-1), 0)
     return conjugate_steps(scale, residual, metric, product, steps)

@@ -19,8 +19,7 @@ def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridC
     lowers the cost. In float64, on the CPU.
     """
     columns, scales = weight.shape[1], code.scales
-    zero = torch.zeros_like(scales.scale) if scales.zero_point is None else scales.zero_point
-    scale, offset = (grid.expand(each, columns).float().cpu().contiguous() for each in (scales.scale, zero))
+    scale, offset = (grid.expand(each, columns).float().cpu().contiguous() for each in (scales.scale, scales.zeros))
     moment = gram.second_moment.double().cpu().contiguous()
     difference = (grid.decode(code).double() - weight.double()).cpu()
     codes = (code.codes.float().cpu() - offset).contiguous()

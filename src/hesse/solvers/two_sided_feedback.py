@@ -143,15 +143,13 @@ class _Loops:
     def descended(self, best: _Priced) -> GridCode:
         """The codes after one pass of coordinate descent."""
         scales, gradient = best.code.scales, self._taken(best.slope)
-        zero_point = 0 if scales.zero_point is None else self.grid.expand(scales.zero_point, self.weight.shape[1])
-        codes = self._taken(best.code.codes.to(self.weight) - zero_point)
+        codes = self._taken(self.grid.steps(best.code, self.weight))
         self.sweeps.descend(codes, gradient, self._steps(scales), self.state.input_factor, self.state.output_factor)
         return self._code(codes, scales)
 
     def _steps(self, scales: Scales) -> Steps:
         """The grid of each weight as the sweeps take it."""
-        zero_point = torch.zeros_like(scales.scale) if scales.zero_point is None else scales.zero_point
-        values = (scales.scale, self.grid.lowest - zero_point, self.grid.highest - zero_point)
+        values = (scales.scale, self.grid.lowest - scales.zeros, self.grid.highest - scales.zeros)
         scale, lowest, highest = (_loop(each[self.state.rows].T) for each in values)
         group = (self.state.columns // self.grid.group_width(len(self.state.columns))).to(scale.device)
         if self.kept is None:

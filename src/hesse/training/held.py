@@ -74,11 +74,8 @@ class HeldCodes(Lasting):
 
     def weight(self, *free: Tensor) -> Tensor:
         (factor,) = free
-        columns, scales = self.code.codes.shape[1], self.code.scales
-        steps = self.code.codes.to(factor)
-        if scales.zero_point is not None:
-            steps = steps - self.grid.expand(scales.zero_point.to(factor), columns)
-        return self.grid.expand(factor * scales.scale.to(factor), columns) * steps
+        steps = self.grid.steps(self.code, factor)
+        return self.grid.expand(factor * self.code.scales.scale.to(factor), steps.shape[1]) * steps
 
     def trained(self, factor: Tensor) -> GridCode:
         """The stored form for the factors that training found (out, groups)."""
