@@ -39,12 +39,10 @@ class LowRank(Constraint):
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> LowRankCode:
-        """Truncated SVD (Eckart and Young, 1936), the singular values shared evenly between the factors."""
+        """The nearest of all, by `factors_of`."""
         if metric is not None:
             raise UnsupportedProduct("LowRank has no weighted nearest member; use WhitenedSVD with a Gram")
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        root = values[: self.rank].sqrt()
-        return self.encode_factors(left[:, : self.rank] * root, root[:, None] * right[: self.rank])
+        return self.encode_factors(*factors_of(weight, self.rank))
 
     def encode_factors(self, left: Tensor, right: Tensor) -> LowRankCode:
         """The stored form of left (out, rank) @ right (rank, in)."""
@@ -55,3 +53,13 @@ class LowRank(Constraint):
 
     def bits_per_weight(self, shape: torch.Size) -> float:
         return torch.finfo(self.dtype).bits * self.rank * (shape[0] + shape[1]) / shape.numel()
+
+
+def factors_of(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The left (out, rank) and right (rank, in) whose product is nearest to a matrix (out, in).
+
+    Truncated SVD (Eckart and Young, 1936), the singular values shared evenly between the factors.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]

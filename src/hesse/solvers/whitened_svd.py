@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, LowRank, LowRankCode
+from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers.triangular import kronecker_root
@@ -47,10 +48,8 @@ class WhitenedSVD:
         if not isinstance(constraint, LowRank):
             raise UnsupportedProduct(f"WhitenedSVD solves LowRank, not {type(constraint).__name__}")
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
-        left, values, right = torch.linalg.svd(_whitened(state, weight), full_matrices=False)
-        root = values[: constraint.rank].sqrt()
-        thin = left[:, : constraint.rank] * root, root[:, None] * right[: constraint.rank]
-        return constraint.encode_factors(_over(thin[0].T, outputs).T, _over(thin[1], inputs))
+        left, right = factors_of(_whitened(state, weight), constraint.rank)
+        return constraint.encode_factors(_over(left.T, outputs).T, _over(right, inputs))
 
     def values(self, state: Sides, weight: Tensor) -> Tensor:
         """The singular values of C_Gᵀ W C_A, falling: leaving out the k-th costs half its square."""
