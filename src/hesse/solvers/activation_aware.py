@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
 from hesse.curvature import Curvature, Gram
-from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import cost_of
+from hesse.solvers.base import as_gram, as_kind, cost_of
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,10 @@ class ActivationAware:
     steps: int = 20
 
     def init(self, curvature: Curvature) -> Gram:
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(f"ActivationAware needs a Gram, not a {type(curvature).__name__}")
-        return curvature
+        return as_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> ScaledCode:
-        if not isinstance(constraint, ScaledColumns):
-            raise UnsupportedProduct(f"ActivationAware solves ScaledColumns, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, ScaledColumns)
         size = state.diagonal().to(weight).sqrt()
         size = torch.where(size > 0, size, size[size > 0].min() if bool((size > 0).any()) else torch.ones_like(size))
         best: tuple[float, ScaledCode] | None = None

@@ -9,6 +9,7 @@ from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.curvature.kronecker import through_eigenvectors
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import as_kind
 from hesse.solvers.never_worse import refitted_code
 
 
@@ -60,8 +61,7 @@ class ADMM:
         raise UnsupportedProduct(f"ADMM needs a Gram or a Kronecker (out, in), not a {type(curvature).__name__}")
 
     def compute(self, state: ADMMState, weight: Tensor, constraint: Constraint) -> SparseCode:
-        if not isinstance(constraint, Sparse):
-            raise UnsupportedProduct(f"ADMM solves Sparse, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, Sparse)
         scale = state.scale.to(weight.dtype)
         found, dual = weight * scale, torch.zeros_like(weight)
         pulled, before = state.through(found, state.values), self.strengths[0]

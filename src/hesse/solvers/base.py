@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint
-from hesse.curvature import Curvature
-from hesse.errors import DataError, OptionError
+from hesse.curvature import Curvature, Gram
+from hesse.errors import DataError, OptionError, UnsupportedProduct
 from hesse.finite import all_finite
+
+Kind = TypeVar("Kind", bound=Constraint)
 
 
 class Solver(Protocol):
@@ -41,6 +43,28 @@ class Solution:
     def predicted_loss_increase(self) -> float:
         """½ dᵀHd in the curvature's unit: for a Gram half the squared output error per token, for a Kronecker nats."""
         return self.curvature.quadratic(self.weight - self.original)
+
+
+def as_kind(solver: Solver, constraint: Constraint, kind: type[Kind]) -> Kind:
+    """`constraint`, which must be of the only kind that the solver has an answer for.
+
+    Raises:
+        UnsupportedProduct: it is not.
+    """
+    if not isinstance(constraint, kind):
+        raise UnsupportedProduct(f"{type(solver).__name__} solves {kind.__name__}, not {type(constraint).__name__}")
+    return constraint
+
+
+def as_gram(solver: Solver, curvature: Curvature) -> Gram:
+    """`curvature`, which must be a Gram.
+
+    Raises:
+        UnsupportedProduct: it is not.
+    """
+    if not isinstance(curvature, Gram):
+        raise UnsupportedProduct(f"{type(solver).__name__} needs a Gram, not a {type(curvature).__name__}")
+    return curvature
 
 
 def cost_of(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
-from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver, cost_of
+from hesse.solvers.base import Solver, as_kind, cost_of
 
 
 class SideState(NamedTuple):
@@ -31,8 +30,7 @@ class CheaperSide:
         return SideState(curvature, None if self.inner is None else self.inner.init(curvature))
 
     def compute(self, state: SideState, weight: Tensor, constraint: Constraint) -> SideCode:
-        if not isinstance(constraint, EitherSide):
-            raise UnsupportedProduct(f"CheaperSide solves EitherSide, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, EitherSide)
         found = []
         for along in (False, True):
             side = constraint.side(along)

@@ -14,6 +14,7 @@ from hesse.constraints import Constraint, GridCode, Grouped, Scales, Sparse, Spa
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import column_sweep, kernels
+from hesse.solvers.base import as_gram
 from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.column_sweep import Block
 from hesse.solvers.late_mask import LateMask
@@ -59,12 +60,10 @@ class ErrorFeedback:
     refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(f"ErrorFeedback needs a Gram, not a {type(curvature).__name__}")
-        order = None
+        gram, order = as_gram(self, curvature), None
         if self.order == "descending":
-            order = torch.argsort(curvature.diagonal(), descending=True, stable=True)
-        return FeedbackState(curvature, order, *inverse_factor(curvature, order))
+            order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        return FeedbackState(gram, order, *inverse_factor(gram, order))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
         grid, sparse = _parts(constraint)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Rotated
 from hesse.curvature import Curvature, Gram
-from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver
+from hesse.solvers.base import Solver, as_gram, as_kind
 from hesse.solvers.error_feedback import ErrorFeedback
 
 
@@ -23,13 +22,10 @@ class Incoherent:
     inner: Solver = field(default_factory=ErrorFeedback)
 
     def init(self, curvature: Curvature) -> Gram:
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(f"Incoherent needs a Gram, not a {type(curvature).__name__}")
-        return curvature
+        return as_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> Any:
-        if not isinstance(constraint, Rotated):
-            raise UnsupportedProduct(f"Incoherent solves Rotated, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, Rotated)
         moment = constraint.turned_inputs(state.second_moment)
         turned = Gram(second_moment=(moment + moment.T) / 2, tokens=state.tokens, damping=state.damping)
         return self.inner.compute(self.inner.init(turned), constraint.turned(weight), constraint.base)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import cost_of
+from hesse.solvers.base import as_kind, cost_of
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_codes
 from hesse.solvers.row_flips import settle_rows
@@ -53,8 +53,7 @@ class LearnedRounding:
         return LearnedState(curvature, self.start.init(curvature))
 
     def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
-        if not isinstance(constraint, Grid):
-            raise UnsupportedProduct(f"LearnedRounding solves Grid, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, Grid)
         start = self.start.compute(state.start, weight, constraint)
         assert isinstance(start, GridCode)
         settled = self._settled(state, weight, constraint, start)

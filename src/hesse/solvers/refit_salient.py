@@ -9,8 +9,7 @@ from hesse.constraints import Constraint, GridCode, SalientCode, SalientColumns,
 from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
-from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import cost_of
+from hesse.solvers.base import as_gram, as_kind, cost_of
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,10 @@ class RefitSalient:
     rounds: int = 4
 
     def init(self, curvature: Curvature) -> Gram:
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(f"RefitSalient needs a Gram, not a {type(curvature).__name__}")
-        return curvature
+        return as_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> SalientCode:
-        if not isinstance(constraint, SalientColumns):
-            raise UnsupportedProduct(f"RefitSalient solves SalientColumns, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, SalientColumns)
         best = constraint.encode(weight, state.diagonal().to(weight))
         least = cost_of(state, constraint, best, weight)
         code = best

@@ -8,6 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import as_kind
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class RowsAndColumns:
         return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        if not isinstance(constraint, LowRank):
-            raise UnsupportedProduct(f"RowsAndColumns solves LowRank, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, LowRank)
         root = state.factor.to(weight.dtype) if isinstance(state, Gram) else None
         important = weight if root is None else weight @ root
         left, _, right = torch.linalg.svd(important, full_matrices=False)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
 from hesse.curvature import Curvature
-from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import cost_of
+from hesse.solvers.base import as_kind, cost_of
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
 
@@ -41,8 +40,7 @@ class SalientBits:
         return BitsState(feedback, pivots)
 
     def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
-        if not isinstance(constraint, MixedGrid):
-            raise UnsupportedProduct(f"SalientBits solves MixedGrid, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, MixedGrid)
         best: tuple[float, MixedCode] | None = None
         since = 0
         for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):

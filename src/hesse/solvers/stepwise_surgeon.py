@@ -8,6 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, RankOneSum
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import as_kind
 from hesse.solvers.refit import best_values, kept_part
 
 
@@ -35,8 +36,7 @@ class StepwiseSurgeon:
         return curvature
 
     def compute(self, state: BlockRankOneSum | RankOneSum, weight: Tensor, constraint: Constraint) -> SparseCode:
-        if not isinstance(constraint, Sparse):
-            raise UnsupportedProduct(f"StepwiseSurgeon solves Sparse, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, Sparse)
         if constraint.block > 1:
             raise UnsupportedProduct("StepwiseSurgeon counts the costs of single weights: for blocks use GreedySurgeon")
         kept, found, left = torch.ones_like(weight, dtype=torch.bool), weight, state

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
 from hesse.curvature import Curvature
-from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import as_kind
 from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
@@ -30,8 +30,7 @@ class VectorFeedback:
         return ErrorFeedback(self.order).init(curvature)
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
-        if not isinstance(constraint, VectorCodebook):
-            raise UnsupportedProduct(f"VectorFeedback solves VectorCodebook, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, VectorCodebook)
         plain = constraint.encode(weight, state.curvature.diagonal())
         order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
         work = weight.T.contiguous()[order]

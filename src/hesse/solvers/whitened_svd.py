@@ -10,6 +10,7 @@ from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
+from hesse.solvers.base import as_kind
 from hesse.solvers.triangular import kronecker_root
 
 
@@ -45,8 +46,7 @@ class WhitenedSVD:
         )
 
     def compute(self, state: Sides, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        if not isinstance(constraint, LowRank):
-            raise UnsupportedProduct(f"WhitenedSVD solves LowRank, not {type(constraint).__name__}")
+        constraint = as_kind(self, constraint, LowRank)
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
         left, right = factors_of(_whitened(state, weight), constraint.rank)
         return constraint.encode_factors(_over(left.T, outputs).T, _over(right, inputs))
