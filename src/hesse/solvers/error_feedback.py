@@ -19,7 +19,7 @@ from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.column_sweep import Block
 from hesse.solvers.late_mask import LateMask
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
-from hesse.solvers.triangular import inverse_of
+from hesse.solvers.triangular import backwards_in, inverse_of, read_backwards
 
 Walk = Callable[[Block, int, int, Grouped | None], None]
 
@@ -32,6 +32,11 @@ class FeedbackState:
     order: Tensor | None  # (in,) column indices; None for the given order
     feedback: Tensor  # (in, in) U_j / U_jj, unit upper triangular: taking a column's plain difference saves dividing it
     pivots: Tensor  # (in,) U_jj
+
+    @property
+    def taken(self) -> Tensor:
+        """The columns (in,) in the order in which they are taken."""
+        return _taken(self.curvature, self.order)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class ErrorFeedback:
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
-        order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
+        order = state.taken
         grids = None if grid is None else [grid.at(column) for column in order.tolist()]
         sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
         late = state.order is None or (grid is not None and grid.group_width(weight.shape[1]) == 1)
@@ -244,8 +249,7 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
     Raises:
         ConditioningError: A + λI is not positive definite to working precision.
     """
-    order = torch.arange(len(gram.second_moment), device=gram.device) if order is None else order
-    moment = gram.second_moment.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+    moment = backwards_in(gram.second_moment, _taken(gram, order))
     backwards = Gram(second_moment=moment, tokens=gram.tokens, damping=gram.damping)
     try:
         lower = backwards.factor
@@ -255,6 +259,8 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
     # float64 factorises what float32 merely rounded, so what A itself resolves is asked again.
     if not backwards.resolves(inverse.square().sum(0)):
         raise gram.singular()
-    upper = inverse.flip(0, 1).to(moment.dtype)
-    pivots = upper.diagonal().clone()
-    return upper.div_(pivots[:, None]), pivots
+    return read_backwards(inverse.to(moment.dtype))
+
+
+def _taken(gram: Gram, order: Tensor | None) -> Tensor:
+    return torch.arange(gram.shape[0], device=gram.device) if order is None else order

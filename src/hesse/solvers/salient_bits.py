@@ -34,10 +34,7 @@ class SalientBits:
 
     def init(self, curvature: Curvature) -> BitsState:
         feedback = self.inner.init(curvature)
-        pivots = feedback.pivots
-        if feedback.order is not None:
-            pivots = pivots[torch.argsort(feedback.order)]
-        return BitsState(feedback, pivots)
+        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.taken)])
 
     def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
         constraint = as_kind(self, constraint, MixedGrid)

@@ -33,6 +33,21 @@ def inverse_of(lower: Tensor) -> Tensor:
     return inverse
 
 
+def backwards_in(matrix: Tensor, order: Tensor) -> Tensor:
+    """`matrix` (n, n) with its rows and columns in the reverse of `order`."""
+    return matrix.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+
+
+def read_backwards(inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """U_j / U_jj (n, n), and U_jj (n,), of the upper triangular U with H⁻¹ = UᵀU.
+
+    `inverse` is L⁻¹ of the Cholesky factor L of H with rows and columns in reverse order.
+    """
+    upper = inverse.flip(0, 1)
+    pivots = upper.diagonal().clone()
+    return upper.div_(pivots[:, None]), pivots
+
+
 def _fill(inverse: Tensor, lower: Tensor, scratch: Tensor) -> None:
     """Write the inverse of `lower` below and on the diagonal of `inverse`; `scratch` holds a quarter of it."""
     size = len(lower)

@@ -15,7 +15,7 @@ from hesse.errors import UnsupportedProduct
 from hesse.solvers import kernels, two_sided_loops
 from hesse.solvers.admm import ADMM, ADMMState
 from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.triangular import inverse_of, kronecker_root
+from hesse.solvers.triangular import backwards_in, inverse_of, kronecker_root, read_backwards
 from hesse.solvers.two_sided_loops import Steps, TwoSidedSweeps
 
 
@@ -178,9 +178,8 @@ def _falling(factor: Tensor) -> Tensor:
 
 def _feedback(factor: Tensor, order: Tensor) -> Tensor:
     """U_j / U_jj of the upper triangular U with factor⁻¹ = UᵀU, in `order`."""
-    backwards = factor.index_select(0, order.flip(0)).index_select(1, order.flip(0))
-    upper = inverse_of(kronecker_root(backwards)).flip(0, 1)
-    return _loop(upper.div_(upper.diagonal().clone()[:, None]))
+    rows, _ = read_backwards(inverse_of(kronecker_root(backwards_in(factor, order))))
+    return _loop(rows)
 
 
 def _loop(tensor: Tensor) -> Tensor:

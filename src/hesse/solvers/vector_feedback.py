@@ -32,13 +32,12 @@ class VectorFeedback:
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
         constraint = as_kind(self, constraint, VectorCodebook)
         plain = constraint.encode(weight, state.curvature.diagonal())
-        order = torch.arange(weight.shape[1], device=weight.device) if state.order is None else state.order
-        work = weight.T.contiguous()[order]
+        work = weight.T.contiguous()[state.taken]
         codes = plain.codes.new_empty(constraint.books, len(work), work.shape[1] // constraint.length)
         walk = partial(_walk, work, codes, constraint, plain.centroids.to(work))
         sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
 
-        swept = constraint.code(codes[:, torch.argsort(order)].flatten(1), plain.centroids, weight.shape)
+        swept = constraint.code(codes[:, torch.argsort(state.taken)].flatten(1), plain.centroids, weight.shape)
         costs = [
             state.curvature.row_quadratics(constraint.decode(code).to(weight.dtype) - weight)
             .view(-1, constraint.length)
