@@ -12,7 +12,7 @@ from hesse.solvers.refit import refit
 
 def cheaper_codes(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
     """Of two codes with the same scales, row by row the one that costs less."""
-    rows = _plain_is_cheaper(gram, weight, grid.decode(solved), grid.decode(plain))
+    rows = plain_is_cheaper(gram, weight, grid.decode(solved), grid.decode(plain))
     return GridCode(torch.where(rows, plain.codes, solved.codes), solved.scales)
 
 
@@ -25,7 +25,7 @@ def refitted_code(
     """
     if isinstance(curvature, Gram):
         solved = refit(weight, start, kept, curvature, steps)
-        rows = _plain_is_cheaper(curvature, weight, solved, weight * kept)
+        rows = plain_is_cheaper(curvature, weight, solved, weight * kept)
         return sparse.encode_masked(torch.where(rows, weight, solved), kept)
     codes = [
         sparse.encode_masked(values, kept) for values in (masked_refit(weight, start, kept, curvature, steps), weight)
@@ -33,7 +33,7 @@ def refitted_code(
     return min(codes, key=lambda code: cost_of(curvature, sparse, code, weight))
 
 
-def _plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor) -> Tensor:
-    """True (out, 1) where the plain member costs less than the solved one."""
-    costs = [gram.row_quadratics(member - weight) for member in (plain, solved)]
+def plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
+    """True (out / together, 1) where so many rows of the plain member cost less than those of the solved one."""
+    costs = [gram.row_quadratics(member - weight).view(-1, together).sum(1) for member in (plain, solved)]
     return (costs[0] < costs[1])[:, None]

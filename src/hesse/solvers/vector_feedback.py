@@ -12,6 +12,7 @@ from hesse.curvature import Curvature
 from hesse.solvers.base import as_kind
 from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
+from hesse.solvers.never_worse import plain_is_cheaper
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,9 @@ class VectorFeedback:
         sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
 
         swept = constraint.code(codes[:, torch.argsort(state.taken)].flatten(1), plain.centroids, weight.shape)
-        costs = [
-            state.curvature.row_quadratics(constraint.decode(code).to(weight.dtype) - weight)
-            .view(-1, constraint.length)
-            .sum(1)
-            for code in (swept, plain)
-        ]
-        cheaper = (costs[1] < costs[0])[None, :, None]
-        return VectorCode(torch.where(cheaper, plain.codes, swept.codes), plain.centroids)
+        solved, unswept = (constraint.decode(code).to(weight.dtype) for code in (swept, plain))
+        heights = plain_is_cheaper(state.curvature, weight, solved, unswept, constraint.length)
+        return VectorCode(torch.where(heights, plain.codes, swept.codes), plain.centroids)
 
 
 def _walk(
