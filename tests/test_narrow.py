@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_ids
+from hesse.compression import feed_forward
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
 from hesse.solvers.nystroem import kept_units, refitted
 from hesse.testing import normal
@@ -21,6 +22,9 @@ PARTS = {
     "gemma2": ("model.layers.{}.mlp", ("gate_proj", "up_proj"), "down_proj", "intermediate_size"),
     "opt": ("model.decoder.layers.{}", ("fc1",), "fc2", "ffn_dim"),
     "gpt2": ("transformer.h.{}.mlp", ("c_fc",), "c_proj", "n_inner"),
+    "falcon": ("transformer.h.{}.mlp", ("dense_h_to_4h",), "dense_4h_to_h", "ffn_hidden_size"),
+    "phi3": ("model.layers.{}.mlp", ("gate_up_proj",), "down_proj", "intermediate_size"),
+    "bert": ("encoder.layer.{}", ("intermediate.dense",), "output.dense", "intermediate_size"),
     "gpt-neox": ("gpt_neox.layers.{}.mlp", ("dense_h_to_4h",), "dense_4h_to_h", "intermediate_size"),
 }
 
@@ -68,7 +72,9 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
 
     def units_of(layer: str) -> list[int]:
         small, large = (t[f"{layer}.weight"].T if transposed else t[f"{layer}.weight"] for t in (held, whole))
-        return [next(k for k, row in enumerate(large) if torch.equal(row, own)) for own in small]
+        found = [next(k for k, row in enumerate(large) if torch.equal(row, own)) for own in small]
+        assert found[report.width_after :] in ([], [unit + report.width_before for unit in found[: report.width_after]])
+        return found[: report.width_after]
 
     for index in range(2):  # the dense model with the units that stay, and the weights of the narrow one behind them
         path = prefix.format(index)
@@ -109,9 +115,12 @@ def test_what_cannot_be_narrowed_is_refused(family_folder: FolderOf, tmp_path: P
             hesse.narrow(family_folder("llama"), tmp_path / "out", keep=keep, data=IDS)
     with pytest.raises(OptionError, match="leaves 96, a multiple of 8: give less"):
         hesse.narrow(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
-    for name in ("mixtral", "phi3"):
-        with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no single feed-forward layer of a known shape"):
-            hesse.narrow(family_folder(name), tmp_path / "out", data=IDS)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no single feed-forward layer of a known shape"):
+        hesse.narrow(family_folder("mixtral"), tmp_path / "out", data=IDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed_forward, "WIDTHS", ("hidden_size", "ffn_dim"))
+        with pytest.raises(UnsupportedModelError, match="no setting for the width of all feed-forward layers"):
+            hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
     assert left_over(tmp_path) == []
 
 

@@ -107,4 +107,4 @@ def narrow(
     error = "" if report.standard_error is None else f" ± {report.standard_error:.1g}"
     where = "held-out" if report.held_out else "calibration"
     print_line(f"{report.loss_name}, {report.samples} {where} samples: {report.measured:.4g}{error}")
-    print_line(f"Written to {out.absolute()}")
+    print_line(f"written to {out}")

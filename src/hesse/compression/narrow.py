@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesse.compression.feed_forward import FeedForward, width_setting
 from hesse.compression.inputs import InputGrams
 from hesse.compression.output import check_output, copy_companions, temporary_folder
 from hesse.compression.plan import open_networks
@@ -25,13 +26,6 @@ from hesse.solvers.nystroem import kept_units, refitted
 
 REPORT_FILE = "narrow.json"
 MULTIPLE = 8  # of hidden units, which kernels want
-# The last names of the layers that make hidden units, of the one that reads them, and where config.json says how many.
-SHAPES = (
-    (("gate_proj", "up_proj"), "down_proj", "intermediate_size"),
-    (("fc1",), "fc2", "ffn_dim"),
-    (("c_fc",), "mlp.c_proj", "n_inner"),
-    (("dense_h_to_4h",), "dense_4h_to_h", "intermediate_size"),
-)
 
 
 @dataclass(frozen=True)
@@ -68,27 +62,6 @@ class NarrowReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class _FeedForward:
-    """The layers that make the hidden units of a block, and the one that reads them."""
-
-    makers: list[Layer]
-    reader: Layer
-    setting: str
-
-    @classmethod
-    def of(cls, block: Block) -> "_FeedForward":
-        for ends, end, setting in SHAPES:
-            makers = [layer for layer in block.layers if layer.name.rpartition(".")[2] in ends]
-            readers = [layer for layer in block.layers if layer.name.endswith(f".{end}")]
-            if len(makers) == len(ends) and len(readers) == 1:
-                return cls(makers, readers[0], setting)
-        raise UnsupportedModelError(
-            f"{block.name} has no single feed-forward layer of a known shape, such as gate_proj, up_proj and "
-            "down_proj: mixtures of experts and fused layers cannot be made narrower here"
-        )
-
-
 def narrow_checkpoint(
     model: Path,
     out: Path,
@@ -114,18 +87,19 @@ def narrow_checkpoint(
         raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
     check_output(out, model, overwrite)
     _, network, _ = open_networks(model, device)
-    layers = [_FeedForward.of(block) for block in network.blocks]
-    widths = {layer.reader.weight.shape[1] for layer in layers}
+    layers = [FeedForward.of(block) for block in network.blocks]
+    widths = {layer.width for layer in layers}
     if len(widths) > 1:
         raise UnsupportedModelError(f"feed-forward layers have widths of {sorted(widths)}, and one was expected")
     before = widths.pop()
     after = max(round(keep * before / MULTIPLE), 1) * MULTIPLE
     if after >= before:
         raise OptionError(f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less")
+    setting = width_setting(network, layers, after)
     selected = select_samples(model, calibration, network)
     with temporary_folder(out, 2 * network.checkpoint.file_bytes) as folder:
         with TemporaryDirectory(dir=folder) as waiting:
-            run = _Narrow(network, layers, after, selected, calibration, folder, Path(waiting), progress)
+            run = _Narrow(network, layers, setting, after, selected, calibration, folder, Path(waiting), progress)
             run.walk()
             found = run.written()
         report = NarrowReport(
@@ -155,7 +129,8 @@ class _Narrow:
     """The state of one run."""
 
     network: Network
-    layers: list[_FeedForward]
+    layers: list[FeedForward]
+    setting: str  # of config.json
     width: int
     selected: Selection
     calibration: Calibration
@@ -196,14 +171,14 @@ class _Narrow:
             self._keep(block, feed_forward, made["units"].cpu(), made["fitted"].cpu())
             self.progress.advance()
 
-    def _keep(self, block: Block, feed_forward: _FeedForward, units: Tensor, fitted: Tensor) -> None:
+    def _keep(self, block: Block, feed_forward: FeedForward, units: Tensor, fitted: Tensor) -> None:
         """Write a block's tensors, those of its feed-forward layer without the units that are gone."""
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for layer in feed_forward.makers:
-            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
-            tensors[weight] = tensors[weight][:, units] if layer.transposed else tensors[weight][units]
+            weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", feed_forward.rows(layer, units)
+            tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
             if bias in tensors:
-                tensors[bias] = tensors[bias][units]
+                tensors[bias] = tensors[bias][rows]
         reader = feed_forward.reader
         weight = f"{reader.name}.weight"
         tensors[weight] = (fitted.T if reader.transposed else fitted).to(tensors[weight].dtype)
@@ -216,7 +191,7 @@ class _Narrow:
             if name not in self.parts.names:
                 self.parts.add(checkpoint.read_stored([name]))
         self.parts.assemble(self.folder)
-        config = {**checkpoint.config, self.layers[0].setting: self.width}
+        config = {**checkpoint.config, self.setting: self.width}
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         check = self.selected.check
         batches = check.batches(evaluation_batch(network, check.longest))
