@@ -70,8 +70,11 @@ class Statistics:
             CheckpointError: they do.
         """
         if kind not in self.content["curvatures"]:
-            held = ", ".join(self.content["curvatures"])
-            raise CheckpointError(f"{self.folder} holds {held} but no {kind}: estimate it with --curvature {kind}")
+            held = self.content["curvatures"]
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(held)} but no {kind}: estimate it again with --curvature "
+                f"{','.join([*held, kind])}"
+            )
 
     def gram(self, layer: str, device: torch.device) -> Gram | None:
         """The Gram of a layer's inputs; None where no token reached it. Layers with one input get one object."""
