@@ -60,7 +60,8 @@ TABLES: dict[str, list[Row]] = {
         ("vptq", {"bits": 2, "vector_length": 8, "books": 2}),
         ("gptq", {"bits": 4, "group_size": 64}),
         ("rtn", {"bits": 3, "group_size": -1}),
-        ("gptq", {"bits": 3, "group_size": -1}),
+        *((method, {"bits": 3, "group_size": -1}) for method in ("gptq", "quip")),
+        ("quip", COARSE),
     ],
     "below-two-bits": [
         ("ptq161", {}),
@@ -113,6 +114,8 @@ CLAIMS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("learned rounding is better than error feedback", "adaround", "gptq", COARSE),
     ("learned rounding is better than error feedback", "adaround-kronecker", "kronecker", COARSE),
     ("bits mixed over groups are better than one width", "slim-llm", "gptq", COARSE),
+    ("incoherence helps at few bits", "quip", "gptq", {"bits": 3, "group_size": -1}),
+    ("incoherence helps at few bits", "quip", "gptq", COARSE),
     ("activation-aware SVD is better than SVD", "activation-svd", "svd", {"rank": 128}),
     ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 128}),
     ("Fisher-weighted SVD is better than SVD", "fwsvd", "svd", {"rank": 64}),

@@ -17,7 +17,7 @@ import tiny_models
 from helpers import CommandLine, left_over, sha256, write_ids
 from hesse.cli import app
 from hesse.errors import OptionError
-from hesse.methods import METHODS, TABLE, load_recipe
+from hesse.methods import FAMILIES, METHODS, TABLE, load_recipe
 
 FolderOf = Callable[[str], Path]
 COMMANDS = ("compress", "evaluate", "export", "benchmark", "methods", "demo")
@@ -60,6 +60,7 @@ def test_the_table_of_methods(hesse_command: CommandLine) -> None:
     for row in rows:
         assert row.keys() == {
             "method",
+            "family",
             "curvature",
             "constraint",
             "optional",
@@ -70,6 +71,11 @@ def test_the_table_of_methods(hesse_command: CommandLine) -> None:
             "rewrite",
         }
         assert all(row[key] for key in row if key not in ("optional", "rewrite"))
+    some = json.loads(hesse_command("methods", "pruning", "gptq", "--json").stdout)
+    assert [row["method"] for row in some] == ["gptq", *(row.name for row in FAMILIES["pruning"])]
+    refused = hesse_command("methods", "gtpq")
+    assert refused.code != 0
+    assert "no method or family 'gtpq'; families are rounding" in refused.stderr
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -178,7 +178,9 @@ def test_statistics_without_a_gram_are_refused_by_name(
     estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     source, folder = estimated(curvatures=("fisher",))
-    with pytest.raises(CheckpointError, match="holds fisher but no gram: estimate it again with --curvature fisher,gram"):
+    with pytest.raises(
+        CheckpointError, match="holds fisher but no gram: estimate it again with --curvature fisher,gram"
+    ):
         compress(source, tmp_path / "out", curvature=folder, data=None)
     with pytest.raises(OptionError, match="no curvature 'hessian' to estimate: use gram, kronecker, fisher"):
         hesse.estimate(source, tmp_path / "other", data=tmp_path / "ids.jsonl", curvatures=["hessian"])

@@ -15,7 +15,7 @@ from hesse.cli.options import (
     ModelArgument,
     ReferenceOption,
 )
-from hesse.methods import TABLE, Options
+from hesse.methods import Options, find_rows
 from hesse.reporting import (
     check_page,
     cost_table,
@@ -99,13 +99,20 @@ def inspect(
         print_line(f"The page: {out.absolute()}")
 
 
-@app.command(epilog="Example: `hesse methods`")
-def methods(as_json: JsonOption = False) -> None:
+@app.command(epilog="Example: `hesse methods pruning`")
+def methods(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Families or methods to show; all by default.", metavar="[NAME]...")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """The table of methods: curvature × constraint × solver, with source and needs."""
+    families = find_rows(names or ())
     if as_json:
         rows = [
             {
                 "method": row.name,
+                "family": family,
                 "curvature": row.curvature,
                 "constraint": list(row.constraint),
                 "optional": list(row.optional),
@@ -115,11 +122,12 @@ def methods(as_json: JsonOption = False) -> None:
                 "source": row.source,
                 "run": row.run,
             }
-            for row in TABLE
+            for family, rows_of_it in families.items()
+            for row in rows_of_it
         ]
         print_json(rows)
     else:
-        out_console.print(methods_table())
+        out_console.print(methods_table(families))
 
 
 @app.command(epilog="Example: `hesse demo`")

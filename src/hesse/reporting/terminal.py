@@ -1,14 +1,16 @@
 """The tables a person reads in a terminal."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from hesse.errors import printable
-from hesse.methods import TABLE
+from hesse.methods import Row
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.compression import CompressionReport
@@ -127,16 +129,23 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     return table
 
 
-def methods_table() -> Table:
-    """The methods as triples, with what each needs and its source below."""
+def methods_table(families: Mapping[str, Sequence[Row]]) -> Table:
+    """Methods as triples, family by family, with what each needs and its source below."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("curvature × constraint × solver")
-    for row in TABLE:
-        basis = "" if row.basis == "own" else f"{row.basis} "
-        constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
-        run = "" if row.run.startswith("hesse compress") else f"; {row.run}"
-        below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
-        before = "" if row.rewrite is None else f"{row.rewrite}, then "
-        table.add_row(row.name, f"{before}{row.curvature} × {constraint} × {row.solver}\n{below}")
+    for family, rows in families.items():
+        table.add_section()
+        table.add_row(f"[bold]{family}[/bold]")
+        for row in rows:
+            table.add_row(row.name, _triple(row))
     return table
+
+
+def _triple(row: Row) -> str:
+    basis = "" if row.basis == "own" else f"{row.basis} "
+    constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
+    run = "" if row.run.startswith("hesse compress") else f"; {escape(row.run)}"
+    before = "" if row.rewrite is None else f"{row.rewrite}, then "
+    below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
+    return f"{before}{row.curvature} × {constraint} × {row.solver}\n{below}"
