@@ -48,6 +48,7 @@ TABLES: dict[str, list[Row]] = {
         ("lorc", {**GRID, "rank": 16}),
         ("eora", {**GRID, "rank": 16}),
         ("squeezellm", {"bits": 3}),
+        ("kronecker-codebook", {"bits": 3}),
         ("minifloat", {"table": "fp4", "group_size": 64}),
         ("minifloat", {"table": "nf4", "group_size": 64}),
         *((method, GRID) for method in ("adadim", "adadim-rtn", "slim-llm")),

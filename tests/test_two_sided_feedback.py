@@ -18,7 +18,7 @@ from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
 from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.two_sided_feedback import _Loops
+from hesse.solvers.two_sided_search import GridSearch
 
 seeds = st.integers(0, 2**31 - 1)
 FEEDBACK_ALONE = TwoSidedFeedback(passes=0, refit_steps=0)
@@ -71,7 +71,7 @@ def test_it_is_the_recursion_of_optimal_brain_surgeon_on_the_whole_matrix(
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     state = TwoSidedFeedback().init(curvature)
     scales = grid.fit(weight)
-    found = _Loops(state, grid, weight).fed_back(scales, weight).codes
+    found = GridSearch(state, grid, weight).fed_back(grid.round(weight, scales), weight).codes
     assert torch.equal(found.double(), surgeon(weight, curvature, grid, scales))
 
 
@@ -80,7 +80,8 @@ def test_wide_layers_cross_blocks_of_columns() -> None:
     weight, inputs = normal(0, 3, 150).float(), factor(1, 150).float()
     grid = Grid(4, 50).stored_as(torch.float32)
     curvature = Kronecker(output_factor=torch.ones(3), input_factor=inputs).with_damped_factors(0.0, 0.01)
-    ours = _Loops(TwoSidedFeedback().init(curvature), grid, weight).fed_back(grid.fit(weight), weight)
+    search = GridSearch(TwoSidedFeedback().init(curvature), grid, weight)
+    ours = search.fed_back(grid.round(weight, grid.fit(weight)), weight)
     theirs = solve(weight, Gram(second_moment=curvature.input_factor, tokens=1000), grid, ErrorFeedback("descending"))
     assert (ours.codes != theirs.encoded.codes).double().mean() < 0.01  # where a weight lies half-way
     assert curvature.quadratic(grid.decode(ours) - weight) == pytest.approx(theirs.predicted_loss_increase, rel=1e-3)
@@ -114,7 +115,7 @@ def test_it_is_never_worse_than_rounding_to_nearest(
 def test_after_enough_passes_no_single_code_can_be_bettered(seed: int) -> None:
     weight, curvature = normal(seed, 4, 6), kronecker(seed, 4, 6)
     grid = Grid(3, 3, signed=True).stored_as(torch.float32)
-    loops = _Loops(TwoSidedFeedback().init(curvature), grid, weight)
+    loops = GridSearch(TwoSidedFeedback().init(curvature), grid, weight)
     priced = [loops.priced(grid.round(weight, grid.fit(weight)))]
     for _ in range(12):
         priced.append(loops.priced(loops.descended(priced[-1])))
@@ -188,7 +189,7 @@ def test_zeros_hold_and_what_is_kept_costs_no_more_than_rounding_what_was_pruned
 def test_no_single_kept_code_can_be_bettered_after_enough_passes() -> None:
     weight, curvature, grid = normal(2, 4, 8), kronecker(2, 4, 8), Grid(3, 4, signed=True).stored_as(torch.float32)
     pruned = solve(weight, curvature, Sparse(2, 4), ADMM()).weight
-    loops = _Loops(TwoSidedFeedback().init(curvature), grid, weight, pruned != 0)
+    loops = GridSearch(TwoSidedFeedback().init(curvature), grid, weight, pruned != 0)
     priced = loops.priced(grid.round(pruned, grid.fit(pruned)))
     for _ in range(12):
         priced = loops.priced(loops.descended(priced))
@@ -252,7 +253,7 @@ def test_refusals() -> None:
         solve(weight, singular, Grid(), TwoSidedFeedback())
     with pytest.raises(UnsupportedProduct, match="needs a Kronecker with an input factor"):
         solve(weight, Gram(second_moment=factor(0, 6), tokens=10), Grid(), TwoSidedFeedback())
-    with pytest.raises(UnsupportedProduct, match="solves Grid and Sparse & Grid, not Sparse"):
+    with pytest.raises(UnsupportedProduct, match="solves Grid, Sparse & Grid and Codebook, not Sparse"):
         solve(weight, kronecker(0, 4, 6), Sparse(0.5), TwoSidedFeedback())
 
 

@@ -150,7 +150,9 @@ def _gaps(problem: LayerProblem) -> list[str]:
     width = gram.shape[0]
     dead = int((gram.diagonal() == 0).sum())
     if dead:
-        effect = "rounded to nearest" if rule.constraint.sparse is None else "judged to cost nothing"
+        given = rule.constraint
+        codes = (given.grid, given.codebook, given.vector_codebook, given.table)
+        effect = "rounded to nearest" if given.sparse is None and any(codes) else "judged to cost nothing"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
     if rule.curvature in ("gram", "weighted_gram", "kronecker", "attention") and gram.tokens < width:
         notes.append(

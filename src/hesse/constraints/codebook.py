@@ -47,17 +47,17 @@ class Codebook(Constraint):
         masses = of_each(weight, metric).detach().double().cpu().gather(1, order)
         means = torch.empty(len(weight), 1 << self.bits, dtype=torch.float64)
         best_means(ordered.numpy(), masses.numpy(), means.numpy())
-        values = round_to(means.sort(1).values.to(weight), self.dtype)
-        return CodebookCode(_nearest(weight, values.to(weight)).to(torch.uint8), values)
+        return self.round(weight, round_to(means.sort(1).values.to(weight), self.dtype))
+
+    def round(self, weight: Tensor, values: Tensor) -> CodebookCode:
+        """`weight` (out, any) taken to the nearest of ascending `values` (out, k) of its row."""
+        held = values.to(weight)
+        middles = (held[:, 1:] + held[:, :-1]) / 2
+        codes = torch.searchsorted(middles.contiguous(), weight.contiguous())
+        return CodebookCode(codes.to(torch.uint8), values)
 
     def decode(self, encoded: CodebookCode) -> Tensor:
         return encoded.values.gather(1, encoded.codes.long())
 
     def bits_per_weight(self, shape: torch.Size) -> float:
         return self.bits + torch.finfo(self.dtype).bits * (1 << self.bits) / shape[1]
-
-
-def _nearest(weight: Tensor, values: Tensor) -> Tensor:
-    """The number of the nearest of ascending `values` (out, k) for each weight (out, in)."""
-    middles = (values[:, 1:] + values[:, :-1]) / 2
-    return torch.searchsorted(middles.contiguous(), weight.contiguous())

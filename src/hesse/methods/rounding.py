@@ -79,6 +79,15 @@ METHODS = (
         defaults=Options(bits=4, outliers=0.0045),
     ),
     Method(
+        name="kronecker-codebook",
+        curvature="kronecker",
+        constraints=("codebook",),
+        solver="two_sided_feedback",
+        source="tables as in SqueezeLLM (Kim et al., 2023, arXiv:2306.07629) on K-FAC's curvature, with error feedback",
+        needs="calibration text; stored dense, since no loader reads tables",
+        defaults=Options(bits=4),
+    ),
+    Method(
         name="minifloat",
         curvature="gram",
         constraints=("table",),

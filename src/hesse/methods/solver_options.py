@@ -75,6 +75,7 @@ SOLVERS: dict[str, Callable[[SolverOptions], Solver]] = {
     "plain_repair": lambda _: Repair(Nearest(), WhitenedSVD()),
     "alternating": lambda options: Alternating(ErrorFeedback(order=options.order), WhitenedSVD()),
     "plain_alternating": lambda _: Alternating(Nearest(), WhitenedSVD()),
+    "feedback_outliers": lambda options: Repair(ErrorFeedback(order=options.order), ADMM()),
     "two_sided_outliers": lambda _: Repair(TwoSidedFeedback(), ADMM()),
     "two_sided_alternating": lambda _: Alternating(TwoSidedFeedback(), WhitenedSVD()),
 }
@@ -83,6 +84,7 @@ UNDAMPED = ("nearest", "plain_repair", "activation_aware", "cheaper_plain_side",
 ORDERED = (
     "error_feedback",
     "repair",
+    "feedback_outliers",
     "alternating",
     "incoherent",
     "cheaper_side",

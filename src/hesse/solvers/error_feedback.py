@@ -10,10 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint, GridCode, Grouped, Scales, Sparse, SparseCode, SparseGrid
+from hesse.constraints import (
+    Codebook,
+    CodebookCode,
+    Constraint,
+    GridCode,
+    Grouped,
+    Scales,
+    Sparse,
+    SparseCode,
+    SparseGrid,
+)
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers import column_sweep, kernels
+from hesse.solvers import codebook_feedback, column_sweep, kernels
 from hesse.solvers.base import as_gram
 from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.column_sweep import Block
@@ -48,7 +58,8 @@ class ErrorFeedback:
     that groups stay contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and
     mask. Needs a Gram, with damping where it is singular.
 
-    The weights that an unstructured Sparse drops are chosen for `mask_columns` columns at a time. Without a Grid, the
+    A Codebook's values are those of k-means weighted by E[x²], refitted to the codes in the end. The weights that an
+    unstructured Sparse drops are chosen for `mask_columns` columns at a time. Without a Grid, the
     weights that are kept are refitted afterwards by `refit_steps` of conjugate gradients, since the sweep leaves a
     column as it is when columns after it are dropped.
 
@@ -70,7 +81,12 @@ class ErrorFeedback:
             order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         return FeedbackState(gram, order, *inverse_factor(gram, order))
 
-    def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
+    def compute(
+        self, state: FeedbackState, weight: Tensor, constraint: Constraint
+    ) -> GridCode | SparseCode | CodebookCode:
+        if isinstance(constraint, Codebook):
+            how = state.curvature, state.taken, state.feedback, self.block_size, self.refit_steps
+            return codebook_feedback.fed_back(constraint, weight, *how)
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')

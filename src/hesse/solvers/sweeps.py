@@ -1,7 +1,8 @@
 """The inner loops of two-sided rounding, compiled: a code depends on the one before it, which no tensor product can do.
 
-Each takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out), and scales
-and the lowest and highest codes of each weight's group, alike. `lost` is what values lose when they are stored.
+Each takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out), and last
+what a code may be: scales and the lowest and highest codes of each weight's group, alike, and what values lose when
+they are stored; in the loops ending in `_table` the ascending values of each row (out, k).
 """
 
 import numpy as np
@@ -15,11 +16,11 @@ def feed_back(
     codes: Floats,
     errors: Floats,
     spread: Floats,
+    columns: Floats,
+    rows: Floats,
     scale: Floats,
     lowest: Floats,
     highest: Floats,
-    columns: Floats,
-    rows: Floats,
     lost: np.uint32,
 ) -> None:
     """Error feedback over the columns of a block and, within a column, over some of its rows.
@@ -47,11 +48,11 @@ def descend(
     codes: Floats,
     gradient: Floats,
     changes: Floats,
+    input_factor: Floats,
+    output_factor: Floats,
     scale: Floats,
     lowest: Floats,
     highest: Floats,
-    input_factor: Floats,
-    output_factor: Floats,
     lost: np.uint32,
 ) -> None:
     """Coordinate descent on ½ tr(G d A dᵀ), once over the codes of a block, which are changed in place.
@@ -73,6 +74,64 @@ def descend(
             change = np.float32(stored(np.float32(code * s), lost) - value)
             if change * (steepness + np.float32(0.5) * curvature * change) < 0:
                 codes[j, i] = code
+                add(moved, output_factor[i], change)
+        for k in range(j + 1, width):
+            add(gradient[k], moved, input_factor[j, k])
+
+
+@compiled
+def nearest(values: Floats, wanted: np.float32) -> int:
+    """The place of the nearest of ascending `values`; the higher one of two as near."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if wanted < np.float32(0.5) * (values[middle] + values[middle + 1]):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
+def feed_back_table(
+    work: Floats, codes: Floats, errors: Floats, spread: Floats, columns: Floats, rows: Floats, values: Floats
+) -> None:
+    """As `feed_back`."""
+    width, height = work.shape
+    for j in range(width):
+        weight, taken = work[j], spread[j]
+        for i in range(height):
+            wanted = weight[i] - taken[i]
+            code = nearest(values[i], wanted)
+            codes[j, i] = np.float32(code)
+            errors[j, i] = wanted - values[i, code]
+            add(taken[i:], rows[i, i:], errors[j, i])
+        for k in range(j + 1, width):
+            add(work[k], taken, -columns[j, k])
+
+
+@compiled
+def descend_table(
+    codes: Floats,
+    gradient: Floats,
+    changes: Floats,
+    input_factor: Floats,
+    output_factor: Floats,
+    values: Floats,
+) -> None:
+    """As `descend`."""
+    width, height = codes.shape
+    for j in range(width):
+        slope, moved, own = gradient[j], changes[j], input_factor[j, j]
+        moved[:] = 0
+        for i in range(height):
+            curvature = output_factor[i, i] * own
+            value = values[i, int(codes[j, i])]
+            steepness = slope[i] + own * moved[i]
+            code = nearest(values[i], value - steepness / curvature)
+            change = values[i, code] - value
+            if change * (steepness + np.float32(0.5) * curvature * change) < 0:
+                codes[j, i] = np.float32(code)
                 add(moved, output_factor[i], change)
         for k in range(j + 1, width):
             add(gradient[k], moved, input_factor[j, k])

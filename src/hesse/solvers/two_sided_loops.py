@@ -1,17 +1,19 @@
 """Both sweeps of two-sided rounding over a whole weight: block by block, in the compiled loops."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hesse.compiled import Floats, lost_bits
+from hesse.compiled import lost_bits
 from hesse.solvers import sweeps
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
+
+
+Loop = Callable[..., None]
 
 
 class Steps(NamedTuple):
@@ -22,6 +24,29 @@ class Steps(NamedTuple):
     highest: Tensor  # (groups, out)
     group: Tensor  # (in,) the group of each column
     dtype: torch.dtype  # of the stored values
+
+    def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
+        """What the compiled loops need to know of some columns and rows."""
+        parts = (values[self.group[columns], rows].contiguous().numpy() for values in self[:3])
+        return (*parts, lost_bits(self.dtype))
+
+    def loops(self) -> tuple[Loop, Loop]:
+        """Those that feed errors back and that descend."""
+        return sweeps.feed_back, sweeps.descend
+
+
+class Tables(NamedTuple):
+    """The values that the weights of each row may take (out, k), ascending, rows in the order of the sweep."""
+
+    values: Tensor  # float32, as they are stored
+
+    def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
+        """What the compiled loops need to know of some columns and rows."""
+        return (self.values[rows].numpy(),)
+
+    def loops(self) -> tuple[Loop, Loop]:
+        """Those that feed errors back and that descend."""
+        return sweeps.feed_back_table, sweeps.descend_table
 
 
 class TwoSidedSweeps(Protocol):
@@ -44,42 +69,36 @@ class TwoSidedSweeps(Protocol):
         """
 
 
-def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
+def feed_back(work: Tensor, steps: Steps | Tables, columns: Tensor, rows: Tensor) -> Tensor:
     """As `TwoSidedSweeps` says, on the CPU."""
-    codes, height = torch.empty_like(work), work.shape[1]
-    for start, stop, settings in _blocks(steps):
+    codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
         within = columns[start:stop, start:stop].contiguous().numpy()
         spread = torch.zeros_like(work[start:stop])
         for top in range(0, height, TILE):
             end = min(top + TILE, height)
-            tile = work[start:stop, top:end].numpy().copy(), np.empty_like(settings[0][:, top:end])
-            errors, given = torch.empty(stop - start, end - top), spread[:, top:end].contiguous()
-            scale, lowest, highest = (values[:, top:end].copy() for values in settings)
+            tile = work[start:stop, top:end].clone(), torch.empty(stop - start, end - top)
+            errors, given = torch.empty_like(tile[1]), spread[:, top:end].contiguous()
             between = rows[top:end, top:end].contiguous().numpy()
-            sweeps.feed_back(
-                *tile, errors.numpy(), given.numpy(), scale, lowest, highest, within, between, lost_bits(steps.dtype)
-            )
-            codes[start:stop, top:end] = torch.from_numpy(tile[1])
+            settings = steps.settings(slice(start, stop), slice(top, end))
+            loop(*(part.numpy() for part in (*tile, errors, given)), within, between, *settings)
+            codes[start:stop, top:end] = tile[1]
             spread[:, top:end] = given
             spread[:, end:].addmm_(errors, rows[top:end, end:])
         work[stop:].addmm_(columns[start:stop, stop:].T, spread, alpha=-1)
     return codes
 
 
-def descend(codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor) -> None:
+def descend(
+    codes: Tensor, gradient: Tensor, steps: Steps | Tables, input_factor: Tensor, output_factor: Tensor
+) -> None:
     """As `TwoSidedSweeps` says, on the CPU."""
-    for start, stop, settings in _blocks(steps):
+    (width, height), (_, loop) = codes.shape, steps.loops()
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
         changes = torch.empty_like(codes[start:stop])
         within = input_factor[start:stop, start:stop].contiguous().numpy()
         block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()
-        sweeps.descend(*block, *settings, within, output_factor.numpy(), lost_bits(steps.dtype))
+        loop(*block, within, output_factor.numpy(), *steps.settings(slice(start, stop), slice(0, height)))
         gradient[stop:].addmm_(input_factor[start:stop, stop:].T, changes)
-
-
-def _blocks(steps: Steps) -> Iterator[tuple[int, int, tuple[Floats, Floats, Floats]]]:
-    """Where each block of columns starts and stops; its scales, lowest and highest codes (columns, out)."""
-    width = len(steps.group)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        scale, lowest, highest = (values[steps.group[start:stop]].numpy() for values in steps[:3])
-        yield start, stop, (scale, lowest, highest)

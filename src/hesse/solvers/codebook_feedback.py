@@ -1,0 +1,44 @@
+"""Error feedback over columns, each weight taken to the nearest value of its row's codebook."""
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Codebook, CodebookCode
+from hesse.constraints.base import round_to
+from hesse.curvature import Gram
+from hesse.solvers.block_sweep import sweep_blocks
+from hesse.solvers.never_worse import plain_is_cheaper
+from hesse.solvers.refit_values import in_order, refit_values
+
+
+def fed_back(
+    codebook: Codebook, weight: Tensor, gram: Gram, taken: Tensor, feedback: Tensor, block_size: int, refit_steps: int
+) -> CodebookCode:
+    """Codes of `weight` (out, in) by Optimal Brain Surgeon's update, columns `taken` in this order; values refitted.
+
+    Values are those of k-means weighted by E[x²]; `feedback` is the update in the order `taken`. No row comes out worse
+    than by k-means alone.
+    """
+    plain = codebook.encode(weight, gram.diagonal().to(weight.dtype).expand_as(weight))
+    work = weight.T.contiguous()[taken]
+    codes = plain.codes.new_empty(work.shape)
+
+    def walk(start: int, stop: int, errors: Tensor, update: Tensor) -> None:
+        for j in range(start, stop):
+            code = codebook.round(work[j][:, None], plain.values)
+            codes[j] = code.codes[:, 0]
+            found = codebook.decode(code)[:, 0].to(work.dtype)
+            error = torch.sub(work[j], found, out=errors[j - start])
+            work[j] = found
+            work[j + 1 : stop].addr_(update[j - start, j - start + 1 : stop - start], error, alpha=-1)
+
+    sweep_blocks(work, feedback.to(work), block_size, walk)
+    swept = CodebookCode(codes[torch.argsort(taken)].T.contiguous(), plain.values)
+    slope = gram.matvec(codebook.decode(swept).to(weight.dtype) - weight)
+    refitted = in_order(swept, round_to(refit_values(swept, slope, gram, refit_steps), codebook.dtype))
+    best = plain
+    for code in (swept, refitted):
+        solved, other = (codebook.decode(each).to(weight.dtype) for each in (code, best))
+        worse = plain_is_cheaper(gram, weight, solved, other)
+        best = CodebookCode(torch.where(worse, best.codes, code.codes), torch.where(worse, best.values, code.values))
+    return best
