@@ -121,10 +121,10 @@ def check_products(rule: Rule) -> None:
         _dry_run(rule)
     except UnsupportedProduct as error:
         usable = [kind for kind in CURVATURES if _runs(rule.model_copy(update={"curvature": kind}))]
-        have = (
-            f"with this solver and constraint use curvature {' or '.join(usable)}" if usable else "no curvature has it"
-        )
-        raise UnsupportedProduct(f"the rule for {', '.join(rule.layers[:3])}: {error}; {have}") from None
+        use = f"use curvature {' or '.join(usable)}" if usable else "no curvature will do"
+        raise UnsupportedProduct(
+            f"the rule for {', '.join(rule.layers[:3])}: {error}; with this solver and constraint {use}"
+        ) from None
 
 
 def _runs(rule: Rule) -> bool:

@@ -95,7 +95,9 @@ def load_recipe(path: Path) -> Recipe:
 def explain(error: ValidationError) -> str:
     """The first things that are wrong, each with its place, on one line."""
     parts = []
-    for problem in error.errors()[:3]:
+    problems = error.errors()
+    inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    for problem in [each for each in problems if each["loc"] not in inside][:3]:  # what holds a wrong part is right
         place = ".".join(str(part) for part in problem["loc"]) or "the top"
         message = "is not a known key" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
         parts.append(f"{place}: {message}")
