@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         rotate,
     )
     from hesse.modules import ModuleReport, compress_module, prune_module
-    from hesse.structured import only_train_once, prune_groups
+    from hesse.structured import narrow_heads, only_train_once, prune_groups
 
 __all__ = [
     "METHODS",
@@ -86,6 +86,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "narrow",
+    "narrow_heads",
     "only_train_once",
     "plan",
     "prune_gradually",
@@ -104,7 +105,7 @@ def __getattr__(name: str) -> Any:
         from hesse import modules
 
         return getattr(modules, name)
-    if name in ("only_train_once", "prune_groups"):
+    if name in ("narrow_heads", "only_train_once", "prune_groups"):
         from hesse import structured
 
         return getattr(structured, name)

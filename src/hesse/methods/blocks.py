@@ -30,4 +30,13 @@ ROWS = (
         needs="calibration text",
         run="hesse narrow MODEL OUT --keep 0.75",
     ),
+    Row(
+        name="modegpt-heads",
+        curvature="gram",
+        constraint=("fewer dimensions a head",),
+        solver="SVD of scores and of values, then least squares",
+        source="Lin et al., 2024, arXiv:2408.09632, its attention part, with an SVD in place of CR",
+        needs="a network of torch's own attention, data",
+        run="hesse.narrow_heads(model, batches, keep=0.75)",
+    ),
 )
