@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hesse
@@ -13,6 +15,7 @@ import tiny_models
 from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_ids
 from hesse.compression import feed_forward
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
+from hesse.models.experts import EXPERT_NAMES
 from hesse.solvers.nystroem import kept_units, refitted
 from hesse.testing import normal
 
@@ -92,7 +95,46 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
         layer.weight = nn.Parameter(full.T if transposed else full)
     torch.testing.assert_close(output(narrow), output(dense), rtol=1e-3, atol=1e-4)
     assert report.measured > 0
-    assert all(0 < block.relative_error < 1 for block in report.blocks)
+    assert all(block.relative_error and 0 < block.relative_error < 1 for block in report.blocks)
+
+
+def row_of(matrix: Tensor, row: Tensor) -> int:
+    return next(k for k, own in enumerate(matrix) if torch.equal(own, row))
+
+
+def padded(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The narrow tensors in the shapes of the dense ones, with zeros where units are gone."""
+    found = dict(small)
+    for gate, up, down in EXPERT_NAMES:
+        for reader in [name for name in small if name.endswith(f".{down}.weight")]:
+            names = [reader.replace(f".{down}.", f".{maker}.") for maker in (gate, up)]
+            rows = [[row_of(large[each], own) for own in small[each]] for each in names]
+            assert rows[0] == rows[1]
+            for name in names:
+                found[name] = torch.zeros_like(large[name])
+                found[name][rows[0]] = small[name]
+            found[reader] = torch.zeros_like(large[reader])
+            found[reader][:, rows[0]] = small[reader]
+    return found
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"])
+@pytest.mark.parametrize("data", [IDS, [[5, 5], [5, 5]]], ids=["all reached", "few tokens"])
+def test_each_expert_keeps_units_of_its_own(
+    name: str, data: list[list[int]], family_folder: FolderOf, tmp_path: Path
+) -> None:
+    source, out, whole = family_folder(name), tmp_path / "out", tmp_path / "whole"
+    report = hesse.narrow(source, out, keep=0.5, data=data)
+    assert report.width_after == report.width_before // 2
+    narrow = tiny_models.load(name, out)
+    assert sum(p.numel() for p in narrow.parameters()) == report.parameters_after
+    whole.mkdir()
+    save_file(padded(dense_tensors(out), dense_tensors(source)), whole / "model.safetensors", {"format": "pt"})
+    copyfile(source / "config.json", whole / "config.json")
+    torch.testing.assert_close(output(narrow), output(tiny_models.load(name, whole)), rtol=1e-3, atol=1e-4)
+    unreached = [block.name for block in report.blocks if block.relative_error is None]
+    assert [note.split(":")[0] for note in report.notes if "chosen by their weights" in note] == unreached
+    assert (unreached != []) == (data != IDS)
 
 
 def seen_by(model: nn.Module, layer: nn.Module) -> Tensor:
@@ -115,11 +157,12 @@ def test_what_cannot_be_narrowed_is_refused(family_folder: FolderOf, tmp_path: P
             hesse.narrow(family_folder("llama"), tmp_path / "out", keep=keep, data=IDS)
     with pytest.raises(OptionError, match="leaves 96, a multiple of 8: give less"):
         hesse.narrow(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no single feed-forward layer of a known shape"):
-        hesse.narrow(family_folder("mixtral"), tmp_path / "out", data=IDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed_forward, "WIDTHS", ("hidden_size", "ffn_dim"))
-        with pytest.raises(UnsupportedModelError, match="no setting for the width of all feed-forward layers"):
+        with pytest.raises(UnsupportedModelError, match="no settings for the width of all feed-forward layers"):
+            hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
+        patch.setattr(feed_forward, "EXPERT_NAMES", ())
+        with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no feed-forward layer of a known shape"):
             hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
     assert left_over(tmp_path) == []
 
@@ -131,4 +174,4 @@ def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, t
     assert report == json.loads((tmp_path / "out" / "narrow.json").read_text())
     ran = hesse_command(*arguments, "--overwrite")
     assert ran.code == 0
-    assert "72 of 96 hidden units in 2 blocks" in ran.stdout
+    assert "72 of 96 hidden units a block" in ran.stdout

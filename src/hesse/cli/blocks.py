@@ -102,7 +102,7 @@ def narrow(
         print_json(report.to_dict())
         return
     share = 100 * report.parameters_after / report.parameters_before
-    print_line(f"{report.width_after} of {report.width_before} hidden units in {len(report.blocks)} blocks")
+    print_line(f"{report.width_after} of {report.width_before} hidden units a block")
     print_line(f"{report.parameters_after:,} parameters ({share:.1f} %), {report.bytes_after:,} bytes")
     error = "" if report.standard_error is None else f" ± {report.standard_error:.1g}"
     where = "held-out" if report.held_out else "calibration"

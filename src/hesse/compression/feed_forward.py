@@ -1,6 +1,6 @@
-"""The feed-forward layer of a block: what makes its hidden units, what reads them, and what says how many."""
+"""The feed-forward layers of a block: what makes their hidden units, what reads them, and what says how many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
 from hesse.models.architecture import build
+from hesse.models.experts import EXPERT_NAMES, unfuse
 from hesse.models.network import Block, Layer, Network
 
 # What layers are called inside a block: those that make hidden units, and the one that reads them.
 PARTS = (
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     (("mlp.gate_up_proj",), "mlp.down_proj"),
     (("mlp.fc1",), "mlp.fc2"),
     (("fc1",), "fc2"),
@@ -22,12 +22,20 @@ PARTS = (
     (("intermediate.dense",), "output.dense"),
     (("ffn.lin1",), "ffn.lin2"),
 )
-WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim")
+WIDTHS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "hidden_dim",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """The layers that make the hidden units of a block, and the one that reads them."""
+    """The layers that make some hidden units of a block, and the one that reads them."""
 
     makers: list[Layer]
     reader: Layer
@@ -37,52 +45,71 @@ class FeedForward:
         """How many hidden units there are."""
         return self.reader.weight.shape[1]
 
-    @classmethod
-    def of(cls, block: Block) -> "FeedForward":
-        """That of a block.
-
-        Raises:
-            UnsupportedModelError: the block has none, or several.
-        """
-        number = block.name.rpartition(".")[2]
-        for ends, end in PARTS:
-            makers = [_only(block, f".{number}.{name}") for name in ends]
-            reader = _only(block, f".{number}.{end}")
-            if reader is not None and None not in makers:
-                return cls([maker for maker in makers if maker is not None], reader)
-        raise UnsupportedModelError(
-            f"{block.name} has no single feed-forward layer of a known shape, such as gate_proj, up_proj and "
-            "down_proj: mixtures of experts cannot be made narrower here"
-        )
-
     def rows(self, maker: Layer, units: Tensor) -> Tensor:
         """The outputs of a maker that `units` are made of: several each where gate and values are one layer."""
         whole = range(0, maker.weight.shape[0], self.width)
         return torch.cat([units + first for first in whole])
 
 
-def width_setting(network: Network, parts: Sequence[FeedForward], width: int) -> str:
-    """The setting of config.json that gives all feed-forward layers `width` hidden units, tried out without weights.
+def feed_forwards(block: Block) -> list[FeedForward]:
+    """Those of a block: one, or those of its experts.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none of a known shape.
+    """
+    number, found = block.name.rpartition(".")[2], list[FeedForward]()
+    named = {layer.name: layer for layer in block.layers}
+    for name, layer in named.items():
+        place, _, last = name.rpartition(".")
+        for gate, up, down in EXPERT_NAMES:
+            makers = [named.get(f"{place}.{maker}") for maker in (gate, up)]
+            if last == down and None not in makers:
+                found.append(FeedForward([maker for maker in makers if maker is not None], layer))
+        for ends, end in PARTS:
+            before = name.removesuffix(end)
+            makers = [named.get(before + maker) for maker in ends]
+            if name.endswith(f".{number}.{end}") and None not in makers:
+                found.append(FeedForward([maker for maker in makers if maker is not None], layer))
+    if not found:
+        raise UnsupportedModelError(
+            f"{block.name} has no feed-forward layer of a known shape, such as gate_proj, up_proj and down_proj"
+        )
+    return found
+
+
+def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mapping[int, int]) -> dict[str, int]:
+    """The settings of config.json that give every feed-forward layer the width that is `wanted` for its own.
+
+    Each is tried out on a model without weights.
+
+    Raises:
+        UnsupportedModelError: there are none.
     """
     names = {module: name for name, module in network.model.named_modules()}
+    found: dict[str, int] = {}
     for setting in WIDTHS:
-        if not hasattr(network.model.config, setting):
-            continue
-        changed = copy(network.checkpoint)
-        changed.config = {**network.checkpoint.config, setting: width}
-        model = build(changed)
-        found = [Layer(part.reader.name, model.get_submodule(names[part.reader.module])) for part in parts]
-        if all(layer.weight.shape[1] == width for layer in found):
-            return setting
+        for before, after in wanted.items():
+            if not hasattr(network.model.config, setting) or setting in found:
+                continue
+            widths = _widths(network, {**found, setting: after}, [names[part.reader.module] for part in parts])
+            changed = [(part.width, now) for part, now in zip(parts, widths, strict=True) if now != part.width]
+            if (before, after) in changed and all(now == wanted[was] for was, now in changed):
+                found[setting] = after
+                if len(changed) == len(parts):
+                    return found
     raise UnsupportedModelError(
-        f"config.json of {type(network.model).__name__} has no setting for the width of all feed-forward layers: "
+        f"config.json of {type(network.model).__name__} has no settings for the width of all feed-forward layers: "
         f"{', '.join(WIDTHS)} were tried"
     )
 
 
-def _only(block: Block, end: str) -> Layer | None:
-    found = [layer for layer in block.layers if layer.name.endswith(end)]
-    return found[0] if len(found) == 1 else None
+def _widths(network: Network, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
+    """The widths of feed-forward layers, by the names of what reads them, in a model with other settings."""
+    changed = copy(network.checkpoint)
+    changed.config = {**network.checkpoint.config, **settings}
+    try:
+        model = build(changed)
+    except UnsupportedModelError:  # settings that cannot be had together
+        return [-1 for _ in readers]
+    unfuse(model, set(network.checkpoint.names()))
+    return [Layer(name, model.get_submodule(name)).weight.shape[1] for name in readers]
