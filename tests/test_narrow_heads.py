@@ -113,6 +113,17 @@ def test_directions_of_values_are_those_that_the_outputs_see_most_of() -> None:
     assert all(left(normal(10 + k, 3, 6)) >= best for k in range(20))
 
 
+def test_a_head_that_gives_nothing_makes_no_trouble() -> None:
+    layer = Layer().double().eval()
+    with torch.no_grad():
+        layer.attention.in_proj_weight[-SIZE:] = 0
+        layer.attention.in_proj_bias[-SIZE:] = 0
+    batches = data(layer)
+    narrow, report = hesse.narrow_heads(layer, batches, keep=0.875, loss=SquaredError())
+    assert all(parameter.isfinite().all() for parameter in narrow.parameters())
+    assert report.loss[1] < 0.1 * float(torch.cat([outputs for _, outputs in batches]).square().mean())
+
+
 def test_what_cannot_be_narrowed_is_refused() -> None:
     layer = Layer().double().eval()
     batches = data(layer)

@@ -175,7 +175,8 @@ def nearest_product(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, T
 def leading_directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
     """The map (count, d) onto what `weight` (out, d) gives most of, E[zzᵀ] being `moment`; E of its outputs is I."""
     values, vectors = torch.linalg.eigh(moment)
-    scale = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
+    seen = values > values[-1].clamp(min=0) * 1e-12  # nothing is known of the others, and nothing lost with them
+    scale = torch.where(seen, values, 0).sqrt()
     directions = torch.linalg.svd(weight @ (vectors * scale))[2][:count]
-    found: Tensor = directions @ (vectors / scale).T
+    found: Tensor = directions @ (vectors * torch.where(seen, 1 / scale, 0)).T
     return found
