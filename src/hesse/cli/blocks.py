@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+from hesse.cli.app import app, out_console, print_json, progress_bars
 from hesse.cli.options import (
     BatchOption,
     DataOption,
@@ -17,7 +17,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.reporting import blocks_summary
+from hesse.reporting import blocks_summary, narrow_summary
 
 
 @app.command("drop-blocks", epilog="Example: `hesse drop-blocks default shorter --blocks 1`")
@@ -100,11 +100,5 @@ def narrow(
         )
     if as_json:
         print_json(report.to_dict())
-        return
-    share = 100 * report.parameters_after / report.parameters_before
-    print_line(f"{report.width_after} of {report.width_before} hidden units a block")
-    print_line(f"{report.parameters_after:,} parameters ({share:.1f} %), {report.bytes_after:,} bytes")
-    error = "" if report.standard_error is None else f" ± {report.standard_error:.1g}"
-    where = "held-out" if report.held_out else "calibration"
-    print_line(f"{report.loss_name}, {report.samples} {where} samples: {report.measured:.4g}{error}")
-    print_line(f"written to {out}")
+    else:
+        out_console.print(narrow_summary(report))

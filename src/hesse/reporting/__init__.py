@@ -1,6 +1,6 @@
 """What a person reads."""
 
-from hesse.reporting.blocks import blocks_summary
+from hesse.reporting.blocks import blocks_summary, narrow_summary
 from hesse.reporting.compression import compression_page
 from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
@@ -18,6 +18,7 @@ __all__ = [
     "inspection_page",
     "inspection_summary",
     "methods_table",
+    "narrow_summary",
     "repair_summary",
     "write_page",
 ]
