@@ -30,6 +30,11 @@ def attention_modules(block: Block) -> dict[nn.Module, list[Layer]]:
     return found
 
 
+def layers_of_attention(block: Block) -> list[Layer]:
+    """The layers inside the attention of a block."""
+    return [layer for layers in attention_modules(block).values() for layer in layers]
+
+
 def attention_factors(flows: list[Flow], block: Block, index: int, processes: Processes) -> dict[str, Tensor]:
     """G (out, out) of the layers inside a block's attention, by name: ½ tr(G d E[xxᵀ] dᵀ) is what a change d costs.
 
@@ -42,8 +47,7 @@ def attention_factors(flows: list[Flow], block: Block, index: int, processes: Pr
     Raises:
         UnsupportedModelError: the attention cannot be differentiated.
     """
-    modules = attention_modules(block)
-    layers = [layer for inside in modules.values() for layer in inside]
+    modules, layers = attention_modules(block), layers_of_attention(block)
     totals = {layer.name: layer.weight.new_zeros((layer.weight.shape[0],) * 2).float() for layer in layers}
     counts = dict.fromkeys(totals, 0)
     generator = torch.Generator().manual_seed(index)

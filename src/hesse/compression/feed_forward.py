@@ -58,18 +58,16 @@ def feed_forwards(block: Block) -> list[FeedForward]:
         UnsupportedModelError: there is none of a known shape.
     """
     number, found = block.name.rpartition(".")[2], list[FeedForward]()
+    shapes = [
+        *((f".{down}", (gate, up), down) for gate, up, down in EXPERT_NAMES),
+        *((f".{number}.{reader}", makers, reader) for makers, reader in PARTS),
+    ]
     named = {layer.name: layer for layer in block.layers}
     for name, layer in named.items():
-        place, _, last = name.rpartition(".")
-        for gate, up, down in EXPERT_NAMES:
-            makers = [named.get(f"{place}.{maker}") for maker in (gate, up)]
-            if last == down and None not in makers:
-                found.append(FeedForward([maker for maker in makers if maker is not None], layer))
-        for ends, end in PARTS:
-            before = name.removesuffix(end)
-            makers = [named.get(before + maker) for maker in ends]
-            if name.endswith(f".{number}.{end}") and None not in makers:
-                found.append(FeedForward([maker for maker in makers if maker is not None], layer))
+        for ending, makers, reader in shapes:
+            names = [name.removesuffix(reader) + maker for maker in makers]
+            if name.endswith(ending) and all(maker in named for maker in names):
+                found.append(FeedForward([named[maker] for maker in names], layer))
     if not found:
         raise UnsupportedModelError(
             f"{block.name} has no feed-forward layer of a known shape, such as gate_proj, up_proj and down_proj"
@@ -87,16 +85,15 @@ def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mappi
     """
     names = {module: name for name, module in network.model.named_modules()}
     found: dict[str, int] = {}
-    for setting in WIDTHS:
+    for setting in (each for each in WIDTHS if hasattr(network.model.config, each)):
         for before, after in wanted.items():
-            if not hasattr(network.model.config, setting) or setting in found:
-                continue
             widths = _widths(network, {**found, setting: after}, [names[part.reader.module] for part in parts])
             changed = [(part.width, now) for part, now in zip(parts, widths, strict=True) if now != part.width]
             if (before, after) in changed and all(now == wanted[was] for was, now in changed):
                 found[setting] = after
                 if len(changed) == len(parts):
                     return found
+                break
     raise UnsupportedModelError(
         f"config.json of {type(network.model).__name__} has no settings for the width of all feed-forward layers: "
         f"{', '.join(WIDTHS)} were tried"

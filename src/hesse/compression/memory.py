@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from hesse.compression.attention_factors import attention_modules
+from hesse.compression.attention_factors import layers_of_attention
 from hesse.compression.plan import Plan
 from hesse.compression.rules import attention_outputs, fisher_needs, whole_factors
 from hesse.compression.sizes import read_size
@@ -146,8 +146,7 @@ def _attention_factors(plan: Plan, block: Block) -> int:
     """Bytes of what a block's attention feels of its layers' outputs, where that is asked for."""
     if not attention_outputs(plan.rules).intersection(layer.name for layer in block.layers):
         return 0
-    inside = [layer for layers in attention_modules(block).values() for layer in layers]
-    return 4 * sum(layer.weight.shape[0] ** 2 for layer in inside)
+    return 4 * sum(layer.weight.shape[0] ** 2 for layer in layers_of_attention(block))
 
 
 def _free() -> int:

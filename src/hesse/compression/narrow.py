@@ -203,9 +203,7 @@ class _Narrow:
     def written(self) -> Evaluation:
         """Write what is left, read it back, and measure it."""
         network, checkpoint = self.network, self.network.checkpoint
-        for name in checkpoint.stored_names():
-            if name not in self.parts.names:
-                self.parts.add(checkpoint.read_stored([name]))
+        self.parts.add_left(checkpoint.stored_names(), checkpoint.read_stored)
         self.parts.assemble(self.folder)
         config = {**checkpoint.config, **self.settings}
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hesse.compression.attention_factors import attention_modules
+from hesse.compression.attention_factors import layers_of_attention
 from hesse.compression.output import companion_notes
 from hesse.compression.rules import (
     attention_outputs,
@@ -121,9 +121,7 @@ def make_plan(
     if wanted := attention_outputs(rules):
         if statistics is not None:
             raise OptionError("--curvature has no factors of the attention, which this method needs: leave it out")
-        inside = {
-            layer.name for block in network.blocks for layers in attention_modules(block).values() for layer in layers
-        }
+        inside = {layer.name for block in network.blocks for layer in layers_of_attention(block)}
         if not (tells_attention(network.model) and inside & wanted):
             raise UnsupportedModelError(
                 f"{type(network.model).__name__} has no attention with layers of this method's that can be passed back "

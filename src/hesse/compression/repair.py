@@ -253,16 +253,16 @@ class _Repair:
         """Write a block's tensors, for a dense result: those of `repaired` layers, and the others decoded."""
         if self.request.format == "adapter":
             return
-        self._write(self.pair.network.stored_in(block), repaired)
+        self.parts.add(self._decoded(self.pair.network.stored_in(block), repaired))
 
-    def _write(self, names: Iterable[str], repaired: dict[str, Tensor]) -> None:
-        """Write the dense tensors `names` of the compressed checkpoint to a part of their own."""
+    def _decoded(self, names: Iterable[str], repaired: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The dense tensors `names` of the compressed checkpoint, those of `repaired` layers as they are now."""
         tensors = self.pair.network.checkpoint.read(names)
         for name, tensor in tensors.items():
             layer = name.removesuffix(".weight")
             if layer in self.pair.twins:
-                tensors[name] = repaired.get(layer, tensor).to(self.pair.dtype(layer))
-        self.parts.add(tensors)
+                tensors[name] = (repaired or {}).get(layer, tensor).to(self.pair.dtype(layer))
+        return tensors
 
     def _written(self, name: str) -> Checkpoint:
         """Write the adapter, or what is left of a dense checkpoint; what came of it, read back."""
@@ -270,9 +270,7 @@ class _Repair:
         if self.request.format == "adapter":
             write_adapter(self.folder, network, self.factors, self.pair.dtype, self.request.rank, name)
             return AdaptedCheckpoint(network.checkpoint.folder, self.folder, layer_paths(network))
-        for tensor in network.checkpoint.names():
-            if tensor not in self.parts.names:
-                self._write([tensor], {})
+        self.parts.add_left(network.checkpoint.names(), self._decoded)
         self.parts.assemble(self.folder)
         self.notes += copy_companions(network.checkpoint.folder, self.folder)
         config = {key: value for key, value in network.checkpoint.config.items() if key != "quantization_config"}

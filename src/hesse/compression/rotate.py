@@ -99,7 +99,5 @@ def _write(rewriting: Rewriting, network: Network, waiting: Path, folder: Path) 
     checkpoint, parts = rewriting.checkpoint, Parts(waiting)
     for block in network.blocks:
         parts.add(checkpoint.read_stored(network.stored_in(block)))
-    for name in checkpoint.names():
-        if name not in parts.names:
-            parts.add(checkpoint.read_stored([name]))
+    parts.add_left(checkpoint.names(), checkpoint.read_stored)
     parts.assemble(folder)

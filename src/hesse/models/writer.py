@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,12 @@ class Parts:
         """
         self._parts.append(write_part(self._folder / f"part-{len(self._parts)}.safetensors", tensors))
         self.names |= tensors.keys()
+
+    def add_left(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write those of `names` that are not written yet, one by one as `read` gives them."""
+        for name in names:
+            if name not in self.names:
+                self.add(read([name]))
 
     def assemble(self, folder: Path) -> None:
         """Make the weights' files in `folder`; see `assemble`."""

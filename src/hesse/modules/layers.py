@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hesse.models.network import Layer
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
-NAMED = 3  # parameters that a note names
+NAMED = 3  # names that a line has room for
 
 
 def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
@@ -53,5 +53,10 @@ def _others(model: nn.Module) -> list[str]:
     ]
     if not left:
         return []
-    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-    return [f"{', '.join(left[:NAMED])}{more}: left as they are, being no layer's weight"]
+    return [f"{some_of(left)}: left as they are, being no layer's weight"]
+
+
+def some_of(names: list[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

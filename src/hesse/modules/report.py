@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from hesse.compression.report import LayerReport
+from hesse.modules.layers import some_of
 
 NOT_WRITTEN = ("module", "encoded")
-NAMED = 3  # layers that a line names
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,11 @@ class ModuleReport:
         return self.loss_after - self.loss_before
 
     def __str__(self) -> str:
-        names = ", ".join(layer.name for layer in self.layers[:NAMED])
-        more = f" and {len(self.layers) - NAMED} more" if len(self.layers) > NAMED else ""
+        names = some_of([layer.name for layer in self.layers])
         notes = "".join(f"\n  {note}" for note in self.notes)
         return (
             f"{self.method}: {self.bits_per_weight:.2f} bits a weight, loss {self.loss_before:.4f} → "
-            f"{self.loss_after:.4f} ({self.predicted_loss_increase:+.4f} predicted), {names}{more}{notes}"
+            f"{self.loss_after:.4f} ({self.predicted_loss_increase:+.4f} predicted), {names}{notes}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.modules.attention import SplitAttention, split_attentions
 from hesse.partitions.attention import NarrowAttention, plain_attentions, without_nested_tensors
-from hesse.structured.prune import objective_of
+from hesse.structured.prune import freeze_as, objective_of
 from hesse.structured.report import StructuredReport, flops_of, parameters_of
 
 
@@ -66,16 +66,16 @@ def narrow_heads(
             f"{type(model).__name__} has no nn.MultiheadAttention of one width: hesse narrow is for language models"
         )
     names = {module: name for name, module in narrow.named_modules()}
-    removed = {}
+    sizes, removed = {}, {}
     for attention in attentions:
-        size = round(keep * attention.head_dim)
+        size = sizes[attention] = round(keep * attention.head_dim)
         if not 0 < size < attention.head_dim:
             raise OptionError(f"keep {keep} of {attention.head_dim} dimensions of {names[attention]} leaves {size}")
         removed[f"dimensions of the heads of {names[attention]}"] = (attention.head_dim - size, attention.head_dim)
     before = parameters_of(narrow), flops_of(objective), objective.value()
     moments = _moments(objective, attentions)
-    for attention in attentions:
-        _narrow(attention, moments[attention], round(keep * attention.head_dim))
+    for attention, size in sizes.items():
+        _narrow(attention, moments[attention], size)
     without_nested_tensors(narrow)
     after = objective_of(narrow, objective.data, objective.loss, forward, copied=False)
     report = StructuredReport(
@@ -88,9 +88,7 @@ def narrow_heads(
         difference=0.0,
         loading="its heads do not fill the width of an nn.MultiheadAttention",
     )
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for name, parameter in narrow.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+    freeze_as(model, narrow)
     return narrow, report
 
 
@@ -137,9 +135,10 @@ def _narrow(attention: nn.MultiheadAttention, moments: Moments, size: int) -> No
     column = torch.zeros_like(stacked[:, :1]) if bias is None else bias.double()[:, None]
     heads = torch.cat([stacked, column], 1).view(3, attention.num_heads, before, -1)
     made, maps = torch.zeros(3, attention.num_heads, size, heads.shape[-1]).to(heads), []
+    of_queries, of_keys = root(moments.queries), root(moments.keys)
     for head, (queries, keys, values) in enumerate(heads.transpose(0, 1)):
-        of_queries, of_keys = nearest_product(queries @ root(moments.queries), keys @ root(moments.keys), size)
-        made[0, head], made[1, head] = of_queries @ queries * math.sqrt(size / before), of_keys @ keys
+        for_queries, for_keys = nearest_product(queries @ of_queries, keys @ of_keys, size)
+        made[0, head], made[1, head] = for_queries @ queries * math.sqrt(size / before), for_keys @ keys
         own = slice(head * before, (head + 1) * before)
         maps.append(leading_directions(reader[:, own].double(), moments.outputs[own, own], size))
         made[2, head] = maps[-1] @ values

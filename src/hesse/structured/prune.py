@@ -119,6 +119,13 @@ def objective_of(
     return Objective.of(model, CrossEntropy() if loss is None else loss, list(batches), forward=forward)
 
 
+def freeze_as(model: nn.Module, smaller: nn.Module) -> None:
+    """Have the parameters of `smaller` take gradients where those of `model` do, by their names."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+
+
 def cuttable_sites(objective: Objective, kinds: Sequence[str] | None) -> Chosen:
     """The groups of some kinds by site, after one of each was cut out to see that the network can do without.
 
@@ -162,9 +169,7 @@ def report_of(
     """Measure the smaller model on the objective's data, and give its parameters back their requires_grad."""
     after = objective_of(sliced, objective.data, objective.loss, objective.forward, copied=False)
     flops, value = flops_of(after), after.value()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for name, parameter in sliced.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+    freeze_as(model, sliced)
     return StructuredReport(
         method=method,
         removed={site: (len(gone[site]), len(groups)) for site, groups in sites.items()},
