@@ -175,3 +175,10 @@ def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, t
     ran = hesse_command(*arguments, "--overwrite")
     assert ran.code == 0
     assert "72 of 96 hidden units a block" in ran.stdout
+
+
+def test_what_was_not_reached_is_printed(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text('{"input_ids": [5, 5]}\n' * 2)
+    ran = hesse_command("narrow", family_folder("mixtral"), tmp_path / "out", "--data", tmp_path / "few.jsonl")
+    assert ran.code == 0
+    assert "no sample reached it" in ran.stdout
