@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import hesse
 import tiny_models
 from hesse import Options
-from hesse.compression import CompressionReport, Measurements
+from hesse.evaluation.measurements import Measurements
+from hesse.jobs.report import CompressionReport
 from hesse.reporting import compression_page
 
 # What is done to the default model: name, method, options.

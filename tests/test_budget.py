@@ -10,14 +10,14 @@ import torch
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, compress, left_over, output, twin, write_ids
-from hesse.compression import Budget
-from hesse.compression.targets import FUSED
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.formats import open_checkpoint
+from hesse.formats.targets import FUSED
 from hesse.methods import Recipe, Rule, load_recipe
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
+from hesse.planning.budget import Budget
 
 FolderOf = Callable[[str], Path]
 

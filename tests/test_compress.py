@@ -29,16 +29,17 @@ from helpers import (
     sha256,
     twin,
 )
-from hesse.compression import blocks, layer_report, run
-from hesse.compression.layers import Effect
+from hesse.checkpoints import writer
+from hesse.checkpoints.checkpoint import INDEX, Checkpoint
 from hesse.errors import VerificationError
+from hesse.jobs import block_solver, run
+from hesse.layerwise import layer_report
+from hesse.layerwise.layer_solver import Effect
 from hesse.methods import METHODS, Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models import writer
-from hesse.models.checkpoint import INDEX, Checkpoint
-from hesse.models.network import Block, Network
+from hesse.networks.network import Block, Network
 
 FolderOf = Callable[[str], Path]
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
@@ -437,7 +438,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Tensor],
         edited = {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()}
         return writer.write_part(path, edited)
 
-    for module in (blocks, run):
+    for module in (block_solver, run):
         monkeypatch.setattr(module, "write_part", changed)
 
 

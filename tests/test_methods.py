@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from hesse.compression.layers import check_products
 from hesse.constraints import (
     Codebook,
     EitherSide,
@@ -23,6 +22,7 @@ from hesse.constraints import (
     VectorCodebook,
 )
 from hesse.errors import OptionError
+from hesse.layerwise.layer_solver import check_products
 from hesse.methods import METHODS, Options, Recipe, find_method
 
 OPTION_VALUES = {

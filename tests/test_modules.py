@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import digits
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import GridCode, LowRankCode
 from hesse.curvature import Gram, Kronecker, SquaredError, UserLoss
 from hesse.curvature.losses import next_tokens
 from hesse.errors import DataError, HesseError, OptionError, UnsupportedModelError, UnsupportedProduct
 from hesse.methods import METHODS, Recipe
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.modules import ModuleReport
 from tiny_models import random_ids
 

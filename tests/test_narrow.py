@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_ids
-from hesse.compression import feed_forward
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
-from hesse.models.experts import EXPERT_NAMES
+from hesse.networks import feed_forward
+from hesse.networks.experts import EXPERT_NAMES
 from hesse.solvers.nystroem import kept_units, refitted
 from hesse.testing import normal
 

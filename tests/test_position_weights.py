@@ -10,18 +10,18 @@ from transformers import AutoModelForCausalLM
 
 import hesse
 from helpers import IDS, compress, dense_tensors, write_ids
-from hesse.compression import position_weights as weighing
-from hesse.compression.inputs import InputGrams
-from hesse.compression.position_weights import LEAST, in_range, position_weights
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram
 from hesse.errors import OptionError, UnsupportedModelError
+from hesse.estimation import position_weights as weighing
+from hesse.estimation.inputs import InputGrams
+from hesse.estimation.position_weights import LEAST, in_range, position_weights
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.attention import received
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import advance, advance_with_stops, start
+from hesse.networks.attention import received
+from hesse.networks.network import Network
+from hesse.passes.stream import advance, advance_with_stops, start
 from hesse.progress import Clock
 from hesse.solvers import ErrorFeedback, solve
 from hesse.testing import normal

@@ -14,8 +14,8 @@ from hesse.curvature import CrossEntropy, Kronecker, Objective, RankOneSum
 from hesse.errors import HesseError
 from hesse.estimation import estimate_curvatures
 from hesse.methods import TABLE
-from hesse.modules import SCORES, Attack
-from hesse.modules.scores import ScoreOptions, weights_of
+from hesse.scores.attack import Attack
+from hesse.scores.weights import SCORES, ScoreOptions, weights_of
 from hesse.testing import normal
 
 BATCHES = [(normal(0, 5, 6), torch.tensor([0, 1, 2, 1, 0])), (normal(1, 3, 6), torch.tensor([2, 2, 0]))]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tiny_models
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Layer, Network
-from hesse.models.stream import advance, advance_with_stops, finish, start
+from hesse.networks.network import Layer, Network
+from hesse.passes.stream import advance, advance_with_stops, finish, start
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")

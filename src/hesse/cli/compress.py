@@ -107,7 +107,7 @@ def compress(
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
     from hesse import api
-    from hesse.processes import is_first
+    from hesse.processes import is_main_process
 
     settings: dict[str, Any] = {
         "data": data,
@@ -124,7 +124,7 @@ def compress(
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
         settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    leads = is_first()
+    leads = is_main_process()
     with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())

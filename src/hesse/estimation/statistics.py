@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import is_plain_name, read_json
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.data import Samples
 from hesse.errors import CheckpointError, DataError
 from hesse.estimation.storage import load_curvature
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.files import is_plain_name, read_json
 
 INDEX_FILE = "statistics.json"
 SENSITIVITIES_FILE = "sensitivities.safetensors"

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hesse.checkpoints.files import read_json
+from hesse.checkpoints.writer import write_text, writing
 from hesse.constraints import LowRankCode
 from hesse.errors import CheckpointError, OptionError, reason
 from hesse.formats.reading import CompressedCheckpoint
-from hesse.models.files import read_json
-from hesse.models.network import Network
-from hesse.models.writer import write_text, writing
+from hesse.networks.network import Network
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model's own modules

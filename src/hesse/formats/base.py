@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.dense import DenseFormat
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 # transformers reads unpacked experts beside packed layers only if some scheme of floats is there; it matches nothing.

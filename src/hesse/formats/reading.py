@@ -12,12 +12,12 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import read_json
 from hesse.errors import CheckpointError
 from hesse.formats.limits import check_parts, clamped, one_line, packed_shape, pattern_names
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.formats.packed import PackedFormat
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.files import read_json
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors reads it no longer

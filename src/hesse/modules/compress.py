@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.compression.inputs import InputGrams
-from hesse.compression.layer_report import layer_report
-from hesse.compression.layers import LayerProblem, LayerSolver
-from hesse.compression.loss_factors import LossFactors
-from hesse.compression.report import LayerReport
-from hesse.compression.rules import attention_outputs, fisher_needs, rules_for, whole_factors
-from hesse.compression.weight_fisher import name_of
 from hesse.constraints import LowRankCode
 from hesse.curvature import Gram, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation import Walk
-from hesse.estimation.walk import Kind
+from hesse.estimation.inputs import InputGrams
+from hesse.estimation.loss_factors import LossFactors
+from hesse.estimation.weight_fisher import name_of
+from hesse.layerwise.layer_report import layer_report
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
+from hesse.layerwise.report import LayerReport
+from hesse.layerwise.rules import attention_outputs, fisher_needs, rules_for, whole_factors
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
-from hesse.models.network import Block, Layer
-from hesse.models.pausing import PausedInMemory
-from hesse.models.stops import stop_at_layers
-from hesse.modules.factored import factored, replace_module
 from hesse.modules.preparation import copied, objective_of
 from hesse.modules.report import ModuleReport
+from hesse.networks.factored import factored, replace_module
+from hesse.networks.network import Block, Layer
+from hesse.passes.activation_offload import PausedInMemory
+from hesse.passes.layer_stops import stop_at_layers
+from hesse.passes.per_sample import GradientPass, Kind
 from hesse.progress import Clock
 
 
@@ -169,7 +168,7 @@ class _Run:
     def _probe(self, kind: Kind, seed: int) -> None:
         """What the loss feels of the dense model's layers."""
         needs = fisher_needs(self.rules)
-        walk = Walk(self.objective, kind, seed=seed, apart=needs.of_samples)
+        walk = GradientPass(self.objective, kind, seed=seed, apart=needs.of_samples)
         sums = LossFactors(self.layers, whole_factors(self.rules), needs)
         for passage in walk:
             sums.add(passage)

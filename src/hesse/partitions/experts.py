@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hesse.models.experts import EXPERT_NAMES, LinearExperts, is_fused
+from hesse.networks.experts import EXPERT_NAMES, LinearExperts, is_fused
 from hesse.partitions.partition import Group, Slice
 from hesse.partitions.planes import Plane
 from hesse.partitions.propagation import DATA, Propagation

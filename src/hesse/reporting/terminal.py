@@ -13,8 +13,8 @@ from hesse.errors import printable
 from hesse.methods import Row
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
-    from hesse.compression import CompressionReport
     from hesse.evaluation import Evaluation
+    from hesse.jobs.report import CompressionReport
 
 
 def shown(text: str, style: str = "") -> Text:

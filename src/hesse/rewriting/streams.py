@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from hesse.errors import UnsupportedModelError
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 HEAD = "lm_head.weight"
 

@@ -1,0 +1,206 @@
+"""Calibration data as it flows through a network, block after block."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.errors import DataError, UnsupportedModelError
+from hesse.finite import all_finite
+from hesse.networks.network import Block, Layer, Network
+from hesse.passes.activation_offload import pauses_in
+from hesse.passes.layer_stops import stop_at_layers
+
+BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
+
+
+@dataclass(eq=False)
+class StreamBatch:
+    """One batch of samples on its way: token ids, hidden states, and what else each block is called with."""
+
+    ids: Tensor  # (samples, tokens)
+    waiting: StoredTensor  # the hidden states
+    calls: list[dict[str, Any]]  # keyword arguments, one dictionary a block
+    shelf: TensorStore  # where hidden states wait between two blocks
+    step: int = 0  # how often they changed
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states (samples, tokens, width), from where they wait."""
+        return self.waiting.tensor()
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self.step += 1
+        self.waiting = self.shelf.keep(hidden, self.step)
+
+    def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
+        """The output (samples, tokens, width) of block number `index`, which is `module`, for its hidden states."""
+        result = module(self.hidden if hidden is None else hidden, **self.calls[index])
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+
+def calibration_batch(length: int) -> int:
+    """Samples of `length` tokens that go through the network together."""
+    return max(BATCH_TOKENS // length, 1)
+
+
+def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
+    """What reaches the first block for each batch of token ids (samples, tokens), and the blocks' other arguments.
+
+    Hidden states wait on `shelf`, or in memory.
+    """
+    flows: list[StreamBatch] = []
+    shelf = TensorStore() if shelf is None else shelf
+    with network.surroundings() as model, torch.no_grad():
+        for ids in batches:
+            flow = _record(network, model, ids.to(network.device), shelf)
+            if flows:
+                flow.calls = [_reuse(new, old) for new, old in zip(flow.calls, flows[-1].calls, strict=True)]
+            flows.append(flow)
+    return flows
+
+
+def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor | None = None) -> Tensor:
+    """What the model makes of a flow's hidden states, or of `hidden`, that have passed all blocks, by its own forward.
+
+    Logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width). `model` is what
+    `network.surroundings()` gave.
+    """
+    passed = flow.hidden if hidden is None else hidden
+
+    def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        return passed if index == 0 else hidden
+
+    with _replaced(network, inject):
+        if network.kind == "encoder":
+            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
+        else:
+            result = model(input_ids=flow.ids, use_cache=False).logits
+    assert isinstance(result, Tensor)
+    return result
+
+
+def advance(flows: Iterable[StreamBatch], module: nn.Module, index: int, block: str | None = None) -> None:
+    """Take all flows through block number `index`; with its name `block`, see to it that what comes out is finite.
+
+    Raises:
+        DataError: it is not.
+    """
+    with torch.no_grad():
+        for flow in flows:
+            hidden = flow.through(module, index)
+            if block is not None and not all_finite(hidden):
+                raise DataError(
+                    f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights "
+                    "are damaged"
+                )
+            flow.hidden = hidden
+
+
+def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step: int) -> None:
+    """Put flows where they were after so many blocks, with what waits of them."""
+    for flow, hidden in zip(flows, waiting, strict=True):
+        flow.waiting, flow.step = hidden, step
+
+
+def advance_with_stops(
+    flows: list[StreamBatch],
+    block: Block,
+    index: int,
+    collect: Callable[[Layer, Tensor], None],
+    change: Callable[[Layer], None],
+    paused: Path | None = None,
+) -> list[Layer]:
+    """Take all flows through a block, and stop all of them at each linear layer, so that it can be changed.
+
+    As `stop_at_layers` does. With a folder `paused`, what each flow holds between two layers is in files there, for all
+    flows but one.
+
+    Returns the layers that were never called.
+    """
+
+    def run(flow: StreamBatch) -> None:
+        flow.hidden = flow.through(block.module, index)
+
+    def shared() -> Iterator[Tensor]:
+        yield from (*block.module.parameters(), *block.module.buffers())
+        yield from (leaf for flow in flows for leaf in tree_leaves(flow.calls[index]) if isinstance(leaf, Tensor))
+
+    with torch.inference_mode(), pauses_in(paused, shared) as pauses:  # a tenth faster than with no_grad
+        return stop_at_layers([partial(run, flow) for flow in flows], block, collect, change, pauses)
+
+
+class _WrongReturn(Exception):
+    """The model takes the first element of what a block returns, so blocks return tuples."""
+
+
+def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
+    """Run the model with each block letting its input through, and note what each is called with."""
+    calls: list[dict[str, Any]] = []
+    first: list[Tensor] = []
+
+    def note(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        if index == 0:
+            calls.clear()
+            first[:] = [hidden]
+        elif hidden.shape != first[0].shape:
+            raise _WrongReturn
+        calls.append(call)
+        return hidden
+
+    base = model.base_model
+    assert isinstance(base, nn.Module)
+    arguments = {"use_cache": False} if network.kind == "causal-lm" else {}
+    try:
+        with _replaced(network, note):
+            base(input_ids=ids, **arguments)
+    except (_WrongReturn, IndexError):
+        if network.blocks_return_tuples:
+            name = type(model).__name__
+            raise UnsupportedModelError(f"the blocks of {name} change the shape of their input") from None
+        network.blocks_return_tuples = True
+        return _record(network, model, ids, shelf)
+    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+
+
+@contextmanager
+def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+    """Let `forward(index, hidden, keyword arguments)` stand in for each block; the modules keep their attributes."""
+
+    def stand_in(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
+        call = {**dict(zip(names, positional, strict=False)), **call}
+        hidden = call.pop(names[0])
+        result = forward(index, hidden, call)
+        return (result,) if network.blocks_return_tuples else result
+
+    for index, block in enumerate(network.blocks):
+        names = list(inspect.signature(type(block.module).forward).parameters)[1:]
+        block.module.forward = partial(stand_in, index, names)
+    try:
+        yield
+    finally:
+        for block in network.blocks:
+            del block.module.forward
+
+
+def _reuse(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the values of `old` in place of equal ones, so that masks and rotations are kept once."""
+    return {key: old[key] if key in old and _equal(value, old[key]) else value for key, value in new.items()}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a is b
