@@ -1,6 +1,6 @@
 """How far predictions of loss increase can be trusted: measured over predicted, on many models and schemes.
 
-`python bench/prediction.py OUT` writes Markdown tables, from which the band in `compression/measurements.py` was drawn,
+`python bench/prediction.py OUT` writes Markdown tables, from which the band in `evaluation/measurements.py` was drawn,
 to OUT/prediction.md, and a report of each compression of the default model beside them.
 """
 

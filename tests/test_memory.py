@@ -150,7 +150,7 @@ def test_what_is_no_size(text: str) -> None:
 LIMITED = """
 import resource, sys, psutil, torch
 import hesse
-from hesse.compression import compress, memory
+from hesse.jobs import compress, memory
 
 torch.set_num_threads(1)
 model, out, data, limit = sys.argv[1:]

@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "planned": {"mean_bits": 3.5},
 }
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["helpers", "hesse.compression"])
+PROCESSES.set_forkserver_preload(["helpers", "hesse.jobs.compress"])
 
 
 def settings(name: str) -> dict[str, Any]:
