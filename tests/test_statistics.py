@@ -118,7 +118,7 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data)
     assert ran.code == 0
     assert "gram of 14 layers from 256 tokens" in ran.stdout
-    assert "--curvature" in ran.stdout
+    assert "--statistics" in ran.stdout
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data, "--overwrite", "--json")
     content = json.loads(ran.stdout)
     assert content == json.loads((tmp_path / "statistics" / "statistics.json").read_text())
@@ -127,7 +127,7 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
         "compress",
         source,
         tmp_path / "out",
-        "--curvature",
+        "--statistics",
         tmp_path / "statistics",
         "--bits",
         "4",
@@ -270,6 +270,6 @@ def test_statistics_without_the_fisher_are_refused(estimated: Callable[..., tupl
     source, folder = estimated(curvatures=("gram",))
     with pytest.raises(CheckpointError, match="holds gram but no fisher"):
         compress(source, tmp_path / "out", method="obd", curvature=folder, data=None)
-    with pytest.raises(OptionError, match="--curvature has no blocks or gradients of the Fisher"):
+    with pytest.raises(OptionError, match="--statistics has no blocks or gradients of the Fisher"):
         compress(source, tmp_path / "out", method="obert", curvature=folder, data=None)
     assert left_over(tmp_path) == []

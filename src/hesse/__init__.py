@@ -1,123 +1,106 @@
 """Hesse: change the weights of a trained network with the local quadratic model of its loss.
 
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
+
+Change a model, on disk or in memory:
+    compress, plan, prune_module, prune_groups, narrow_heads, narrow, drop_blocks, only_train_once, prune_gradually,
+    recover, repair, rotate, cut, compress_module; with Options and Training
+
+Look at a model, or run it elsewhere:
+    estimate, evaluate, inspect; export, benchmark
+
+One weight matrix, with plain tensors: solve(weight, curvature, constraint, solver).
+    curvature: Identity, Diagonal, Gram, Kronecker; estimate_curvatures, per_sample_gradients and Objective make them
+    constraint: Grid, Sparse, LowRank
+    solver: Nearest, ErrorFeedback, TwoSidedFeedback
+
+The groups of weights that can be removed together: trace_groups.
+
+More of each kind is in `hesse.curvature` (Hessian, GaussNewton, Fisher, ...), `hesse.constraints`, `hesse.solvers`
+(lanczos, conjugate_gradients, ...), `hesse.estimation`, `hesse.partitions`, `hesse.training` and `hesse.methods`;
+errors are in `hesse.errors`. Names and packages are imported on first use, since torch takes seconds to import.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hesse.constraints import Grid, LowRank, Sparse
-from hesse.curvature import (
-    BlockDiagonal,
-    BlockRankOneSum,
-    Diagonal,
-    EigenKronecker,
-    Fisher,
-    GaussNewton,
-    Gram,
-    Hessian,
-    Identity,
-    Kronecker,
-    Objective,
-    RankOneSum,
-)
-from hesse.errors import HesseError
-from hesse.methods import METHODS, Options, Recipe, load_recipe
-from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
-from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
-from hesse.version import __version__
+if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
+    from hesse.api import benchmark as benchmark
+    from hesse.api import compress as compress
+    from hesse.api import cut as cut
+    from hesse.api import drop_blocks as drop_blocks
+    from hesse.api import estimate as estimate
+    from hesse.api import evaluate as evaluate
+    from hesse.api import export as export
+    from hesse.api import inspect as inspect
+    from hesse.api import narrow as narrow
+    from hesse.api import plan as plan
+    from hesse.api import repair as repair
+    from hesse.api import rotate as rotate
+    from hesse.constraints import Grid as Grid
+    from hesse.constraints import LowRank as LowRank
+    from hesse.constraints import Sparse as Sparse
+    from hesse.curvature import Diagonal as Diagonal
+    from hesse.curvature import Gram as Gram
+    from hesse.curvature import Identity as Identity
+    from hesse.curvature import Kronecker as Kronecker
+    from hesse.curvature import Objective as Objective
+    from hesse.estimation import estimate_curvatures as estimate_curvatures
+    from hesse.estimation import per_sample_gradients as per_sample_gradients
+    from hesse.methods import Options as Options
+    from hesse.modules import compress_module as compress_module
+    from hesse.modules import prune_module as prune_module
+    from hesse.modules.gradual import prune_gradually as prune_gradually
+    from hesse.modules.narrow_heads import narrow_heads as narrow_heads
+    from hesse.modules.only_train_once import only_train_once as only_train_once
+    from hesse.modules.prune_groups import prune_groups as prune_groups
+    from hesse.partitions import trace_groups as trace_groups
+    from hesse.solvers import ErrorFeedback as ErrorFeedback
+    from hesse.solvers import Nearest as Nearest
+    from hesse.solvers import TwoSidedFeedback as TwoSidedFeedback
+    from hesse.solvers import solve as solve
+    from hesse.training import Training as Training
+    from hesse.training import recover as recover
+    from hesse.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from hesse.api import (
-        benchmark,
-        compress,
-        cut,
-        drop_blocks,
-        estimate,
-        evaluate,
-        export,
-        inspect,
-        narrow,
-        plan,
-        repair,
-        rotate,
-    )
-    from hesse.modules import ModuleReport, compress_module, prune_module
-    from hesse.modules.gradual import prune_gradually
-    from hesse.modules.narrow_heads import narrow_heads
-    from hesse.modules.only_train_once import only_train_once
-    from hesse.modules.prune_groups import prune_groups
-
-__all__ = [
-    "METHODS",
-    "BlockDiagonal",
-    "BlockRankOneSum",
-    "Diagonal",
-    "Distillation",
-    "EigenKronecker",
-    "ErrorFeedback",
-    "Fisher",
-    "GaussNewton",
-    "GradualSchedule",
-    "Gram",
-    "Grid",
-    "HesseError",
-    "Hessian",
-    "Identity",
-    "Kronecker",
-    "LowRank",
-    "ModuleReport",
-    "Nearest",
-    "Objective",
-    "Options",
-    "RankOneSum",
-    "Recipe",
-    "Solution",
-    "Sparse",
-    "Training",
-    "TwoSidedFeedback",
-    "WhitenedSVD",
-    "__version__",
-    "benchmark",
-    "compress",
-    "compress_module",
-    "cut",
-    "drop_blocks",
-    "estimate",
-    "evaluate",
-    "export",
-    "held_zeros",
-    "inspect",
-    "load_recipe",
-    "narrow",
-    "narrow_heads",
-    "only_train_once",
-    "plan",
-    "prune_gradually",
-    "prune_groups",
-    "prune_module",
-    "recover",
-    "repair",
-    "rotate",
-    "solve",
-]
-
-
-MODULES = {
-    "ModuleReport": "report",
-    "compress_module": "compress",
-    "narrow_heads": "narrow_heads",
-    "only_train_once": "only_train_once",
-    "prune_gradually": "gradual",
-    "prune_groups": "prune_groups",
-    "prune_module": "prune_weights",
+# Public names by the module that defines them.
+NAMES = {
+    "api": ("benchmark compress cut drop_blocks estimate evaluate export inspect narrow plan repair rotate"),
+    "modules": "compress_module prune_module",
+    "modules.gradual": "prune_gradually",
+    "modules.narrow_heads": "narrow_heads",
+    "modules.only_train_once": "only_train_once",
+    "modules.prune_groups": "prune_groups",
+    "training": "Training recover",
+    "methods": "Options",
+    "curvature": "Diagonal Gram Identity Kronecker Objective",
+    "constraints": "Grid LowRank Sparse",
+    "solvers": "ErrorFeedback Nearest TwoSidedFeedback solve",
+    "estimation": "estimate_curvatures per_sample_gradients",
+    "partitions": "trace_groups",
+    "version": "__version__",
 }
+HOMES = {name: f"hesse.{module}" for module, names in NAMES.items() for name in names.split()}
+PACKAGES = frozenset(
+    {"constraints", "curvature", "data", "errors", "estimation", "evaluation", "formats", "inspection", "methods"}
+    | {"modules", "partitions", "planning", "reporting", "result", "rewriting", "runtimes", "solvers", "testing"}
+    | {"training", "version"}
+)
+
+__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers on first use: it takes seconds that tensors do not need."""
-    if name in MODULES:
-        return getattr(import_module(f"hesse.modules.{MODULES[name]}"), name)
-    if name in __all__:
-        return getattr(import_module("hesse.api"), name)
-    raise AttributeError(f"module 'hesse' has no attribute {name!r}")
+    """Import a public name, or a package, on its first use."""
+    if name in HOMES:
+        value = getattr(import_module(HOMES[name]), name)
+    elif name in PACKAGES:
+        value = import_module(f"hesse.{name}")
+    else:
+        raise AttributeError(f"module 'hesse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES, *PACKAGES})

@@ -90,7 +90,7 @@ def repeat_command(report: "CompressionReport") -> str:
     elif calibration["source"] != SHIPPED:
         words += ["--data", calibration["source"]]
     if calibration["curvature"] is not None:
-        words += ["--curvature", calibration["curvature"]]
+        words += ["--statistics", calibration["curvature"]]
     else:
         words += ["--samples", str(calibration["samples"]), "--length", str(calibration["length"])]
     words += ["--seed", str(calibration["seed"]), "--format", report.format]
