@@ -168,7 +168,7 @@ def repaired(folder: Path, **arguments: Any) -> object:
 def exported(model: Callable[[], str | Path], folder: Path, to: str, needs: str, bits: int | None = None) -> object:
     """Export, dense or after rounding, where what it needs is installed."""
     if importlib.util.find_spec(needs) is None:
-        return {"not installed": needs}
+        return {"installed": False}
     source = model()
     if bits is not None:
         api.compress(source, folder / "compressed", method="gptq", bits=bits, group_size=32, data=IDS)

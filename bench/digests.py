@@ -122,7 +122,7 @@ class Digest:
             head = f"{tensor.tensor_type} {tensor.shape.tolist()}".encode()
             self.content["tensors"][tensor.name] = hashlib.sha256(head + tensor.data.tobytes()).hexdigest()[:20]
         for key, field in reader.fields.items():
-            if not VOLATILE.search(key):
+            if key != "general.name" and not VOLATILE.search(key):  # the name is that of a temporary folder
                 parts = b"".join(field.parts[place].tobytes() for place in field.data)
                 self.content["files"][f"gguf:{key}"] = hashlib.sha256(parts).hexdigest()[:20]
 
