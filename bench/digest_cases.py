@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import digest_api as api
@@ -24,6 +24,7 @@ IDS = tiny_models.random_ids(4, 24)
 OTHER_IDS = tiny_models.random_ids(4, 20, seed=7)
 FEW: dict[str, Any] = {"samples": 8, "length": 64}  # of the shipped text
 
+SCRATCH = TemporaryDirectory(prefix="digests-")  # removed when the program ends
 FAMILIES = ("llama", "qwen2-moe", "gpt2")
 # What fits the narrow layers of a small network, by what a method's layers become.
 NARROW: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ WAYS = ("zeros", "teacher", "codes", "movement", "one-bit", "signs", "compressio
 @cache
 def family(name: str, dtype: torch.dtype = torch.float32) -> Path:
     """The folder of a tiny model."""
-    return tiny_models.save(name, Path(mkdtemp(prefix="digests-")) / "model", dtype)
+    return tiny_models.save(name, Path(SCRATCH.name) / f"{name}-{dtype}", dtype)
 
 
 def language_model(name: str) -> nn.Module:
