@@ -160,8 +160,7 @@ class Method:
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
         """The parts that the method has, always or because an option asks for them."""
-        options = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
-        parts = {name: PARTS[name].chosen(options) for name in self._parts(chosen)}
+        parts = {name: PARTS[name].chosen(vars(chosen)) for name in self._parts(chosen)}
         return ConstraintOptions.model_validate({**parts, "basis": self.basis})
 
     def _parts(self, chosen: Options) -> list[str]:
@@ -183,10 +182,8 @@ class Method:
                 known.setdefault(option, PARTS[name].model_fields[own].default if name in always else None)
         usual = {"damping": SolverOptions.model_fields["damping"].default, "act_order": False}
         known |= {name: usual.get(name) for name, has in self._of_solver(always).items() if has}
-        known |= {
-            field.name: own for field in fields(Options) if (own := getattr(self.defaults, field.name)) is not None
-        }
-        types = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(Options)}
+        known |= {name: own for name, own in vars(self.defaults).items() if own is not None}
+        types = {own.name: str(getattr(own.type, "__name__", own.type)) for own in fields(Options)}
         return tuple(
             Option(name, types[name].removesuffix(" | None"), known[name], help_of(name))
             for name in types
@@ -203,11 +200,11 @@ class Method:
         }
         allowed = {option for name in there for option in PARTS[name].takes.values()}
         allowed |= {name for name, has in self._of_solver(there).items() if has}
-        for field in fields(options):
-            if getattr(options, field.name) is not None and field.name not in allowed:
-                asked = PARTS[possible[field.name]].asked_by() if field.name in possible else None
+        for name, given in vars(options).items():
+            if given is not None and name not in allowed:
+                asked = PARTS[possible[name]].asked_by() if name in possible else None
                 reason = "" if asked is None else f"without {flag(asked)}"
-                meant = f"{flag(field.name)} has no meaning for the method {self.name} {reason}".rstrip()
+                meant = f"{flag(name)} has no meaning for the method {self.name} {reason}".rstrip()
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
     def _of_solver(self, there: list[str]) -> dict[str, bool]:
