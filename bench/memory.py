@@ -21,7 +21,7 @@ from run import Case, run_peer
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, VOCABULARY = 1536, 4096, 8192

@@ -16,8 +16,8 @@ from machine import limits
 from safetensors.torch import load_file, save_file
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
 
 LENGTH, EVALUATED = 256, 32
 CHANNELS, TIMES = [17, 80, 143, 201], 30.0

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hesse.checkpoints.files import unfinished_file
 from hesse.curvature import Curvature, Origin
 from hesse.errors import CheckpointError, UnsupportedProduct, reason
-from hesse.models.files import unfinished_file
 from hesse.version import __version__
 
 KEY = "hesse_curvature"
