@@ -47,13 +47,13 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.curvature import Objective as Objective
     from hesse.estimation import estimate_curvatures as estimate_curvatures
     from hesse.estimation import per_sample_gradients as per_sample_gradients
-    from hesse.methods import Options as Options
     from hesse.modules import compress_module as compress_module
     from hesse.modules import prune_module as prune_module
     from hesse.modules.gradual import prune_gradually as prune_gradually
     from hesse.modules.narrow_heads import narrow_heads as narrow_heads
     from hesse.modules.only_train_once import only_train_once as only_train_once
     from hesse.modules.prune_groups import prune_groups as prune_groups
+    from hesse.options import Options as Options
     from hesse.partitions import trace_groups as trace_groups
     from hesse.solvers import ErrorFeedback as ErrorFeedback
     from hesse.solvers import Nearest as Nearest
@@ -72,7 +72,7 @@ NAMES = {
     "modules.only_train_once": "only_train_once",
     "modules.prune_groups": "prune_groups",
     "training": "Training recover",
-    "methods": "Options",
+    "options": "Options",
     "curvature": "Diagonal Gram Identity Kronecker Objective",
     "constraints": "Grid LowRank Sparse",
     "solvers": "ErrorFeedback Nearest TwoSidedFeedback solve",

@@ -2,15 +2,15 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import hesse
+from hesse.cli.method_options import with_method_options
 from hesse.cli.options import (
-    DAMPING,
-    RANK,
     SMALLER,
     AnyOutArgument,
     BatchOption,
@@ -33,14 +33,17 @@ from hesse.cli.options import (
 )
 from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
 from hesse.errors import OptionError
+from hesse.options import Options
 
 if TYPE_CHECKING:
-    from hesse.methods import Options, Recipe
+    from hesse.methods import Recipe
 
 
+@with_method_options
 def compress(
     model: ModelArgument,
     out: AnyOutArgument = None,
+    *,
     method: Annotated[str | None, typer.Option(help="A row of `hesse methods`.", show_default="kronecker")] = None,
     bits: Annotated[
         str | None,
@@ -62,30 +65,7 @@ def compress(
             rich_help_panel=SMALLER,
         ),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
-    symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Use a grid around zero, or one with zero points.")
-    ] = None,
-    signed: Annotated[
-        bool | None, typer.Option("--signed/--unsigned", help="Allow negative scales in a symmetric grid, or not.")
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            help="Share of single weights that become zero, such as 0.5, or a pattern such as 2:4.",
-            rich_help_panel=SMALLER,
-        ),
-    ] = None,
-    scope: Annotated[str | None, typer.Option(help="Where a sparsity is counted: layer, row, global or lamp.")] = None,
-    block: Annotated[int | None, typer.Option(help="Neighbors in a row that become zero together, such as 4.")] = None,
-    rank: Annotated[int | None, typer.Option(help=RANK)] = None,
-    act_order: Annotated[
-        bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²], or in order.")
-    ] = None,
-    damping: Annotated[float | None, typer.Option(help=DAMPING)] = None,
-    input_bits: Annotated[
-        int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8.", show_default="none")
-    ] = None,
+    options: Options,
     ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe instead of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
@@ -104,24 +84,11 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress a model on disk: quantize, prune or factorize its layers, calibrated on a small text."""
-    from hesse.methods import Options
     from hesse.processes import is_main_process
     from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
     mean_bits = _mean_bits(bits)
-    options = Options(
-        bits=_whole_bits(bits) if mean_bits is None else None,
-        group_size=group_size,
-        symmetric=symmetric,
-        signed=signed,
-        sparsity=sparsity,
-        scope=scope,
-        block=block,
-        rank=rank,
-        act_order=act_order,
-        damping=damping,
-        input_bits=input_bits,
-    )
+    options = replace(options, bits=_whole_bits(bits) if mean_bits is None else None)
     patterns = tuple(ignore or ())
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
@@ -194,11 +161,11 @@ def _whole_bits(text: str | None) -> int | None:
         ) from None
 
 
-def _recipe(path: Path | None, method: str | None, options: "Options", ignore: tuple[str, ...]) -> "Recipe":
+def _recipe(path: Path | None, method: str | None, options: Options, ignore: tuple[str, ...]) -> "Recipe":
     from hesse.methods import DEFAULT_METHOD, find_method, load_recipe
 
     if path is None:
-        return find_method(method or DEFAULT_METHOD).recipe(options, ignore)
-    if options != type(options)() or ignore or method is not None:
+        return find_method(method or DEFAULT_METHOD, "compress").recipe(options, ignore)
+    if options != Options() or ignore or method is not None:
         raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
     return load_recipe(path)

@@ -57,27 +57,12 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the methods as curvature × constraint × solver, with their sources and what each needs."""
-    from hesse.methods import find_rows
+    from hesse.methods import find_methods
     from hesse.reporting import methods_table
 
-    families = find_rows(names or ())
+    families = find_methods(names or ())
     if as_json:
-        rows = [
-            {
-                "method": row.name,
-                "family": family,
-                "curvature": row.curvature,
-                "constraint": list(row.constraint),
-                "optional": list(row.optional),
-                "solver": row.solver,
-                "rewrite": row.rewrite,
-                "needs": row.needs,
-                "source": row.source,
-                "run": row.run,
-            }
-            for family, rows_of_it in families.items()
-            for row in rows_of_it
-        ]
+        rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
         print_json(rows)
     else:
         out_console.print(methods_table(families))

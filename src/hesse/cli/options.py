@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hesse.options import help_of
+
 MODEL = "A model folder, `default`, or a hub id such as owner/name."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 OUT = "The folder to write."
@@ -54,10 +56,8 @@ LossOption = Annotated[
         help="Make the model as small as this loss increase allows, in nats per token.", rich_help_panel=SMALLER
     ),
 ]
-RANK = "Rank of the low-rank factors."
-RankOption = Annotated[int, typer.Option(help=RANK)]
-DAMPING = "Share of the Gram's mean eigenvalue that is added to its diagonal."
-DampingOption = Annotated[float, typer.Option(help=DAMPING)]
+RankOption = Annotated[int, typer.Option(help=help_of("rank"))]
+DampingOption = Annotated[float, typer.Option(help=help_of("damping"))]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option(help="Pattern of layer names to leave unchanged; may be repeated.")
 ]

@@ -18,12 +18,11 @@ from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
+from hesse.networks.families import ROUTER_LAYERS, family_of
 from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
 from hesse.networks.limits import bounded_modules
 
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
-# Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
-ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +81,13 @@ class Network:
         self.device = device
         self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
+        self._holders: list[Network] = []  # those of the same modules that have weights in memory now
         stored = checkpoint.names()
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
         self.kind: Kind = kind_of(self.model)
-        self.blocks_return_tuples = False  # found out by the first run
+        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         self.sources = sources_of(self.model, stored)
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
@@ -103,7 +103,10 @@ class Network:
                 module.register_forward_pre_hook(partial(_rounded, rounding))
 
     def in_dtype(self, dtype: torch.dtype) -> "Network":
-        """The same modules with weights loaded as `dtype`; only one of the two may have weights in memory at a time."""
+        """Return a network of the same modules whose weights are loaded as `dtype`.
+
+        Only one of the two may have weights in memory at a time: `loaded` and `surroundings` refuse the other.
+        """
         other = copy(self)
         other.dtype = dtype
         return other
@@ -112,7 +115,7 @@ class Network:
         layers = [
             Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
             for child, linear in module.named_modules()
-            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTERS
+            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTER_LAYERS
         ]
         return Block(name, module, tuple(layers))
 
@@ -150,7 +153,7 @@ class Network:
             raise UnsupportedModelError(
                 f"{self.checkpoint.folder}/config.json has {limit!r} positions, which is no whole number: correct it"
             )
-        if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        if limit and family_of(config.model_type).positions_after_padding:
             limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
         return limit
 
@@ -160,15 +163,34 @@ class Network:
 
         The next one is read from disk meanwhile: blocks are taken one after another, in either direction.
         """
-        self._fill(block.module, block.name)
-        self._announce_next(block)
-        size = sum(parameter.nbytes for parameter in block.module.parameters())
+        with self._holding_weights(block.name):
+            self._fill(block.module, block.name)
+            self._announce_next(block)
+            size = sum(parameter.nbytes for parameter in block.module.parameters())
+            try:
+                yield block.module
+            finally:
+                _forget(block.module)
+                if size >= TRIMMED_BYTES:
+                    give_back_memory()
+
+    @contextmanager
+    def _holding_weights(self, what: str) -> Iterator[None]:
+        """Refuse to hold weights in the shared modules while a network of another type holds some.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        if other := next((holder for holder in self._holders if holder is not self), None):
+            raise RuntimeError(
+                f"{what} cannot be loaded as {self.dtype} while the same modules hold weights as {other.dtype}: leave "
+                "the `with` block of that network first"
+            )
+        self._holders.append(self)
         try:
-            yield block.module
+            yield
         finally:
-            _forget(block.module)
-            if size >= TRIMMED_BYTES:
-                give_back_memory()
+            self._holders.pop()
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
@@ -176,11 +198,12 @@ class Network:
         inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
         outside = self.model if self.kind == "causal-lm" else self.model.base_model
         prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
-        self._fill(outside, prefix, leave=inside)
-        try:
-            yield self.model
-        finally:
-            _forget(outside)
+        with self._holding_weights("the embeddings and the head"):
+            self._fill(outside, prefix, leave=inside)
+            try:
+                yield self.model
+            finally:
+                _forget(outside)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
