@@ -1,8 +1,11 @@
 """The options of methods: what each means, and its default in a method."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from hesse.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,30 @@ def options_of(given: Mapping[str, Any]) -> Options:
         **{name: value for name, value in given.items() if name in known},
         own={name: value for name, value in given.items() if name not in known},
     )
+
+
+def parse_settings(texts: Iterable[str]) -> Options:
+    """Return options from texts such as "headroom=0.5": true and false, whole and other numbers, or words.
+
+    Raises:
+        OptionError: a text has no name or no value.
+    """
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (sign and value and name.isidentifier()):
+            raise OptionError(f"--set is {text!r}, but must be a name and a value such as headroom=0.5")
+        given[name] = _value(value)
+    return options_of(given)
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def known_option(name: str, default: Any) -> Option:

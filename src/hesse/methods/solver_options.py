@@ -1,7 +1,7 @@
 """Solvers as a recipe names them: the registry, and the options that a recipe gives."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -116,13 +116,13 @@ class FunctionSolver:
     """
 
     algorithm: Callable[..., Tensor]
-    settings: Mapping[str, Any]
+    settings: tuple[tuple[str, Any], ...]
 
     def init(self, curvature: Curvature) -> Curvature:
         return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> Any:
-        return constraint.encode(self.algorithm(weight, state, constraint, **self.settings))
+        return constraint.encode(self.algorithm(weight, state, constraint, **dict(self.settings)))
 
 
 def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm]:
@@ -144,7 +144,7 @@ def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm
     def register(algorithm: Algorithm) -> Algorithm:
         entry = SolverEntry(
             name,
-            lambda options: FunctionSolver(algorithm, options.own or {}),
+            lambda options: FunctionSolver(algorithm, tuple((options.own or {}).items())),
             settings=settings_of(algorithm),
             damped=damped,
         )
