@@ -122,6 +122,7 @@ class Method:
         for part in (*self.constraints, *self.optional):
             PARTS.find(part)
         if self.verb == "compress":
+            SOLVERS.find(self.solver)
             self.recipe(Options())
 
     @property
