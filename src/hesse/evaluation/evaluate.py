@@ -14,6 +14,7 @@ from hesse.networks.network import Network
 from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress
+from hesse.result import Measurement
 
 # Logits of one batch: at most so many numbers, 128 MB in float32.
 
@@ -57,6 +58,17 @@ class Evaluation:
     def difference_name(self, changed: str) -> str:
         """What `difference` is, for a model that people call `changed`."""
         return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
+
+    def measurement(self, changed: str, held_out: bool) -> Measurement:
+        """Return `difference` as reports hold it, for a model that people call `changed`."""
+        return Measurement(
+            name=self.difference_name(changed),
+            value=self.difference,
+            standard_error=self.kl_standard_error,
+            samples=self.samples,
+            tokens=self.tokens,
+            held_out=held_out,
+        )
 
 
 def evaluate_checkpoint(
