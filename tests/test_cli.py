@@ -152,7 +152,7 @@ def test_compress_prints_everything_for_machines(
     ran = hesse_command("compress", half_folder("llama"), tmp_path / "out", *arguments)
     assert (ran.code, ran.stderr) == (0, "")
     report = json.loads(ran.stdout)
-    assert report == json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text(encoding="utf-8"))
     numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight", "predicted_loss_increase")
     assert all(report[key] > 0 for key in numbers)
     assert report["method"] == "kronecker"

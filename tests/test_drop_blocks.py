@@ -40,7 +40,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def drop(model: Path, out: Path, **options: Any) -> DropReport:
-    return hesse.drop_blocks(model, out, **{"data": IDS, **options})
+    return hesse.drop_blocks(model, out, **{"data": IDS, **options}).report
 
 
 def without(name: str, folder: Path, gone: Sequence[int]) -> nn.Module:

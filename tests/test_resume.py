@@ -22,7 +22,7 @@ from hesse.checkpoints.journal import Journal
 from hesse.errors import OptionError, OutputError
 
 FolderOf = Callable[[str], Path]
-# Everything but where its time went, which is told in compression.json.
+# Everything but where its time went, which is told in hesse-report.json.
 METHODS: dict[str, dict[str, Any]] = {
     "kronecker": {"bits": 4, "group_size": 32},
     "gptq": {"bits": 3, "group_size": 32},
@@ -46,10 +46,10 @@ def settings(name: str) -> dict[str, Any]:
 
 def files(out: Path) -> dict[str, bytes]:
     """What a loader reads, and the account of the run without its seconds and its memory."""
-    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "compression.json"}
-    report = json.loads((out / "compression.json").read_text())
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "hesse-report.json"}
+    report = json.loads((out / "hesse-report.json").read_text())
     kept = {key: value for key, value in report.items() if key not in ("seconds", "peak_rss_bytes", "out")}
-    return {**found, "compression.json": json.dumps(kept).encode()}
+    return {**found, "hesse-report.json": json.dumps(kept).encode()}
 
 
 def in_a_process(source: Path, out: Path, name: str, die_after: int | None) -> None:

@@ -30,9 +30,7 @@ from hesse.version import __version__
 if TYPE_CHECKING:
     from hesse.api import (
         benchmark,
-        compress,
         cut,
-        drop_blocks,
         estimate,
         evaluate,
         export,
@@ -40,8 +38,10 @@ if TYPE_CHECKING:
         narrow,
         plan,
         repair,
-        rotate,
     )
+    from hesse.jobs.compress import compress
+    from hesse.jobs.drop_blocks import drop_blocks
+    from hesse.jobs.rotate import rotate
     from hesse.modules import ModuleReport, compress_module, prune_module
     from hesse.modules.gradual import prune_gradually
     from hesse.modules.narrow_heads import narrow_heads
@@ -104,20 +104,23 @@ __all__ = [
 
 
 MODULES = {
-    "ModuleReport": "report",
-    "compress_module": "compress",
-    "narrow_heads": "narrow_heads",
-    "only_train_once": "only_train_once",
-    "prune_gradually": "gradual",
-    "prune_groups": "prune_groups",
-    "prune_module": "prune_weights",
+    "ModuleReport": "modules.report",
+    "compress": "jobs.compress",
+    "compress_module": "modules.compress",
+    "drop_blocks": "jobs.drop_blocks",
+    "narrow_heads": "modules.narrow_heads",
+    "only_train_once": "modules.only_train_once",
+    "prune_gradually": "modules.gradual",
+    "prune_groups": "modules.prune_groups",
+    "prune_module": "modules.prune_weights",
+    "rotate": "jobs.rotate",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs transformers on first use: it takes seconds that tensors do not need."""
     if name in MODULES:
-        return getattr(import_module(f"hesse.modules.{MODULES[name]}"), name)
+        return getattr(import_module(f"hesse.{MODULES[name]}"), name)
     if name in __all__:
         return getattr(import_module("hesse.api"), name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """`hesse.compress`, `hesse.evaluate` and the others: what the command line does, from Python."""
 
-from hesse.api.blocks import drop_blocks, narrow
-from hesse.api.compression import compress, estimate, plan, rotate
+from hesse.api.blocks import narrow
+from hesse.api.compression import estimate, plan
 from hesse.api.cutting import cut
 from hesse.api.measurement import evaluate, inspect
 from hesse.api.repairing import repair
@@ -9,9 +9,7 @@ from hesse.api.runtimes import benchmark, export
 
 __all__ = [
     "benchmark",
-    "compress",
     "cut",
-    "drop_blocks",
     "estimate",
     "evaluate",
     "export",
@@ -19,5 +17,4 @@ __all__ = [
     "narrow",
     "plan",
     "repair",
-    "rotate",
 ]

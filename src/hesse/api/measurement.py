@@ -73,7 +73,7 @@ def inspect(
     model: str | Path,
     *,
     data: Data = None,
-    curvature: str | Path | None = None,
+    statistics: str | Path | None = None,
     samples: int = 4,
     length: int = 256,
     seed: int = 0,
@@ -88,7 +88,7 @@ def inspect(
     Args:
         model: a model folder, `default`, or a hub id; dense.
         data: as for `compress`; None for the shipped calibration text.
-        curvature: a folder that `estimate` wrote, to predict from in place of these samples.
+        statistics: a folder that `estimate` wrote, to predict from in place of these samples.
         samples: windows of text.
         length: tokens a window, or as many as the model has positions for.
         seed: of the choice of samples, of sampled labels and of random vectors.
@@ -104,7 +104,7 @@ def inspect(
         locate(model),
         str(model),
         data,
-        None if curvature is None else Path(curvature),
+        None if statistics is None else Path(statistics),
         samples,
         length,
         seed,

@@ -64,7 +64,7 @@ def evaluate(
 def inspect(
     model: ModelArgument,
     data: DataOption = None,
-    curvature: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
@@ -82,7 +82,7 @@ def inspect(
         result = api.inspect(
             model,
             data=data,
-            curvature=curvature,
+            statistics=statistics,
             samples=samples,
             length=length,
             seed=seed,
@@ -137,10 +137,12 @@ def demo(
     ),
 ) -> None:
     """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
+    import hesse
     from hesse import api
 
     with progress_bars(False) as bars:
-        report = api.compress("default", out, options=Options(bits=4, group_size=64), overwrite=True, progress=bars)
+        options = Options(bits=4, group_size=64)
+        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
         after = api.evaluate(out, reference="default", progress=bars)
         before = api.evaluate("default", progress=bars)
     out_console.print(cost_table(report, before, after))

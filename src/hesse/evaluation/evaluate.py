@@ -14,7 +14,7 @@ from hesse.networks.network import Network
 from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress
-from hesse.result import Measurement
+from hesse.result import LossChange
 
 # Logits of one batch: at most so many numbers, 128 MB in float32.
 
@@ -59,14 +59,14 @@ class Evaluation:
         """What `difference` is, for a model that people call `changed`."""
         return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
 
-    def measurement(self, changed: str, held_out: bool) -> Measurement:
+    def loss_change(self, changed: str, held_out: bool, predicted: float | None = None) -> LossChange:
         """Return `difference` as reports hold it, for a model that people call `changed`."""
-        return Measurement(
+        return LossChange(
             name=self.difference_name(changed),
-            value=self.difference,
+            predicted=predicted,
+            measured=self.difference,
             standard_error=self.kl_standard_error,
             samples=self.samples,
-            tokens=self.tokens,
             held_out=held_out,
         )
 

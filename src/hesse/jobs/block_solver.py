@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hesse.checkpoints.writer import Part, write_part
 from hesse.curvature import Gram
 from hesse.estimation import GramAccumulator, Statistics
 from hesse.estimation.attention_factors import attention_factors
@@ -34,6 +33,12 @@ class BlockResult:
     notes: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)  # of each solved weight
 
+    def add(self, other: "BlockResult") -> None:
+        """Add the result of another block."""
+        self.layers += other.layers
+        self.notes += other.notes
+        self.digests |= other.digests
+
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, for `from_dict`."""
         return asdict(self)
@@ -49,7 +54,7 @@ class BlockSolver:
     """Solves one block after another by a plan; `sensitivities` are what the loss feels of the layers' outputs.
 
     With a folder `paused`, what a block holds for samples that wait is in files there. Several `processes` solve each
-    block together, and one of them writes it.
+    block together.
     """
 
     def __init__(
@@ -64,8 +69,8 @@ class BlockSolver:
         self.processes, self.solver = processes, LayerSolver(processes)
         self.result = BlockResult()
 
-    def solve(self, index: int, block: Block, flows: list[StreamBatch], path: Path) -> tuple[BlockResult, Part]:
-        """Solve the layers of a block, take `flows` through it, and have its tensors written to the file `path`."""
+    def solve(self, index: int, block: Block, flows: list[StreamBatch]) -> tuple[BlockResult, dict[str, Tensor]]:
+        """Solve the layers of a block and take `flows` through it; return its tensors as the format stores them."""
         self.result = BlockResult()
         tensors: dict[str, Tensor] = {}
         with self.clock.phase("read"), self.plan.network.loaded(block):
@@ -82,9 +87,7 @@ class BlockSolver:
                 layer_name, _, kind = name.rpartition(".")
                 if layer_name not in self.result.digests or kind not in ("weight", "bias"):
                     tensors.update(self.plan.checkpoint.read_stored([name]))
-            if self.processes.writer(index) == self.processes.rank:
-                return self.result, write_part(path, tensors)
-            return self.result, Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        return self.result, tensors
 
     def _on_the_way(
         self, index: int, block: Block, flows: list[StreamBatch], tensors: dict[str, Tensor]

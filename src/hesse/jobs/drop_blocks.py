@@ -91,9 +91,9 @@ def drop_blocks(
         out: the folder to write; it must not exist unless `overwrite`.
         blocks: how many blocks to remove; or give `loss`.
         loss: remove as many as cost no more than this together, in nats per token, measured on the samples.
-        importance: "loss", measured (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); "cosine", how little a
-            block turns the hidden states (ShortGPT, Men et al., 2024, arXiv:2403.03853); or "quadratic", what the true
-            Fisher predicts.
+        importance: "loss", measured (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); "cosine", how little
+            a block turns the hidden states (ShortGPT, Men et al., 2024, arXiv:2403.03853); or "quadratic", what the
+            true Fisher predicts.
         share_rank: do not remove blocks, but make each of the most similar one that stays, its outputs scaled, and a
             low rank beside each layer (FlexiGPT, Smith et al., 2025, arXiv:2501.14713). The files hold the sums, in as
             many bytes as before; the report counts what has to be stored.
@@ -173,19 +173,16 @@ class _Removal:
         if self.sharing is None:
             self._check(result)
         evaluation = job.compare(result, network, self.selected.check)
+        loss = evaluation.loss_change("changed", self.selected.held_out)
         return DropReport(
-            **job.head(
-                bytes_before=checkpoint.file_bytes,
-                bytes_after=result.checkpoint.file_bytes,
-                measured=evaluation.measurement("changed", self.selected.held_out),
-            ),
-            importance=self.request.importance,
+            **job.head(checkpoint.file_bytes, result.checkpoint.file_bytes, loss),
+            method=self.request.importance,
+            parameters_before=parameters,
+            parameters_after=parameters - sum(self._saved(drop.block) for drop in self.dropped),
             share_rank=self.request.share_rank,
             scores=self.scores,
             dropped=self.dropped,
             kept=self.kept,
-            parameters_before=parameters,
-            parameters_after=parameters - sum(self._saved(drop.block) for drop in self.dropped),
         )
 
     def _choose(self) -> None:

@@ -18,12 +18,13 @@ class DroppedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class DropReport(Report):
-    """The removed blocks; `bytes_after` are the files', in which blocks that share weights are written out."""
+    """The removed blocks; `method` is the importance that chose them.
 
-    importance: str
+    `parameters_after` have to be stored: of a block that shares weights its factors, scales, norms and biases. The
+    files, of `bytes_after`, hold such blocks written out.
+    """
+
     share_rank: int | None
     scores: list[float]  # of all blocks of the dense model, in the unit of the importance
     dropped: list[DroppedBlock]  # in the order of removal
     kept: list[int]
-    parameters_before: int
-    parameters_after: int  # to be stored: of a block that shares weights its factors, scales, norms and biases

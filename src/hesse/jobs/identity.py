@@ -12,7 +12,7 @@ import torch
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.data.selection import Calibration
-from hesse.result import versions
+from hesse.version import versions
 
 
 def identity(

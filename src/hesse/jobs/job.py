@@ -27,8 +27,9 @@ from hesse.networks.network import Network
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, take_up
 from hesse.processes import join_process_group
-from hesse.progress import Clock, Silence, peak_memory
-from hesse.result import REPORT_FILE, Measurement, Report, versions
+from hesse.progress import Clock, Silence
+from hesse.result import REPORT_FILE, LossChange, Report
+from hesse.version import versions
 
 
 class Job:
@@ -78,7 +79,7 @@ class Job:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         return self._stack.__exit__(kind, error, trace)
 
     def check_alone(self) -> None:
@@ -204,25 +205,16 @@ class Job:
         now = self.clock.seconds
         return {phase: self._earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self._earlier}}
 
-    def head(
-        self,
-        *,
-        bytes_before: int,
-        bytes_after: int,
-        predicted: float | None = None,
-        measured: Measurement | None = None,
-    ) -> dict[str, Any]:
+    def head(self, bytes_before: int, bytes_after: int, loss: LossChange | None) -> dict[str, Any]:
         """Return the fields that all reports have."""
         return {
-            "command": self.command,
+            "verb": self.command,
             "model": self.name,
             "out": str(self.out),
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
-            "predicted": predicted,
-            "measured": measured,
+            "loss": loss,
             "seconds": {"total": self.clock.total + sum(self._earlier.values()), **self.phases()},
-            "peak_rss_bytes": peak_memory(),
             "notes": self.notes,
             "versions": versions(),
         }

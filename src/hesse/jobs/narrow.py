@@ -1,10 +1,9 @@
 """`hesse narrow`: feed-forward layers with fewer hidden units, the weights behind them refitted."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from hesse.networks.network import Block, Layer, Network
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance_with_stops, calibration_batch, start
 from hesse.progress import Clock, Progress
+from hesse.result import REPORT_FILE, Report
 from hesse.solvers.nystroem import kept_units, refitted
+from hesse.version import versions
 
-REPORT_FILE = "narrow.json"
 MULTIPLE = 8  # of hidden units, which kernels want
 
 
@@ -38,30 +38,12 @@ class NarrowedBlock:
     relative_error: float | None  # E‖W z - W' z_S‖² / E‖W z‖², of the outputs; None where no sample reached it
 
 
-@dataclass(frozen=True)
-class NarrowReport:
-    """The whole run. Sizes in bytes, losses in nats per token, half squared errors of hidden states for an encoder."""
+@dataclass(frozen=True, kw_only=True)
+class NarrowReport(Report):
+    """A model with fewer hidden units; `layers` are NarrowedBlocks."""
 
-    model: str
-    out: str
-    width_before: int  # of a block, all of its experts together
+    width_before: int  # hidden units of a block, all of its experts together
     width_after: int
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    loss_name: str
-    measured: float
-    standard_error: float | None
-    samples: int
-    held_out: bool
-    blocks: list[NarrowedBlock]
-    notes: list[str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
 
 def narrow_checkpoint(
@@ -105,6 +87,7 @@ def narrow_checkpoint(
             run.walk()
             found = run.written()
         report = NarrowReport(
+            verb="narrow",
             model=name,
             out=str(out),
             width_before=max(sum(part.width for part in parts) for parts in layers),
@@ -113,14 +96,11 @@ def narrow_checkpoint(
             parameters_after=found.parameters,
             bytes_before=network.checkpoint.file_bytes,
             bytes_after=found.bytes,
-            loss_name=found.difference_name("narrow"),
-            measured=found.difference,
-            standard_error=found.kl_standard_error,
-            samples=found.samples,
-            held_out=selected.held_out,
-            blocks=run.blocks,
+            loss=found.loss_change("narrow", selected.held_out),
+            layers=run.blocks,
             notes=[*selected.notes, *run.notes, *copy_companions(model, folder)],
-            seconds=clock.total,
+            seconds={"total": clock.total},
+            versions=versions(),
         )
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     return report

@@ -1,6 +1,6 @@
 """How a command runs: what its result does not depend on, gathered once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ class RunOptions:
     overwrite: bool = False  # replace OUT
     restart: bool = False  # lose what an unfinished run to OUT has done
     dry_run: bool = False  # say what the run would take, and write nothing
-    progress: Progress = Silence()
+    progress: Progress = field(default_factory=Silence)
 
 
 def run_options(

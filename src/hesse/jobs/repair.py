@@ -21,7 +21,6 @@ from hesse.estimation.inputs import InputGrams
 from hesse.estimation.probe import check_pass, probe
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
-from hesse.jobs.build_report import versions
 from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.verify import read_back
@@ -34,6 +33,7 @@ from hesse.networks.network import Block, Layer
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance_with_stops, calibration_batch, start
 from hesse.progress import Clock, Progress
+from hesse.version import versions
 
 REPORT_FILE = "repair.json"
 FORMATS = ("adapter", "dense")
@@ -175,7 +175,7 @@ class _Repair:
             fallbacks=[*self.selected.notes, *self.notes],
             layers=self.layers,
             seconds={"total": self.clock.total, **self.clock.seconds},
-            versions=versions(version),
+            versions=versions(),
         )
 
     def _dense_flows(self) -> list[StreamBatch]:

@@ -23,9 +23,10 @@ MOST_DIVERGENCE = 1e-2  # nats per token that rounding the rotated weights to th
 
 @dataclass(frozen=True, kw_only=True)
 class RotationReport(Report):
-    """The rotated model; `measured` is what rounding its weights to their type cost, and should be near zero."""
+    """The rotated model; `loss` is what rounding its weights to their type costs, and should be near zero."""
 
     kind: str
+    tokens: int  # that the loss was measured on
 
 
 def rotate(
@@ -78,7 +79,7 @@ def rotate(
         checkpoint = rewriting.checkpoint
         job.notes += selected.notes
         if len(checkpoint.names()) > len(network.checkpoint.names()):
-            job.notes.append("the head shared the embeddings' tensor; it reads the last norm's scales now, so it has one")
+            job.notes.append("the head was the embeddings; it takes in the last norm's scales, so it has a tensor now")
         job.begin([network.checkpoint], {"kind": kind}, 3 * checkpoint.stored_bytes + (1 << 20))
         _find(job, rewriting, selected.samples.batches(batch_size or calibration_batch(selected.samples.longest)))
         steps = job.steps("rotate", network, [])
@@ -87,14 +88,15 @@ def rotate(
         job.write_rest(checkpoint.names(), checkpoint.read_stored)
         job.notes += job.assemble(checkpoint.config)
         result = Network(open_checkpoint(job.folder), torch.float32, run.device)
-        measured = job.compare(result, network, selected.check).measurement("rotated", selected.held_out)
-        if not measured.value <= MOST_DIVERGENCE:
+        evaluation = job.compare(result, network, selected.check)
+        if not evaluation.difference <= MOST_DIVERGENCE:
             raise VerificationError(
-                f"the rotated model differs from {model} by {measured.value:.4g} nats per token: its weights lose too "
-                "much in their type; nothing was put in place"
+                f"the rotated model differs from {model} by {evaluation.difference:.4g} nats per token: its weights "
+                "lose too much in their type; nothing was put in place"
             )
-        sizes = {"bytes_before": network.checkpoint.file_bytes, "bytes_after": result.checkpoint.file_bytes}
-        report = RotationReport(kind=kind, **job.head(measured=measured, **sizes))
+        loss = evaluation.loss_change("rotated", selected.held_out)
+        sizes = network.checkpoint.file_bytes, result.checkpoint.file_bytes
+        report = RotationReport(kind=kind, tokens=evaluation.tokens, **job.head(*sizes, loss))
         job.finish(report)
     return Result(report)
 
