@@ -209,7 +209,7 @@ def test_ctrl_c_in_the_middle_leaves_no_checkpoint(family_folder: FolderOf, tmp_
         process.send_signal(signal.SIGINT)
         printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert error == f"Interrupted: new/out {kept}\n"
     assert left_over(tmp_path / "new") == [".out.unfinished"]
 

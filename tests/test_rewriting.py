@@ -229,7 +229,7 @@ def test_outliers_are_spread_and_learning_spreads_them_further(family_folder: Fo
 def test_rotated_models_load(name: str, kind: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source, out = family_folder(name), tmp_path / "out"
     report = hesse.rotate(source, out, kind=kind, data=IDS).report
-    assert abs(report.kl) < 1e-7
+    assert abs(report.loss.measured) < 1e-7
     assert ("head" in "".join(report.notes)) == (name == "llama-tied")
     model = tiny_models.load(name, out)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
@@ -247,7 +247,7 @@ def test_the_command_says_what_it_wrote(family_folder: FolderOf, hesse_command: 
     arguments = ("rotate", family_folder("llama"), tmp_path / "out", "--data", ids)
     ran = hesse_command(*arguments)
     assert ran.code == 0
-    assert "KL(model || rotated)" in ran.stdout
+    assert "KL(dense || rotated)" in ran.stdout
     assert json.loads(hesse_command(*arguments, "--overwrite", "--json").stdout)["kind"] == "hadamard"
     refused = hesse_command("rotate", family_folder("llama"), tmp_path / "other", "--kind", "quip")
     assert "there is no rotation 'quip'; there are hadamard, kurtail" in refused.error

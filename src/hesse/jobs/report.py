@@ -12,6 +12,7 @@ class CompressionReport(Report):
     """A compressed checkpoint; `layers` are LayerReports."""
 
     method: str
+    out: str
     bytes_before: int
     bytes_after: int
     loss: LossChange
