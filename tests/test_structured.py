@@ -11,12 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 import digits
-import hesse
 from hesse.curvature import CrossEntropy, Hessian, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.methods.structured import ROWS
+from hesse.methods import methods_of
 from hesse.modules.group_budget import Ranking, shared_numbers, uniform_numbers
 from hesse.modules.hierarchy import within_hierarchy
 from hesse.modules.implant import Implant, ImplantedLayer, implant
@@ -416,9 +415,8 @@ def test_zeroed_groups_are_what_the_report_measures() -> None:
 
 
 def test_rows_say_calls_that_run() -> None:
-    named = {row.run.partition('method="')[2].partition('"')[0] for row in ROWS if "prune_groups" in row.run}
+    named = {method.score for method in methods_of("prune_groups").values()}
     assert named == {*METHODS, "pagcp", "axformer"}
-    assert all(hasattr(hesse, row.run.partition("(")[0].removeprefix("hesse.")) for row in ROWS)
 
 
 def test_bad_input_is_refused_before_any_work() -> None:

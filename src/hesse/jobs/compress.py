@@ -105,7 +105,9 @@ def compress(
     if budget is not None:
         request = budget_request(budget, method, options, ignore, target, allocation)
     else:
-        request = find_method(method).recipe(options or Options(), tuple(ignore)) if recipe is None else recipe
+        request = (
+            find_method(method, "compress").recipe(options or Options(), tuple(ignore)) if recipe is None else recipe
+        )
     calibration = Calibration(data, samples, length, seed, batch_size)
     run = run_options(device, memory, overwrite, restart, progress=progress)
     folder = None if statistics is None else Path(statistics)
@@ -122,7 +124,12 @@ def budget_request(
 ) -> BudgetRequest:
     """Return what is on offer within a budget, from the arguments of `compress` and `plan`."""
     return BudgetRequest(
-        budget, find_method(method), options or Options(), tuple(ignore), target or "transformers", allocation
+        budget,
+        find_method(method, "compress"),
+        options or Options(),
+        tuple(ignore),
+        target or "transformers",
+        allocation,
     )
 
 

@@ -100,7 +100,7 @@ def _recipe(
         if options is not None or ignore or tuple(layers) != ("*",):
             raise OptionError("a recipe says everything itself: leave out options, layers and ignore")
         return recipe
-    made = find_method(method).recipe(options or Options(), tuple(ignore))
+    made = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
     rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in made.rules)
     return made.model_copy(update={"rules": rules})
 
