@@ -106,7 +106,7 @@ def main() -> None:
                     flush=True,
                 )
         for keep in (0.9, 0.75, 0.5):
-            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings)
+            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings).report
             kept = 100 * narrow.parameters_after / narrow.parameters_before
             kl = measured(out, arguments.model, texts[1])
             print(f"| 0 | {keep} of the hidden units, refitted | | {kl:.4f} | {kept:.1f} % |", flush=True)

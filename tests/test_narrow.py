@@ -65,7 +65,7 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
 ) -> None:
     prefix, makers, reader, setting = PARTS[name]
     source, out = family_folder(name), tmp_path / "out"
-    report = hesse.narrow(source, out, keep=0.5, data=IDS)
+    report = hesse.narrow(source, out, keep=0.5, data=IDS).report
     assert report.width_after == report.width_before // 2
     assert json.loads((out / "config.json").read_text())[setting] == report.width_after
     narrow, dense = tiny_models.load(name, out), tiny_models.load(name, source)
@@ -124,7 +124,7 @@ def test_each_expert_keeps_units_of_its_own(
     name: str, data: list[list[int]], family_folder: FolderOf, tmp_path: Path
 ) -> None:
     source, out, whole = family_folder(name), tmp_path / "out", tmp_path / "whole"
-    report = hesse.narrow(source, out, keep=0.5, data=data)
+    report = hesse.narrow(source, out, keep=0.5, data=data).report
     assert report.width_after == report.width_before // 2
     narrow = tiny_models.load(name, out)
     assert sum(p.numel() for p in narrow.parameters()) == report.parameters_after
@@ -148,7 +148,8 @@ def seen_by(model: nn.Module, layer: nn.Module) -> Tensor:
 
 def test_more_units_cost_less(family_folder: FolderOf, tmp_path: Path) -> None:
     costs = [
-        hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).loss.measured for k in (0.25, 0.9)
+        hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).report.loss.measured
+        for k in (0.25, 0.9)
     ]
     assert costs[1] < costs[0]
 

@@ -278,7 +278,7 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
 def test_what_does_not_go_together_is_refused(family_folder: FolderOf, tmp_path: Path) -> None:
     out = tmp_path / "out"
     hesse.estimate(family_folder("llama"), tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match=r"--curvature is of .* before it is rewritten"):
+    with pytest.raises(OptionError, match=r"--statistics is of .* before it is rewritten"):
         compress(family_folder("llama"), out, method="quarot", statistics=tmp_path / "stats", data=None)
     with pytest.raises(OptionError, match="a budget is planned on a model as it is, and kurtail rewrites it"):
         compress(family_folder("llama"), out, method="kurtail", mean_bits=3.5)

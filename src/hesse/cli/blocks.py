@@ -82,10 +82,10 @@ def narrow(
     as_json: JsonOption = False,
 ) -> None:
     """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.narrow(
+        report = hesse.narrow(
             model,
             out,
             keep=keep,
@@ -97,7 +97,7 @@ def narrow(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

@@ -107,7 +107,6 @@ def compress(
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
     import hesse
-    from hesse import api
     from hesse.processes import is_main_process
 
     settings: dict[str, Any] = {
@@ -128,7 +127,7 @@ def compress(
     leads = is_main_process()
     with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
-            sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
+            sys.stdout.write(hesse.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
         settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
         result = hesse.compress(model, out, recipe=chosen, **settings, progress=bars).report
@@ -159,10 +158,10 @@ def estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, for `hesse compress --statistics` to try any number of schemes with."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        content = api.estimate(
+        content = hesse.estimate(
             model,
             out,
             curvatures=[kind.strip() for kind in curvature.split(",")],
@@ -174,7 +173,7 @@ def estimate(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).to_dict()
     if as_json:
         print_json(content)
         return

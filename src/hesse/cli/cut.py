@@ -22,10 +22,10 @@ def cut(
     as_json: JsonOption = False,
 ) -> None:
     """Cut thin factors of any total size from one ranking of the directions of all layers."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.cut(
+        report = hesse.cut(
             model,
             statistics,
             out,

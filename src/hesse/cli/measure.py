@@ -40,10 +40,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Loss, perplexity and size of a model, and its divergence from the dense one."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        result = api.evaluate(
+        result = hesse.evaluate(
             model,
             reference=reference,
             adapter=adapter,
@@ -74,12 +74,12 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
-    from hesse import api
+    import hesse
 
     if out is not None:
         check_page(out, overwrite, "--out")
     with progress_bars(as_json) as bars:
-        result = api.inspect(
+        result = hesse.inspect(
             model,
             data=data,
             statistics=statistics,
@@ -123,13 +123,12 @@ def demo(
 ) -> None:
     """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
     import hesse
-    from hesse import api
 
     with progress_bars(False) as bars:
         options = Options(bits=4, group_size=64)
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
-        after = api.evaluate(out, reference="default", progress=bars)
-        before = api.evaluate("default", progress=bars)
+        after = hesse.evaluate(out, reference="default", progress=bars)
+        before = hesse.evaluate("default", progress=bars)
     out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(

@@ -11,7 +11,7 @@ from hesse.checkpoints.writer import SHARD_BYTES, writing
 from hesse.data.selection import Calibration, Data
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
-from hesse.estimation.statistics import INDEX_FILE
+from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.formats import open_checkpoint
 from hesse.jobs.compression import Compression
 from hesse.jobs.job import Job
@@ -21,7 +21,7 @@ from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.networks.allocator import keep_no_large_memory
-from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, plan_budget
+from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Progress
 from hesse.result import Result
 from hesse.rewriting import Rewriting, RewritingSamples, Target
@@ -112,25 +112,6 @@ def compress(
     run = run_options(device, memory, overwrite, restart, progress=progress)
     folder = None if statistics is None else Path(statistics)
     return compress_folder(model, Path(out), request, calibration, run, folder, format, target, measure)
-
-
-def budget_request(
-    budget: Budget,
-    method: str,
-    options: Options | None,
-    ignore: Sequence[str],
-    target: str | None,
-    allocation: str | None,
-) -> BudgetRequest:
-    """Return what is on offer within a budget, from the arguments of `compress` and `plan`."""
-    return BudgetRequest(
-        budget,
-        find_method(method, "compress"),
-        options or Options(),
-        tuple(ignore),
-        target or "transformers",
-        allocation,
-    )
 
 
 def compress_folder(

@@ -1,8 +1,10 @@
 """One compression of a folder: the dense model's pass, blocks solved in order, the result read back and measured."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from hesse.checkpoints.tensor_store import TensorStore
+from hesse.estimation.calibrated import Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import DensePass, check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
@@ -13,7 +15,8 @@ from hesse.jobs.memory import MemoryPlan
 from hesse.jobs.plan import Plan
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.verify import Verification, verify
-from hesse.layerwise.rules import fisher_needs, whole_factors
+from hesse.layerwise.rules import fisher_needs, statistics_needed, whole_factors
+from hesse.networks.network import Block
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, start
 from hesse.planning.budget import BudgetPlan
@@ -68,14 +71,13 @@ class Compression:
         plan, job, blocks = self.plan, self.job, self.plan.network.blocks
         job.progress.begin("compress", len(blocks))
         flows = self._flows()
-        offload = job.journal.folder if self.memory.paused_on_disk else None
-        solver = BlockSolver(plan, dense.sensitivities, job.clock, offload, job.processes)
+        solver = BlockSolver(plan, dense.sensitivities, job.clock, job.processes)
         steps = job.steps("block", plan.network, flows)
         for content in steps.done:
             self.result.add(BlockResult.from_dict(content))
             job.progress.advance()
-        for index in range(len(steps.done), len(blocks)):
-            result, tensors = solver.solve(index, blocks[index], flows)
+        for index, (block, layers) in enumerate(self._layers(flows, len(steps.done)), len(steps.done)):
+            result, tensors = solver.solve(block, layers)
             steps.note(index, result.to_dict(), tensors)
             self.result.add(result)
             job.progress.advance()
@@ -95,6 +97,16 @@ class Compression:
             size = min(self.memory.batch_size, max(len(plan.samples.ids) // job.processes.world_size, 1))
             _, batches = job.processes.shard(plan.samples.batches(size))
             return start(plan.network, batches, store)
+
+    def _layers(self, flows: list[StreamBatch], first: int) -> Iterator[tuple[Block, Layers]]:
+        """Yield the blocks from number `first` on, and their layers with statistics of the flows or of a folder."""
+        plan, job, needs = self.plan, self.job, statistics_needed(self.plan.rules)
+        if plan.statistics is not None:
+            return stored_blocks(plan.network, plan.statistics, needs, first=first, clock=job.clock)
+        offload = job.journal.folder if self.memory.paused_on_disk else None
+        return calibrated_blocks(
+            plan.network, flows, needs, first=first, clock=job.clock, processes=job.processes, offload=offload
+        )
 
     def _verify(self, dense: DensePass) -> None:
         """Read the result back, compare it with what was solved and predicted, and note how far it is from it."""

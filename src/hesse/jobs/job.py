@@ -127,7 +127,7 @@ class Job:
             content = compute()
             self.journal.record(step, {**content, "seconds": self.phases()})
         else:
-            self._earlier = content["seconds"]
+            self.resume_clock(content["seconds"])
         return content
 
     def steps(self, name: str, network: Network, flows: list[StreamBatch]) -> "BlockSteps":
@@ -205,6 +205,10 @@ class Job:
         now = self.clock.seconds
         return {phase: self._earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self._earlier}}
 
+    def resume_clock(self, seconds: dict[str, float]) -> None:
+        """Count the seconds by phase that a note of an earlier process holds."""
+        self._earlier = seconds
+
     def head(self, bytes_before: int, bytes_after: int, loss: LossChange | None) -> dict[str, Any]:
         """Return the fields that all reports have."""
         return {
@@ -256,11 +260,20 @@ class BlockSteps:
                 names, size = note["part"]
                 job.parts.append(Part(job.part_path(number), names, size))
                 job._digests |= note["digests"]
-            job._earlier = note["seconds"]
+            job.resume_clock(note["seconds"])
         return [note["content"] for note in notes[:count]]
 
-    def note(self, index: int, content: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Note that block number `index` is done: `content` in JSON, and the result's `tensors` if it has any."""
+    def note(
+        self,
+        index: int,
+        content: dict[str, Any],
+        tensors: dict[str, Tensor] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        """Note that block number `index` is done: `content` in JSON, and the result's `tensors` if it has any.
+
+        `files` in the journal's folder belong to the note.
+        """
         job, journal = self._job, self._job.journal
         with job.clock.phase("write"):
             part = None if tensors is None else job.write(tensors, index)
@@ -273,7 +286,8 @@ class BlockSteps:
                 "digests": {name: job._digests[name] for name in tensors or {}},
                 "seconds": job.phases(),
             }
-            journal.record(f"{self._name}-{index}", record, [part.path] if own and part is not None else [])
+            paths = [part.path, *files] if own and part is not None else files
+            journal.record(f"{self._name}-{index}", record, paths)
             journal.forget(self._hidden(index - 1))
 
     def _hidden(self, number: int) -> str:
