@@ -329,7 +329,8 @@ def test_a_page_without_predictions(of_family: Callable[[str], CompressionReport
     found = measured(report)
     line = [replace(point, predicted=0.0) for point in found.line]
     layers = [replace(group, predicted=None) for group in found.layers]
-    unknown = replace(report, predicted_loss_increase=0.0, measurements=replace(found, line=line, layers=layers))
+    loss = replace(report.loss, predicted=0.0)
+    unknown = replace(report, loss=loss, measurements=replace(found, line=line, layers=layers))
     text = Reader(compression_page(unknown)).text
     assert "Nothing was predicted." in text
     assert "The quadratic model" not in text
