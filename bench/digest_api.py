@@ -4,7 +4,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hesse.structured import Implant
 from torch import Tensor, nn
 
 import hesse
@@ -12,7 +11,8 @@ from hesse import planning, training
 from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
-from hesse.modules import Attack
+from hesse.modules.implant import Implant
+from hesse.scores.attack import Attack
 
 __all__ = ["HesseError"]
 # The methods that `compress` runs, with what they make of layers.
