@@ -25,18 +25,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
-    from hesse.api import benchmark as benchmark
-    from hesse.api import compress as compress
-    from hesse.api import cut as cut
-    from hesse.api import drop_blocks as drop_blocks
-    from hesse.api import estimate as estimate
-    from hesse.api import evaluate as evaluate
-    from hesse.api import export as export
-    from hesse.api import inspect as inspect
-    from hesse.api import narrow as narrow
-    from hesse.api import plan as plan
-    from hesse.api import repair as repair
-    from hesse.api import rotate as rotate
     from hesse.constraints import Grid as Grid
     from hesse.constraints import LowRank as LowRank
     from hesse.constraints import Sparse as Sparse
@@ -47,6 +35,15 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.curvature import Objective as Objective
     from hesse.estimation import estimate_curvatures as estimate_curvatures
     from hesse.estimation import per_sample_gradients as per_sample_gradients
+    from hesse.evaluation.evaluate import evaluate as evaluate
+    from hesse.inspection.inspect import inspect as inspect
+    from hesse.jobs.compress import compress as compress
+    from hesse.jobs.cut import cut as cut
+    from hesse.jobs.drop_blocks import drop_blocks as drop_blocks
+    from hesse.jobs.estimate import estimate as estimate
+    from hesse.jobs.narrow import narrow as narrow
+    from hesse.jobs.repair import repair as repair
+    from hesse.jobs.rotate import rotate as rotate
     from hesse.modules import compress_module as compress_module
     from hesse.modules import prune_module as prune_module
     from hesse.modules.gradual import prune_gradually as prune_gradually
@@ -55,6 +52,9 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.modules.prune_groups import prune_groups as prune_groups
     from hesse.options import Options as Options
     from hesse.partitions import trace_groups as trace_groups
+    from hesse.planning.budget import plan as plan
+    from hesse.runtimes.benchmark import benchmark as benchmark
+    from hesse.runtimes.export import export as export
     from hesse.solvers import ErrorFeedback as ErrorFeedback
     from hesse.solvers import Nearest as Nearest
     from hesse.solvers import TwoSidedFeedback as TwoSidedFeedback
@@ -65,7 +65,18 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
 
 # Public names by the module that defines them.
 NAMES = {
-    "api": ("benchmark compress cut drop_blocks estimate evaluate export inspect narrow plan repair rotate"),
+    "jobs.compress": "compress",
+    "jobs.cut": "cut",
+    "jobs.drop_blocks": "drop_blocks",
+    "jobs.estimate": "estimate",
+    "jobs.narrow": "narrow",
+    "jobs.repair": "repair",
+    "jobs.rotate": "rotate",
+    "planning.budget": "plan",
+    "evaluation.evaluate": "evaluate",
+    "inspection.inspect": "inspect",
+    "runtimes.benchmark": "benchmark",
+    "runtimes.export": "export",
     "modules": "compress_module prune_module",
     "modules.gradual": "prune_gradually",
     "modules.narrow_heads": "narrow_heads",

@@ -11,6 +11,7 @@ import typer
 import hesse
 from hesse.cli.method_options import with_method_options
 from hesse.cli.options import (
+    METHOD,
     SMALLER,
     AnyOutArgument,
     BatchOption,
@@ -33,7 +34,7 @@ from hesse.cli.options import (
 )
 from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
 from hesse.errors import OptionError
-from hesse.options import Options
+from hesse.options import Options, parse_settings
 
 if TYPE_CHECKING:
     from hesse.methods import Recipe
@@ -66,6 +67,15 @@ def compress(
         ),
     ] = None,
     options: Options,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Option of a method from another package; may be repeated.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe instead of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
@@ -88,7 +98,8 @@ def compress(
     from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
     mean_bits = _mean_bits(bits)
-    options = replace(options, bits=_whole_bits(bits) if mean_bits is None else None)
+    whole_bits = _whole_bits(bits) if mean_bits is None else None
+    options = parse_settings(setting or ()).over(replace(options, bits=whole_bits))
     patterns = tuple(ignore or ())
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
@@ -103,7 +114,7 @@ def compress(
         check_page(report, overwrite, "--report", made=out)
     calibration: dict[str, Any] = {
         "data": data,
-        "curvature": statistics,
+        "statistics": statistics,
         "samples": samples,
         "length": length,
         "seed": seed,
@@ -131,7 +142,7 @@ def compress(
             memory=memory,
             measure=report is not None,
             progress=bars,
-        )
+        ).report
     if not main:
         return
     if report is not None:

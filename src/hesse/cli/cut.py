@@ -41,7 +41,7 @@ def cut(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

@@ -19,6 +19,7 @@ from hesse.cli.options import (
     OverwriteOption,
     ReferenceOption,
     ReportOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
     ShortLengthOption,
@@ -37,7 +38,7 @@ def demo(
 
     with progress_bars(False) as bars:
         options = hesse.Options(bits=4, group_size=64)
-        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars)
+        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
         after = hesse.evaluate(out, reference="default", progress=bars)
         before = hesse.evaluate("default", progress=bars)
     out_console.print(cost_table(report, before, after))
@@ -56,9 +57,9 @@ def methods(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the methods as curvature × constraint × solver, with their sources and what each needs."""
-    from hesse.methods import find_methods
-    from hesse.reporting import methods_table
+    """List the methods as curvature × constraint × solver, with source and needs; for a method, also its options."""
+    from hesse.methods import METHODS, find_methods
+    from hesse.reporting import methods_table, options_table
 
     families = find_methods(names or ())
     if as_json:
@@ -66,6 +67,8 @@ def methods(
         print_json(rows)
     else:
         out_console.print(methods_table(families))
+        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
+            out_console.print(options_table(method))
 
 
 def inspect(
@@ -89,7 +92,7 @@ def inspect(
         result = hesse.inspect(
             model,
             data=data,
-            curvature=statistics,
+            statistics=statistics,
             samples=samples,
             length=length,
             seed=seed,
@@ -151,11 +154,12 @@ def estimate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
     with progress_bars(as_json) as bars:
-        content = hesse.estimate(
+        report = hesse.estimate(
             model,
             out,
             curvatures=[kind.strip() for kind in curvature.split(",")],
@@ -166,12 +170,13 @@ def estimate(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
-        print_json(content)
+        print_json(report.to_dict())
         return
-    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
-    print_line(f"{held} from {content['tokens']:,} tokens: {out.absolute()}")
-    command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
+    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
+    print_line(f"{held} from {report.tokens:,} tokens: {out.absolute()}")
+    command = "compress {} OUT" if "gram" in report.curvatures else "inspect {}"
     print_line(f"Next: hesse {command.format(model)} --statistics {out}")

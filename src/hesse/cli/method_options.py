@@ -1,26 +1,26 @@
-"""The options of methods on the command line: one for each field of `hesse.Options`, with its help."""
+"""The options of methods on the command line: one for each that Hesse knows, with its help."""
 
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from hesse.options import Options, flag, help_of
+from hesse.cli.options import METHOD
+from hesse.options import KNOWN, Options, flag, help_of
 
 OPPOSITES = {"symmetric": "--asymmetric", "signed": "--unsigned"}  # of other flags: --no-...
 
 
 def with_method_options(run: Callable[..., None]) -> Callable[..., None]:
-    """Replace the argument `options` of a command by one option for each field of `Options`.
+    """Replace the argument `options` of a command by one option for each that Hesse knows.
 
-    A field that the command has as an argument of its own is left to the command.
+    An option that the command has as an argument of its own is left to the command.
     """
     signature = inspect.signature(run)
     hints = get_type_hints(run, include_extras=True)
-    own = [entry.name for entry in fields(Options) if entry.name not in signature.parameters]
+    own = [option.name for option in KNOWN if option.name not in signature.parameters]
 
     @functools.wraps(run)
     def command(**arguments: Any) -> None:
@@ -42,6 +42,6 @@ def _parameter(name: str) -> inspect.Parameter:
     kinds = get_args(get_type_hints(Options)[name])
     kind = str if str in kinds else kinds[0]
     flags = [f"{flag(name)}/{OPPOSITES.get(name, '--no-' + flag(name)[2:])}"] if kind is bool else []
-    option = typer.Option(*flags, help=help_of(name), rich_help_panel="Options of methods")
+    option = typer.Option(*flags, help=help_of(name), rich_help_panel=METHOD)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

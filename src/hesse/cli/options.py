@@ -14,7 +14,7 @@ OutArgument = Annotated[Path, typer.Argument(help=OUT, metavar="OUT")]
 AnyOutArgument = Annotated[Path | None, typer.Argument(help=OUT, metavar="OUT")]
 
 # Groups of options in the help of a command.
-SMALLER, CALIBRATION, OUTPUT, MACHINE = "How small", "Calibration", "Output", "Machine"
+SMALLER, METHOD, CALIBRATION, OUTPUT, MACHINE = "How small", "Options of methods", "Calibration", "Output", "Machine"
 
 DataOption = Annotated[
     str | None,

@@ -15,6 +15,7 @@ from hesse.cli.options import (
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
@@ -40,6 +41,7 @@ def drop_blocks(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove whole blocks of a model, chosen by their measured or predicted cost."""
@@ -60,8 +62,9 @@ def drop_blocks(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:
@@ -79,6 +82,7 @@ def narrow(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove hidden units of the feed-forward layers, and refit the layers that read them."""
@@ -96,8 +100,9 @@ def narrow(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

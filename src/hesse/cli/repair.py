@@ -19,6 +19,7 @@ from hesse.cli.options import (
     OutArgument,
     OverwriteOption,
     RankOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
@@ -41,6 +42,7 @@ def repair(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
@@ -68,8 +70,9 @@ def repair(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

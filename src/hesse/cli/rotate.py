@@ -14,6 +14,7 @@ from hesse.cli.options import (
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
@@ -31,6 +32,7 @@ def rotate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rotate a model to remove outliers without changing its function, before it is rounded."""
@@ -46,13 +48,15 @@ def rotate(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
         return
     for note in report.notes:
         print_line(note)
-    print_line(f"KL(model || rotated): {report.kl:.3g} nats per token, on {report.tokens:,} tokens")
+    if report.loss is not None:
+        print_line(f"{report.loss.name}: {report.loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
     print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
     print_line(f"Next: hesse compress {out} OUT")

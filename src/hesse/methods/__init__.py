@@ -20,7 +20,7 @@ from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver
 from hesse.methods.table import DEFAULT_METHOD, FAMILIES, METHODS, find_method, find_methods, methods_of, register
 from hesse.methods.verbs import VERBS, Verb
-from hesse.options import Option, Options
+from hesse.options import Option, Options, parse_settings
 
 __all__ = [
     "CURVATURES",
@@ -45,6 +45,7 @@ __all__ = [
     "find_methods",
     "load_recipe",
     "methods_of",
+    "parse_settings",
     "register",
     "solver",
 ]
