@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hesse.compression.dense import forward_walk, probe
@@ -26,7 +25,7 @@ from hesse.models.checkpoint import Checkpoint
 from hesse.models.network import Layer, Network
 from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, calibration_batch, start
-from hesse.models.writer import write_text
+from hesse.models.writer import write_tensors, write_text, writing
 from hesse.progress import Clock, Progress
 
 Kind = Literal["gram", "kronecker", "fisher"]
@@ -138,9 +137,8 @@ class _Estimation:
                 sensitivities = self._probe(Path(waiting))
             if "gram" in kinds:
                 self._grams(Path(waiting))
-        with self.clock.phase("write"):
-            tensors = {name: value.cpu().contiguous() for name, value in sensitivities.items()}
-            save_file(tensors, self.folder / SENSITIVITIES_FILE)
+        with self.clock.phase("write"), writing(self.folder.parent):
+            write_tensors(self.folder / SENSITIVITIES_FILE, sensitivities)
         return {"curvatures": self.files}
 
     def _probe(self, folder: Path) -> dict[str, Tensor]:
