@@ -124,6 +124,7 @@ def test_one_that_dies_ends_all_and_the_run_goes_on(half_folder: FolderOf, tmp_p
     assert left_over(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_more_processes_than_samples_are_refused(family_folder: FolderOf, tmp_path: Path) -> None:
     data = write_ids(tmp_path / "ids.jsonl", IDS[:1])
     results = ended(start(2, "compress", family_folder("llama"), tmp_path / "out", "--data", data, "--json"))
