@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
 
 SAMPLES, LENGTH = 64, 256
 

@@ -18,11 +18,11 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
-from hesse.compression.block_scores import Removals
-from hesse.compression.plan import open_networks
-from hesse.compression.tokens import Calibration, select_samples
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.data.selection import Calibration, select_samples
+from hesse.formats.opening import open_networks
 from hesse.progress import Silence
+from hesse.scores.blocks import Removals
 
 RANDOM = 5  # choices of blocks
 

@@ -16,11 +16,11 @@ from methods import stored_dtype
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import CodebookOptions, GridOptions, OutlierOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.locate import DEFAULT_FOLDER
 
 SHARE = 0.0045  # of the weights kept beside the tables, as in SqueezeLLM
 # Curvature, the solver of codes alone, and that of codes and what is kept.

@@ -20,14 +20,14 @@ from methods import asked, stored_dtype
 from run import LENGTH, SAMPLES
 
 import hesse
-from hesse.compression.layers import LayerProblem, LayerSolver, effect
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions, LowRankOptions, OutlierOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Group, Problem, cheapest_within
 
 SOLVERS = {"low_rank": "two_sided_alternating", "outliers": "two_sided_outliers"}

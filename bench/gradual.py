@@ -22,19 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.training import (
-    CompressionAware,
-    Held,
-    HeldSigns,
-    Movement,
-    OneBit,
-    Training,
-    linear_decay,
-    prunable_weights,
-)
+from hesse.training import CompressionAware, Held, HeldSigns, Movement, OneBit, Training, linear_decay, prunable_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

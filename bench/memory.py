@@ -20,8 +20,8 @@ from machine import limits
 from run import Case, run_peer
 from transformers import LlamaConfig
 
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.models.writer import write_tensors
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, VOCABULARY = 1536, 4096, 8192

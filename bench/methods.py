@@ -18,9 +18,9 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import HesseError
 from hesse.formats import open_checkpoint
-from hesse.models.locate import DEFAULT_FOLDER
 
 Row = tuple[str, dict[str, Any]]
 GRID = {"bits": 3, "group_size": 64}

@@ -21,9 +21,9 @@ from machine import limits
 from torch import Tensor, nn
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.data import read_samples
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.solvers.nystroem import refitted
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -21,17 +21,16 @@ from machine import limits
 from torch import Tensor
 
 import hesse
-from hesse.compression import Calibration
-from hesse.compression.budget import PricedMenu
-from hesse.compression.costs import CostMeter
-from hesse.compression.layers import LayerProblem, LayerSolver
-from hesse.compression.menu import LayerGroup, make_menu
-from hesse.compression.plan import open_networks
-from hesse.compression.tokens import factor_tokens, select_samples
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.data.selection import Calibration, factor_tokens, select_samples
 from hesse.estimation import GramAccumulator
+from hesse.formats.opening import open_networks
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within
+from hesse.planning.budget import PricedMenu
+from hesse.planning.costs import CostMeter
+from hesse.planning.menu import LayerGroup, make_menu
 from hesse.progress import Silence
 
 HERE = Path(__file__).resolve().parent

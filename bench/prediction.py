@@ -1,6 +1,6 @@
 """How far predictions of loss increase can be trusted: measured over predicted, on many models and schemes.
 
-`python bench/prediction.py OUT` writes Markdown tables, from which the band in `compression/measurements.py` was drawn,
+`python bench/prediction.py OUT` writes Markdown tables, from which the band in `evaluation/measurements.py` was drawn,
 to OUT/prediction.md, and a report of each compression of the default model beside them.
 """
 
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import hesse
 import tiny_models
 from hesse import Options
-from hesse.compression import CompressionReport, Measurements
+from hesse.evaluation.measurements import Measurements
+from hesse.jobs.report import CompressionReport
 from hesse.reporting import compression_page
 
 # What is done to the default model: name, method, options.

@@ -16,9 +16,9 @@ from machine import limits
 from safetensors.torch import load_file
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.models.writer import write_tensors
 
 LENGTH, EVALUATED = 256, 32
 CHANNELS, TIMES = [17, 80, 143, 201], 30.0

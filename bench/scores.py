@@ -23,12 +23,13 @@ from machine import limits
 from torch import Tensor, nn
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.modules import Attack, ModuleReport
+from hesse.modules import ModuleReport
+from hesse.scores.attack import Attack
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.structured import Implant, only_train_once, prune_groups
-from hesse.structured.ranking import METHODS
+from hesse.modules.implant import Implant
+from hesse.modules.only_train_once import only_train_once
+from hesse.modules.prune_groups import prune_groups
+from hesse.modules.ranking import METHODS
 from hesse.training import Training, recover
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

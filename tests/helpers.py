@@ -19,9 +19,9 @@ from torch import Tensor
 import hesse
 import tiny_models
 from hesse.cli import main
-from hesse.compression import CompressionReport
 from hesse.errors import OptionError
 from hesse.formats import open_checkpoint, packed
+from hesse.jobs.report import CompressionReport
 
 WEIGHTS = "model.safetensors"
 IDS = tiny_models.random_ids(8, 32)

@@ -14,17 +14,18 @@ from torch import Tensor
 import hesse
 import small_nets
 from helpers import IDS
-from hesse.compression.costs import CostMeter
-from hesse.compression.menu import make_menu
-from hesse.compression.plan import open_networks
 from hesse.curvature import Curvature, GaussNewton, Gram, Hessian, Kronecker, Objective
 from hesse.errors import OptionError
+from hesse.formats.opening import open_networks
 from hesse.methods import Options, find_method
 from hesse.planning import Candidate, Choice, Group, Problem
 from hesse.planning.bisection import smallest_accepted
-from hesse.planning.interactions import dependent_blocks, interactions, joint_problem, single_choice
+from hesse.planning.costs import CostMeter
+from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
+from hesse.planning.menu import make_menu
 from hesse.planning.pricing import Member, allocate, changes_of, grid_menu, priced, use
-from hesse.planning.sensitivities import SENSITIVITIES, find_sensitivity, predicted_costs
+from hesse.scores.interactions import interactions
+from hesse.scores.sensitivities import SENSITIVITIES, find_sensitivity, predicted_costs
 from hesse.testing import normal
 
 FolderOf = Callable[[str], Path]

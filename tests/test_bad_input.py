@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from helpers import OTHER_IDS, WEIGHTS, CommandLine, Ran, change, compress, left_over, output, write_ids
-from hesse.compression.layers import LayerSolver
+from hesse.checkpoints import writer
 from hesse.formats import packed
-from hesse.models import writer
+from hesse.layerwise.layer_solver import LayerSolver
 
 FolderOf = Callable[[str], Path]
 Refuse = Callable[..., str]
@@ -308,7 +308,7 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hesse.compression import run
+    from hesse.jobs import run
 
     if where == "solve":
         monkeypatch.setattr(LayerSolver, "solve", stop)

@@ -10,10 +10,10 @@ import torch
 
 import hesse
 from helpers import dense_tensors, left_over, write_ids
-from hesse.compression.cut import directions
 from hesse.curvature import Kronecker
 from hesse.errors import CheckpointError, OptionError
 from hesse.planning.problem import Problem
+from hesse.planning.singular_directions import directions
 from hesse.planning.slope import by_common_slope
 from hesse.solvers import WhitenedSVD
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, change, dense_tensors, left_over, output, write_ids
-from hesse.compression import DropReport
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError
+from hesse.jobs.drop_report import DropReport
 
 DEPTH = 4
 COUNTS = {"gpt2": "n_layer"}

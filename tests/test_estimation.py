@@ -10,23 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hesse.compression.dense import output_factors
-from hesse.compression.weight_fisher import BLOCK_SIZE, FisherNeeds
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import BlockRankOneSum, CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
-from hesse.estimation import (
-    BackwardWalk,
-    GramAccumulator,
-    OutputMoments,
-    Sums,
-    estimate_curvatures,
-    gram,
-    layer_part,
-)
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import advance, start
+from hesse.estimation import GramAccumulator, OutputMoments, Sums, estimate_curvatures, gram
+from hesse.estimation.probe import output_factors
+from hesse.estimation.weight_fisher import BLOCK_SIZE, FisherNeeds
+from hesse.networks.network import Network
+from hesse.passes.backward import BackwardPass, layer_part
+from hesse.passes.stream import advance, start
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -104,7 +97,7 @@ def test_labels_are_drawn_from_the_softmax() -> None:
     assert shares[2] == 0
 
 
-def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardWalk]:
+def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardPass]:
     """The network, and the walk back over its blocks."""
     network = Network(Checkpoint(folder), torch.float32, CPU)
     flows = start(network, IDS.split(batch))
@@ -113,7 +106,7 @@ def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, Back
         inputs.append([flow.waiting for flow in flows])
         with network.loaded(block) as module:
             advance(flows, module, index)
-    return network, BackwardWalk(network, flows, inputs, SEED, apart)
+    return network, BackwardPass(network, flows, inputs, SEED, apart)
 
 
 def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
@@ -270,7 +263,7 @@ def test_shares_of_the_samples_get_the_labels_that_they_get_together(name: str, 
             inputs.append([flow.waiting for flow in flows])
             with network.loaded(block) as module:
                 advance(flows, module, index)
-        walk = BackwardWalk(network, flows, inputs, SEED, earlier=list(IDS[:start_at].unsqueeze(1)))
+        walk = BackwardPass(network, flows, inputs, SEED, earlier=list(IDS[:start_at].unsqueeze(1)))
         return {layer: factor / walk.scale for block in output_factors(walk, ()) for layer, factor in block.items()}
 
     half = len(IDS) // 2

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
 from helpers import fast_first
-from hesse.curvature import (
-    CrossEntropy,
-    Curvature,
-    Fisher,
-    GaussNewton,
-    Hessian,
-    Objective,
-    UserLoss,
-)
+from hesse.curvature import CrossEntropy, Curvature, Fisher, GaussNewton, Hessian, Objective, UserLoss
 from hesse.errors import DataError, OptionError, UnsupportedProduct
 from hesse.testing import CurvatureLaws, normal
 from small_nets import LOSSES, SETTINGS, everything, make, mlp

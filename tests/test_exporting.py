@@ -15,11 +15,11 @@ import tiny_models
 from helpers import CommandLine, compress, dense_tensors, left_over, output, twin
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
-from hesse.exporting import export
-from hesse.exporting.gguf_blocks import block_type, to_blocks
-from hesse.exporting.gguf_families import rotary_factors
 from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
+from hesse.runtimes import export
+from hesse.runtimes.gguf_blocks import block_type, to_blocks
+from hesse.runtimes.gguf_families import rotary_factors
 
 FolderOf = Callable[[str], Path]
 IDS = tiny_models.random_ids(2, 12, seed=3)
@@ -329,7 +329,7 @@ class TestTorchao:
         family_folder: FolderOf,
         tmp_path: Path,
     ) -> None:
-        from hesse.exporting.torchao_folder import load_torchao
+        from hesse.runtimes.torchao_folder import load_torchao
 
         source = family_folder(family)
         folder = source if grid is None else rounded(source, tmp_path / "out", *grid)
@@ -348,7 +348,7 @@ class TestTorchao:
         assert any("zero points times scales are rounded" in note for note in report.notes)
 
     def test_a_folder_that_is_none_of_ours(self, tmp_path: Path) -> None:
-        from hesse.exporting.torchao_folder import load_torchao
+        from hesse.runtimes.torchao_folder import load_torchao
 
         with pytest.raises(CheckpointError, match=r"has no model\.pt"):
             load_torchao(tmp_path)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import tiny_models
 from helpers import WEIGHTS, change, skipped_if_too_old
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint, packed
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 FolderOf = Callable[[str], Path]
 Rules = dict[str, Constraint]  # the first pattern found in a layer's name decides

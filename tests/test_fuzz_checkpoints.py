@@ -9,11 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import JSON, LIMITED, folder, survives
+from hesse.checkpoints.checkpoint import INDEX, Checkpoint
 from hesse.errors import CheckpointError, HesseError
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
-from hesse.models.checkpoint import INDEX, Checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 
 def entry(name: str, shape: list[Any], stop: int) -> dict[str, Any]:

@@ -11,25 +11,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Sparse
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.errors import HesseError, OptionError, OutputError
 from hesse.methods import Options
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.modules import compress_module
+from hesse.modules.gradual import Gradual, prune_gradually
 from hesse.progress import Silence
 from hesse.testing import normal
 from hesse.training import (
     CompressionAware,
     Distillation,
-    Gradual,
     GradualSchedule,
     Movement,
     Training,
     prunable_weights,
-    prune_gradually,
     recover,
 )
 

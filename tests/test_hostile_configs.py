@@ -14,7 +14,7 @@ import tiny_models
 from helpers import IDS, change, compress
 from hesse.errors import CheckpointError, HesseError, UnsupportedModelError
 from hesse.formats import open_checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 FolderOf = Callable[[str], Path]
 Edit = Callable[[dict[str, Any]], None]

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import hesse
 from helpers import IDS, WEIGHTS, CommandLine, write_ids
-from hesse.compression.output import companion_notes, copy_companions
+from hesse.checkpoints.checkpoint import INDEX, Checkpoint
+from hesse.checkpoints.files import DEEPEST_JSON, belongs, read_json, unfinished_file
+from hesse.checkpoints.locate import DEFAULT_FOLDER, locate
+from hesse.checkpoints.output import companion_notes, copy_companions
 from hesse.errors import CheckpointError
 from hesse.estimation import Statistics, load_curvature
 from hesse.formats import open_checkpoint
-from hesse.models.checkpoint import INDEX, Checkpoint
-from hesse.models.files import DEEPEST_JSON, belongs, read_json, unfinished_file
-from hesse.models.locate import DEFAULT_FOLDER, locate
 
 FolderOf = Callable[[str], Path]
 
@@ -207,7 +207,7 @@ def test_json_is_read_from_files_only(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(CheckpointError, match="is missing"):
             read_json(path)
     (tmp_path / "large.json").write_text('{"a": 1}')
-    monkeypatch.setattr("hesse.models.files.LARGEST_JSON", 4)
+    monkeypatch.setattr("hesse.checkpoints.files.LARGEST_JSON", 4)
     with pytest.raises(CheckpointError, match="has more than 4 bytes"):
         read_json(tmp_path / "large.json")
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, compress, left_over, output, twin, write_ids
-from hesse.compression.input_rounding import rounding_cost
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
+from hesse.layerwise.input_rounding import rounding_cost
 from hesse.methods import Recipe
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 FolderOf = Callable[[str], Path]
 BYTES = {"bits": 8, "group_size": -1, "input_bits": 8}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import hesse
 from hesse.curvature import SquaredError
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.partitions.attention import NarrowAttention
-from hesse.structured.narrow_heads import leading_directions, nearest_product, root
+from hesse.modules.narrow_heads import leading_directions, nearest_product, root
+from hesse.networks.narrow_attention import NarrowAttention
 from hesse.testing import normal
 
 WIDTH, HEADS, SIZE = 16, 2, 8

@@ -11,8 +11,8 @@ import pytest
 import hesse
 import tiny_models
 from helpers import CommandLine
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import DataError
-from hesse.models.locate import DEFAULT_FOLDER
 
 FolderOf = Callable[[str], Path]
 SOURCES = sorted(Path(hesse.__file__).parent.rglob("*.py"))

@@ -12,11 +12,11 @@ from torch import nn
 
 import hesse
 from helpers import IDS, compress, write_ids
+from hesse.checkpoints import writer
+from hesse.checkpoints.checkpoint import INDEX
+from hesse.checkpoints.writer import write_tensors
 from hesse.curvature import Gram, SquaredError
 from hesse.estimation import save_curvature
-from hesse.models import writer
-from hesse.models.checkpoint import INDEX
-from hesse.models.writer import write_tensors
 from hesse.reporting.page import write_page
 from hesse.training import Training, recover
 

@@ -137,4 +137,4 @@ def test_one_process_shares_with_nobody() -> None:
     alone.add(tensor)
     alone.wait()
     assert torch.equal(alone.joined(tensor), torch.ones(3))
-    assert (alone.total(3), alone.least(3), alone.leads) == (3, 3, True)
+    assert (alone.all_reduce_sum(3), alone.all_reduce_min(3), alone.is_main) == (3, 3, True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hesse.checkpoints.read_ahead import ReadAhead
 from hesse.errors import CheckpointError
 from hesse.formats import open_checkpoint
-from hesse.models.network import Network
-from hesse.models.read_ahead import ReadAhead
+from hesse.networks.network import Network
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

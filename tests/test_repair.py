@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, change, compress, dense_tensors, left_over, output, twin, write_ids
-from hesse.compression import RepairReport
 from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
+from hesse.jobs.repair_report import RepairReport
 
 FolderOf = Callable[[str], Path]
 RANK = 6

@@ -15,12 +15,13 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, change, compress, dense_tensors, sha256, write_ids
-from hesse.compression import CompressionReport, Measured, Measurements, continuations
-from hesse.compression.measurements import BAND, LAYER_BAND, leaves
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
 from hesse.errors import OptionError
+from hesse.evaluation import continuations
+from hesse.evaluation.measurements import BAND, LAYER_BAND, Measured, Measurements, leaves
+from hesse.jobs.report import CompressionReport
 from hesse.methods import Recipe
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.reporting import compression_page
 from hesse.reporting.compression import repeat_command
 from hesse.reporting.terminal import number

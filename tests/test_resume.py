@@ -17,10 +17,9 @@ import torch
 
 import tiny_models
 from helpers import IDS, CommandLine, change, compress, fast_first, left_over, write_ids
-from hesse.compression import unfinished
-from hesse.compression.journal import Journal
+from hesse.checkpoints import tensor_store, unfinished
+from hesse.checkpoints.journal import Journal
 from hesse.errors import OptionError, OutputError
-from hesse.models import shelf
 
 FolderOf = Callable[[str], Path]
 # Everything but where its time went, which is told in compression.json.
@@ -38,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "planned": {"mean_bits": 3.5},
 }
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["helpers", "hesse.compression"])
+PROCESSES.set_forkserver_preload(["helpers", "hesse.jobs.compress"])
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -150,15 +149,15 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     source = family_folder("llama")
     compress(source, tmp_path / "undisturbed", **settings("gptq"))
-    append, calls = shelf.TensorFile.append, [0]
+    append, calls = tensor_store.TensorFile.append, [0]
 
-    def full(self: shelf.TensorFile, tensor: torch.Tensor) -> int:
+    def full(self: tensor_store.TensorFile, tensor: torch.Tensor) -> int:
         calls[0] += 1
         if calls[0] == 6:
             raise OutputError("the disk is full")
         return append(self, tensor)
 
-    monkeypatch.setattr(shelf.TensorFile, "append", full)
+    monkeypatch.setattr(tensor_store.TensorFile, "append", full)
     with pytest.raises(OutputError, match="the disk is full; what is done of it is kept, and the same command goes on"):
         compress(source, tmp_path / "out", **settings("gptq"))
     assert left_over(tmp_path) == [".out.unfinished"]
@@ -184,7 +183,7 @@ def cut_short(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **option
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.run.Run._note", stop)
+        patch.setattr("hesse.jobs.run.Run._note", stop)
         with pytest.raises(KeyboardInterrupt, match="kept"):
             compress(source, out, **{**settings("gptq"), **options})
 
@@ -232,7 +231,7 @@ def test_changed_data_and_versions_are_refused(
     with pytest.raises(OutputError, match="in its data: give --restart"):
         compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
     write_ids(data)
-    monkeypatch.setattr("hesse.compression.compress.versions", lambda _: {"torch": "9.9"})
+    monkeypatch.setattr("hesse.jobs.compress.versions", lambda _: {"torch": "9.9"})
     with pytest.raises(OutputError, match="in its versions of Hesse and its libraries: give --restart"):
         compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
 
@@ -288,7 +287,7 @@ def test_the_command_line_says_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.run.Run._note", stop)
+        patch.setattr("hesse.jobs.run.Run._note", stop)
         ran = hesse_command(*arguments)
     assert ran.code == 130
     kept = "was not written; what is done of it is kept, and the same command goes on."

@@ -15,14 +15,14 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, change, compress, dense_tensors, left_over, output, twin, write_ids
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Grid
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Rewrite
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import advance, finish, start
-from hesse.rewriting import ROTATIONS, SCALINGS, Rewriting, Sight, Target
+from hesse.networks.network import Network
+from hesse.passes.stream import advance, finish, start
+from hesse.rewriting import ROTATIONS, SCALINGS, Rewriting, RewritingSamples, Target
 from hesse.rewriting.hadamard import random_hadamard
 from hesse.rewriting.kurtosis import UNIFORM, kurtosis, learn_rotation
 from hesse.rewriting.maps import Folding, Map, Rotation, Scaling
@@ -80,7 +80,7 @@ def logits(checkpoint: Checkpoint) -> Tensor:
 
 def rewritten(kind: str, folder: Path, targets: dict[str, Target] | None = None, seed: int = 0) -> Rewriting:
     rewriting = Rewriting(kind, Network(Checkpoint(folder), torch.float32, CPU))
-    rewriting.find(Sight([torch.tensor(IDS)], targets or {}, seed, None, lambda: None))
+    rewriting.find(RewritingSamples([torch.tensor(IDS)], targets or {}, seed, None, lambda: None))
     return rewriting
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hesse.planning.sparsity import dropped_by_layer, layer_adaptive_magnitudes, magnitudes
+from hesse.scores.layer_shares import dropped_by_layer, layer_adaptive_magnitudes, magnitudes
 from hesse.testing import normal, seeds
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, WEIGHTS, CommandLine, change, compress, dense_tensors, left_over, write_ids
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, OptionError, OutputError
 from hesse.estimation import Statistics
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")

@@ -11,24 +11,25 @@ import transformers
 from torch import Tensor, nn
 
 import digits
-import hesse
 from hesse.curvature import CrossEntropy, Hessian, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.methods.structured import ROWS
+from hesse.methods import methods_of
+from hesse.modules.group_budget import Ranking, shared_numbers, uniform_numbers
+from hesse.modules.hierarchy import within_hierarchy
+from hesse.modules.implant import Implant, ImplantedLayer, implant
+from hesse.modules.only_train_once import only_train_once
+from hesse.modules.prune_groups import prune_groups
+from hesse.modules.ranking import METHODS
 from hesse.partitions import Group, trace_groups, zero_groups
 from hesse.partitions.experts import with_linear_experts
-from hesse.structured import HalfSpace, Implant, ImplantedLayer, only_train_once, prune_groups
-from hesse.structured.budget import Ranking, shared_numbers, uniform_numbers
-from hesse.structured.hierarchy import within_hierarchy
-from hesse.structured.implant import implant
-from hesse.structured.ranking import METHODS
-from hesse.structured.readers import Reader, readers
-from hesse.structured.scores import fisher_scores, taylor_scores, trace_scores
-from hesse.structured.sums import GroupSums, everything, outgoing, produced
-from hesse.structured.surgeon import DAMPING, greedy_removal, independent_costs, refitted
+from hesse.scores.group_sums import GroupSums, everything, outgoing, produced
+from hesse.scores.group_surgeon import DAMPING, greedy_removal, independent_costs, refitted
+from hesse.scores.groups import fisher_scores, taylor_scores, trace_scores
+from hesse.scores.readers import Reader, readers
 from hesse.testing import normal
+from hesse.training.half_space import HalfSpace
 from tiny_models import FAMILIES
 
 
@@ -414,9 +415,8 @@ def test_zeroed_groups_are_what_the_report_measures() -> None:
 
 
 def test_rows_say_calls_that_run() -> None:
-    named = {row.run.partition('method="')[2].partition('"')[0] for row in ROWS if "prune_groups" in row.run}
+    named = {method.score for method in methods_of("prune_groups").values()}
     assert named == {*METHODS, "pagcp", "axformer"}
-    assert all(hasattr(hesse, row.run.partition("(")[0].removeprefix("hesse.")) for row in ROWS)
 
 
 def test_bad_input_is_refused_before_any_work() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import hesse
 from hesse.errors import OptionError
 from hesse.methods import find_method
-from hesse.modules.attention import SplitAttention, split_attentions
-from hesse.partitions.attention import NarrowAttention, outputs_called
+from hesse.networks.narrow_attention import NarrowAttention, outputs_called
+from hesse.networks.torch_attention import SplitAttention, split_attentions
 from hesse.testing import normal
 from hesse.training import Training, prunable_weights
 

@@ -3,6 +3,7 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesse.constraints import Grid, LowRank, Sparse
@@ -23,7 +24,7 @@ from hesse.curvature import (
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
-from hesse.training import Distillation, GradualSchedule, Training, held_zeros, prune_gradually, recover
+from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
         rotate,
     )
     from hesse.modules import ModuleReport, compress_module, prune_module
-    from hesse.structured import narrow_heads, only_train_once, prune_groups
+    from hesse.modules.gradual import prune_gradually
+    from hesse.modules.narrow_heads import narrow_heads
+    from hesse.modules.only_train_once import only_train_once
+    from hesse.modules.prune_groups import prune_groups
 
 __all__ = [
     "METHODS",
@@ -99,18 +103,21 @@ __all__ = [
 ]
 
 
+MODULES = {
+    "ModuleReport": "report",
+    "compress_module": "compress",
+    "narrow_heads": "narrow_heads",
+    "only_train_once": "only_train_once",
+    "prune_gradually": "gradual",
+    "prune_groups": "prune_groups",
+    "prune_module": "prune_weights",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Those that need transformers, on first use: it takes seconds that tensors do not need."""
-    if name in ("ModuleReport", "compress_module", "prune_module"):
-        from hesse import modules
-
-        return getattr(modules, name)
-    if name in ("narrow_heads", "only_train_once", "prune_groups"):
-        from hesse import structured
-
-        return getattr(structured, name)
+    """Import what needs transformers on first use: it takes seconds that tensors do not need."""
+    if name in MODULES:
+        return getattr(import_module(f"hesse.modules.{MODULES[name]}"), name)
     if name in __all__:
-        from hesse import api
-
-        return getattr(api, name)
+        return getattr(import_module("hesse.api"), name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from hesse.api.options import Data, calibration_of, find_device
-from hesse.compression import DropReport, DropRequest, NarrowReport, drop_blocks_checkpoint, narrow_checkpoint
-from hesse.models.locate import locate
+from hesse.checkpoints.locate import locate
+from hesse.jobs.drop_blocks import DropRequest, drop_blocks_checkpoint
+from hesse.jobs.drop_report import DropReport
+from hesse.jobs.narrow import NarrowReport, narrow_checkpoint
 from hesse.progress import Progress, Silence
 
 

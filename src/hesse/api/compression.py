@@ -5,21 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from hesse.api.options import Data, calibration_of, find_device
-from hesse.compression import (
-    Budget,
-    BudgetPlan,
-    BudgetRequest,
-    CompressionReport,
-    RotationReport,
-    compress_checkpoint,
-    estimate_checkpoint,
-    plan_budget,
-    rotate_checkpoint,
-)
-from hesse.compression.memory import bytes_of
+from hesse.checkpoints.locate import locate
 from hesse.errors import OptionError
+from hesse.jobs.compress import compress_checkpoint
+from hesse.jobs.estimate import estimate_checkpoint
+from hesse.jobs.memory import bytes_of
+from hesse.jobs.report import CompressionReport
+from hesse.jobs.rotate import RotationReport, rotate_checkpoint
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.models.locate import locate
+from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, plan_budget
 from hesse.progress import Progress, Silence
 from hesse.version import __version__
 
@@ -99,7 +93,7 @@ def compress(
     elif allocation is not None:
         raise OptionError("an allocation is how a budget is shared out: give a size, mean bits or a loss")
     elif recipe is None:
-        wanted = find_method(method).recipe(options or Options(), tuple(ignore))
+        wanted = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
         raise OptionError("a recipe says everything itself: leave out options and ignore")
     else:
@@ -172,7 +166,9 @@ def _request(
     allocation: str | None,
 ) -> BudgetRequest:
     kept = tuple(ignore)
-    return BudgetRequest(budget, find_method(method), options or Options(), kept, target or "transformers", allocation)
+    return BudgetRequest(
+        budget, find_method(method, "compress"), options or Options(), kept, target or "transformers", allocation
+    )
 
 
 def estimate(

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hesse.api.options import calibration_of, find_device
-from hesse.compression import CompressionReport, compress_checkpoint
-from hesse.compression.cut import cut_recipe
-from hesse.compression.output import check_output
-from hesse.models.locate import locate
+from hesse.checkpoints.locate import locate
+from hesse.checkpoints.output import check_output
+from hesse.jobs.compress import compress_checkpoint
+from hesse.jobs.report import CompressionReport
+from hesse.planning.singular_directions import cut_recipe
 from hesse.progress import Progress, Silence
 from hesse.version import __version__
 

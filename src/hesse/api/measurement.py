@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 
 from hesse.api.options import Data, at_least, find_device
-from hesse.compression.tokens import sample_length
+from hesse.checkpoints.locate import locate
 from hesse.data import read_samples
+from hesse.data.selection import sample_length
 from hesse.evaluation import Evaluation, evaluate_checkpoint
-from hesse.evaluation.evaluate import evaluation_batch
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.inspection import Inspection, inspect_checkpoint
-from hesse.models.locate import locate
-from hesse.models.network import Network
+from hesse.networks.network import Network
+from hesse.passes.batch_sizes import evaluation_batch
 from hesse.progress import Progress, Silence
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hesse.compression import Calibration
+from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 
 Data = str | Path | list[list[int]] | None

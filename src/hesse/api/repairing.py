@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hesse.api.options import Data, calibration_of, find_device
-from hesse.compression import RepairReport, RepairRequest, repair_checkpoint
-from hesse.models.locate import locate
+from hesse.checkpoints.locate import locate
+from hesse.jobs.repair import RepairRequest, repair_checkpoint
+from hesse.jobs.repair_report import RepairReport
 from hesse.progress import Progress, Silence
 from hesse.version import __version__
 

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hesse.api.options import at_least
-from hesse.benchmarking import RUNTIMES, Benchmark, benchmark_checkpoint
-from hesse.exporting import ExportReport, export_checkpoint
-from hesse.models.locate import locate
+from hesse.checkpoints.locate import locate
 from hesse.progress import Progress, Silence
+from hesse.runtimes.benchmark import benchmark_checkpoint
+from hesse.runtimes.benchmark_result import Benchmark
+from hesse.runtimes.export import export_checkpoint
+from hesse.runtimes.export_report import ExportReport
+from hesse.runtimes.programs import RUNTIMES
 from hesse.version import __version__
 
 

@@ -21,7 +21,7 @@ from hesse.cli.options import (
     SeedOption,
 )
 from hesse.errors import OptionError
-from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of
 from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
 
@@ -29,7 +29,7 @@ from hesse.reporting import check_page, compression_page, compression_summary, w
 def compress(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods_of('compress'))}.")] = DEFAULT_METHOD,
     bits: Annotated[
         str | None, typer.Option(help="Bits a weight, 2 to 8; with a point, such as 3.2, a mean to be planned.")
     ] = None,
@@ -107,7 +107,7 @@ def compress(
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
     from hesse import api
-    from hesse.processes import is_first
+    from hesse.processes import is_main_process
 
     settings: dict[str, Any] = {
         "data": data,
@@ -124,7 +124,7 @@ def compress(
     if planned:
         settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
         settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    leads = is_first()
+    leads = is_main_process()
     with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
             sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
@@ -202,7 +202,7 @@ def _whole_bits(text: str | None) -> int | None:
 
 def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:
     if path is None:
-        return find_method(method).recipe(options, ignore)
+        return find_method(method, "compress").recipe(options, ignore)
     if options != Options() or ignore or method != DEFAULT_METHOD:
         raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
     return load_recipe(path)

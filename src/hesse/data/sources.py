@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hesse.checkpoints.locate import DEFAULT, DEFAULT_FOLDER
 from hesse.errors import DataError, reason
-from hesse.models.locate import DEFAULT, DEFAULT_FOLDER
 
 Purpose = Literal["calibration", "evaluation"]
 # The text shipped with the package: what it is called in messages, and its file in `DEFAULT_FOLDER`.

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hesse.checkpoints.writer import write_tensors
 from hesse.curvature import Curvature, Origin
 from hesse.errors import CheckpointError, UnsupportedProduct, reason
-from hesse.models.writer import write_tensors
 from hesse.version import __version__
 
 KEY = "hesse_curvature"

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.errors import DataError, OptionError
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.errors import OptionError
 from hesse.evaluation.metrics import HiddenTotals, Totals
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import Flow, advance, finish, start
+from hesse.networks.network import Network
+from hesse.networks.vocabulary import check_ids, vocabulary
+from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress
 
 # Logits of one batch: at most so many numbers, 128 MB in float32.
-LOGITS_LIMIT = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def evaluate_checkpoint(
     return compare(network, flows, other, dense, progress)
 
 
-def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[Flow]:
+def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[StreamBatch]:
     """Take all batches through all blocks.
 
     Raises:
@@ -100,7 +100,11 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
 
 
 def compare(
-    network: Network, flows: list[Flow], other: Network | None, dense: list[Flow] | None, progress: Progress
+    network: Network,
+    flows: list[StreamBatch],
+    other: Network | None,
+    dense: list[StreamBatch] | None,
+    progress: Progress,
 ) -> Evaluation:
     """The evaluation of `flows` that have passed all blocks of `network`, beside `dense` ones of `other`."""
     totals, hidden = Totals(), HiddenTotals()
@@ -153,25 +157,3 @@ def _evaluation(
         bytes=checkpoint.file_bytes,
         bits_per_weight=8 * checkpoint.stored_bytes / parameters,
     )
-
-
-def vocabulary(network: Network) -> int:
-    """The number of token ids the network knows."""
-    weight = network.model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def check_ids(network: Network, batches: list[Tensor]) -> None:
-    """Raise DataError for a token id that the network does not know."""
-    largest = max(int(ids.max()) for ids in batches)
-    if largest >= vocabulary(network):
-        raise DataError(
-            f"the data holds the token id {largest}, but the model knows {vocabulary(network)}: "
-            "the tokens were made by another tokenizer"
-        )
-
-
-def evaluation_batch(network: Network, length: int) -> int:
-    """Samples of `length` tokens a batch such that their logits stay within `LOGITS_LIMIT`."""
-    return max(LOGITS_LIMIT // (vocabulary(network) * length), 1)

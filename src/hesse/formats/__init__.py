@@ -8,7 +8,7 @@ from hesse.formats.integers import IntegerFormat
 from hesse.formats.low_rank import LowRankFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 FORMATS: dict[str, type[Format]] = {
     kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hesse.checkpoints.files import read_json
+from hesse.checkpoints.writer import write_tensors, write_text, writing
 from hesse.constraints import LowRankCode
 from hesse.errors import CheckpointError, OptionError, reason
 from hesse.formats.reading import CompressedCheckpoint
-from hesse.models.files import read_json
-from hesse.models.network import Network
-from hesse.models.writer import write_tensors, write_text, writing
+from hesse.networks.families import is_expert
+from hesse.networks.network import Network
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model's own modules
@@ -32,7 +33,7 @@ def layer_paths(network: Network) -> dict[str, str]:
 def check_adaptable(layers: Iterable[str]) -> None:
     """Raise OptionError for a layer that PEFT cannot put factors beside; the message names it."""
     for name in layers:
-        if ".experts." in name:
+        if is_expert(name):
             raise OptionError(
                 f"{name}: transformers keeps experts in one tensor, and PEFT adds no factors to a part of it: leave "
                 "them out with --ignore '*.experts.*', or use --format dense"

@@ -4,13 +4,13 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Grid, GridCode
 from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, reason
 from hesse.formats.integers import IntegerFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint
-from hesse.models.checkpoint import Checkpoint
 
 
 def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.packed import PackedFormat
-from hesse.models.network import Network
+from hesse.networks.network import Network
 
 
 class IntegerFormat(PackedFormat):

@@ -14,11 +14,11 @@ from hesse.data import Samples, read_samples
 from hesse.errors import UnsupportedModelError
 from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
 from hesse.estimation.estimates import Name
-from hesse.evaluation.evaluate import check_ids
 from hesse.evaluation.metrics import Totals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
-from hesse.models.network import Layer, Network
+from hesse.networks.network import Layer, Network
+from hesse.networks.vocabulary import check_ids
 from hesse.progress import Clock, Progress
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
 

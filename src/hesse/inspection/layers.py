@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, Sparse
 from hesse.curvature import Curvature, Gram, Identity
-from hesse.models.network import Layer
+from hesse.networks.network import Layer
 from hesse.solvers import Estimate, Nearest, solve
 
 SCHEMES: dict[str, Constraint] = {

@@ -1,17 +1,26 @@
-"""Pruning that judges all weights of a network together: rows that `hesse.prune_module` runs."""
+"""Pruning that judges all weights of a network together."""
 
-from hesse.methods.row import Row
+from hesse.methods.method import Method
+from hesse.methods.table import register
 
 
-def _row(name: str, curvature: str, solver: str, source: str, needs: str) -> Row:
-    return Row(
-        name, curvature, ("sparse",), solver, source, needs, f'hesse.prune_module(model, batches, score="{name}")'
+def _row(name: str, curvature: str | None, solver: str, source: str, needs: str) -> Method:
+    return Method(
+        name=name,
+        curvature=curvature,
+        constraints=("sparse",),
+        partition="the network",
+        score=name,
+        solver=solver,
+        source=source,
+        needs=needs,
+        verb="prune_module",
     )
 
 
-ROWS = (
-    _row("random", "identity", "random", "the floor of every comparison", "no data, except to predict the cost"),
-    _row("gradient", "first order", "nearest", "|w g|, Molchanov et al., 2019, arXiv:1906.10771", "data with targets"),
+register(
+    _row("random", None, "nearest", "the floor of every comparison", "no data, except to predict the cost"),
+    _row("gradient", None, "nearest", "|w g|, Molchanov et al., 2019, arXiv:1906.10771", "data with targets"),
     _row(
         "oba",
         "hessian",
@@ -33,4 +42,5 @@ ROWS = (
         "Masking Adversarial Damage, Lee et al., 2022, arXiv:2204.02738, for whole removals",
         "data with targets, and an attack",
     ),
+    family="networks",
 )

@@ -1,66 +1,88 @@
-"""Methods that take whole heads, neurons, channels or experts out."""
+"""Methods that remove whole heads, neurons, channels or experts."""
 
-from hesse.methods.row import Row
+from hesse.methods.method import Method
+from hesse.methods.options import Option
+from hesse.methods.table import register
 
-GROUPS = ("groups",)  # a partition: parts that are sliced away
-CALL = 'hesse.prune_groups(model, batches, method="{}")'
 NEEDS = "a traceable network and calibration data"
+TOLERANCE = (Option("tolerance", "float", None, "Stop when the loss has risen by this much (nats per sample)."),)
 
 
 def _row(
-    name: str, curvature: str, solver: str, source: str, needs: str = NEEDS, optional: tuple[str, ...] = ()
-) -> Row:
-    method = name.removesuffix("-groups")
-    return Row(name, curvature, GROUPS, solver, source, needs, CALL.format(method), optional)
+    name: str,
+    curvature: str | None,
+    score: str,
+    source: str,
+    solver: str = "nearest",
+    needs: str = NEEDS,
+    settings: tuple[Option, ...] = (),
+    verb: str = "prune_groups",
+) -> Method:
+    return Method(
+        name=name,
+        curvature=curvature,
+        constraints=("sparse",),
+        partition="groups",
+        score=score,
+        solver=solver,
+        source=source,
+        needs=needs,
+        settings=settings,
+        verb=verb,
+    )
 
 
-ROWS = (
-    _row("random-groups", "none", "nearest", "the floor"),
+register(
+    _row("random-groups", None, "random", "the floor"),
     _row(
-        "magnitude-groups", "identity", "nearest", "Li et al., 2017, arXiv:1608.08710, over all that goes with a group"
+        "magnitude-groups",
+        "identity",
+        "magnitude",
+        "Li et al., 2017, arXiv:1608.08710, over all that goes with a group",
     ),
-    _row("taylor-groups", "g gᵀ of batches", "nearest", "Molchanov et al., 2019, arXiv:1906.10771"),
-    _row("fisher-groups", "fisher of samples", "nearest", "½ wᵀFw of each group's outgoing weights"),
+    _row("taylor-groups", "g gᵀ of batches", "taylor", "Molchanov et al., 2019, arXiv:1906.10771"),
+    _row("fisher-groups", "fisher of samples", "fisher", "½ wᵀFw of each group's outgoing weights"),
     _row(
         "hap-groups",
-        "hessian, trace of each group",
-        "nearest",
+        "hessian",
+        "hap",
         "HAP, Yu et al., 2022, arXiv:2101.08940",
-        "a traceable network, calibration data, second derivatives",
-        ("low_rank",),
+        needs="a traceable network, calibration data, second derivatives",
     ),
-    _row("heapr-groups", "kronecker", "nearest", "HEAPr, Li et al., 2025, arXiv:2509.22299; of any neuron or head"),
+    _row("heapr-groups", "kronecker", "heapr", "HEAPr, Li et al., 2025, arXiv:2509.22299; of any neuron or head"),
     _row(
         "obs-groups",
         "kronecker",
-        "greedy_surgeon",
+        "obs",
         "Kurtic et al., 2023, arXiv:2302.04089 (ZipLM), with the loss's own G",
+        solver="greedy_surgeon",
     ),
-    Row(
-        name="pagcp-groups",
-        curvature="the measured loss",
-        constraint=GROUPS,
+    _row(
+        "pagcp-groups",
+        None,
+        "pagcp",
+        "PAGCP, Ye et al., 2023, arXiv:2303.11923, one task",
         solver="greedy, site by site",
-        source="PAGCP, Ye et al., 2023, arXiv:2303.11923, one task",
         needs="a traceable network, data and a tolerance",
-        run='hesse.prune_groups(model, batches, method="pagcp", tolerance=0.05)',
+        settings=TOLERANCE,
     ),
-    Row(
-        name="axformer",
-        curvature="the measured loss",
-        constraint=GROUPS,
+    _row(
+        "axformer",
+        None,
+        "axformer",
+        "AxFormer, Nagarajan et al., 2020, arXiv:2010.03688, without hard attention",
         solver="greedy, from sub-layers down to heads and neurons",
-        source="AxFormer, Nagarajan et al., 2020, arXiv:2010.03688, without hard attention",
         needs="a traceable network, data and a tolerance",
-        run='hesse.prune_groups(model, batches, method="axformer", tolerance=0.05)',
+        settings=TOLERANCE,
     ),
-    Row(
-        name="only-train-once",
-        curvature="identity, λ Σ ‖w_g‖",
-        constraint=GROUPS,
+    _row(
+        "only-train-once",
+        "identity",
+        "group norms",
+        "Chen et al., 2021, arXiv:2107.07467",
         solver="half-space projected gradient",
-        source="Chen et al., 2021, arXiv:2107.07467",
         needs="a traceable network and training data",
-        run="hesse.only_train_once(model, batches, steps=1000)",
+        verb="only_train_once",
     ),
+    family="structured",
 )

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hesse.compression.weight_fisher import name_of
 from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.models.network import Layer
-from hesse.modules.attention import split_attentions
-from hesse.modules.layers import layers_of
+from hesse.estimation.weight_fisher import name_of
+from hesse.networks.module_layers import layers_of
+from hesse.networks.network import Layer
+from hesse.networks.torch_attention import split_attentions
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from hesse.constraints import Grid
 from hesse.curvature import Curvature, GaussNewton, Objective
-from hesse.planning.interactions import dependent_blocks, interactions, joint_problem, single_choice
+from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
 from hesse.planning.problem import Candidate, Choice, Group, Problem
-from hesse.planning.sensitivities import predicted_costs
 from hesse.planning.solve import cheapest_within
+from hesse.scores.interactions import interactions
+from hesse.scores.sensitivities import predicted_costs
 
 THRESHOLD = 0.1  # of what two layers do alone, above which they are planned together
 MOST_JOINED = 3  # layers

@@ -10,7 +10,8 @@ from rich.text import Text
 from hesse.reporting.terminal import fallback_lines, number, shown
 
 if TYPE_CHECKING:
-    from hesse.compression import DropReport, NarrowReport
+    from hesse.jobs.drop_report import DropReport
+    from hesse.jobs.narrow import NarrowReport
 
 
 def blocks_summary(report: "DropReport") -> RenderableType:

@@ -16,7 +16,8 @@ from hesse.reporting.plots import svg
 from hesse.reporting.terminal import number, size
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, Measured, Measurements, TextMeasurement
+    from hesse.evaluation.measurements import Measured, Measurements, TextMeasurement
+    from hesse.jobs.report import CompressionReport
 
 SHIPPED = "default calibration text"
 

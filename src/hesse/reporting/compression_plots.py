@@ -8,7 +8,8 @@ from hesse.reporting.plots import BAND_GREY, BLUE, GREY, ORANGE, figure, name_ro
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hesse.compression import CompressionReport, LayerMeasurement, Measurements
+    from hesse.evaluation.measurements import LayerMeasurement, Measurements
+    from hesse.jobs.report import CompressionReport
 
 COSTLIEST = 30  # layers that are drawn by name
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hesse.reporting.terminal import number
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, Measurements, TextMeasurement
+    from hesse.evaluation.measurements import Measurements, TextMeasurement
+    from hesse.jobs.report import CompressionReport
 
 MATTERS = 0.02  # share of the cost below which it is no matter what was predicted
 ROUTERS = (

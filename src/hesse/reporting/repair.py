@@ -10,7 +10,7 @@ from rich.text import Text
 from hesse.reporting.terminal import fallback_lines, number, shown
 
 if TYPE_CHECKING:
-    from hesse.compression import RepairReport
+    from hesse.jobs.repair_report import RepairReport
 
 
 def repair_summary(report: "RepairReport") -> RenderableType:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import DataError
 from hesse.finite import all_finite
-from hesse.models.checkpoint import Checkpoint
 from hesse.rewriting.maps import Map
 from hesse.rewriting.streams import HEAD, Stream
 

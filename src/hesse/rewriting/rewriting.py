@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hesse.models.network import Network
-from hesse.models.shelf import Shelf
-from hesse.models.stream import start
-from hesse.models.writer import write_tensors
+from hesse.checkpoints.tensor_store import TensorStore
+from hesse.checkpoints.writer import write_tensors
+from hesse.networks.network import Network
+from hesse.passes.stream import start
 from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
 from hesse.rewriting.maps import Folding, Map, Rotation, Scaling
 from hesse.rewriting.rotation import draw_rotations, fold_norms, learn_rotations
@@ -24,7 +24,7 @@ MAPS: dict[str, type[Map]] = {kind.__name__: kind for kind in (Folding, Rotation
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class RewritingSamples:
     """What a rewriting that is learned looks at."""
 
     batches: list[Tensor]  # of token ids (samples, tokens)
@@ -65,14 +65,14 @@ class Rewriting:
         learning = OF_ROTATION * 8 * max(width**2 for width, _ in widths) if self.kind == "kurtail" else 0
         return maps + learning + 16 * largest
 
-    def find(self, sight: Sight) -> None:
+    def find(self, sight: RewritingSamples) -> None:
         """Find what is to be changed, and show the model so changed.
 
         Raises:
             DataError: the model overflows on the samples.
         """
         if self.kind in SCALINGS:
-            flows = start(self.network, sight.batches, Shelf(sight.folder, "rewrite"))
+            flows = start(self.network, sight.batches, TensorStore(sight.folder, "rewrite"))
             parts = (self.network, self.streams, flows, sight.targets, sight.step)
             self.checkpoint.change(search_scales(self.kind, *parts))
             return
@@ -82,7 +82,7 @@ class Rewriting:
             found = draw_rotations(self.base, self.streams, sight.seed)
         else:
             network = Network(self.checkpoint, torch.float32, self.network.device)
-            flows = start(network, sight.batches, Shelf(sight.folder, "rewrite"))
+            flows = start(network, sight.batches, TensorStore(sight.folder, "rewrite"))
             found = learn_rotations(network, self.streams, flows, sight.seed, sight.step)
         self.checkpoint.change([*folds, *found])
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import Flow
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.networks.network import Network
+from hesse.passes.stream import StreamBatch
 from hesse.rewriting.checkpoint import Change
 from hesse.rewriting.hadamard import random_hadamard
 from hesse.rewriting.kurtosis import learn_rotation
@@ -40,7 +40,7 @@ def draw_rotations(checkpoint: Checkpoint, streams: Streams, seed: int) -> list[
 
 
 def learn_rotations(
-    network: Network, streams: Streams, flows: list[Flow], seed: int, step: Callable[[], None]
+    network: Network, streams: Streams, flows: list[StreamBatch], seed: int, step: Callable[[], None]
 ) -> list[Change]:
     """Rotations learned from the inputs of the layers that read them, from random Hadamard ones on. Source: KurTail.
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Grid
-from hesse.models.network import Network
-from hesse.models.stream import Flow
+from hesse.networks.network import Network
+from hesse.passes.stream import StreamBatch
 from hesse.rewriting.checkpoint import Change
 from hesse.rewriting.maps import Scaling
 from hesse.rewriting.streams import Stream, Streams
@@ -67,7 +67,7 @@ def search_scales(
     kind: str,
     network: Network,
     streams: Streams,
-    flows: list[Flow],
+    flows: list[StreamBatch],
     targets: Mapping[str, Target],
     step: Callable[[], None],
 ) -> list[Change]:

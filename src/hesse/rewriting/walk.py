@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hesse.models.network import Block, Network
-from hesse.models.stream import Flow, advance
+from hesse.networks.network import Block, Network
+from hesse.passes.stream import StreamBatch, advance
 from hesse.rewriting.streams import BlockStreams, Streams
 
 
@@ -41,7 +41,7 @@ class Inputs:
 
 
 def walk(
-    network: Network, streams: Streams, flows: list[Flow], every: int
+    network: Network, streams: Streams, flows: list[StreamBatch], every: int
 ) -> Iterator[tuple[Block, BlockStreams, dict[str, Inputs]]]:
     """Each block, in memory, with its streams and by their names what their readers were given; `every` as `Inputs`."""
     for index, (block, own) in enumerate(zip(network.blocks, streams.blocks, strict=True)):

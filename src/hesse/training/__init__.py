@@ -1,9 +1,7 @@
 """Methods that need training: one loop over a user's model and data, in which what is held stays held."""
 
 from hesse.training.compression_aware import CompressionAware
-from hesse.training.cutting import Cut
 from hesse.training.distillation import Distillation
-from hesse.training.gradual import Gradual, prune_gradually
 from hesse.training.held import Held, HeldCodes, HeldZeros, StraightThrough, held_zeros
 from hesse.training.loop import Loop, PlainStep, StepRule
 from hesse.training.movement import Movement
@@ -15,9 +13,7 @@ from hesse.training.training import Training, adam, linear_decay
 
 __all__ = [
     "CompressionAware",
-    "Cut",
     "Distillation",
-    "Gradual",
     "GradualSchedule",
     "Held",
     "HeldCodes",
@@ -35,6 +31,5 @@ __all__ = [
     "held_zeros",
     "linear_decay",
     "prunable_weights",
-    "prune_gradually",
     "recover",
 ]

@@ -1,0 +1,1 @@
+"""Files: checkpoints read and written, the output folder, resumable runs, tensors offloaded to disk."""

@@ -1,0 +1,1 @@
+"""A network as blocks of linear layers, and what is known of architectures."""

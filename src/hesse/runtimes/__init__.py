@@ -1,0 +1,1 @@
+"""Run a checkpoint in other programs: export it, and time it there."""

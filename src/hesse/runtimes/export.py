@@ -1,0 +1,161 @@
+"""A checkpoint in the form that another runtime takes, with its codes and scales as they are."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+from importlib.util import find_spec
+from pathlib import Path
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import unfinished_file
+from hesse.checkpoints.output import check_output, temporary_folder
+from hesse.checkpoints.writer import disk_reason
+from hesse.errors import OptionError, OutputError, UnsupportedModelError, reason
+from hesse.formats import open_checkpoint
+from hesse.progress import Progress
+from hesse.runtimes.export_report import ExportedLayer, ExportReport, Written
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+Writer = Callable[[Checkpoint, Path, str, Progress], Written]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form to export to."""
+
+    packages: tuple[str, ...]  # that write it
+    install: str
+    is_file: bool  # OUT is one file; otherwise a folder
+    load: Callable[[], Writer]  # imported late: it needs the packages
+
+
+def _gguf() -> Writer:
+    from hesse.runtimes.gguf_file import write_gguf
+
+    return write_gguf
+
+
+def _onnx() -> Writer:
+    from hesse.runtimes.onnx_folder import write_onnx
+
+    return write_onnx
+
+
+def _torchao() -> Writer:
+    from hesse.runtimes.torchao_folder import write_torchao
+
+    return write_torchao
+
+
+TARGETS = {
+    "gguf": Target(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
+    "onnx": Target(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
+    "torchao": Target(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
+}
+
+
+def export_checkpoint(
+    model: Path, out: Path, target: str, *, overwrite: bool, progress: Progress, name: str, version: str
+) -> ExportReport:
+    """Export the model folder `model`, which a person calls `name`, to `out`; what is written is read back first.
+
+    Raises:
+        HesseError: something is wrong with the model, the options or the output; nothing is left at `out` then.
+    """
+    started = time.perf_counter()
+    chosen = find_target(target)
+    checkpoint = open_checkpoint(model)
+    writer = chosen.load()
+    place = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
+    with place as path:
+        try:
+            written = writer(checkpoint, path, name, progress)
+        except MALFORMED as error:  # of a config or tokenizer whose values are of other kinds than they should be
+            raise UnsupportedModelError(f"{model} cannot be written as {target}: {reason(error)}") from error
+        size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    return ExportReport(
+        model=name,
+        out=str(out),
+        target=target,
+        bytes=size,
+        bytes_before=checkpoint.file_bytes,
+        seconds=time.perf_counter() - started,
+        layers=written.layers,
+        dense=written.dense,
+        tensors_checked=written.tensors_checked,
+        notes=[*written.notes, *_departures(written.layers), *_unrounded(checkpoint, target)],
+        versions={"hesse": version} | {package: package_version(package) for package in chosen.packages},
+    )
+
+
+def find_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        OptionError: there is none, or a package that writes it is not installed.
+    """
+    if name not in TARGETS:
+        raise OptionError(f"there is no target {name!r} to export to; there are {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    missing = [package for package in target.packages if find_spec(package) is None]
+    if missing:
+        raise OptionError(f"exporting to {name} needs {' and '.join(missing)}: {target.install}")
+    return target
+
+
+def _unrounded(checkpoint: Checkpoint, target: str) -> list[str]:
+    """A sentence where loaders of the checkpoint would round inputs."""
+    layers = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(".weight")]
+    count = sum(checkpoint.input_rounding(layer) is not None for layer in layers)
+    return [f"{count} layers: inputs are not rounded in {target}, as transformers does for this model"] if count else []
+
+
+def _departures(layers: list[ExportedLayer]) -> list[str]:
+    """A sentence for each way in which layers are not what they were."""
+    notes = []
+    inexact = [layer for layer in layers if layer.scale_error]
+    if inexact:
+        worst = max(inexact, key=lambda layer: layer.scale_error)
+        worst_error = f"{worst.scale_error:.2g} of themselves ({worst.name})"
+        notes.append(f"{len(inexact)} layers: scales are rounded, by at most {worst_error}")
+    moved = [layer for layer in layers if layer.offset_error]
+    if moved:
+        worst = max(moved, key=lambda layer: layer.offset_error)
+        notes.append(
+            f"{len(moved)} layers: zero points times scales are rounded, by {worst.offset_error:.2g} steps of their "
+            f"grids at most ({worst.name})"
+        )
+    unfit = [layer for layer in layers if not (layer.exact or layer.scale_error or layer.offset_error)]
+    if unfit:
+        notes.append(
+            f"{len(unfit)} layers of {unfit[0].grid} are stored as {unfit[0].stored} values, as no type holds their "
+            f"codes ({unfit[0].name} the first)"
+        )
+    return notes
+
+
+@contextmanager
+def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A file beside `out` that takes its name at the end, and vanishes if anything goes wrong before."""
+    if out.is_symlink() or out.exists():
+        if not overwrite:
+            raise OutputError(f"OUT {out} exists: give another name, or --overwrite to replace it")
+        if not out.is_file():
+            raise OutputError(f"OUT {out} is not a file: give the name of a file to write")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"the folder of {out} does not exist: make it first")
+    try:
+        with unfinished_file(out) as unfinished:
+            yield unfinished
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {disk_reason(error)}") from None
+
+
+@contextmanager
+def _new_folder(out: Path, model: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
+    """A folder that takes the name of `out` at the end, and vanishes if anything goes wrong before."""
+    check_output(out, model, overwrite)
+    with temporary_folder(out, checkpoint.file_bytes) as folder:
+        yield folder

@@ -1,0 +1,1 @@
+"""The cost of changing or removing a part of a network."""
