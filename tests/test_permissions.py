@@ -158,5 +158,5 @@ def test_one_function_calls_what_ignores_the_umask() -> None:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
         if ignoring.search(line)
     ]
-    assert [name for name, _ in lines] == ["models/writer.py"] * 2, lines
+    assert [name for name, _ in lines] == ["checkpoints/writer.py"] * 2, lines
     assert next(line for _, line in lines if "import" not in line).startswith("save_file({name: ")
