@@ -4,7 +4,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hesse.structured import Implant
 from torch import Tensor, nn
 
 import hesse
