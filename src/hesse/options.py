@@ -7,6 +7,8 @@ from typing import Any
 
 from hesse.errors import OptionError
 
+OPPOSITES = {"symmetric": "--asymmetric", "signed": "--unsigned"}  # of other flags: --no-...
+
 
 @dataclass(frozen=True)
 class Option:
@@ -33,6 +35,11 @@ class Option:
 def flag(name: str) -> str:
     """Return an option's name on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def opposite(name: str) -> str:
+    """Return the flag that turns a boolean option off."""
+    return OPPOSITES.get(name, flag(f"no_{name}"))
 
 
 def _option(help: str) -> Any:

@@ -8,9 +8,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from hesse.cli.options import METHOD
-from hesse.options import KNOWN, Options, flag, help_of
-
-OPPOSITES = {"symmetric": "--asymmetric", "signed": "--unsigned"}  # of other flags: --no-...
+from hesse.options import KNOWN, Options, flag, help_of, opposite
 
 
 def with_method_options(run: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +39,7 @@ def _parameter(name: str) -> inspect.Parameter:
     """Return the option of one field, which is None if it is not given."""
     kinds = get_args(get_type_hints(Options)[name])
     kind = str if str in kinds else kinds[0]
-    flags = [f"{flag(name)}/{OPPOSITES.get(name, '--no-' + flag(name)[2:])}"] if kind is bool else []
+    flags = [f"{flag(name)}/{opposite(name)}"] if kind is bool else []
     option = typer.Option(*flags, help=help_of(name), rich_help_panel=METHOD)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
