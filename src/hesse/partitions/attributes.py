@@ -9,7 +9,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from hesse.networks.narrow_attention import NarrowAttention, without_nested_tensors
-from hesse.partitions.partition import Group
+from hesse.partitions.groups import Group
 
 # What attention modules call their numbers of heads, and the widths that are multiples of it.
 HEADS = (

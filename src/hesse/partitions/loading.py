@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hesse.partitions.attributes import HEADS, head_shares
-from hesse.partitions.partition import Group
+from hesse.partitions.groups import Group
 
 # What configurations call the widths of feed-forward blocks and experts, and the number of experts.
 WIDTHS = (
@@ -75,7 +75,7 @@ def _say_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
-    """Set what the configuration calls a number of neurons or experts that has become another one everywhere."""
+    """Set what the configuration calls a number of hidden units or experts that has become another one everywhere."""
     tensors = dict(old.named_parameters())
     lost: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
@@ -85,7 +85,7 @@ def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
         first = gone[0].produced[0]
         size = tensors[first.parameter].shape[first.axis] // len(first.indices)
         changes[kind, size].add(size - len(gone))
-    for kind, attribute in [("neurons", name) for name in WIDTHS] + [("experts", name) for name in EXPERTS]:
+    for kind, attribute in [("hidden", name) for name in WIDTHS] + [("experts", name) for name in EXPERTS]:
         value = getattr(config, attribute, None)
         if attribute == "n_inner" and value is None and hasattr(config, "n_inner"):
             value = 4 * config.hidden_size
