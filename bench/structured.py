@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hesse.modules.prune_groups import prune_groups
+from hesse.modules.ranking import METHODS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -25,8 +27,6 @@ from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.modules.implant import Implant
 from hesse.modules.only_train_once import only_train_once
-from hesse.modules.prune_groups import prune_groups
-from hesse.modules.ranking import METHODS
 from hesse.training import Training, recover
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -4,12 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hesse.modules.narrow_heads import leading_directions, nearest_product, root
 from torch import Tensor, nn
 
 import hesse
 from hesse.curvature import SquaredError
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.modules.narrow_heads import leading_directions, nearest_product, root
 from hesse.networks.narrow_attention import NarrowAttention
 from hesse.testing import normal
 

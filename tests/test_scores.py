@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from hesse.scores.weights import SCORES, ScoreOptions, weights_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,7 +16,6 @@ from hesse.errors import HesseError
 from hesse.estimation import estimate_curvatures
 from hesse.methods import TABLE
 from hesse.scores.attack import Attack
-from hesse.scores.weights import SCORES, ScoreOptions, weights_of
 from hesse.testing import normal
 
 BATCHES = [(normal(0, 5, 6), torch.tensor([0, 1, 2, 1, 0])), (normal(1, 3, 6), torch.tensor([2, 2, 0]))]

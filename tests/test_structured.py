@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hesse.modules.group_budget import Ranking, shared_numbers, uniform_numbers
+from hesse.modules.prune_groups import prune_groups
+from hesse.modules.ranking import METHODS
+from hesse.scores.group_sums import GroupSums, everything, outgoing, produced
+from hesse.scores.group_surgeon import DAMPING, greedy_removal, independent_costs, refitted
+from hesse.scores.groups import fisher_scores, taylor_scores, trace_scores
 from torch import Tensor, nn
 
 import digits
@@ -17,17 +23,11 @@ from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods.structured import ROWS
-from hesse.modules.group_budget import Ranking, shared_numbers, uniform_numbers
 from hesse.modules.hierarchy import within_hierarchy
 from hesse.modules.implant import Implant, ImplantedLayer, implant
 from hesse.modules.only_train_once import only_train_once
-from hesse.modules.prune_groups import prune_groups
-from hesse.modules.ranking import METHODS
 from hesse.partitions import Group, trace_groups, zero_groups
 from hesse.partitions.experts import with_linear_experts
-from hesse.scores.group_sums import GroupSums, everything, outgoing, produced
-from hesse.scores.group_surgeon import DAMPING, greedy_removal, independent_costs, refitted
-from hesse.scores.groups import fisher_scores, taylor_scores, trace_scores
 from hesse.scores.readers import Reader, readers
 from hesse.testing import normal
 from hesse.training.half_space import HalfSpace

@@ -24,7 +24,7 @@ from hesse.curvature import (
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
-from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
+from hesse.training import Distillation, GradualSchedule, Training, finetune, held_zeros
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -42,11 +42,9 @@ if TYPE_CHECKING:
         repair,
         rotate,
     )
-    from hesse.modules import ModuleReport, compress_module, prune_module
+    from hesse.modules import ModuleReport, compress_module
     from hesse.modules.gradual import prune_gradually
-    from hesse.modules.narrow_heads import narrow_heads
-    from hesse.modules.only_train_once import only_train_once
-    from hesse.modules.prune_groups import prune_groups
+    from hesse.modules.prune import prune_network
 
 __all__ = [
     "METHODS",
@@ -86,17 +84,14 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "finetune",
     "held_zeros",
     "inspect",
     "load_recipe",
     "narrow",
-    "narrow_heads",
-    "only_train_once",
     "plan",
     "prune_gradually",
-    "prune_groups",
-    "prune_module",
-    "recover",
+    "prune_network",
     "repair",
     "rotate",
     "solve",
@@ -106,11 +101,8 @@ __all__ = [
 MODULES = {
     "ModuleReport": "report",
     "compress_module": "compress",
-    "narrow_heads": "narrow_heads",
-    "only_train_once": "only_train_once",
     "prune_gradually": "gradual",
-    "prune_groups": "prune_groups",
-    "prune_module": "prune_weights",
+    "prune_network": "prune",
 }
 
 

@@ -22,6 +22,7 @@ from hesse.networks.network import Network
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Clock, Progress
+from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
 REPORT_FILE = "blocks.json"
@@ -159,12 +160,11 @@ class _Drop:
 
     def _choose(self, batches: list[Tensor]) -> None:
         """Decide which blocks go, in order, until the limit is reached."""
-        removals = Removals(self.network, batches, self.waiting, self.progress)
+        removals = Removals(self.network, batches, self.waiting, self.progress, self.calibration.seed)
         most = self.request.blocks or len(self.network.blocks) - 1
         order: list[int] = []
         if self.request.importance != "loss":
-            seed = self.calibration.seed
-            self.scores = removals.turns() if self.request.importance == "cosine" else removals.quadratic(seed)
+            self.scores = find_score(self.request.importance).costs(removals, removals.partition).tolist()
             order = sorted(range(len(self.scores)), key=self.scores.__getitem__)
         while len(self.dropped) < most:
             measured = removals.without(self.kept, [order[len(self.dropped)]] if order else self.kept)

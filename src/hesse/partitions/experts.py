@@ -102,7 +102,7 @@ def chosen_experts(block: nn.Module) -> int:
 
 
 def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
-    """Make linear layers of fused experts that keep unequal numbers of hidden units; the parameters that are then gone."""
+    """Make linear layers of fused experts that keep unequal numbers of units; return the replaced parameters."""
     done = set()
     for name, module in list(model.named_modules()):
         cuts = removed.get(f"{name}.down_proj", {})

@@ -106,7 +106,9 @@ class TracedGroups:
             OptionError: there is no such kind, or the network has none of them.
         """
         if unknown := set(kinds) - set(GROUP_KINDS):
-            raise OptionError(f"there are no groups called {', '.join(sorted(unknown))}; there are {', '.join(GROUP_KINDS)}")
+            raise OptionError(
+                f"there are no groups called {', '.join(sorted(unknown))}; there are {', '.join(GROUP_KINDS)}"
+            )
         found = [group for group in self.groups if group.kind in kinds]
         if not found:
             why = "; ".join(sorted(set(self.fixed.values()))[:3])

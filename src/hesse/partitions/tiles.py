@@ -53,8 +53,8 @@ class Tiles(Partition):
     def split(self, costs: Tensor) -> dict[str, Tensor]:
         """Return numbers of all parts (..., parts) as one matrix (..., rows, columns) of tiles for each parameter."""
         grids = {name: self.grid(name) for name in self._shapes}
-        pieces = costs.split([rows * columns for rows, columns in grids.values()], dim=-1)
-        return {name: piece.unflatten(-1, grids[name]) for name, piece in zip(grids, pieces, strict=True)}
+        pieces = torch.split(costs, [rows * columns for rows, columns in grids.values()], dim=-1)
+        return {name: piece.reshape(*costs.shape[:-1], *grids[name]) for name, piece in zip(grids, pieces, strict=True)}
 
     def sums_of_samples(self, tensors: Mapping[str, Tensor]) -> Tensor:
         first = next(iter(tensors.values()))

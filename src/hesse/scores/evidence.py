@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import Objective, RankOneSum
+from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.estimation import estimate_curvatures
 from hesse.partitions import GroupParts, Partition
@@ -55,15 +56,15 @@ class LossEvidence:
         return self.objective if names == self.objective.names else replace(self.objective, names=names)
 
     @cached_property
-    def attacked(self) -> Objective:
-        """The loss on inputs that the attack moved.
+    def attacked(self) -> list[Batch]:
+        """The data, with inputs that the attack moved.
 
         Raises:
             OptionError: no attack is given.
         """
         if self.attack is None:
             raise OptionError("the score mad needs attacked inputs: give attack=hesse.scores.Attack(radius=...)")
-        return replace(self.objective, data=self.attack.on(self.objective))
+        return self.attack.on(self.objective)
 
     @cached_property
     def fisher_gradients(self) -> RankOneSum:

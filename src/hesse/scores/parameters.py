@@ -1,5 +1,6 @@
-"""Scores of any parts of a network's parameters: single weights, tiles, rows, heads, hidden units, channels, experts."""
+"""Scores of any parts of a network's parameters: weights, tiles, rows, heads, hidden units, channels, experts."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -150,9 +151,8 @@ def adversarial_damage(evidence: LossEvidence, partition: Partition) -> Tensor:
     Raises:
         OptionError: no attack is given.
     """
-    factors = estimate_curvatures(
-        evidence.attacked_on(partition), ["kronecker"], "empirical", seed=evidence.seed
-    ).kronecker
+    objective = replace(evidence.on(partition), data=evidence.attacked)
+    factors = estimate_curvatures(objective, ["kronecker"], "empirical", seed=evidence.seed).kronecker
     terms = {}
     for name, weight in evidence.weights(partition).items():
         factor = factors[name]

@@ -1,5 +1,6 @@
 """The table of scores: what does changing or removing this part cost?"""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ class Score(ABC):
     source: str
     parts: tuple[str, ...]
     nats: bool = False
+
+    @property
+    def help(self) -> str:
+        """The definition of the score, in a few sentences."""
+        return inspect.cleandoc(type(self).__doc__ or "")
 
     @abstractmethod
     def cost(self, evidence: Any, partition: Any) -> Tensor:
@@ -81,12 +87,12 @@ class FunctionScore(Score):
 
     function: CostFunction = field(repr=False)
 
+    @property
+    def help(self) -> str:
+        return inspect.cleandoc(self.function.__doc__ or "")
+
     def cost(self, evidence: Any, partition: Any) -> Tensor:
         return self.function(evidence, partition)
-
-    @property
-    def __doc__(self) -> str:  # type: ignore[override]
-        return self.function.__doc__ or ""
 
 
 def register_score(
