@@ -15,8 +15,8 @@ from helpers import IDS, compress, dense_tensors, write_ids
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram, Kronecker
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation import attention_factors as factors
-from hesse.estimation.attention_factors import attention_factors, attention_modules, moments
+from hesse.estimation.statistics import attention_factor as factors
+from hesse.estimation.statistics.attention_factor import attention_factors, attention_modules, moments
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import Options, find_method
 from hesse.networks.network import Layer, Network
@@ -121,7 +121,7 @@ def test_the_output_of_attention_is_nearer_than_with_equal_outputs(
     """Changed weights, since the factors count; only those inside the attention of the first block."""
     source = family_folder("llama")
     compress(source, tmp_path / "aptq", **METHOD)
-    monkeypatch.setattr("hesse.jobs.block_solver.attention_factors", lambda *_: {})
+    monkeypatch.setattr("hesse.estimation.statistics.attention_factor.attention_factors", lambda *_: {})
     compress(source, tmp_path / "equal", **METHOD)
     one, other = dense_tensors(tmp_path / "aptq"), dense_tensors(tmp_path / "equal")
     changed = {name for name in one if "layers.0." in name and not torch.equal(one[name], other[name])}

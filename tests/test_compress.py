@@ -35,11 +35,13 @@ from hesse.errors import VerificationError
 from hesse.jobs import block_solver, run
 from hesse.layerwise import layer_report
 from hesse.layerwise.layer_solver import Effect
-from hesse.methods import METHODS, Recipe, Rule
+from hesse.methods import Recipe, Rule, methods_of
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.solver_options import SolverOptions
 from hesse.networks.network import Block, Network
+
+COMPRESSING = methods_of("compress")
 
 FolderOf = Callable[[str], Path]
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
@@ -114,11 +116,11 @@ def test_asymmetric_grids_load(name: str, half_folder: FolderOf, tmp_path: Path)
 
 
 # Those that round inputs too are in test_input_rounding.py.
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.defaults.input_bits is None])
+@pytest.mark.parametrize("method", [name for name, row in COMPRESSING.items() if row.defaults.input_bits is None])
 def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tmp_path: Path) -> None:
     source, out = half_folder("llama"), tmp_path / "out"
-    own = METHODS[method].basis == "own"
-    family = " + ".join(METHODS[method].constraints)
+    own = COMPRESSING[method].basis == "own"
+    family = " + ".join(COMPRESSING[method].constraints)
     options = {"grid": {"group_size": 32}, "sparse": {"sparsity": 0.5}, "low_rank": {"rank": 24}}
     options["grid + low_rank"] = options["table + low_rank"] = {"group_size": 32, "rank": 8}
     options["sparse + low_rank"] = {"sparsity": 0.5, "rank": 8}
@@ -127,7 +129,7 @@ def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tm
     assert report.format == {"grid": "pack-quantized", "low_rank": "low-rank"}.get(family if own else "", "dense")
     assert not [note for note in report.fallbacks if "did not reach" in note]
     before, after = dense_tensors(source), dense_tensors(out)
-    rewritten = METHODS[method].rewrite is not None
+    rewritten = COMPRESSING[method].rewrite is not None
     assert rewritten or before.keys() == after.keys()
     for name in LAYERS:
         weight, changed = before[f"{name}.weight"], after[f"{name}.weight"]

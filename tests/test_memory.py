@@ -20,7 +20,7 @@ from hesse.checkpoints.tensor_store import InMemory, TensorFile, TensorStore
 from hesse.errors import OptionError, OutputError
 from hesse.jobs import memory
 from hesse.jobs.memory import MemoryPlan, bytes_of
-from hesse.passes.activation_offload import PausedOnDisk
+from hesse.passes.activation_offload import OffloadToDisk
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -83,12 +83,12 @@ def test_a_paused_greenlet_holds_no_memory(tmp_path: Path) -> None:
                 for runner in runners:
                     runner.switch()
             return found
-        with torch.inference_mode(), PausedOnDisk(folder, lambda: [weight]) as mode:
+        offload = OffloadToDisk(folder, lambda: [weight])
+        with torch.inference_mode():
             while any(not runner.dead for runner in runners):
                 for runner in runners:
-                    mode.bring_back(runner)
-                    said = runner.switch()
-                    mode.put_away(runner)
+                    said = offload.resume(runner)
+                    offload.put_away(runner)
                     sizes.extend([] if said is None else [said.untyped_storage().nbytes()])
                     assert weight.untyped_storage().nbytes() == 256
         return found

@@ -1,6 +1,7 @@
 """Positions weighed by the attention that they receive: against eager attention, and RSQ against its definition."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,15 @@ from helpers import IDS, compress, dense_tensors, write_ids
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation import position_weights as weighing
-from hesse.estimation.inputs import InputGrams
-from hesse.estimation.position_weights import LEAST, in_range, position_weights
+from hesse.estimation.calibrated import calibrated
+from hesse.estimation.statistics import weighted_inputs as weighing
+from hesse.estimation.statistics.weighted_inputs import LEAST, in_range, position_weights
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, GridOptions
 from hesse.methods.solver_options import SolverOptions
 from hesse.networks.attention import received
 from hesse.networks.network import Network
-from hesse.passes.stream import advance, advance_with_stops, start
-from hesse.progress import Clock
+from hesse.passes.stream import advance, start
 from hesse.solvers import ErrorFeedback, solve
 from hesse.testing import normal
 
@@ -70,30 +70,31 @@ def test_weights_lie_in_their_range_sample_by_sample() -> None:
     torch.testing.assert_close(weights, torch.tensor([[LEAST, 1.0, (1 + LEAST) / 2], [1.0, 1.0, 1.0]]))
 
 
-def test_the_gram_is_of_weighted_positions(family_folder: FolderOf) -> None:
+def test_the_gram_is_of_weighted_positions(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's, with the weights of the flow that its inputs came with; a layer without inputs of its own too."""
     network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
-    block, seen = network.blocks[0], dict[str, list[Tensor]]()
+    block, seen, found = network.blocks[0], dict[str, list[Tensor]](), dict[str, tuple[Gram, Gram]]()
     weights = [normal(seed, *flow.ids.shape).square().float() for seed, flow in enumerate(flows)]
-    grams = InputGrams(Clock(), weights=weights)
+    monkeypatch.setattr(weighing, "position_weights", lambda batches, block, index: weights)
+    needs = {layer.name: ("inputs", "weighted inputs") for layer in block.layers}
 
-    def change(layer: object) -> None:
-        gram, rows = grams.gram(), torch.cat([each.flatten(0, -2) for each in list(seen.values())[-1]])
-        r = torch.cat([each.flatten() for each in weights])
+    def note(name: str, module: object, arguments: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(arguments[0])
+
+    for layer in block.layers:
+        layer.module.register_forward_pre_hook(partial(note, layer.name))
+    r = torch.cat([each.flatten() for each in weights])
+    for reached, layer, statistics in calibrated(network, flows, needs):
+        if reached is block:
+            found[layer.name] = (statistics.gram, statistics["weighted inputs"])
+    for name, (gram, weighted) in found.items():
+        rows = torch.cat([each.flatten(0, -2) for each in seen[name][: len(flows)]])
         torch.testing.assert_close(gram.second_moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-        assert grams.weighted is not None
         wanted = rows.T @ (r[:, None] * rows) / len(rows)
-        torch.testing.assert_close(grams.weighted.second_moment, wanted, rtol=1e-4, atol=1e-5)
-        assert grams.weighted.tokens == len(rows)
-
-    def collect(layer: object, inputs: Tensor) -> None:
-        seen.setdefault(layer.name, []).append(inputs)  # type: ignore[attr-defined]
-        grams.collect(layer, inputs)  # type: ignore[arg-type]
-
-    with network.loaded(block):
-        assert advance_with_stops(flows, block, 0, collect, change) == []
-    assert len(seen) == 4
+        torch.testing.assert_close(weighted.second_moment, wanted, rtol=1e-4, atol=1e-5)
+        assert weighted.tokens == len(rows)
+    assert len({id(gram) for gram, _ in found.values()}) == 4
 
 
 def test_the_layers_are_gptqs_under_the_weighted_gram(family_folder: FolderOf, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The walk over blocks against plain transformers, for every family."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import tiny_models
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
-from hesse.networks.network import Layer, Network
-from hesse.passes.stream import advance, advance_with_stops, finish, start
+from hesse.estimation.calibrated import calibrated, calibrated_blocks
+from hesse.networks.network import Block, Layer, Network
+from hesse.passes.activation_offload import KeepInMemory
+from hesse.passes.layer_stops import layer_stops
+from hesse.passes.stream import StreamBatch, advance, finish, start
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -22,6 +26,15 @@ def reference(name: str, folder: Path, ids: torch.Tensor) -> torch.Tensor:
         if name in tiny_models.ENCODERS:
             return model.base_model(input_ids=ids).last_hidden_state
         return model(input_ids=ids).logits
+
+
+def runs(batches: list[StreamBatch], block: Block, index: int) -> list[Callable[[], None]]:
+    """What takes each batch through a block."""
+
+    def run(batch: StreamBatch) -> None:
+        batch.hidden = batch.through(block.module, index)
+
+    return [partial(run, batch) for batch in batches]
 
 
 @pytest.mark.parametrize("name", tiny_models.FAMILIES)
@@ -52,18 +65,15 @@ def test_every_layer_is_met_once_with_its_own_inputs(name: str, family_folder: F
     order: list[str] = []
     for index, block in enumerate(network.blocks):
         with network.loaded(block):
-            current: list[Layer] = []
 
-            def collect(layer: Layer, inputs: torch.Tensor) -> None:
+            def collect(layer: Layer, number: int, inputs: torch.Tensor) -> None:
                 seen[layer.name] = seen.get(layer.name, 0) + inputs.reshape(-1, inputs.shape[-1]).shape[0]
 
-            def change(layer: Layer, current: list[Layer] = current) -> None:
-                current.append(layer)
-
-            missed = advance_with_stops(flows, block, index, collect, change)
-            order += [layer.name for layer in current]
-            assert not missed
-            assert {layer.name for layer in current} == {layer.name for layer in block.layers}
+            current = [
+                layer.name for layer, _ in layer_stops(runs(flows, block, index), block, collect, KeepInMemory())
+            ]
+            order += current
+            assert set(current) == {layer.name for layer in block.layers}
     assert len(order) == len(set(order)) == len(network.layers)
     for layer, tokens in seen.items():
         assert tokens <= ids.numel() or "experts" in layer
@@ -78,16 +88,56 @@ def test_layers_after_a_changed_layer_see_the_change(family_folder: FolderOf) ->
     network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
     flows = start(network, [torch.tensor(tiny_models.random_ids(2, 16))])
     inputs: dict[str, torch.Tensor] = {}
-    with network.loaded(network.blocks[0]):
-        advance_with_stops(
-            flows,
-            network.blocks[0],
-            0,
-            lambda layer, x: inputs.update({layer.name: x}),
-            lambda layer: layer.replace(torch.zeros_like(layer.weight)),
-        )
+    block, collected_at = network.blocks[0], dict[str, str]()
+    with network.loaded(block):
+        for layer, first in layer_stops(
+            runs(flows, block, 0), block, lambda layer, number, x: inputs.update({layer.name: x}), KeepInMemory()
+        ):
+            layer.replace(torch.zeros_like(layer.weight))
+            collected_at[layer.name] = first.name
     assert not inputs["model.layers.0.self_attn.o_proj"].any()
     assert "model.layers.0.self_attn.k_proj" not in inputs  # it shares the queries' inputs
+    assert collected_at["model.layers.0.self_attn.k_proj"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_a_consumer_that_stops_early_leaves_no_hooks(family_folder: FolderOf) -> None:
+    network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
+    flows = start(network, torch.tensor(tiny_models.random_ids(2, 16)).split(1))
+    needs = {layer.name: ("inputs",) for layer in network.layers}
+    for block, layers in calibrated_blocks(network, flows, needs):
+        for _layer, statistics in layers:
+            assert statistics.gram.tokens == 32
+            assert block.layers[0].module._forward_pre_hooks
+            break
+        break
+    assert not any(layer.module._forward_pre_hooks for layer in network.layers)
+    assert all(parameter.is_meta for parameter in network.model.parameters())
+
+
+def test_layers_that_are_not_asked_for_are_passed(family_folder: FolderOf) -> None:
+    """A consumer that looks at no layer leaves the batches where a plain pass does; layers with one input share it."""
+    folder = family_folder("llama")
+    ids = torch.tensor(tiny_models.random_ids(2, 16))
+    network = Network(Checkpoint(folder), torch.float32, CPU)
+    flows, needs = start(network, [ids]), {layer.name: ("inputs",) for layer in network.layers}
+    assert [block for block, _ in calibrated_blocks(network, flows, {})] == network.blocks
+    with network.surroundings() as model, torch.no_grad():
+        torch.testing.assert_close(finish(network, model, flows[0]), reference("llama", folder, ids))
+    grams = {layer.name: statistics.gram for _, layer, statistics in calibrated(network, start(network, [ids]), needs)}
+    assert len(grams) == len(network.layers)
+    assert grams["model.layers.0.self_attn.q_proj"] is grams["model.layers.0.self_attn.k_proj"]
+    assert grams["model.layers.0.self_attn.q_proj"] is not grams["model.layers.0.self_attn.o_proj"]
+
+
+def test_networks_of_the_same_modules_do_not_hold_weights_together(family_folder: FolderOf) -> None:
+    network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
+    other, block = network.in_dtype(torch.bfloat16), network.blocks[0]
+    with network.loaded(block), pytest.raises(RuntimeError, match=r"cannot be loaded as torch\.bfloat16"):
+        other.loaded(block).__enter__()
+    with network.loaded(block):
+        pass
+    with other.loaded(block) as module:
+        assert next(module.parameters()).dtype == torch.bfloat16
 
 
 def test_equal_arguments_of_blocks_are_kept_once(family_folder: FolderOf) -> None:

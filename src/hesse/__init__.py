@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from hesse.modules import ModuleReport, compress_module
     from hesse.modules.gradual import prune_gradually
-    from hesse.modules.prune import prune_network
+    from hesse.modules.prune import prune
 
 __all__ = [
     "METHODS",
@@ -90,8 +90,8 @@ __all__ = [
     "load_recipe",
     "narrow",
     "plan",
+    "prune",
     "prune_gradually",
-    "prune_network",
     "repair",
     "rotate",
     "solve",
@@ -102,7 +102,7 @@ MODULES = {
     "ModuleReport": "report",
     "compress_module": "compress",
     "prune_gradually": "gradual",
-    "prune_network": "prune",
+    "prune": "prune",
 }
 
 

@@ -93,7 +93,7 @@ def compress(
     elif allocation is not None:
         raise OptionError("an allocation is how a budget is shared out: give a size, mean bits or a loss")
     elif recipe is None:
-        wanted = find_method(method).recipe(options or Options(), tuple(ignore))
+        wanted = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
     elif options is not None or ignore:
         raise OptionError("a recipe says everything itself: leave out options and ignore")
     else:
@@ -166,7 +166,9 @@ def _request(
     allocation: str | None,
 ) -> BudgetRequest:
     kept = tuple(ignore)
-    return BudgetRequest(budget, find_method(method), options or Options(), kept, target or "transformers", allocation)
+    return BudgetRequest(
+        budget, find_method(method, "compress"), options or Options(), kept, target or "transformers", allocation
+    )
 
 
 def estimate(

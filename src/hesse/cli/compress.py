@@ -21,7 +21,7 @@ from hesse.cli.options import (
     SeedOption,
 )
 from hesse.errors import OptionError
-from hesse.methods import DEFAULT_METHOD, METHODS, Options, Recipe, find_method, load_recipe
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of
 from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
 
@@ -29,7 +29,7 @@ from hesse.reporting import check_page, compression_page, compression_summary, w
 def compress(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods_of('compress'))}.")] = DEFAULT_METHOD,
     bits: Annotated[
         str | None, typer.Option(help="Bits a weight, 2 to 8; with a point, such as 3.2, a mean to be planned.")
     ] = None,
@@ -202,7 +202,7 @@ def _whole_bits(text: str | None) -> int | None:
 
 def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:
     if path is None:
-        return find_method(method).recipe(options, ignore)
+        return find_method(method, "compress").recipe(options, ignore)
     if options != Options() or ignore or method != DEFAULT_METHOD:
         raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
     return load_recipe(path)

@@ -15,7 +15,7 @@ from hesse.cli.options import (
     ModelArgument,
     ReferenceOption,
 )
-from hesse.methods import Options, find_rows
+from hesse.methods import Options, find_methods
 from hesse.reporting import (
     check_page,
     cost_table,
@@ -107,24 +107,9 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """The table of methods: curvature × constraint × solver, with source and needs."""
-    families = find_rows(names or ())
+    families = find_methods(names or ())
     if as_json:
-        rows = [
-            {
-                "method": row.name,
-                "family": family,
-                "curvature": row.curvature,
-                "constraint": list(row.constraint),
-                "optional": list(row.optional),
-                "solver": row.solver,
-                "rewrite": row.rewrite,
-                "needs": row.needs,
-                "source": row.source,
-                "run": row.run,
-            }
-            for family, rows_of_it in families.items()
-            for row in rows_of_it
-        ]
+        rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
         print_json(rows)
     else:
         out_console.print(methods_table(families))

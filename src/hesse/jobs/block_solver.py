@@ -8,20 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from hesse.checkpoints.writer import Part, write_part
-from hesse.curvature import Gram
-from hesse.estimation import GramAccumulator, Statistics
-from hesse.estimation.attention_factors import attention_factors
-from hesse.estimation.inputs import InputGrams
-from hesse.estimation.position_weights import position_weights
+from hesse.estimation.calibrated import Layers, LayerStatistics
 from hesse.estimation.weight_fisher import name_of
 from hesse.jobs.plan import Plan
 from hesse.layerwise.input_rounding import rounding_cost
 from hesse.layerwise.layer_report import layer_report
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest
 from hesse.layerwise.report import LayerReport
-from hesse.layerwise.rules import attention_outputs, weighted_inputs
 from hesse.networks.network import Block, Layer
-from hesse.passes.stream import StreamBatch, advance_with_stops
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
@@ -46,10 +40,9 @@ class BlockResult:
 
 
 class BlockSolver:
-    """Solves one block after another by a plan; `sensitivities` are what the loss feels of the layers' outputs.
+    """Solve one block after another by a plan; `sensitivities` are the output factors of its layers.
 
-    With a folder `paused`, what a block holds for samples that wait is in files there. Several `processes` solve each
-    block together, and one of them writes it.
+    Several `processes` solve each block together, and one of them writes it.
     """
 
     def __init__(
@@ -57,109 +50,56 @@ class BlockSolver:
         plan: Plan,
         sensitivities: Mapping[str, Tensor],
         clock: Clock,
-        paused: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.plan, self.sensitivities, self.clock, self.paused = plan, sensitivities, clock, paused
+        self.plan, self.sensitivities, self.clock = plan, sensitivities, clock
         self.processes, self.solver = processes, LayerSolver(processes)
-        self.result = BlockResult()
 
-    def solve(self, index: int, block: Block, flows: list[StreamBatch], path: Path) -> tuple[BlockResult, Part]:
-        """Solve the layers of a block, take `flows` through it, and have its tensors written to the file `path`."""
-        self.result = BlockResult()
+    def solve(self, block: Block, layers: Layers, path: Path, writes: bool) -> tuple[BlockResult, Part]:
+        """Solve the `layers` of a loaded block; where this process `writes`, write the block's tensors to `path`."""
+        result = BlockResult()
         tensors: dict[str, Tensor] = {}
-        with self.clock.phase("read"), self.plan.network.loaded(block):
-            if self.plan.statistics is None:
-                missed = self._on_the_way(index, block, flows, tensors)
-            else:
-                missed = self._from_statistics(block, self.plan.statistics, tensors)
-            for layer in missed:
-                if self.plan.rules.get(layer.name) is not None:
-                    empty = GramAccumulator(layer.name, layer.weight.shape[1], self.plan.network.device).gram()
-                    tensors.update(self._solve(layer, empty))
+        for layer, statistics in layers:
+            if self.plan.rules.get(layer.name) is not None:
+                tensors.update(self._solve(layer, statistics, result))
         with self.clock.phase("write"):
             for name in self.plan.network.stored_in(block):
                 layer_name, _, kind = name.rpartition(".")
-                if layer_name not in self.result.digests or kind not in ("weight", "bias"):
+                if layer_name not in result.digests or kind not in ("weight", "bias"):
                     tensors.update(self.plan.checkpoint.read_stored([name]))
-            if self.processes.writer(index) == self.processes.rank:
-                return self.result, write_part(path, tensors)
-            return self.result, Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+            if writes:
+                return result, write_part(path, tensors)
+            return result, Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
-    def _on_the_way(
-        self, index: int, block: Block, flows: list[StreamBatch], tensors: dict[str, Tensor]
-    ) -> list[Layer]:
-        """Solve layers on what all that is compressed before them now gives; the layers that no sample reached."""
-        rounded = any(rule is not None and rule.input_bits for rule in self.plan.rules.values())
-        weights = None
-        if weighted_inputs(self.plan.rules).intersection(layer.name for layer in block.layers):
-            with self.clock.phase("calibrate"):
-                weights = position_weights(flows, block, index)
-        attention: dict[str, Tensor] = {}
-        if attention_outputs(self.plan.rules).intersection(layer.name for layer in block.layers):
-            with self.clock.phase("estimate"):
-                attention = attention_factors(flows, block, index, self.processes)
-        grams = InputGrams(self.clock, self.processes, with_peaks=rounded, weights=weights)
-
-        def change(layer: Layer) -> None:
-            gram = grams.gram()  # of an ignored layer too: it ends what was collected
-            if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, gram, grams.square_peak(), grams.weighted, attention.get(layer.name)))
-
-        with self.clock.phase("calibrate"):
-            return advance_with_stops(flows, block, index, grams.collect, change, self.paused)
-
-    def _from_statistics(self, block: Block, statistics: Statistics, tensors: dict[str, Tensor]) -> list[Layer]:
-        """Solve layers on what the dense model gave; the layers that no sample reached then."""
-        missed = []
-        for layer in block.layers:
-            if self.plan.rules.get(layer.name) is None:
-                continue
-            with self.clock.phase("estimate"):
-                gram = statistics.gram(layer.name, self.plan.network.device)
-            if gram is None:
-                missed.append(layer)
-            else:
-                tensors.update(self._solve(layer, gram))
-        return missed
-
-    def _solve(
-        self,
-        layer: Layer,
-        gram: Gram,
-        square_peak: float | None = None,
-        weighted: Gram | None = None,
-        attention: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Solve one layer, put the result in its place, and return the tensors to write for it.
-
-        `square_peak` is E[max|x|²] over its inputs, `weighted` their Gram with weights of positions, `attention`
-        what the output of its attention feels of its outputs, where known.
-        """
+    def _solve(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
+        """Solve one layer, put the solution in its place, and return the tensors to write for it."""
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
             weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
             fisher = self._fisher(layer) if rule.needs_fisher else None
-            problem = LayerProblem(layer.name, weight, gram, sensitivity, rule, constraint, fisher, weighted, attention)
+            weighted, attention = statistics.get("weighted inputs"), statistics.get("attention factor")
+            problem = LayerProblem(
+                layer.name, weight, statistics.gram, sensitivity, rule, constraint, fisher, weighted, attention
+            )
             solved = self.solver.solve(problem)
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
             layer.replace(stored)
-        self.result.notes += solved.notes
+        result.notes += solved.notes
         with self.clock.phase("predict"):
             report, notes = layer_report(problem, solved, stored, self.plan.format.stored_bits(layer.name))
             if rule.input_bits is not None:
-                cost = None
+                cost, square_peak = None, statistics.get("input peaks")
                 if sensitivity is not None and square_peak is not None:
                     cost = rounding_cost(stored, sensitivity, square_peak, rule.input_bits)
                 else:
                     notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
                 report = replace(report, input_bits=rule.input_bits, predicted_input_loss=cost)
-            self.result.layers.append(report)
-            self.result.notes += notes
+            result.layers.append(report)
+            result.notes += notes
         with self.clock.phase("write"):
-            self.result.digests[layer.name] = digest(stored)
+            result.digests[layer.name] = digest(stored)
             bias_name = f"{layer.name}.bias"
             stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
             bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)

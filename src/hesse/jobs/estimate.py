@@ -21,13 +21,13 @@ from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.data.selection import Calibration, Selection, factor_tokens, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Sums, save_curvature
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
-from hesse.estimation.statistics import INDEX_FILE, SENSITIVITIES_FILE
+from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.formats.opening import open_networks
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import Network
 from hesse.passes.backward import BackwardPass, layer_part
-from hesse.passes.stream import advance_with_stops, calibration_batch, start
+from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Clock, Progress
 
 Kind = Literal["gram", "kronecker", "fisher"]
@@ -155,20 +155,16 @@ class _Estimation:
         self.progress.begin("estimate", len(self.network.blocks))
         with self.clock.phase("calibrate"):
             batch_size = self.calibration.batch_size or calibration_batch(self.length)
-            flows = start(self.network, self.samples.batches(batch_size), TensorStore(folder))
-        inputs = InputGrams(self.clock)
-        last: tuple[Gram, str] | None = None  # what was written last
-
-        def keep(layer: Layer) -> None:
-            nonlocal last
-            gram = inputs.gram()
-            if last is None or gram is not last[0]:
-                last = (gram, self._save("gram", gram))
-            self.files["gram"][layer.name] = last[1]
-
-        for index, block in enumerate(self.network.blocks):
-            with self.clock.phase("read"), self.network.loaded(block), self.clock.phase("calibrate"):
-                advance_with_stops(flows, block, index, inputs.collect, keep)
+            batches = start(self.network, self.samples.batches(batch_size), TensorStore(folder))
+        needs = {layer.name: ("inputs",) for layer in self.network.layers}
+        for _, layers in calibrated_blocks(self.network, batches, needs, clock=self.clock):
+            written: tuple[Gram, str] | None = None  # the last Gram, and its file
+            for layer, statistics in layers:
+                if not statistics.called:
+                    continue
+                if written is None or statistics.gram is not written[0]:
+                    written = (statistics.gram, self._save("gram", statistics.gram))
+                self.files["gram"][layer.name] = written[1]
             self.progress.advance()
 
     def _walk_back(self, kinds: list[Kind], folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.data.selection import Calibration
 from hesse.estimation import Statistics
-from hesse.estimation.statistics import INDEX_FILE
+from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.methods.recipe import Recipe
 from hesse.planning.budget import BudgetRequest
 

@@ -8,7 +8,7 @@ import psutil
 
 from hesse.data.selection import PROBE_TOKENS
 from hesse.errors import OptionError
-from hesse.estimation.attention_factors import layers_of_attention
+from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.estimation.weight_fisher import BLOCK_SIZE
 from hesse.jobs.plan import Plan
 from hesse.layerwise.rules import attention_outputs, fisher_needs, whole_factors

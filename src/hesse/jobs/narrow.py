@@ -15,14 +15,14 @@ from hesse.checkpoints.writer import Parts, write_text
 from hesse.curvature import Gram
 from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import DataError, OptionError
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import calibrated_blocks
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
 from hesse.networks.network import Block, Layer, Network
 from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import advance_with_stops, calibration_batch, start
+from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Clock, Progress
 from hesse.solvers.nystroem import kept_units, refitted
 
@@ -149,23 +149,17 @@ class _Narrow:
         """Narrow each block where the samples arrive at it, and write it."""
         network, samples = self.network, self.selected.samples
         size = self.calibration.batch_size or calibration_batch(samples.longest)
-        flows, grams = start(network, samples.batches(size), TensorStore(self.waiting, "narrow")), InputGrams(Clock())
+        batches = start(network, samples.batches(size), TensorStore(self.waiting, "narrow"))
+        needs = {part.reader.name: ("inputs",) for parts in self.layers for part in parts}
         self.progress.begin("narrow", len(network.blocks))
-        for index, (block, parts) in enumerate(zip(network.blocks, self.layers, strict=True)):
+        for (block, layers), parts in zip(calibrated_blocks(network, batches, needs), self.layers, strict=True):
             made: dict[Layer, tuple[Tensor, Tensor]] = {}
             readers = {part.reader for part in parts}
-
-            def change(
-                layer: Layer, made: dict[Layer, tuple[Tensor, Tensor]] = made, readers: set[Layer] = readers
-            ) -> None:
-                gram = grams.gram()
+            for layer, statistics in layers:
                 if layer in readers:
-                    made[layer] = self._narrowed(layer, gram)
-
-            with network.loaded(block):
-                missed = advance_with_stops(flows, block, index, grams.collect, change)
-            if lost := [layer.name for layer in missed if layer in readers]:
-                raise DataError(f"{lost[0]}: no sample reached it")
+                    if not statistics.called:
+                        raise DataError(f"{layer.name}: no sample reached it")
+                    made[layer] = self._narrowed(layer, statistics.gram)
             self._keep(block, parts, {layer: (units.cpu(), fitted.cpu()) for layer, (units, fitted) in made.items()})
             self.progress.advance()
 

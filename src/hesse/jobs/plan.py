@@ -13,7 +13,7 @@ from hesse.data import Samples
 from hesse.data.selection import Calibration, factor_tokens, sample_length, select_samples
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation import Statistics
-from hesse.estimation.attention_factors import layers_of_attention
+from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.formats import Format, StoredLayer, choose_format
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_inputs, check_served

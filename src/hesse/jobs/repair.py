@@ -16,8 +16,7 @@ from hesse.constraints import LowRank, LowRankCode
 from hesse.curvature import Gram
 from hesse.data.selection import Calibration, Selection, factor_tokens, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation import GramAccumulator
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
@@ -32,7 +31,7 @@ from hesse.methods.recipe import Rule
 from hesse.methods.solver_options import SolverOptions
 from hesse.networks.network import Block, Layer
 from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, advance_with_stops, calibration_batch, start
+from hesse.passes.stream import StreamBatch, calibration_batch, start
 from hesse.progress import Clock, Progress
 
 REPORT_FILE = "repair.json"
@@ -198,22 +197,16 @@ class _Repair:
         """Take the samples through the compressed model, and repair each layer where they arrive."""
         network, samples = self.pair.network, self.selected.samples
         self.progress.begin("repair", len(network.blocks))
-        solver, grams = LayerSolver(), InputGrams(self.clock)
-        wanted = {layer.name for layer in self.pair.layers}
+        solver, needs = LayerSolver(), {layer.name: ("inputs",) for layer in self.pair.layers}
+        size = self.calibration.batch_size or calibration_batch(samples.longest)
         with self.clock.phase("calibrate"):
-            flows = start(network, samples.batches(self.calibration.batch_size or calibration_batch(samples.longest)))
-
-        def change(layer: Layer, gram: Gram | None = None) -> None:
-            gram = grams.gram() if gram is None else gram  # of a layer left out too: it ends what was collected
-            if layer.name in wanted:
-                with self.clock.phase("solve"):
-                    self._repair(layer, gram, sensitivities.get(layer.name), solver)
-
-        for index, block in enumerate(network.blocks):
-            with self.clock.phase("read"), network.loaded(block), self.clock.phase("calibrate"):
-                for layer in advance_with_stops(flows, block, index, grams.collect, change):
-                    change(layer, GramAccumulator(layer.name, layer.weight.shape[1], network.device).gram())
-                self._keep(block, {x.name: x.parameter for x in block.layers if x.name in self.factors})
+            batches = start(network, samples.batches(size))
+        for block, layers in calibrated_blocks(network, batches, needs, clock=self.clock):
+            for layer, statistics in layers:
+                if layer.name in needs:
+                    with self.clock.phase("solve"):
+                        self._repair(layer, statistics.gram, sensitivities.get(layer.name), solver)
+            self._keep(block, {x.name: x.parameter for x in block.layers if x.name in self.factors})
             self.progress.advance()
 
     def _repair(self, layer: Layer, gram: Gram, outputs: Tensor | None, solver: LayerSolver) -> None:

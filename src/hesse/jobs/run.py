@@ -1,6 +1,7 @@
 """One run: the blocks solved in turn, each written and noted as it is done, read back at the end and accounted for."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hesse.checkpoints.output import copy_companions
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.unfinished import Unfinished
 from hesse.checkpoints.writer import Part, assemble, write_part, write_text
+from hesse.estimation.calibrated import Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import DensePass, check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.formats import open_checkpoint
@@ -18,7 +20,8 @@ from hesse.jobs.memory import MemoryPlan
 from hesse.jobs.plan import Plan
 from hesse.jobs.report import CompressionReport, Verification
 from hesse.jobs.verify import verify
-from hesse.layerwise.rules import fisher_needs, whole_factors
+from hesse.layerwise.rules import fisher_needs, statistics_needed, whole_factors
+from hesse.networks.network import Block
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, start, take_up
 from hesse.planning.budget import BudgetPlan
@@ -132,13 +135,14 @@ class Run:
                 size = min(self.memory.batch_size, max(len(plan.samples.ids) // processes.world_size, 1))
                 _, batches = processes.shard(plan.samples.batches(size))
                 flows = start(plan.network, batches, shelf)
-        paused = journal.folder if self.memory.paused_on_disk else None
-        solver = BlockSolver(plan, dense.sensitivities, self.clock, paused, self.work.processes)
+        solver = BlockSolver(plan, dense.sensitivities, self.clock, self.work.processes)
         done = self._taken_up(flows)
-        for index, block in enumerate(blocks):
-            if index >= done:
-                result, part = solver.solve(index, block, flows, self._part(index))
-                self._note(index, result, part, flows)
+        for _ in range(done):
+            self.progress.advance()
+        for index, (block, layers) in enumerate(self._layers(flows, done), done):
+            writes = self.work.processes.writer(index) == self.work.processes.rank
+            result, part = solver.solve(block, layers, self._part(index), writes)
+            self._note(index, result, part, flows)
             self.progress.advance()
         if not self.work.processes.is_main:
             return
@@ -148,6 +152,16 @@ class Run:
                 if name not in inside:
                     path = journal.folder / f"part-{len(self.parts)}.safetensors"
                     self.parts.append(write_part(path, plan.checkpoint.read_stored([name])))
+
+    def _layers(self, flows: list[StreamBatch], done: int) -> Iterator[tuple[Block, Layers]]:
+        """The blocks from number `done` on, and their layers with statistics: of the flows, or estimated before."""
+        plan, needs = self.plan, statistics_needed(self.plan.rules)
+        if plan.statistics is not None:
+            return stored_blocks(plan.network, plan.statistics, needs, first=done, clock=self.clock)
+        offload = self.work.own.folder if self.memory.paused_on_disk else None
+        return calibrated_blocks(
+            plan.network, flows, needs, first=done, clock=self.clock, processes=self.work.processes, offload=offload
+        )
 
     def _note(self, index: int, result: BlockResult, part: Part, flows: list[StreamBatch]) -> None:
         """Note that a block is solved, with what the flows are after it."""

@@ -87,5 +87,17 @@ def attention_outputs(rules: Rules) -> set[str]:
     return _needing(rules, "attention factor")
 
 
+def statistics_needed(rules: Rules) -> dict[str, set[str]]:
+    """Return the statistics that each layer with a rule needs, besides those of the backward pass.
+
+    All need the Gram of their inputs, from which a change is predicted. One rule that rounds inputs makes all layers
+    need the peaks of theirs.
+    """
+    rounded = any(rule is not None and rule.input_bits for rule in rules.values())
+    always = {"inputs", *(("input peaks",) if rounded else ())}
+    asked = {"weighted inputs", "attention factor"}
+    return {name: always | (asked & rule.kind.needs) for name, rule in rules.items() if rule is not None}
+
+
 def _needing(rules: Rules, statistic: Statistic) -> set[str]:
     return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}

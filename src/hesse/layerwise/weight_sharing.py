@@ -10,12 +10,12 @@ from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import LowRank
 from hesse.curvature import Gram
 from hesse.errors import OptionError, naming
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import calibrated_blocks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import METHODS, Options
 from hesse.networks.network import Block, Layer, Network
-from hesse.passes.stream import advance_with_stops, start
-from hesse.progress import Clock, Progress
+from hesse.passes.stream import start
+from hesse.progress import Progress
 
 
 class StandIns:
@@ -62,27 +62,24 @@ class StandIns:
         Samples go through the changed model, so that each stand-in sees what those before it make of them.
         """
         weights, errors = dict[str, Tensor](), dict[int, float]()
-        grams, solver = InputGrams(Clock()), LayerSolver()
-        flows = start(self.network, batches, TensorStore(folder, "stand-ins"))
+        solver, flows = LayerSolver(), start(self.network, batches, TensorStore(folder, "stand-ins"))
+        needs = {layer.name: ("inputs",) for index in donors for layer in self.network.blocks[index].layers}
         progress.begin("make stand-ins", len(self.network.blocks))
-        for index, block in enumerate(self.network.blocks):
-            donor = donors.get(index)
+        for index, (block, layers) in enumerate(calibrated_blocks(self.network, flows, needs)):
             made: list[tuple[float, float]] = []
-            twins = {} if donor is None else dict(zip(block.layers, self.network.blocks[donor].layers, strict=True))
-
-            def change(layer: Layer, twins: dict[Layer, Layer] = twins, made: list[tuple[float, float]] = made) -> None:
-                gram = grams.gram()
-                if layer in twins:
-                    wanted, solved = layer.weight.float(), self._made(layer, self._weight(twins[layer]), gram, solver)
-                    stored = solved.to(self.network.checkpoint.dtype(f"{layer.name}.weight"))
-                    layer.replace(stored.to(solved))
-                    weights[f"{layer.name}.weight"] = (stored.T if layer.transposed else stored).contiguous().cpu()
-                    made.append((gram.quadratic(stored.float() - wanted), gram.quadratic(wanted)))
-
-            with self.network.loaded(block):
-                missed = advance_with_stops(flows, block, index, grams.collect, change)
-            if missed and donor is not None:
-                raise OptionError(f"{missed[0].name}: no sample reached it, so that it cannot be made of another layer")
+            donor = self.network.blocks[donors[index]] if index in donors else None
+            twins = {} if donor is None else dict(zip(block.layers, donor.layers, strict=True))
+            for layer, statistics in layers:
+                if layer not in twins:
+                    continue
+                if not statistics.called:
+                    raise OptionError(f"{layer.name}: no sample reached it, so that it cannot be made of another layer")
+                gram, wanted = statistics.gram, layer.weight.float()
+                solved = self._made(layer, self._weight(twins[layer]), gram, solver)
+                stored = solved.to(self.network.checkpoint.dtype(f"{layer.name}.weight"))
+                layer.replace(stored.to(solved))
+                weights[f"{layer.name}.weight"] = (stored.T if layer.transposed else stored).contiguous().cpu()
+                made.append((gram.quadratic(stored.float() - wanted), gram.quadratic(wanted)))
             if made:
                 errors[index] = sum(error for error, _ in made) / sum(whole for _, whole in made)
             progress.advance()

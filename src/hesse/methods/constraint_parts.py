@@ -1,7 +1,8 @@
 """The parts of a constraint as a recipe says them, and which options of a method are theirs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -20,17 +21,21 @@ from hesse.constraints import (
 )
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
+from hesse.registry import Registry
 
 Scope = Literal["layer", "row", "global", "lamp"]
 
 
-class Part(Strict, ABC):
+class ConstraintPart(Strict, ABC):
     """One part of a constraint.
 
-    `takes` says which of a method's options its fields are; the first is the one that asks for the part.
+    `takes` maps fields of the part to options of a method; the first option is the one that asks for the part.
     """
 
     takes: ClassVar[dict[str, str]] = {}
+    extensible: ClassVar[bool] = False  # a low rank may be added
+    takes_outliers: ClassVar[bool] = False  # outliers may be added
+    added: ClassVar[bool] = False  # is itself added to another part
 
     @classmethod
     def asked_by(cls) -> str | None:
@@ -47,10 +52,12 @@ class Part(Strict, ABC):
         """The constraint."""
 
 
-class GridOptions(Part):
+class GridOptions(ConstraintPart):
     """Options of a Grid."""
 
     takes: ClassVar[dict[str, str]] = {name: name for name in ("bits", "group_size", "symmetric", "headroom", "signed")}
+    extensible = True
+    takes_outliers = True
 
     bits: Whole = 4
     group_size: Whole = 128
@@ -62,7 +69,7 @@ class GridOptions(Part):
         return Grid(**self.model_dump())
 
 
-class SparseOptions(Part):
+class SparseOptions(ConstraintPart):
     """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
 
     `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
@@ -70,6 +77,7 @@ class SparseOptions(Part):
     """
 
     takes: ClassVar[dict[str, str]] = {"amount": "sparsity", "scope": "scope", "block": "block"}
+    extensible = True
 
     amount: float | str = 0.5
     scope: Scope = "layer"
@@ -91,10 +99,11 @@ class SparseOptions(Part):
         return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer", block=self.block)
 
 
-class LowRankOptions(Part):
+class LowRankOptions(ConstraintPart):
     """Options of a LowRank."""
 
     takes: ClassVar[dict[str, str]] = {"rank": "rank"}
+    added = True
 
     rank: Whole = 64
 
@@ -102,10 +111,12 @@ class LowRankOptions(Part):
         return LowRank(self.rank)
 
 
-class TableOptions(Part):
+class TableOptions(ConstraintPart):
     """Options of a Table."""
 
     takes: ClassVar[dict[str, str]] = {"name": "table", "group_size": "group_size"}
+    extensible = True
+    takes_outliers = True
 
     name: str = "fp4"
     group_size: Whole = 128
@@ -114,10 +125,11 @@ class TableOptions(Part):
         return Table(self.name, self.group_size)
 
 
-class OutlierOptions(Part):
+class OutlierOptions(ConstraintPart):
     """The share of weights that stay as they are beside a grid or a codebook."""
 
     takes: ClassVar[dict[str, str]] = {"share": "outliers"}
+    added = True
 
     share: float = Field(default=0.005, gt=0, lt=1)
 
@@ -125,10 +137,12 @@ class OutlierOptions(Part):
         return Sparse(1 - self.share)
 
 
-class CodebookOptions(Part):
+class CodebookOptions(ConstraintPart):
     """Options of a Codebook."""
 
     takes: ClassVar[dict[str, str]] = {"bits": "bits"}
+    extensible = True
+    takes_outliers = True
 
     bits: Whole = 4
 
@@ -136,14 +150,14 @@ class CodebookOptions(Part):
         return Codebook(self.bits)
 
 
-class SignRankOneOptions(Part):
+class SignRankOneOptions(ConstraintPart):
     """A SignRankOne has no options."""
 
     def build(self) -> SignRankOne:
         return SignRankOne()
 
 
-class SalientOptions(Part):
+class SalientOptions(ConstraintPart):
     """Options of SalientColumns: which share of columns, and the grid that they are on."""
 
     share: float = 0.2
@@ -153,10 +167,11 @@ class SalientOptions(Part):
         return SalientColumns(self.share, self.grid.build())
 
 
-class VectorCodebookOptions(Part):
+class VectorCodebookOptions(ConstraintPart):
     """Options of a VectorCodebook."""
 
     takes: ClassVar[dict[str, str]] = {"bits": "bits", "length": "vector_length", "books": "books"}
+    extensible = True
 
     bits: Whole = 2
     length: Whole = 4
@@ -166,17 +181,37 @@ class VectorCodebookOptions(Part):
         return VectorCodebook(self.bits, self.length, self.books)
 
 
-PARTS: dict[str, type[Part]] = {
-    "grid": GridOptions,
-    "codebook": CodebookOptions,
-    "vector_codebook": VectorCodebookOptions,
-    "table": TableOptions,
-    "sparse": SparseOptions,
-    "low_rank": LowRankOptions,
-    "outliers": OutlierOptions,
-    "sign_rank_one": SignRankOneOptions,
-    "salient": SalientOptions,
-}
+PARTS: Registry[type[ConstraintPart]] = Registry("constraint")
+for _name, _part in (
+    ("grid", GridOptions),
+    ("codebook", CodebookOptions),
+    ("vector_codebook", VectorCodebookOptions),
+    ("table", TableOptions),
+    ("sparse", SparseOptions),
+    ("low_rank", LowRankOptions),
+    ("outliers", OutlierOptions),
+    ("sign_rank_one", SignRankOneOptions),
+    ("salient", SalientOptions),
+):
+    PARTS.register(_name, _part)
+
+
+def constraint(name: str) -> Callable[[type[ConstraintPart]], type[ConstraintPart]]:
+    """Register a `ConstraintPart` that methods and recipes can name.
+
+    Example:
+        >>> @hesse.methods.constraint("coarse")
+        ... class CoarseOptions(hesse.methods.ConstraintPart):
+        ...     takes = {"group_size": "group_size"}
+        ...     group_size: int = 64
+        ...
+        ...     def build(self):
+        ...         return hesse.Grid(2, self.group_size)
+
+    Raises:
+        OptionError: the name is taken.
+    """
+    return partial(PARTS.register, name)
 
 
 def parse_sparsity(text: str | float) -> Sparse:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker, RankOneSum
 from hesse.methods.solver_options import SolverOptions
+from hesse.registry import Registry
 
 Statistic = Literal[
     "inputs",
@@ -147,4 +148,6 @@ _KINDS = (
     CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, couples_rows=True),
     CurvatureKind("attention", frozenset({"inputs", "attention factor"}), _attention, couples_rows=True),
 )
-CURVATURES = {kind.name: kind for kind in _KINDS}
+CURVATURES: Registry[CurvatureKind] = Registry("curvature")
+for _kind in _KINDS:
+    CURVATURES.register(_kind.name, _kind)

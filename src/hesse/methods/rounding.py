@@ -1,8 +1,10 @@
 """Methods that put weights on a grid."""
 
-from hesse.methods.method import Method, Options
+from hesse.methods.method import Method
+from hesse.methods.options import Options
+from hesse.methods.table import register
 
-METHODS = (
+register(
     Method(
         name="rtn",
         curvature="identity",
@@ -189,4 +191,5 @@ METHODS = (
         source="Xu et al., 2024, arXiv:2402.11295: what its training begins with",
         needs="no data, and then training; stored dense",
     ),
+    family="rounding",
 )

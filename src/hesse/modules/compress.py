@@ -12,7 +12,7 @@ from hesse.constraints import LowRankCode
 from hesse.curvature import Gram, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import InputCollection
 from hesse.estimation.loss_factors import LossFactors
 from hesse.estimation.weight_fisher import name_of
 from hesse.layerwise.layer_report import layer_report
@@ -24,8 +24,8 @@ from hesse.modules.preparation import copied, objective_of
 from hesse.modules.report import ModuleReport
 from hesse.networks.factored import factored, replace_module
 from hesse.networks.network import Block, Layer
-from hesse.passes.activation_offload import PausedInMemory
-from hesse.passes.layer_stops import stop_at_layers
+from hesse.passes.activation_offload import KeepInMemory
+from hesse.passes.layer_stops import layer_stops
 from hesse.passes.per_sample import GradientPass, Kind
 from hesse.progress import Clock
 
@@ -100,7 +100,7 @@ def _recipe(
         if options is not None or ignore or tuple(layers) != ("*",):
             raise OptionError("a recipe says everything itself: leave out options, layers and ignore")
         return recipe
-    made = find_method(method).recipe(options or Options(), tuple(ignore))
+    made = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
     rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in made.rules)
     return made.model_copy(update={"rules": rules})
 
@@ -180,20 +180,21 @@ class _Run:
 
     def _walk(self) -> None:
         """Take all batches through the model, and solve each layer where it is reached."""
-        objective, grams = self.objective, InputGrams(Clock())
+        objective = self.objective
 
         def forward(inputs: Any) -> None:
             objective.outputs_once(inputs)
 
-        def change(layer: Layer) -> None:
-            self._solve(layer, grams.gram())
-
         runs = [partial(forward, inputs) for inputs, _ in objective.batches()]
         name = type(objective.model).__name__
         block = Block(name, objective.model, tuple(self.layers))
+        collection = InputCollection(("inputs",), [], block, 0, Clock())
         with torch.no_grad():
-            missed = stop_at_layers(runs, block, grams.collect, change, PausedInMemory())
-        self.notes += [f"{layer.name}: left as it is: it is never called" for layer in missed]
+            for layer, collected_at in layer_stops(runs, block, collection.collect, KeepInMemory(), torch.no_grad):
+                self._solve(layer, collection.values(collected_at)["inputs"])
+        solved = {report.name for report in self.reports}
+        missed = [layer.name for layer in self.layers if layer.name not in solved]
+        self.notes += [f"{name}: left as it is: it is never called" for name in missed]
         if not self.reports:
             raise UnsupportedModelError(f"{name} calls none of its layers: nothing was compressed")
 

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from hesse.errors import OptionError
+from hesse.methods.options import setting
 from hesse.modules.implant import Implant, implant
 from hesse.modules.sites import BySite, Removal, Sites, objective_of
 from hesse.partitions import Group
@@ -40,23 +41,14 @@ class Ranking:
 
 @dataclass(frozen=True)
 class GroupRanking:
-    """Remove the groups of the lowest score.
-
-    - `keep`: share that stays, of each site's groups, or with the scope "network" of all parameters in them.
-    - `scope`: "site" removes the same share everywhere, which models need that transformers shall load; "network" makes
-      one ranking over the whole network by cost a parameter.
-    - `least`: least share of a site's groups that stays.
-    - `refit`: "least-squares" fits the layers that read the groups again, on the inputs that stay; "none" does not.
-      The default is the score's own: "obs" refits.
-    - `implant`: with the score "hap", the groups next in the ranking that become a low rank.
-    """
+    """Remove the groups of the lowest score."""
 
     score: str
-    keep: float = KEEP
-    scope: Scope = "site"
-    least: float = 0.1
-    refit: Refit | None = None
-    implant: Implant | None = None
+    keep: float = setting(KEEP, "Share that stays, of each site's groups, or of all parameters in groups.")
+    scope: Scope = setting("site", "Where the share is counted: in each site, or over the whole network.")
+    least: float = setting(0.1, "Least share of each site's groups that stays.")
+    refit: Refit | None = setting(None, "Refit the layers that read the groups: least-squares or none; obs does.")
+    implant: Implant | None = setting(None, "Groups next in the ranking that become a low rank; for the score hap.")
 
     @property
     def amount(self) -> float:

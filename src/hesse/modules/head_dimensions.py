@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
+from hesse.methods.options import setting
 from hesse.modules.group_ranking import KEEP
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 from hesse.networks.torch_attention import SplitAttention, split_attentions
@@ -35,7 +36,7 @@ class HeadDimensions:
     Source: MoDeGPT (Lin et al., 2024), whose queries and keys keep dimensions of their own (CR).
     """
 
-    keep: float = KEEP
+    keep: float = setting(KEEP, "Share of a head's dimensions that stays.")
 
     def check(self) -> None:
         """Raise OptionError if `keep` leaves none or all of a head."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hesse.curvature import Objective
+from hesse.methods.options import setting
 from hesse.modules.sites import BySite, Removal, Sites, leave_one
 from hesse.modules.tolerance import check_tolerance, eighths, restore, zero
 from hesse.partitions import Group
@@ -25,7 +26,7 @@ class Hierarchy:
     AxFormer (Nagarajan et al., 2020, arXiv:2010.03688), without its attention to a few positions alone.
     """
 
-    loss: float | None = None
+    loss: float | None = setting(None, "Tolerance: by how much the loss on the data may rise, in its unit.")
 
     def check(self, kinds: Sequence[str]) -> None:
         check_tolerance("axformer", self.loss, kinds)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hesse.errors import OptionError
+from hesse.methods.options import setting
 from hesse.modules.sites import Removal, Sites, leave_one
 from hesse.training import Training, finetune
 from hesse.training.half_space import HalfSpace
@@ -16,22 +17,14 @@ from hesse.training.half_space import HalfSpace
 class OnlyTrainOnce:
     """Train the network so that whole groups become zero, and remove these: the outputs stay as they are.
 
-    The network trains in the mode that it was in.
-
-    - `steps`: of training, one batch each.
-    - `rate`: learning rate, which falls to 0.
-    - `penalty`: λ of λ Σ_g ‖w_g‖, which decides how many groups are removed.
-    - `margin`: ε of the half-space, from 0 to 1: more sets more groups to zero.
-    - `warmup`: share of the steps before groups are set to zero.
-
-    Source: Chen et al., 2021, arXiv:2107.07467.
+    The network trains in the mode that it was in. Source: Chen et al., 2021, arXiv:2107.07467.
     """
 
-    steps: int = 1000
-    rate: float = 0.1
-    penalty: float = 0.02
-    margin: float = 0.5
-    warmup: float = 0.5
+    steps: int = setting(1000, "Steps of training, one batch each.")
+    rate: float = setting(0.1, "Learning rate, which falls to 0.")
+    penalty: float = setting(0.02, "Factor λ of the penalty λ Σ ‖w_g‖: more removes more groups.")
+    margin: float = setting(0.5, "Margin ε of the half-space, from 0 to 1: more sets more groups to zero.")
+    warmup: float = setting(0.5, "Share of the steps before groups are set to zero.")
 
     def check(self, kinds: Sequence[str]) -> None:
         if "experts" in kinds:

@@ -12,6 +12,8 @@ from hesse.curvature import Loss
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.layerwise.rules import check_patterns
+from hesse.methods import methods_of
+from hesse.methods.options import settings_of
 from hesse.methods.recipe import matches
 from hesse.modules import preparation
 from hesse.modules.group_ranking import GroupRanking
@@ -24,24 +26,28 @@ from hesse.modules.tolerance import SiteTolerance
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
 from hesse.partitions import GROUP_KINDS, loading_problem
+from hesse.registry import Registry
 from hesse.result import LossChange, Result
 from hesse.scores import SCORES
 
 MEASURED = "loss on the data"
 IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
-# Methods of groups that are no score; every score of groups is a method too.
-GROUP_STRATEGIES: dict[str, Callable[..., GroupStrategy]] = {
-    "pagcp": SiteTolerance,
-    "axformer": Hierarchy,
-    "only-train-once": OnlyTrainOnce,
-}
+# The ways to choose what is removed, as rows of the table name them in `solver`; their fields are the rows' options.
+STRATEGIES: Registry[Callable[..., Any]] = Registry("strategy")
+STRATEGIES.register("weight_ranking", WeightRanking)
+STRATEGIES.register("group_ranking", GroupRanking)
+STRATEGIES.register("site_tolerance", SiteTolerance)
+STRATEGIES.register("hierarchy", Hierarchy)
+STRATEGIES.register("only_train_once", OnlyTrainOnce)
+STRATEGIES.register("head_dimensions", HeadDimensions)
+DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
 
 
-def prune_network(
+def prune(
     model: nn.Module,
     data: Iterable[Batch],
     *,
-    what: str | Sequence[str] = "weights",
+    what: str | Sequence[str] | None = None,
     method: str | None = None,
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -56,46 +62,63 @@ def prune_network(
         HesseError: one of its kinds names what is wrong. Options are checked before the network is run; before groups
             are scored, the network is traced, and one group of each site is cut out to see that it runs so.
     """
-    kinds = (what,) if isinstance(what, str) else tuple(what)
-    if unknown := [kind for kind in kinds if kind not in IN_MEMORY]:
-        place = ": it is pruned on disk, give a model folder and OUT" if unknown[0] == "blocks" else ""
-        raise OptionError(f"there are no {unknown[0]} to prune in a module{place}; there are {', '.join(IN_MEMORY)}")
-    if len(kinds) > 1 and not set(kinds) <= set(GROUP_KINDS):
-        raise OptionError(f"{' and '.join(kinds)} cannot be pruned in one call: only {', '.join(GROUP_KINDS)} can")
-    if kinds == ("weights",):
-        ranking = build_strategy(WeightRanking, method or "oba", options)
-        return _prune_weights(model, data, ranking, loss_function, forward, seed, layers, ignore)
+    kinds = _kinds(what, method)
+    family = "groups" if kinds[0] in GROUP_KINDS else kinds[0]
+    method = method or DEFAULTS[family]
+    strategy = build_strategy(family, method, options)
+    if family == "weights":
+        return _prune_weights(model, data, strategy, loss_function, forward, seed, layers, ignore)
     if tuple(layers) != ("*",) or ignore:
         raise OptionError("layers and ignore choose weights: leave them out, or prune what='weights'")
-    if kinds == ("head-dimensions",):
-        if method not in (None, "modegpt-heads"):
-            raise OptionError(f"dimensions of heads are pruned by modegpt-heads, not by {method}")
-        return _prune_head_dimensions(
-            model, data, build_strategy(HeadDimensions, "modegpt-heads", options), loss_function, forward
-        )
-    method = method or "obs"
-    strategy = build_strategy(GROUP_STRATEGIES.get(method, GroupRanking), method, options)
+    if family == "head-dimensions":
+        return _prune_head_dimensions(model, data, strategy, loss_function, forward)
     chosen = () if kinds == ("groups",) else kinds
     return _prune_groups(model, data, method, strategy, chosen, loss_function, forward, seed)
 
 
-def build_strategy(kind: Callable[..., Any], method: str, options: dict[str, Any]) -> Any:
-    """Build the strategy of a method from its options; a strategy with a score takes the method's name for it.
+def _kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[str, ...]:
+    """The kinds of parts to prune; without any, those of the method's row.
 
     Raises:
-        OptionError: the method has no such option, or there is no such method.
+        OptionError: there is no such kind, or it is not for networks in memory.
     """
-    takes = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    named = "score" in takes
-    if named and method not in SCORES:
-        kinds = ("weights",) if kind is WeightRanking else (*GROUP_KINDS, "groups")
-        known = [score.name for score in SCORES.values() if set(score.parts) & set(kinds)]
-        others = () if kind is WeightRanking else tuple(GROUP_STRATEGIES)
-        raise OptionError(f"there is no method {method!r} here; there are {', '.join((*known, *others))}")
-    takes = [name for name in takes if name != "score"]
+    if what is None:
+        rows = methods_of("prune")
+        what = rows[method].partition if method in rows else "weights"
+    kinds = (what,) if isinstance(what, str) else tuple(what)
+    if unknown := [kind for kind in kinds if kind not in IN_MEMORY]:
+        place = ": blocks are pruned on disk, give a model folder and OUT" if unknown[0] == "blocks" else ""
+        raise OptionError(f"there are no {unknown[0]} to prune in a module{place}; there are {', '.join(IN_MEMORY)}")
+    if not kinds or (len(kinds) > 1 and not set(kinds) <= set(GROUP_KINDS)):
+        raise OptionError(f"{kinds} cannot be pruned in one call: only {', '.join(GROUP_KINDS)} can")
+    return kinds
+
+
+def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
+    """Build the strategy of a method from its row and its options.
+
+    `method` is the name of a row for parts of this family, with or without "-groups", or of a score, also of one that
+    has no row.
+
+    Raises:
+        OptionError: there is no such method, or it has no such option.
+    """
+    rows = {name: row for name, row in methods_of("prune").items() if row.partition == family}
+    row = rows.get(method) or rows.get(f"{method}-groups")
+    if row is not None:
+        solver, score = row.solver, row.score
+    elif method in SCORES:
+        solver, score = "weight_ranking" if family == "weights" else "group_ranking", method
+    else:
+        kinds = {"weights"} if family == "weights" else {*GROUP_KINDS, "groups"}
+        known = [name.removesuffix("-groups") for name in rows]
+        known += [score.name for score in SCORES.values() if kinds & set(score.parts) and score.name not in known]
+        raise OptionError(f"there is no method {method!r} that prunes {family}; there are {', '.join(known)}")
+    strategy = STRATEGIES.find(solver)
+    takes = [option.name for option in settings_of(strategy)]  # type: ignore[arg-type]
     if unknown := [name for name in options if name not in takes]:
         raise OptionError(f"the method {method} has no option {unknown[0]!r}; it has {', '.join(takes)}")
-    return kind(method, **options) if named else kind(**options)
+    return strategy(**options) if score is None else strategy(score, **options)
 
 
 def _prune_groups(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError
+from hesse.methods.options import setting
 from hesse.modules.group_ranking import KEEP, share_removed
 from hesse.modules.sites import Removal, Sites, leave_one
 from hesse.partitions import Group, GroupParts
@@ -26,8 +27,8 @@ class SiteTolerance:
     PAGCP (Ye et al., 2023, arXiv:2303.11923), one task.
     """
 
-    loss: float | None = None
-    keep: float = KEEP
+    loss: float | None = setting(None, "Tolerance: by how much the loss on the data may rise, in its unit.")
+    keep: float = setting(KEEP, "Share of each site's groups that stays at least.")
 
     def check(self, kinds: Sequence[str]) -> None:
         check_tolerance("pagcp", self.loss, kinds)

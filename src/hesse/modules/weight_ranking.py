@@ -12,6 +12,7 @@ from hesse.curvature import GaussNewton, Objective, RankOneSum
 from hesse.errors import OptionError
 from hesse.layerwise.report import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
+from hesse.methods.options import setting
 from hesse.modules.group_ranking import Refit, Scope
 from hesse.networks.network import Layer
 from hesse.partitions import Tiles
@@ -31,27 +32,16 @@ class PrunedWeights:
 
 @dataclass(frozen=True)
 class WeightRanking:
-    """Set the weights of the lowest score to zero.
-
-    - `sparsity`: share of the layers' weights to remove, or a pattern such as "2:4", which keeps N of every M
-      neighbours of a row.
-    - `scope`: where a share is counted: "network" over all layers together, "site" in each layer.
-    - `block`: zeros come in blocks of so many neighbours of a row.
-    - `steps`: how often scores are computed anew, on the weights that are left; each step leaves the same share of
-      them.
-    - `refit`: "least-squares" moves the weights that stay, where the score has a curvature for that; "none" does not.
-      The default is the score's own: "m-fac-network" refits.
-    - `kind`: of the Fisher. `attack`: moves the inputs that "mad" looks at.
-    """
+    """Set the weights of the lowest score to zero."""
 
     score: str
-    sparsity: float | str = 0.5
-    scope: Scope = "network"
-    block: int = 1
-    steps: int = 1
-    refit: Refit | None = None
-    kind: Kind = "sampled"
-    attack: Attack | None = None
+    sparsity: float | str = setting(0.5, "Share of zeros such as 0.5, or N kept of M: 2:4.")
+    scope: Scope = setting("network", "Where a share of zeros is counted: over the whole network, or in each site.")
+    block: int = setting(1, "Neighbors in a row that are zero together, such as 4.")
+    steps: int = setting(1, "How often scores are computed anew; each step leaves the same share of what is left.")
+    refit: Refit | None = setting(None, "Move the weights that stay: least-squares or none; m-fac-network does.")
+    kind: Kind = setting("sampled", "Labels of the Fisher: sampled from the model, or empirical.")
+    attack: Attack | None = setting(None, "How inputs are moved, for the score mad.")
 
     @property
     def pattern(self) -> Sparse:

@@ -82,12 +82,13 @@ class Network:
         self.device = device
         self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
+        self._holders: list[Network] = []  # those of the same modules that have weights in memory now
         stored = checkpoint.names()
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
         self.kind: Kind = kind_of(self.model)
-        self.blocks_return_tuples = False  # found out by the first run
+        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         self.sources = sources_of(self.model, stored)
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
@@ -103,7 +104,10 @@ class Network:
                 module.register_forward_pre_hook(partial(_rounded, rounding))
 
     def in_dtype(self, dtype: torch.dtype) -> "Network":
-        """The same modules with weights loaded as `dtype`; only one of the two may have weights in memory at a time."""
+        """Return a network of the same modules whose weights are loaded as `dtype`.
+
+        Only one of the two may have weights in memory at a time: `loaded` and `surroundings` refuse the other.
+        """
         other = copy(self)
         other.dtype = dtype
         return other
@@ -160,15 +164,34 @@ class Network:
 
         The next one is read from disk meanwhile: blocks are taken one after another, in either direction.
         """
-        self._fill(block.module, block.name)
-        self._announce_next(block)
-        size = sum(parameter.nbytes for parameter in block.module.parameters())
+        with self._holding_weights(block.name):
+            self._fill(block.module, block.name)
+            self._announce_next(block)
+            size = sum(parameter.nbytes for parameter in block.module.parameters())
+            try:
+                yield block.module
+            finally:
+                _forget(block.module)
+                if size >= TRIMMED_BYTES:
+                    give_back_memory()
+
+    @contextmanager
+    def _holding_weights(self, what: str) -> Iterator[None]:
+        """Refuse to hold weights in the shared modules while a network of another type holds some.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        if other := next((holder for holder in self._holders if holder is not self), None):
+            raise RuntimeError(
+                f"{what} cannot be loaded as {self.dtype} while the same modules hold weights as {other.dtype}: leave "
+                "the `with` block of that network first"
+            )
+        self._holders.append(self)
         try:
-            yield block.module
+            yield
         finally:
-            _forget(block.module)
-            if size >= TRIMMED_BYTES:
-                give_back_memory()
+            self._holders.pop()
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
@@ -176,11 +199,12 @@ class Network:
         inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
         outside = self.model if self.kind == "causal-lm" else self.model.base_model
         prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
-        self._fill(outside, prefix, leave=inside)
-        try:
-            yield self.model
-        finally:
-            _forget(outside)
+        with self._holding_weights("the embeddings and the head"):
+            self._fill(outside, prefix, leave=inside)
+            try:
+                yield self.model
+            finally:
+                _forget(outside)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:

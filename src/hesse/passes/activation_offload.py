@@ -1,8 +1,7 @@
-"""Flows that are paused inside a block, with what the block holds for them on disk instead of in memory."""
+"""Batches that wait inside a block, with their activations in memory or on disk."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,31 +15,32 @@ from hesse.checkpoints.tensor_store import memory_of
 from hesse.checkpoints.writer import writing
 
 
-class Pauses(Protocol):
-    """Told of each greenlet before it goes on, and after it has paused or ended."""
+class Offload(Protocol):
+    """Where the activations of a greenlet are while it waits."""
 
-    def bring_back(self, runner: greenlet) -> None:
-        """It is about to go on."""
-
-    def put_away(self, runner: greenlet) -> None:
-        """It has paused, or ended."""
-
-
-class PausedInMemory:
-    """Pauses that leave everything where it is."""
-
-    def bring_back(self, runner: greenlet) -> None:
-        """Nothing was put away."""
+    def resume(self, runner: greenlet) -> Any:
+        """Bring its activations back, switch to it, and return what it says when it next waits; None at its end."""
 
     def put_away(self, runner: greenlet) -> None:
-        """It stays."""
+        """Put the activations of a greenlet away that now waits, or has ended."""
 
 
-class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the tensors that each greenlet makes while it is entered, and empties those of paused ones.
+class KeepInMemory:
+    """Leave the activations where they are."""
 
-    Their contents go to a file of the greenlet's own below `folder`, and come back before it is resumed. What
-    `shared()` gives is left alone, whatever views of it a greenlet makes: weights, masks, positions.
+    def resume(self, runner: greenlet) -> Any:
+        """Switch to the greenlet."""
+        return runner.switch()
+
+    def put_away(self, runner: greenlet) -> None:
+        """Do nothing."""
+
+
+class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Write the activations of waiting greenlets to files, one a greenlet, below `folder`.
+
+    The tensors that a greenlet makes while it runs are noted; while it waits their storages are empty. Tensors of
+    `shared()` are left alone, whatever views of them a greenlet makes: weights, masks, positions.
     """
 
     def __init__(self, folder: Path, shared: Callable[[], Iterable[Tensor]]) -> None:
@@ -49,6 +49,12 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[greenlet, list[weakref.ref[Tensor]]] = {}
         self._away: dict[greenlet, list[tuple[torch.UntypedStorage, int]]] = {}
         self._numbers: dict[greenlet, int] = {}
+
+    def resume(self, runner: greenlet) -> Any:
+        """Bring the activations back, and note the tensors that the greenlet makes until it waits again."""
+        self._bring_back(runner)
+        with self:
+            return runner.switch()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -61,7 +67,7 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def put_away(self, runner: greenlet) -> None:
-        """Empty what a paused greenlet has made; of one that has ended, remove the file."""
+        """Write the tensors of a waiting greenlet to its file and empty them; remove the file of one that has ended."""
         alive = [(made, tensor) for made in self._made.pop(runner, []) if (tensor := made()) is not None]
         if runner.dead:
             self._path(runner).unlink(missing_ok=True)
@@ -79,8 +85,8 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 file.write(memory_of(_bytes(storage).cpu()))
                 storage.resize_(0)
 
-    def bring_back(self, runner: greenlet) -> None:
-        """Fill again what a greenlet has made, before it goes on."""
+    def _bring_back(self, runner: greenlet) -> None:
+        """Fill the emptied tensors of a greenlet from its file."""
         if runner not in self._away:
             return
         with writing(self.folder), self._path(runner).open("rb") as file:
@@ -95,14 +101,9 @@ class PausedOnDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
 
 
-@contextmanager
-def pauses_in(folder: Path | None, shared: Callable[[], Iterable[Tensor]]) -> Iterator[Pauses]:
-    """Pauses with what greenlets have made in files below `folder`, or without one left as it is."""
-    if folder is None:
-        yield PausedInMemory()
-    else:
-        with PausedOnDisk(folder, shared) as mode:
-            yield mode
+def offload_to(folder: Path | None, shared: Callable[[], Iterable[Tensor]]) -> Offload:
+    """Return an offload to files below `folder`, or without a folder one that keeps activations in memory."""
+    return KeepInMemory() if folder is None else OffloadToDisk(folder, shared)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

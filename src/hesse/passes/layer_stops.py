@@ -1,92 +1,107 @@
-"""Several runs of one module, all of which stop at each of its layers, so that the layer can be changed there."""
+"""Several runs of one module that all stop at each of its layers, so that the layer can be changed there.
 
-from collections.abc import Callable, Sequence
+Each run is a greenlet: a function that can be left in the middle, here inside a layer's forward hook, and be resumed
+later. CONTRIBUTING.md explains how several batches wait at one layer.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import cast
+from typing import NamedTuple
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.network import Block, Layer
-from hesse.passes.activation_offload import Pauses
+from hesse.passes.activation_offload import Offload
 
-InputKey = tuple[object, ...]  # what a layer sees: the same for layers whose inputs are the same rows
+InputKey = tuple[object, ...]  # identifies a layer's input: equal for layers whose inputs are the same rows
 
 
-def stop_at_layers(
+class LayerStop(NamedTuple):
+    """A layer at which all runs wait."""
+
+    layer: Layer
+    collected_at: Layer  # the layer at which its inputs were collected: itself, or one before with the same inputs
+
+
+def layer_stops(
     runs: Sequence[Callable[[], None]],
     block: Block,
-    collect: Callable[[Layer, Tensor], None],
-    change: Callable[[Layer], None],
-    pauses: Pauses,
-) -> list[Layer]:
-    """Take all `runs` of a block's module through it, and stop all of them at each of its layers.
+    collect: Callable[[Layer, int, Tensor], None],
+    offload: Offload,
+    gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
+) -> Generator[LayerStop, None, None]:
+    """Take all `runs` of a block's module through it; yield each layer once, while all of them wait at it.
 
-    For each layer, in the order in which the runs call them, `collect(layer, inputs)` is called with every run's
-    inputs and then `change(layer)` once; the runs go on through the changed layer. So each layer sees inputs made by
-    all changes before it, and each layer is run only once. A layer whose input is the very tensor of the layer before
-    it (keys and values after queries) is changed without a `collect` of its own. Memory: what each run holds between
-    two layers, for all runs at once, unless `pauses` put it away.
+    The consumer may replace the layer's weight before it asks for the next layer: the runs go on through the changed
+    layer. So each layer's inputs are made by all changes before it, and each layer is run only once. Layers come in the
+    order in which the runs call them; layers that are never called are not yielded. `collect(layer, number, inputs)` is
+    called with the inputs of each run before its activations are offloaded. A layer whose input is the very tensor of
+    the layer before it (keys and values after queries) is yielded without a `collect` of its own.
 
-    Returns the layers that were never called.
+    Each run holds its activations while it waits, for all runs at once, unless `offload` writes them to disk. The runs
+    are inside `gradients_off()`, the consumer is not. The hooks are removed when the consumer stops early.
 
     Raises:
         UnsupportedModelError: the runs differ in the order of their layers.
     """
-    changed: set[str] = set()
-    seen: dict[greenlet, InputKey] = {}
+    done: set[str] = set()  # layers that the consumer has seen
+    last_inputs: dict[greenlet, InputKey] = {}
 
     def stop(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if layer.name not in changed:
-            runner, inputs = getcurrent(), arguments[0]
-            sight = _sight(module, inputs)
-            again = _same(seen.get(runner, ()), sight)
-            seen[runner] = sight
+        """Leave the run's greenlet, telling the loop below where and with what inputs, if these are new."""
+        if layer.name not in done:
+            runner, key = getcurrent(), _input_key(module, arguments[0])
+            new = not _same(last_inputs.get(runner, ()), key)
+            last_inputs[runner] = key
             assert runner.parent is not None
-            runner.parent.switch((layer, None if again else inputs))
-
-    def changing(layer: Layer) -> None:
-        change(layer)
-        changed.add(layer.name)
-
-    def next_stop(runner: greenlet) -> Layer | None:
-        """Take a run to the next layer with inputs of its own, or to its end."""
-        pauses.bring_back(runner)
-        while (said := runner.switch()) is not None:
-            layer, inputs = said
-            if inputs is not None:
-                collect(layer, inputs)
-                pauses.put_away(runner)
-                return cast(Layer, layer)
-            changing(layer)
-        pauses.put_away(runner)
-        return None
+            runner.parent.switch((layer, arguments[0] if new else None))
 
     hooks = [layer.module.register_forward_pre_hook(partial(stop, layer)) for layer in block.layers]
     try:
         runners = [greenlet(run) for run in runs]
+        collected_at: Layer | None = None
         while not all(runner.dead for runner in runners):
-            arrived = [next_stop(runner) for runner in runners]
+            arrived: list[Layer | None] = []
+            for number, runner in enumerate(runners):
+                while True:
+                    with gradients_off():
+                        stopped = offload.resume(runner)
+                    layer, inputs = (None, None) if stopped is None else stopped
+                    if layer is None or inputs is not None:
+                        break
+                    assert collected_at is not None
+                    yield LayerStop(layer, collected_at)
+                    done.add(layer.name)
+                if layer is not None and inputs is not None:
+                    with torch.no_grad():
+                        collect(layer, number, inputs)
+                    del inputs, stopped
+                offload.put_away(runner)
+                arrived.append(layer)
             if any(layer is not arrived[0] for layer in arrived):
                 raise UnsupportedModelError(f"{block.name} calls its layers in an order that depends on the data")
             if arrived[0] is not None:
-                changing(arrived[0])
+                collected_at = arrived[0]
+                yield LayerStop(collected_at, collected_at)
+                done.add(collected_at.name)
     finally:
         for hook in hooks:
             hook.remove()
-        seen.clear()
-    return [layer for layer in block.layers if layer.name not in changed]
+        last_inputs.clear()
 
 
-def _sight(module: nn.Module, inputs: Tensor) -> InputKey:
-    """The tensor, how often it was changed in place, and what patches of it the layer takes."""
+def _input_key(module: nn.Module, inputs: Tensor) -> InputKey:
+    """Return the tensor, how often it was changed in place, and which patches of it the layer takes."""
     version = None if inputs.is_inference() else inputs._version
     return inputs, version, patching(module)
 
 
 def patching(module: nn.Module) -> InputKey:
-    """What patches a convolution takes of its input: layers with the same see the same rows of the same tensor."""
+    """Return which patches a convolution takes of its input: with equal ones, layers get the same rows of a tensor."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
     return ()

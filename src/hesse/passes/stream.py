@@ -5,19 +5,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
-from hesse.networks.network import Block, Layer, Network
-from hesse.passes.activation_offload import pauses_in
-from hesse.passes.layer_stops import stop_at_layers
+from hesse.networks.network import Network
 
 BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
 
@@ -113,39 +109,10 @@ def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step:
         flow.waiting, flow.step = hidden, step
 
 
-def advance_with_stops(
-    flows: list[StreamBatch],
-    block: Block,
-    index: int,
-    collect: Callable[[Layer, Tensor], None],
-    change: Callable[[Layer], None],
-    paused: Path | None = None,
-) -> list[Layer]:
-    """Take all flows through a block, and stop all of them at each linear layer, so that it can be changed.
-
-    As `stop_at_layers` does. With a folder `paused`, what each flow holds between two layers is in files there, for all
-    flows but one.
-
-    Returns the layers that were never called.
-    """
-
-    def run(flow: StreamBatch) -> None:
-        flow.hidden = flow.through(block.module, index)
-
-    def shared() -> Iterator[Tensor]:
-        yield from (*block.module.parameters(), *block.module.buffers())
-        yield from (leaf for flow in flows for leaf in tree_leaves(flow.calls[index]) if isinstance(leaf, Tensor))
-
-    with torch.inference_mode(), pauses_in(paused, shared) as pauses:  # a tenth faster than with no_grad
-        return stop_at_layers([partial(run, flow) for flow in flows], block, collect, change, pauses)
-
-
-class _WrongReturn(Exception):
-    """The model takes the first element of what a block returns, so blocks return tuples."""
-
-
 def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
-    """Run the model with each block letting its input through, and note what each is called with."""
+    """Run the model with each block returning its input, and note the arguments that each block is called with."""
+    if network.blocks_return_tuples is None:
+        network.blocks_return_tuples = _takes_first_elements(network, model, ids[:1])
     calls: list[dict[str, Any]] = []
     first: list[Tensor] = []
 
@@ -154,30 +121,54 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
             calls.clear()
             first[:] = [hidden]
         elif hidden.shape != first[0].shape:
-            raise _WrongReturn
+            raise UnsupportedModelError(f"the blocks of {type(model).__name__} change the shape of their input")
         calls.append(call)
         return hidden
 
+    with _replaced(network, note):
+        _run_blocks(network, model, ids)
+    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+
+
+def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
+    """Run all of the model but its head."""
     base = model.base_model
     assert isinstance(base, nn.Module)
-    arguments = {"use_cache": False} if network.kind == "causal-lm" else {}
-    try:
-        with _replaced(network, note):
-            base(input_ids=ids, **arguments)
-    except (_WrongReturn, IndexError):
-        if network.blocks_return_tuples:
-            name = type(model).__name__
-            raise UnsupportedModelError(f"the blocks of {name} change the shape of their input") from None
-        network.blocks_return_tuples = True
-        return _record(network, model, ids, shelf)
-    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+    base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+
+
+class _Output(Tensor):
+    """A block's output that notes if the model takes its first element, as it does of a tuple."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # gives plain tensors
+    first_taken: list[bool]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key == 0:
+            self.first_taken.append(True)
+            return self.as_subclass(Tensor)
+        return super().__getitem__(key)
+
+
+def _takes_first_elements(network: Network, model: nn.Module, ids: Tensor) -> bool:
+    """True if the model takes the first element of what a block returns, so that its blocks have to return tuples."""
+    first_taken: list[bool] = []
+
+    def output(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        result = hidden.as_subclass(_Output)
+        result.first_taken = first_taken
+        return result
+
+    with _replaced(network, output):
+        _run_blocks(network, model, ids)
+    return bool(first_taken)
 
 
 @contextmanager
 def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-    """Let `forward(index, hidden, keyword arguments)` stand in for each block; the modules keep their attributes."""
+    """Run `forward(index, hidden, keyword arguments)` in place of each block; the modules keep their attributes."""
 
-    def stand_in(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
+    def call_instead(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
         call = {**dict(zip(names, positional, strict=False)), **call}
         hidden = call.pop(names[0])
         result = forward(index, hidden, call)
@@ -185,7 +176,7 @@ def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]],
 
     for index, block in enumerate(network.blocks):
         names = list(inspect.signature(type(block.module).forward).parameters)[1:]
-        block.module.forward = partial(stand_in, index, names)
+        block.module.forward = partial(call_instead, index, names)
     try:
         yield
     finally:

@@ -12,11 +12,12 @@ from hesse.curvature import Gram, Kronecker
 from hesse.data import Samples
 from hesse.data.selection import Calibration, Selection
 from hesse.estimation import Statistics
-from hesse.estimation.inputs import InputGrams
+from hesse.estimation.calibrated import calibrated_blocks
 from hesse.estimation.probe import probe
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
 from hesse.networks.network import Layer, Network
-from hesse.passes.stream import advance_with_stops, calibration_batch, start
+from hesse.passes.loading import each_loaded
+from hesse.passes.stream import calibration_batch, start
 from hesse.planning.menu import LayerGroup
 from hesse.progress import Clock, Progress
 from hesse.scores.sensitivities import Sensitivity
@@ -76,17 +77,12 @@ class CostMeter:
         """Solve each layer for every offer, on the inputs that it has in the dense model."""
         progress.begin("solve for each choice", len(network.blocks))
         length = samples.longest
-        flows = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
-        grams = InputGrams(Clock())
-
-        def solve(layer: Layer) -> None:
-            self._add(layer, grams.gram(), factors.get(layer.name))
-
-        for index, block in enumerate(network.blocks):
-            with network.loaded(block):
-                missed = advance_with_stops(flows, block, index, grams.collect, solve)
-            for layer in missed:
-                self._add(layer, None, None)
+        batches = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
+        needs = dict.fromkeys(self._group_of, ("inputs",))
+        for _, layers in calibrated_blocks(network, batches, needs):
+            for layer, statistics in layers:
+                if layer.name in self._group_of:
+                    self._add(layer, statistics.gram, factors.get(layer.name))
             progress.advance()
 
     def read(self, network: Network, statistics: Statistics, progress: Progress) -> None:
@@ -96,19 +92,16 @@ class CostMeter:
             HesseError: the statistics cannot be read, or a layer cannot be solved.
         """
         progress.begin("solve for each choice", len(network.blocks))
-        for block in network.blocks:
-            with network.loaded(block):
-                for layer in block.layers:
-                    kronecker = statistics.kronecker(layer.name, network.device)
-                    factor = statistics.sensitivities.get(layer.name)
-                    gram = statistics.gram(layer.name, network.device)
-                    self._add(layer, gram, factor if kronecker is None else kronecker.output_factor)
+        for _, block in each_loaded(network):
+            for layer in (layer for layer in block.layers if layer.name in self._group_of):
+                kronecker = statistics.kronecker(layer.name, network.device)
+                factor = statistics.sensitivities.get(layer.name)
+                gram = statistics.gram(layer.name, network.device)
+                self._add(layer, gram, factor if kronecker is None else kronecker.output_factor)
             progress.advance()
 
     def _add(self, layer: Layer, gram: Gram | None, output_factor: Tensor | None) -> None:
-        group = self._group_of.get(layer.name)
-        if group is None:
-            return
+        group = self._group_of[layer.name]
         if gram is None or not gram.tokens or output_factor is None:
             self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
             return

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hesse.errors import printable
-from hesse.methods import Row
+from hesse.methods import Method
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.evaluation import Evaluation
@@ -129,23 +129,21 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     return table
 
 
-def methods_table(families: Mapping[str, Sequence[Row]]) -> Table:
+def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
     """Methods as triples, family by family, with what each needs and its source below."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("curvature × constraint × solver")
-    for family, rows in families.items():
+    for family, methods in families.items():
         table.add_section()
         table.add_row(f"[bold]{family}[/bold]")
-        for row in rows:
-            table.add_row(row.name, _triple(row))
+        for method in methods:
+            table.add_row(method.name, _triple(method))
     return table
 
 
-def _triple(row: Row) -> str:
-    basis = "" if row.basis == "own" else f"{row.basis} "
-    constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
-    run = "" if row.run.startswith("hesse compress") else f"; {escape(row.run)}"
-    before = "" if row.rewrite is None else f"{row.rewrite}, then "
-    below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
-    return f"{before}{row.curvature} × {constraint} × {row.solver}\n{below}"
+def _triple(method: Method) -> str:
+    run = "" if method.verb == "compress" else f"; {escape(method.example)}"
+    before = "" if method.rewrite is None else f"{method.rewrite}, then "
+    below = f"[dim]{escape(method.source)}; needs {escape(method.needs)}{run}[/dim]"
+    return f"{before}{' × '.join(method.triple)}\n{below}"

@@ -27,6 +27,7 @@ add_score(
         name="m-fac-network",
         source="M-FAC, Frantar, Kurtic and Alistarh, 2021, arXiv:2107.03356, over all layers at once",
         parts=WEIGHTS,
+        uses="fisher_gradients",
         nats=True,
     )
 )

@@ -25,7 +25,11 @@ def random(evidence: AnyWeights, partition: Partition) -> Tensor:
     return torch.rand(partition.count, generator=generator, dtype=partition.precision)
 
 
-@register_score("magnitude", source="Han et al., 2015, arXiv:1506.02626; of groups Li et al., 2017, arXiv:1608.08710")
+@register_score(
+    "magnitude",
+    source="Han et al., 2015, arXiv:1506.02626; of groups Li et al., 2017, arXiv:1608.08710",
+    uses="identity",
+)
 def magnitude(evidence: AnyWeights, partition: Partition) -> Tensor:
     """Σ w² over the part; of a group, over all weights that go with it, those that read it too."""
     return partition.sums({name: weight.square() for name, weight in evidence.weights(partition).items()})
@@ -71,7 +75,7 @@ def taylor(evidence: LossEvidence, partition: Partition) -> Tensor:
     return torch.stack(squares).mean(0)
 
 
-@register_score("oba", source="Optimal Brain Apoptosis, Sun et al., 2025, arXiv:2502.17941")
+@register_score("oba", source="Optimal Brain Apoptosis, Sun et al., 2025, arXiv:2502.17941", uses="hessian")
 def apoptosis(evidence: LossEvidence, partition: Partition) -> Tensor:
     """|w·(Hw)| over the part, H the exact Hessian: the part's own share of the second order, ½ wᵀHw doubled.
 
@@ -84,7 +88,12 @@ def apoptosis(evidence: LossEvidence, partition: Partition) -> Tensor:
     return outgoing.sums({name: weight * products[name] for name, weight in weights.items()}).abs()
 
 
-@register_score("obd", source="Optimal Brain Damage, LeCun et al., 1989, with the true Fisher's diagonal", nats=True)
+@register_score(
+    "obd",
+    source="Optimal Brain Damage, LeCun et al., 1989, with the true Fisher's diagonal",
+    nats=True,
+    uses="fisher_diagonal",
+)
 def damage(evidence: LossEvidence, partition: Partition) -> Tensor:
     """½ Σ w² F_ii, F the Fisher of whole samples; of a group, over its outgoing weights."""
     outgoing = partition.restricted("outgoing")
@@ -93,7 +102,12 @@ def damage(evidence: LossEvidence, partition: Partition) -> Tensor:
     return outgoing.sums({name: 0.5 * weight.square() * fisher[name].values for name, weight in weights.items()})
 
 
-@register_score("fisher", source="½ wᵀFw of each part's weights, the second order of its removal", nats=True)
+@register_score(
+    "fisher",
+    source="½ wᵀFw of each part's weights, the second order of its removal",
+    nats=True,
+    uses="fisher_gradients",
+)
 def fisher(evidence: LossEvidence, partition: Partition) -> Tensor:
     """½ wᵀFw, w the part's weights, or a group's outgoing ones, and F the Fisher of whole samples, in float64.
 
@@ -114,7 +128,9 @@ def fisher(evidence: LossEvidence, partition: Partition) -> Tensor:
     return total * gradients.scale / 2
 
 
-@register_score("hap", source="HAP, Yu et al., 2022, arXiv:2101.08940, whose official code has no ½", nats=True)
+@register_score(
+    "hap", source="HAP, Yu et al., 2022, arXiv:2101.08940, whose official code has no ½", nats=True, uses="hessian"
+)
 def hessian_trace(evidence: LossEvidence, partition: Partition) -> Tensor:
     """½ tr(H_c) / p_c · ‖w_c‖², c what makes the part: p_c weights, and their block of the Hessian, in float64.
 
@@ -141,6 +157,7 @@ def hessian_traces(evidence: LossEvidence, partition: Partition, probes: int) ->
     "mad",
     source="Masking Adversarial Damage, Lee et al., 2022, arXiv:2204.02738, for whole removals",
     parts=PARAMETERS,
+    uses="kronecker",
 )
 def adversarial_damage(evidence: LossEvidence, partition: Partition) -> Tensor:
     """|½ Σ w_ij G_ii (W A)_ij| over the part, with K-FAC's factors G, A of the loss on attacked inputs, per position.

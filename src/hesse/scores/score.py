@@ -11,6 +11,7 @@ from torch import Tensor
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
 from hesse.partitions import GROUP_KINDS, GroupParts
+from hesse.registry import Registry
 
 WEIGHTS = ("weights",)
 PARAMETERS = ("weights", "tiles", "rows", "columns", "layers")  # parts that are tiles of parameters
@@ -26,13 +27,14 @@ CostFunction = Callable[[Any, Any], Tensor]  # of evidence and a partition
 class Score(ABC):
     """A named answer to the question what removing, or changing, each part of a partition costs.
 
-    `parts` are the kinds of parts that the score has a meaning for. With `nats` a cost is an increase of the loss, in
-    the loss's unit; costs without it only rank parts.
+    `parts` are the kinds of parts that the score has a meaning for, and `uses` names the curvature that it is made of.
+    With `nats` a cost is an increase of the loss, in the loss's unit; costs without it only rank parts.
     """
 
     name: str
     source: str
     parts: tuple[str, ...]
+    uses: str | None = None
     nats: bool = False
 
     @property
@@ -78,7 +80,16 @@ class Score(ABC):
 
 
 READ_GROUPS = ("heads", "hidden", "channels", "groups")  # whose readers are layers; an expert's is its router
-SCORES: dict[str, Score] = {}
+SCORES: Registry[Score] = Registry(
+    "score",
+    modules=(
+        "hesse.scores.parameters",
+        "hesse.scores.fisher_gradients",
+        "hesse.scores.surgeon",
+        "hesse.scores.blocks",
+        "hesse.scores.sensitivities",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,12 @@ class FunctionScore(Score):
 
 
 def register_score(
-    name: str, *, source: str, parts: Sequence[str] = (*PARAMETERS, *GROUPS), nats: bool = False
+    name: str,
+    *,
+    source: str,
+    parts: Sequence[str] = (*PARAMETERS, *GROUPS),
+    uses: str | None = None,
+    nats: bool = False,
 ) -> Callable[[CostFunction], CostFunction]:
     """Put a function of evidence and a partition into the table of scores; a decorator.
 
@@ -109,6 +125,7 @@ def register_score(
         name: under which `hesse.prune(method=...)` finds the score.
         source: paper or person.
         parts: kinds of parts that the score has a meaning for.
+        uses: the curvature that the score is made of, by name; None for none.
         nats: True if a cost is an increase of the loss.
 
     Raises:
@@ -116,7 +133,7 @@ def register_score(
     """
 
     def decorate(function: CostFunction) -> CostFunction:
-        add_score(FunctionScore(name=name, source=source, parts=tuple(parts), nats=nats, function=function))
+        add_score(FunctionScore(name=name, source=source, parts=tuple(parts), uses=uses, nats=nats, function=function))
         return function
 
     return decorate
@@ -128,9 +145,7 @@ def add_score(score: Score) -> None:
     Raises:
         OptionError: there is one of that name.
     """
-    if score.name in SCORES:
-        raise OptionError(f"there is a score {score.name!r} already: choose another name")
-    SCORES[score.name] = score
+    SCORES.register(score.name, score)
 
 
 def find_score(name: str, kind: str | None = None) -> Score:

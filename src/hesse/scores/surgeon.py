@@ -52,6 +52,7 @@ add_score(
         name="heapr",
         source="HEAPr, Li et al., 2025, arXiv:2509.22299; of any hidden unit or head",
         parts=READ_GROUPS,
+        uses="kronecker",
         nats=True,
     )
 )
@@ -60,6 +61,7 @@ add_score(
         name="obs",
         source="Kurtic et al., 2023, arXiv:2302.04089 (ZipLM), with the loss's own G",
         parts=READ_GROUPS,
+        uses="kronecker",
         nats=True,
     )
 )

@@ -19,9 +19,10 @@ def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore:
     Raises:
         OptionError: it makes no zeros, or an option has no meaning for it.
     """
-    if "sparse" not in find_method(method).constraints:
+    row = find_method(method, "compress", "prune_gradually")
+    if "sparse" not in row.constraints:
         raise OptionError(f"the method {method} makes no zeros: `hesse methods` shows which have Sparse")
-    recipe = find_method(method).recipe(options, tuple(ignore))
+    recipe = row.recipe(options, tuple(ignore))
     rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in recipe.rules)
     return recipe.model_copy(update={"rules": rules})
 

@@ -1,6 +1,6 @@
-"""What the output of a block's attention feels of the outputs of the linear layers inside it."""
+"""Output factors of the layers inside a block's attention, for an error of the attention's output."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,39 +8,58 @@ import torch
 from torch import Tensor, nn
 
 from hesse.errors import UnsupportedModelError
+from hesse.estimation.statistics.base import BlockStatistic
 from hesse.networks.network import Block, Layer
 from hesse.passes.stream import StreamBatch
 from hesse.processes import Processes
 
-SAMPLES = 32  # of the calibration, from its first on; each sees one probe
+SAMPLES = 32  # the first of the calibration samples; each gets one probe
 Draw = Callable[[Tensor], Iterable[Tensor]]  # probes for an output, of its shape
 
 
+class AttentionFactor(BlockStatistic):
+    """G (out, out) of each layer inside a block's attention: ½ tr(G d E[xxᵀ] dᵀ) is ½‖Δ‖² of the attention's output.
+
+    None for layers outside.
+    """
+
+    name = "attention factor"
+
+    def values(
+        self, batches: Sequence[StreamBatch], block: Block, index: int, processes: Processes
+    ) -> Mapping[str, Tensor]:
+        """Return the factors from a pass over the block as it stands."""
+        return attention_factors(batches, block, index, processes)
+
+
 def attention_modules(block: Block) -> dict[nn.Module, list[Layer]]:
-    """The attention of a block, by the name of its class, and the layers inside it; the outermost where one nests."""
-    found: dict[nn.Module, list[Layer]] = {}
-    taken: set[nn.Module] = set()
+    """Return a block's attention modules, known by their class names, and the layers inside each; outermost only."""
+    attentions: dict[nn.Module, list[Layer]] = {}
+    covered: set[nn.Module] = set()
     for name, module in block.module.named_modules():
-        if name and "Attention" in type(module).__name__ and module not in taken:
+        if name and "Attention" in type(module).__name__ and module not in covered:
             inside = set(module.modules())
             layers = [layer for layer in block.layers if layer.module in inside]
             if layers:
-                found[module] = layers
-                taken |= inside
-    return found
+                attentions[module] = layers
+                covered |= inside
+    return attentions
 
 
 def layers_of_attention(block: Block) -> list[Layer]:
-    """The layers inside the attention of a block."""
+    """Return the layers inside the attention of a block."""
     return [layer for layers in attention_modules(block).values() for layer in layers]
 
 
-def attention_factors(flows: list[StreamBatch], block: Block, index: int, processes: Processes) -> dict[str, Tensor]:
-    """G (out, out) of the layers inside a block's attention, by name: ½ tr(G d E[xxᵀ] dᵀ) is what a change d costs.
+def attention_factors(
+    batches: Sequence[StreamBatch], block: Block, index: int, processes: Processes
+) -> dict[str, Tensor]:
+    """Return G (out, out) by the names of the layers inside a block's attention: a change d costs ½ tr(G d E[xxᵀ] dᵀ).
 
-    The cost is ½‖Δ‖² of the attention's output per position, to second order. With J from a layer's outputs to it, G is
-    the mean over positions of (Jᵀv)(Jᵀv)ᵀ with probes v of random signs, whose products of two positions average out. J
-    is of the block as it stands, on what the blocks before it now give. The seed is the block's number.
+    The cost is ½‖Δ‖² of the attention's output per position, to second order. With the Jacobian J from a layer's
+    outputs to the attention's output, G is the mean over positions of (Jᵀv)(Jᵀv)ᵀ with probes v of random signs, so
+    that products of two positions average out. J is of the block as it stands, at the batches' hidden states. The seed
+    is the block's number.
 
     Source: the aim of APTQ (Guan et al., 2024), as a Gauss-Newton matrix with one factor a side.
 
@@ -51,19 +70,19 @@ def attention_factors(flows: list[StreamBatch], block: Block, index: int, proces
     totals = {layer.name: layer.weight.new_zeros((layer.weight.shape[0],) * 2).float() for layer in layers}
     counts = dict.fromkeys(totals, 0)
     generator = torch.Generator().manual_seed(index)
-    left = -(-SAMPLES // processes.world_size)
+    remaining = -(-SAMPLES // processes.world_size)
 
     def draw(output: Tensor) -> list[Tensor]:
         signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
         return [signs.to(output)]
 
-    for flow in flows:
-        if left <= 0:
+    for batch in batches:
+        if remaining <= 0:
             break
-        left -= len(flow.ids)
-        for module, arguments, keywords in _calls(flow, block, index, modules):
-            found = moments(partial(module, *arguments, **keywords), modules[module], draw)
-            for name, (total, count) in found.items():
+        remaining -= len(batch.ids)
+        for module, arguments, keywords in _calls(batch, block, index, modules):
+            sums = moments(partial(module, *arguments, **keywords), modules[module], draw)
+            for name, (total, count) in sums.items():
                 totals[name] += total
                 counts[name] += count
     for name, total in totals.items():
@@ -119,9 +138,9 @@ def moments(run: Callable[[], Any], layers: Collection[Layer], draw: Draw) -> di
 
 
 def _calls(
-    flow: StreamBatch, block: Block, index: int, modules: Collection[nn.Module]
+    batch: StreamBatch, block: Block, index: int, modules: Collection[nn.Module]
 ) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
-    """What each of `modules` is called with as a flow passes through the block."""
+    """Return the arguments that each of `modules` is called with as a batch passes through the block."""
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -130,7 +149,7 @@ def _calls(
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
-            flow.through(block.module, index, flow.hidden.clone())  # which autograd may keep
+            batch.through(block.module, index, batch.hidden.clone())  # which autograd may keep
     finally:
         for hook in hooks:
             hook.remove()
