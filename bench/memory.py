@@ -88,7 +88,7 @@ def run_hesse(model: Path, ids: Path, out: Path, method: str, memory: str) -> di
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
-    report = json.loads((out / "compression.json").read_text())
+    report = json.loads((out / "hesse-report.json").read_text())
     said = next(line for line in done.stderr.splitlines() if line.startswith("Memory: "))
     return {
         "seconds_with_io": report["seconds"]["total"],

@@ -46,7 +46,7 @@ def compress(source: Path, out: Path, **options: Any) -> CompressionReport:
     if "recipe" not in options:
         options["options"] = hesse.Options(**chosen)
     with skipped_if_too_old():
-        return hesse.compress(source, out, **{"data": IDS, **options})
+        return hesse.compress(source, out, **{"data": IDS, **options}).report
 
 
 def output(model: torch.nn.Module, ids: list[list[int]] | Tensor = OTHER_IDS) -> Tensor:

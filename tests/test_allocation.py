@@ -24,8 +24,8 @@ from hesse.planning.costs import CostMeter
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
 from hesse.planning.menu import make_menu
 from hesse.planning.pricing import Member, allocate, changes_of, grid_menu, priced, use
-from hesse.scores.interactions import interactions
 from hesse.scores import SCORES
+from hesse.scores.interactions import interactions
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity, predicted_costs
 from hesse.testing import normal
 

@@ -160,19 +160,20 @@ def test_compress_prints_everything_for_machines(
     ran = hesse_command("compress", half_folder("llama"), tmp_path / "out", *arguments)
     assert (ran.code, ran.stderr) == (0, "")
     report = json.loads(ran.stdout)
-    assert report == json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
-    numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight", "predicted_loss_increase")
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text(encoding="utf-8"))
+    numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")
     assert all(report[key] > 0 for key in numbers)
     assert report["method"] == "kronecker"
     assert report["seconds"]["total"] > 0
-    assert report["fallbacks"] == []
+    assert report["notes"] == []
     assert len(report["layers"]) == 14
     for layer in report["layers"]:
         assert layer["predicted_loss_increase"] > 0
         assert 0 < layer["relative_output_error"] < 1
         assert layer["tokens"] == 256
         assert layer["damping"] == 0.01
-    assert report["verification"]["measured"] > 0
+    assert report["loss"]["measured"] > 0
+    assert report["loss"]["predicted"] > 0
 
 
 def test_compress_and_evaluate_print_for_people(
@@ -217,7 +218,7 @@ def test_ctrl_c_in_the_middle_leaves_no_checkpoint(family_folder: FolderOf, tmp_
         process.send_signal(signal.SIGINT)
         printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert error == f"Interrupted: new/out {kept}\n"
     assert left_over(tmp_path / "new") == [".out.unfinished"]
 

@@ -119,7 +119,7 @@ def test_predictions_from_statistics(llama: tuple[Path, Inspection], tmp_path: P
     data = write_ids(tmp_path / "ids.jsonl", FEW)
     kinds = ("gram", "kronecker", "fisher")
     hesse.estimate(source, tmp_path / "statistics", data=data, curvatures=kinds)
-    found = hesse.inspect(source, data=data, curvature=tmp_path / "statistics")
+    found = hesse.inspect(source, data=data, statistics=tmp_path / "statistics")
     assert list(found.rank_correlations["4 bits"]) == ["identity", "gram", "fisher diagonal", "kronecker"]
     for ours, theirs in zip(found.layers, plain.layers, strict=True):
         assert ours.measured == theirs.measured
@@ -127,7 +127,7 @@ def test_predictions_from_statistics(llama: tuple[Path, Inspection], tmp_path: P
             assert value == pytest.approx(theirs.predicted["3 bits"][kind], rel=0.1)
     assert str(tmp_path / "statistics") in inspection_page(found)
     with pytest.raises(CheckpointError, match="is of another model"):
-        hesse.inspect("default", curvature=tmp_path / "statistics")
+        hesse.inspect("default", statistics=tmp_path / "statistics")
 
 
 @settings(max_examples=50, deadline=None)

@@ -166,7 +166,7 @@ def within(plan, limit, batch_size=None, fits=memory.plan_memory):
 
 compress.plan_memory = within
 report = hesse.compress(model, out, data=data, options=hesse.Options(bits=4, group_size=64),
-                        method="gptq", memory=limit, overwrite=True)
+                        method="gptq", memory=limit, overwrite=True).report
 print(report.peak_rss_bytes)
 """
 

@@ -93,7 +93,7 @@ def test_torchrun_gives_what_one_process_gives(
     key, value = options[0].removeprefix("--"), options[1]
     own = {key: int(value) if key == "bits" else value, **({"group_size": 32} if key == "bits" else {})}
     alone = compress(family_folder(name), tmp_path / "alone", data=data, method=method, **own)
-    assert report["predicted_loss_increase"] == pytest.approx(alone.predicted_loss_increase, rel=0.02)
+    assert report["loss"]["predicted"] == pytest.approx(alone.loss.predicted, rel=0.02)
     assert [layer["tokens"] for layer in report["layers"]] == [layer.tokens for layer in alone.layers]
     assert equal_share(dense_tensors(tmp_path / "out"), dense_tensors(tmp_path / "alone")) > 0.98
     assert left_over(tmp_path) == ["out"]

@@ -28,23 +28,21 @@ from hesse.training import Distillation, GradualSchedule, Training, finetune, he
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import (
-        benchmark,
-        compress,
-        cut,
-        drop_blocks,
-        estimate,
-        evaluate,
-        export,
-        inspect,
-        narrow,
-        plan,
-        repair,
-        rotate,
-    )
+    from hesse.evaluation.evaluate import evaluate
+    from hesse.inspection.inspect import inspect
+    from hesse.jobs.compress import compress
+    from hesse.jobs.cut import cut
+    from hesse.jobs.drop_blocks import drop_blocks
+    from hesse.jobs.estimate import estimate
+    from hesse.jobs.narrow import narrow
+    from hesse.jobs.repair import repair
+    from hesse.jobs.rotate import rotate
     from hesse.modules import ModuleReport, compress_module
     from hesse.modules.gradual import prune_gradually
     from hesse.modules.prune import prune
+    from hesse.planning.budget import plan
+    from hesse.runtimes.benchmark import benchmark
+    from hesse.runtimes.export import export
 
 __all__ = [
     "METHODS",
@@ -98,18 +96,28 @@ __all__ = [
 ]
 
 
-MODULES = {
-    "ModuleReport": "report",
-    "compress_module": "compress",
-    "prune_gradually": "gradual",
-    "prune": "prune",
+LAZY = {
+    "ModuleReport": "modules.report",
+    "benchmark": "runtimes.benchmark",
+    "compress": "jobs.compress",
+    "compress_module": "modules.compress",
+    "cut": "jobs.cut",
+    "drop_blocks": "jobs.drop_blocks",
+    "estimate": "jobs.estimate",
+    "evaluate": "evaluation.evaluate",
+    "export": "runtimes.export",
+    "inspect": "inspection.inspect",
+    "narrow": "jobs.narrow",
+    "plan": "planning.budget",
+    "prune": "modules.prune",
+    "prune_gradually": "modules.gradual",
+    "repair": "jobs.repair",
+    "rotate": "jobs.rotate",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs transformers on first use: it takes seconds that tensors do not need."""
-    if name in MODULES:
-        return getattr(import_module(f"hesse.modules.{MODULES[name]}"), name)
-    if name in __all__:
-        return getattr(import_module("hesse.api"), name)
+    if name in LAZY:
+        return getattr(import_module(f"hesse.{LAZY[name]}"), name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

@@ -96,7 +96,7 @@ def assemble(parts: list[Part], folder: Path) -> None:
         with writing(folder.parent):
             (folder / final).unlink(missing_ok=True)
             if len(members) == 1:
-                _name_again(members[0].path, folder / final)
+                link_or_copy(members[0].path, folder / final)
             else:
                 _join([part.path for part in members], folder / final)
         weight_map |= {name: final for part in members for name in part.names}
@@ -106,8 +106,12 @@ def assemble(parts: list[Part], folder: Path) -> None:
         write_text(folder / INDEX, index_text + "\n")
 
 
-def _name_again(path: Path, second: Path) -> None:
-    """A second name for a file, or a copy where the file system has no second names."""
+def link_or_copy(path: Path, second: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no second names; replace what is there.
+
+    Errors of the file system are the caller's.
+    """
+    second.unlink(missing_ok=True)
     try:
         second.hardlink_to(path)
     except OSError:
