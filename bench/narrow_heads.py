@@ -6,7 +6,8 @@ Queries and keys lose pairs of rotary dimensions by the products of their norms 
 (CR), values and outputs the directions that an SVD of the outputs' weights in the metric of the values finds least of,
 with what reads them refitted. Both as zeros in the dense model's shapes, which gives what narrower heads would give.
 Prints KL(dense || changed) in nats per token on held-out text. For Llama and models with the same names. Then
-Narrower heads by `hesse.prune` in a transformer of torch's own layers, beside as many parameters' worth of whole heads gone.
+Narrower heads by `hesse.prune` in a transformer of torch's own layers, beside as many parameters' worth of whole heads
+removed.
 """
 
 import argparse
@@ -219,13 +220,16 @@ def on_digits() -> None:
     dense = loss(model)
     print(f"\n| held-out loss, {dense:.3f} before; of the attention's weights | 75% left | 50% left | 25% left |")
     print("|---|---|---|---|")
+
     def pruned(what: str, **options: Any) -> nn.Module:
         return hesse.prune(model, data=calibration, what=what, **options).model
 
     ways: dict[str, Callable[[float], nn.Module]] = {
         "narrower heads": lambda share: pruned("head-dimensions", keep=share),
         "whole heads, `obs`": lambda share: pruned("heads", keep=share),
-        "whole heads, `random`, refit": lambda share: pruned("heads", method="random", refit="least-squares", keep=share),
+        "whole heads, `random`, refit": lambda share: pruned(
+            "heads", method="random", refit="least-squares", keep=share
+        ),
         "whole heads, `random`": lambda share: pruned("heads", method="random", keep=share),
     }
     for name, way in ways.items():
