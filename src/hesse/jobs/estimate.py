@@ -18,11 +18,12 @@ from hesse.checkpoints.output import check_output, temporary_folder
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.writer import write_text
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
-from hesse.data.selection import Calibration, Selection, factor_tokens, sample_length, select_samples
+from hesse.data.selection import Calibration, Selection, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Sums, save_curvature
 from hesse.estimation.calibrated import calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
+from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.formats.opening import open_networks
 from hesse.networks.network import Network
@@ -65,8 +66,8 @@ def estimate_checkpoint(
         raise OptionError("statistics name their data, so that it can be read again: give a file, not token ids")
     with clock.phase("read"):
         checkpoint, dense, network = open_networks(model, device)
-        outputs = [layer.weight.shape[0] for layer in network.layers]
-        selected = select_samples(model, calibration, network, factor_tokens(outputs))
+        factors = {layer.name: ("output factor",) for layer in network.layers}
+        selected = select_samples(model, calibration, network, probe_tokens(factors, network.layers, 0))
     with temporary_folder(out, _expected_bytes(network, kinds)) as folder:
         run = _Estimation(folder, dense, network, selected, calibration, clock, progress)
         content = run.run([kind for kind in KINDS if kind in kinds])
@@ -147,8 +148,9 @@ class _Estimation:
     def _probe(self, folder: Path) -> dict[str, Tensor]:
         """E[ggᵀ] at the layers' outputs, from some of the samples."""
         self.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
-        every, seed = {layer.name for layer in self.network.layers}, self.calibration.seed
-        return dict(probe(self.network, self.probes, every, folder, seed, self.clock, self.progress.advance))
+        needs, seed = {layer.name: ("output factor",) for layer in self.network.layers}, self.calibration.seed
+        known = probe(self.network, self.probes, needs, folder, seed, self.clock, self.progress.advance)
+        return {layer: statistics["output factor"] for layer, statistics in known.items()}
 
     def _grams(self, folder: Path) -> None:
         """The Gram of each layer's inputs; one file for layers with the same inputs."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.output import check_output, copy_companions, temporary_folder
 from hesse.checkpoints.writer import Parts, write_text
 from hesse.constraints import LowRank, LowRankCode
-from hesse.curvature import Gram
-from hesse.data.selection import Calibration, Selection, factor_tokens, select_samples
+from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation.calibrated import calibrated_blocks
+from hesse.estimation.calibrated import Known, calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
+from hesse.estimation.statistics import probe_tokens
+from hesse.estimation.statistics.output_factor import output_factor
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
 from hesse.jobs.build_report import versions
@@ -101,8 +103,8 @@ def repair_checkpoint(
         pair = Pair.opened(dense, compressed, request.rank, request.ignore, device)
         if request.format == "adapter":
             check_adaptable(layer.name for layer in pair.layers)
-        outputs = [layer.weight.shape[0] for layer in pair.layers] if request.curvature == "kronecker" else []
-        selected = select_samples(dense, calibration, pair.network, factor_tokens(outputs))
+        probed = probe_tokens(_needs(pair.layers, request), pair.layers, 0)
+        selected = select_samples(dense, calibration, pair.network, probed)
     needed = pair.source.file_bytes * (1 if request.format == "adapter" else 3)
     with temporary_folder(out, needed) as folder:
         with TemporaryDirectory(dir=folder) as waiting:
@@ -110,6 +112,12 @@ def repair_checkpoint(
             report = run.run(names, out, version)
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     return report
+
+
+def _needs(layers: Iterable[Layer], request: RepairRequest) -> dict[str, tuple[str, ...]]:
+    """Return the statistics of the layers: the Gram of their inputs, and the output factor or its diagonal."""
+    needed = ("inputs", "output factor" if request.curvature == "kronecker" else "output diagonal")
+    return {layer.name: needed for layer in layers}
 
 
 @dataclass(eq=False)
@@ -136,7 +144,7 @@ class _Repair:
         """Do it all; everything is written into the folder."""
         pair, request = self.pair, self.request
         flows = self._dense_flows()
-        self._walk(self._sensitivities())
+        self._walk(self._output_factors())
         if not self.factors:
             raise OptionError(f"{names[1]} lacks nothing of {names[0]} in the layers to be repaired: leave it as it is")
         with self.clock.phase("write"):
@@ -184,32 +192,32 @@ class _Repair:
         batches = check.batches(evaluation_batch(network, check.longest))
         return check_pass(network, batches, self.clock, self.progress.advance)
 
-    def _sensitivities(self) -> dict[str, Tensor]:
-        """What the loss feels of the layers' outputs, by their names in the compressed model."""
+    def _output_factors(self) -> Known:
+        """Collect the dense layers' output factors, by the layers' names in the compressed model."""
         network = self.pair.probed
         self.progress.begin("probe the loss", 2 * len(network.blocks) + 1)
-        whole = {layer.name for layer in network.layers} if self.request.curvature == "kronecker" else set[str]()
         seed, step = self.calibration.seed, self.progress.advance
-        found = probe(network, self.selected.probes, whole, self.waiting, seed, self.clock, step)
-        return {name: found[twin] for name, twin in self.pair.twins.items() if twin in found}
+        needs = _needs(network.layers, self.request)
+        known = probe(network, self.selected.probes, needs, self.waiting, seed, self.clock, step)
+        return {name: known[twin] for name, twin in self.pair.twins.items() if twin in known}
 
-    def _walk(self, sensitivities: Mapping[str, Tensor]) -> None:
+    def _walk(self, known: Known) -> None:
         """Take the samples through the compressed model, and repair each layer where they arrive."""
         network, samples = self.pair.network, self.selected.samples
         self.progress.begin("repair", len(network.blocks))
-        solver, needs = LayerSolver(), {layer.name: ("inputs",) for layer in self.pair.layers}
+        solver, needs = LayerSolver(), _needs(self.pair.layers, self.request)
         size = self.calibration.batch_size or calibration_batch(samples.longest)
         with self.clock.phase("calibrate"):
             batches = start(network, samples.batches(size))
-        for block, layers in calibrated_blocks(network, batches, needs, clock=self.clock):
+        for block, layers in calibrated_blocks(network, batches, needs, known=known, clock=self.clock):
             for layer, statistics in layers:
                 if layer.name in needs:
                     with self.clock.phase("solve"):
-                        self._repair(layer, statistics.gram, sensitivities.get(layer.name), solver)
+                        self._repair(layer, dict(statistics), solver)
             self._keep(block, {x.name: x.parameter for x in block.layers if x.name in self.factors})
             self.progress.advance()
 
-    def _repair(self, layer: Layer, gram: Gram, outputs: Tensor | None, solver: LayerSolver) -> None:
+    def _repair(self, layer: Layer, statistics: Mapping[str, Any], solver: LayerSolver) -> None:
         """Solve for one layer's factors, and put it with them in its place."""
         name, dense = layer.name, self.request.format == "dense"
         wanted, present = self.pair.weights(layer)
@@ -217,7 +225,8 @@ class _Repair:
         if not lacking.any():
             return
         constraint = LowRank(self.request.rank, dtype=torch.float32 if dense else self.pair.dtype(name))
-        solved = solver.solve(LayerProblem(name, lacking, gram, outputs, self.request.rule(), constraint))
+        problem = LayerProblem(name, lacking, statistics, self.request.rule(), constraint)
+        solved, gram = solver.solve(problem), problem.gram
         self.notes += solved.notes
         # As a reader multiplies them: on the CPU, since another device rounds its sums otherwise.
         code: LowRankCode = solved.solution.encoded
@@ -226,8 +235,9 @@ class _Repair:
         repaired = (stored.to(self.pair.dtype(name)).float() if dense else stored).to(wanted)
         layer.replace(repaired)
         self.factors[name], self.digests[name] = LowRankCode(left, right), digest(repaired)
-        whole, felt = 2 * gram.quadratic(wanted), outputs if gram.tokens else None  # E‖W x‖²
-        before, after = effect(lacking, gram, felt), effect(repaired - wanted, gram, felt)
+        whole = 2 * gram.quadratic(wanted)  # E‖W x‖²
+        factor = output_factor(statistics) if gram.tokens else None
+        before, after = effect(lacking, gram, factor), effect(repaired - wanted, gram, factor)
         self.layers.append(
             RepairedLayer(
                 name=name,

@@ -10,8 +10,8 @@ from hesse.checkpoints.output import copy_companions
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.unfinished import Unfinished
 from hesse.checkpoints.writer import Part, assemble, write_part, write_text
-from hesse.estimation.calibrated import Layers, calibrated_blocks, stored_blocks
-from hesse.estimation.probe import DensePass, check_pass, probe
+from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.formats import open_checkpoint
 from hesse.jobs.block_solver import BlockResult, BlockSolver
@@ -20,7 +20,7 @@ from hesse.jobs.memory import MemoryPlan
 from hesse.jobs.plan import Plan
 from hesse.jobs.report import CompressionReport, Verification
 from hesse.jobs.verify import verify
-from hesse.layerwise.rules import fisher_needs, statistics_needed, whole_factors
+from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, start, take_up
@@ -47,6 +47,7 @@ class Run:
         self.plan, self.planned, self.memory, self.work = plan, planned, memory, work
         self.clock, self.progress, self.measured = clock, progress, measured
         self.result = BlockResult()
+        self.known: Known = {}  # backward statistics
         self.parts: list[Part] = []
         self.earlier: dict[str, float] = {}  # seconds by phase of processes that were cut short
 
@@ -54,7 +55,7 @@ class Run:
         """Do it all, or what is left of it; everything is written into the unfinished folder."""
         plan, folder = self.plan, self.work.checkpoint
         dense = self._dense_pass()
-        self._compress(dense)
+        self._compress()
         self.work.processes.barrier()  # for the parts that others write
         if self.work.processes.is_main:
             with self.clock.phase("write"):
@@ -87,7 +88,7 @@ class Run:
             write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
         return report
 
-    def _verify(self, dense: DensePass) -> None:
+    def _verify(self, dense: list[StreamBatch]) -> None:
         """Read the checkpoint back, and note what was found."""
         plan, folder = self.plan, self.work.checkpoint
         with self.clock.phase("verify"):
@@ -107,23 +108,20 @@ class Run:
             )
         self.work.journal.record("verified", asdict(verification))
 
-    def _dense_pass(self) -> DensePass:
-        """What the loss feels of each layer's outputs, and where the check samples end in the unchanged model."""
+    def _dense_pass(self) -> list[StreamBatch]:
+        """Collect the backward statistics, and return the check samples after all blocks of the unchanged model."""
         plan, journal, step, processes = self.plan, self.work.own, self.progress.advance, self.work.processes
         walks = 1 if plan.statistics is not None else 3
         self.progress.begin("probe the loss", walks * len(plan.network.blocks) + (walks > 1))
         batch_size = evaluation_batch(plan.dense, plan.length)
         batches = plan.check.batches(batch_size) if processes.is_main else []
         flows = check_pass(plan.original, batches, self.clock, step, journal)
-        if plan.statistics is not None:
-            return DensePass(plan.statistics.sensitivities, flows)
-        whole, seed = whole_factors(plan.rules), plan.calibration.seed
-        folder = journal.folder
-        fisher = fisher_needs(plan.rules)
-        factors = probe(plan.network, plan.probes, whole, folder, seed, self.clock, step, journal, processes, fisher)
-        return DensePass(factors, flows)
+        if plan.statistics is None:
+            needs, seed, folder = statistics_needed(plan.rules), plan.calibration.seed, journal.folder
+            self.known = probe(plan.network, plan.probes, needs, folder, seed, self.clock, step, journal, processes)
+        return flows
 
-    def _compress(self, dense: DensePass) -> None:
+    def _compress(self) -> None:
         """Take the calibration samples through the blocks, and write each once it is solved."""
         plan, journal, blocks = self.plan, self.work.own, self.plan.network.blocks
         self.progress.begin("compress", len(blocks))
@@ -135,7 +133,7 @@ class Run:
                 size = min(self.memory.batch_size, max(len(plan.samples.ids) // processes.world_size, 1))
                 _, batches = processes.shard(plan.samples.batches(size))
                 flows = start(plan.network, batches, shelf)
-        solver = BlockSolver(plan, dense.sensitivities, self.clock, self.work.processes)
+        solver = BlockSolver(plan, self.clock, self.work.processes)
         done = self._taken_up(flows)
         for _ in range(done):
             self.progress.advance()
@@ -160,7 +158,14 @@ class Run:
             return stored_blocks(plan.network, plan.statistics, needs, first=done, clock=self.clock)
         offload = self.work.own.folder if self.memory.paused_on_disk else None
         return calibrated_blocks(
-            plan.network, flows, needs, first=done, clock=self.clock, processes=self.work.processes, offload=offload
+            plan.network,
+            flows,
+            needs,
+            known=self.known,
+            first=done,
+            clock=self.clock,
+            processes=self.work.processes,
+            offload=offload,
         )
 
     def _note(self, index: int, result: BlockResult, part: Part, flows: list[StreamBatch]) -> None:

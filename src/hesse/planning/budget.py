@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.data.selection import Calibration, factor_tokens, select_samples
+from hesse.data.selection import Calibration, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
+from hesse.estimation.statistics import probe_tokens
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_target
 from hesse.layerwise.rules import check_patterns
@@ -144,8 +145,7 @@ def plan_budget(
     menu = make_menu(network, request.method, request.options, request.ignore, request.target, format)
     meter = CostMeter(menu, sensitivity)
     if statistics is None:
-        whole = [layer.weight.shape[0] for group in menu if meter.needs_output_factor(group) for layer in group.layers]
-        selected = select_samples(model, calibration, network, factor_tokens(whole))
+        selected = select_samples(model, calibration, network, probe_tokens(meter.needs, network.layers, 0))
         meter.measure(network, selected, calibration, progress)
     else:
         estimated = Statistics(statistics)
