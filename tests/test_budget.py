@@ -12,11 +12,11 @@ import tiny_models
 from helpers import IDS, CommandLine, compress, left_over, output, twin, write_ids
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.formats import open_checkpoint
-from hesse.formats.targets import FUSED
 from hesse.methods import Recipe, Rule, load_recipe
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
+from hesse.networks.families import READ_AS_ONE
 from hesse.planning.budget import Budget
 
 FolderOf = Callable[[str], Path]
@@ -89,7 +89,11 @@ def test_what_loaders_fuse_gets_one_scheme(name: str, family_folder: FolderOf, t
     recipe = Recipe.model_validate(report.recipe)
     for layer in report.layers:
         parent, _, leaf = layer.name.rpartition(".")
-        part = "experts" if ".experts." in parent else "+".join(next((f for f in FUSED if leaf in f), (leaf,))) + parent
+        part = (
+            "experts"
+            if ".experts." in parent
+            else "+".join(next((f for f in READ_AS_ONE if leaf in f), (leaf,))) + parent
+        )
         schemes.setdefault("all" if name == "gpt2" else part, set()).add(str(recipe.rule_for(layer.name)))
     assert all(len(rules) == 1 for rules in schemes.values())
     dense = tiny_models.load(name, twin(out, tmp_path / "twin", source))

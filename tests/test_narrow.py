@@ -15,7 +15,7 @@ import tiny_models
 from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_ids
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
 from hesse.networks import feed_forward
-from hesse.networks.experts import EXPERT_NAMES
+from hesse.networks.families import EXPERT_LAYERS
 from hesse.solvers.nystroem import kept_units, refitted
 from hesse.testing import normal
 
@@ -105,7 +105,7 @@ def row_of(matrix: Tensor, row: Tensor) -> int:
 def padded(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Tensor]:
     """The narrow tensors in the shapes of the dense ones, with zeros where units are gone."""
     found = dict(small)
-    for gate, up, down in EXPERT_NAMES:
+    for gate, up, down in EXPERT_LAYERS:
         for reader in [name for name in small if name.endswith(f".{down}.weight")]:
             names = [reader.replace(f".{down}.", f".{maker}.") for maker in (gate, up)]
             rows = [[row_of(large[each], own) for own in small[each]] for each in names]
@@ -158,10 +158,10 @@ def test_what_cannot_be_narrowed_is_refused(family_folder: FolderOf, tmp_path: P
     with pytest.raises(OptionError, match="leaves 96, a multiple of 8: give less"):
         hesse.narrow(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_forward, "WIDTHS", ("hidden_size", "ffn_dim"))
+        patch.setattr(feed_forward, "CONFIG_WIDTHS", ("hidden_size", "ffn_dim"))
         with pytest.raises(UnsupportedModelError, match="no settings for the width of all feed-forward layers"):
             hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
-        patch.setattr(feed_forward, "EXPERT_NAMES", ())
+        patch.setattr(feed_forward, "EXPERT_LAYERS", ())
         with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no feed-forward layer of a known shape"):
             hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
     assert left_over(tmp_path) == []

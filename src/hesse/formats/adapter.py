@@ -15,6 +15,7 @@ from hesse.checkpoints.writer import write_text, writing
 from hesse.constraints import LowRankCode
 from hesse.errors import CheckpointError, OptionError, reason
 from hesse.formats.reading import CompressedCheckpoint
+from hesse.networks.families import is_expert
 from hesse.networks.network import Network
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,7 +33,7 @@ def layer_paths(network: Network) -> dict[str, str]:
 def check_adaptable(layers: Iterable[str]) -> None:
     """Raise OptionError for a layer that PEFT cannot put factors beside; the message names it."""
     for name in layers:
-        if ".experts." in name:
+        if is_expert(name):
             raise OptionError(
                 f"{name}: transformers keeps experts in one tensor, and PEFT adds no factors to a part of it: leave "
                 "them out with --ignore '*.experts.*', or use --format dense"

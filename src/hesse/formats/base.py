@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint
+from hesse.networks.families import is_expert
 from hesse.networks.network import Network
 
 
@@ -24,7 +25,7 @@ class StoredLayer:
     @property
     def is_expert(self) -> bool:
         """Whether it is one matrix of one expert."""
-        return ".experts." in self.name
+        return is_expert(self.name)
 
 
 class Format(ABC):

@@ -16,9 +16,10 @@ from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.dense import DenseFormat
+from hesse.networks.families import EXPERT_REGEX, is_expert
 from hesse.networks.network import Network
 
-EXPERTS = r"re:.*\.experts\.\d+\..*"
+EXPERTS = f"re:{EXPERT_REGEX}"
 # transformers reads unpacked experts beside packed layers only if some scheme of floats is there; it matches nothing.
 NO_EXPERTS = {
     "targets": ["re:^no experts$"],
@@ -226,7 +227,7 @@ class PackedFormat(DenseFormat):
             if isinstance(module, nn.Linear | Conv1D) and id(module) not in packed
         ]
         # Experts are packed all or none, and too many to name one by one.
-        patterns = [EXPERTS if ".experts." in name else self._pattern(name) if "." in name else name for name in linear]
+        patterns = [EXPERTS if is_expert(name) else self._pattern(name) if "." in name else name for name in linear]
         return list(dict.fromkeys(patterns))
 
     def _pattern(self, name: str) -> str:

@@ -18,11 +18,11 @@ from hesse.errors import CheckpointError
 from hesse.formats.limits import check_parts, clamped, one_line, packed_shape, pattern_names
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.formats.packed import PackedFormat
+from hesse.networks.families import family_of
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors reads it no longer
 PATTERN = "re:"  # before a target that is a regular expression
-TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # keep the weights of linear layers as (in, out)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -107,7 +107,7 @@ class CompressedCheckpoint(Checkpoint):
         """The weight that two thin factors (out, rank) and (rank, in) stand for."""
         try:
             product = left.float() @ right.float()
-            return product.T.contiguous() if self.config["model_type"] in TRANSPOSED_TYPES else product
+            return product.T.contiguous() if family_of(self.config["model_type"]).transposed else product
         except (RuntimeError, MemoryError) as error:  # shapes that do not fit, or that stand for too much
             raise CheckpointError(
                 f"{self.folder}: the factors of {layer} cannot be multiplied ({one_line(error)}): copy the folder again"

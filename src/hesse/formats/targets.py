@@ -1,18 +1,14 @@
 """What each loader serves, and which layers it reads as one."""
 
-import re
-
 import torch
 
 from hesse.constraints import Constraint, Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
+from hesse.networks.families import EXPERT_PATTERN, READ_AS_ONE, expert_number
 from hesse.networks.network import Layer, Network
 
 TARGETS = ("transformers", "vllm", "any")
-# Parts that vLLM reads as one matrix, so that they need one scheme.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 VLLM_GROUPS = (-1, 32, 64, 128)  # columns a scale, as its kernels take them
-EXPERT = re.compile(r".*\.experts\.\d+\.")
 
 
 def check_target(target: str) -> None:
@@ -29,9 +25,9 @@ def fused_groups(layers: list[Layer], one_scheme: bool) -> dict[str, list[Layer]
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         parent, _, leaf = layer.name.rpartition(".")
-        fused = next((names for names in FUSED if leaf in names), (leaf,))
+        fused = next((names for names in READ_AS_ONE if leaf in names), (leaf,))
         name = "*" if one_scheme else f"{parent}.{'+'.join(fused)}"
-        name = "*.experts.*" if EXPERT.match(layer.name) else name
+        name = EXPERT_PATTERN if expert_number(layer.name) else name
         groups.setdefault(name, []).append(layer)
     return groups
 

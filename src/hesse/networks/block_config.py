@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hesse.errors import UnsupportedModelError
+from hesse.networks.families import BLOCK_LISTS, BLOCK_RULES
 from hesse.networks.network import Network
-
-# Settings that name blocks by their numbers, and rules on their numbers that say of which kind each is.
-NUMBERED = ("mlp_only_layers",)
-RULES = {"decoder_sparse_step": 1, "moe_layer_freq": 1, "first_k_dense_replace": 0, "interleave_moe_layer_step": 1}
 
 
 def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]:
@@ -25,13 +22,13 @@ def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]
     key = settings.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if settings.get_text_config() is not settings or config.get(key) != count:
         raise UnsupportedModelError(f"config.json of {name} does not say {key} {count}: its blocks cannot be dropped")
-    for rule, harmless in RULES.items():
+    for rule, harmless in BLOCK_RULES.items():
         if config.get(rule, harmless) not in (harmless, None):
             raise UnsupportedModelError(f"config.json of {name} has {rule}: its blocks are of a kind by their numbers")
     for setting, value in {**settings.to_dict(), **config}.items():
         if not isinstance(value, list):
             continue
-        if setting in NUMBERED:
+        if setting in BLOCK_LISTS:
             config[setting] = [kept.index(number) for number in value if number in kept]
         elif len(value) == count and ("layer" in setting or "block" in setting):
             config[setting] = [value[number] for number in kept]

@@ -9,8 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-# Names of an expert's gate, up and down projections in the checkpoint, by what the module around them is called there.
-EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+from hesse.networks.families import EXPERT_LAYERS
 
 
 class LinearExperts(nn.Module):
@@ -59,7 +58,7 @@ def is_fused(module: nn.Module) -> bool:
 
 def unfuse(model: nn.Module, stored: set[str]) -> None:
     """Replace fused experts in `model` (on the meta device) by LinearExperts with the names that `stored` uses."""
-    names = next((n for n in EXPERT_NAMES if any(f".experts.0.{n[0]}.weight" in key for key in stored)), None)
+    names = next((n for n in EXPERT_LAYERS if any(f".experts.0.{n[0]}.weight" in key for key in stored)), None)
     if names is None:
         return
     for name, module in list(model.named_modules()):

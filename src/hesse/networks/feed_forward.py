@@ -9,28 +9,9 @@ from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.architecture import build
-from hesse.networks.experts import EXPERT_NAMES, unfuse
+from hesse.networks.experts import unfuse
+from hesse.networks.families import CONFIG_WIDTHS, EXPERT_LAYERS, FEED_FORWARD_LAYERS
 from hesse.networks.network import Block, Layer, Network
-
-# What layers are called inside a block: those that make hidden units, and the one that reads them.
-PARTS = (
-    (("mlp.gate_up_proj",), "mlp.down_proj"),
-    (("mlp.fc1",), "mlp.fc2"),
-    (("fc1",), "fc2"),
-    (("mlp.c_fc",), "mlp.c_proj"),
-    (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-    (("intermediate.dense",), "output.dense"),
-    (("ffn.lin1",), "ffn.lin2"),
-)
-WIDTHS = (
-    "intermediate_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "hidden_dim",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +40,8 @@ def feed_forwards(block: Block) -> list[FeedForward]:
     """
     number, found = block.name.rpartition(".")[2], list[FeedForward]()
     shapes = [
-        *((f".{down}", (gate, up), down) for gate, up, down in EXPERT_NAMES),
-        *((f".{number}.{reader}", makers, reader) for makers, reader in PARTS),
+        *((f".{down}", (gate, up), down) for gate, up, down in EXPERT_LAYERS),
+        *((f".{number}.{reader}", makers, reader) for makers, reader in FEED_FORWARD_LAYERS),
     ]
     named = {layer.name: layer for layer in block.layers}
     for name, layer in named.items():
@@ -85,7 +66,7 @@ def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mappi
     """
     names = {module: name for name, module in network.model.named_modules()}
     found: dict[str, int] = {}
-    for setting in (each for each in WIDTHS if hasattr(network.model.config, each)):
+    for setting in (each for each in CONFIG_WIDTHS if hasattr(network.model.config, each)):
         for before, after in wanted.items():
             widths = _widths(network, {**found, setting: after}, [names[part.reader.module] for part in parts])
             changed = [(part.width, now) for part, now in zip(parts, widths, strict=True) if now != part.width]
@@ -96,7 +77,7 @@ def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mappi
                 break
     raise UnsupportedModelError(
         f"config.json of {type(network.model).__name__} has no settings for the width of all feed-forward layers: "
-        f"{', '.join(WIDTHS)} were tried"
+        f"{', '.join(CONFIG_WIDTHS)} were tried"
     )
 
 

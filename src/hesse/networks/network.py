@@ -18,12 +18,11 @@ from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
+from hesse.networks.families import ROUTER_LAYERS, family_of
 from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
 from hesse.networks.limits import bounded_modules
 
 TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
-# Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
-ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ class Network:
         layers = [
             Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
             for child, linear in module.named_modules()
-            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTERS
+            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTER_LAYERS
         ]
         return Block(name, module, tuple(layers))
 
@@ -159,7 +158,7 @@ class Network:
             raise UnsupportedModelError(
                 f"{self.checkpoint.folder}/config.json has {limit!r} positions, which is no whole number: correct it"
             )
-        if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        if limit and family_of(config.model_type).positions_after_padding:
             limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
         return limit
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hesse.errors import UnsupportedModelError
+from hesse.networks.families import FAMILIES, FeatureStreams, family_of
 from hesse.networks.network import Network
 
 HEAD = "lm_head.weight"
@@ -60,27 +61,6 @@ class Streams:
         return [stream for block in self.blocks for stream in (block.attention, block.feedforward)] + [self.final]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What sets a family apart from Llama."""
-
-    feedforward_norm: str = "post_attention_layernorm"
-    offset: float = 0.0
-    rotates: bool = True
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma": Family(offset=1.0),
-    # Norms with scales of their own lie between what blocks write and what they add to.
-    "gemma2": Family("pre_feedforward_layernorm", 1.0, rotates=False),
-    "gemma3_text": Family("pre_feedforward_layernorm", 1.0, rotates=False),
-}
-
-
 def find_streams(network: Network, rotated: bool) -> Streams:
     """The streams of `network`, to be `rotated` or scaled only.
 
@@ -88,9 +68,9 @@ def find_streams(network: Network, rotated: bool) -> Streams:
         UnsupportedModelError: its family is not known, or has norms that no rotation passes.
     """
     config = network.model.config
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config.model_type).streams
     if family is None or network.kind != "causal-lm":
-        known = [name for name, one in FAMILIES.items() if one.rotates or not rotated]
+        known = [name for name, one in FAMILIES.items() if one.streams and (one.streams.rotates or not rotated)]
         raise UnsupportedModelError(
             f"{type(network.model).__name__} is of a family that Hesse does not rewrite: it knows {', '.join(known)}"
         )
@@ -104,7 +84,7 @@ def find_streams(network: Network, rotated: bool) -> Streams:
     embeddings = network.sources[f"{base}embed_tokens.weight"]
     head = network.sources[HEAD]
     head = HEAD if head == embeddings else head
-    final = Stream("norm", (network.sources[f"{base}norm.weight"],), (head,), offset=family.offset)
+    final = Stream("norm", (network.sources[f"{base}norm.weight"],), (head,), offset=family.norm_offset)
     residual = None
     if family.rotates:
         written = [name for block in network.blocks for name in _written(network, block.name)]
@@ -114,7 +94,7 @@ def find_streams(network: Network, rotated: bool) -> Streams:
     return Streams(residual, final, blocks)
 
 
-def _block_streams(network: Network, block: str, family: Family) -> BlockStreams:
+def _block_streams(network: Network, block: str, family: FeatureStreams) -> BlockStreams:
     def stored(*children: str) -> tuple[str, ...]:
         return _stored(network, block, *children)
 
@@ -122,7 +102,7 @@ def _block_streams(network: Network, block: str, family: Family) -> BlockStreams
     gates = stored("mlp.gate_proj.weight", "mlp.up_proj.weight")
     heads = int(network.model.config.num_key_value_heads)
     repeats = int(network.model.config.num_attention_heads) // heads
-    offset = family.offset
+    offset = family.norm_offset
     return BlockStreams(
         Stream(f"{block}.attention", stored("input_layernorm.weight"), queries, offset=offset),
         Stream(f"{block}.feedforward", stored(f"{family.feedforward_norm}.weight"), gates, offset=offset),

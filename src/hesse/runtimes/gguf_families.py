@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
+from hesse.networks.families import FAMILIES, GgufFamily, family_of
 from hesse.runtimes.exported_layers import head_width
 
 if TYPE_CHECKING:
@@ -18,27 +18,17 @@ Describe = Callable[["GGUFWriter", Any], None]
 RowOrder = Callable[[str, Any], Tensor | None]
 
 
-@dataclass(frozen=True)
-class Family:
-    """A family of models that llama.cpp runs."""
-
-    architecture: str  # llama.cpp's name
-    describe: Describe  # writes the metadata that its loader asks for
-    row_order: RowOrder  # the order of a tensor's rows (out,), by its name without ".weight"; None: as they are
-    settings: dict[str, tuple[Any, ...]]  # what llama.cpp takes for granted, by its name in the config
-    transposed: bool = False  # linear layers are (in, out) on disk
-
-
-def find_family(config: Any) -> Family:
+def find_family(config: Any) -> GgufFamily:
     """The family of a transformers config.
 
     Raises:
         UnsupportedModelError: GGUF of it is not written, or llama.cpp would compute something else.
     """
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config.model_type).gguf
     if family is None:
+        known = [name for name, one in FAMILIES.items() if one.gguf is not None]
         raise UnsupportedModelError(
-            f"GGUF of the family {config.model_type!r} is not written; the families are {', '.join(FAMILIES)}"
+            f"GGUF of the family {config.model_type!r} is not written; the families are {', '.join(known)}"
         )
     for name, taken in family.settings.items():
         value = getattr(config, name, taken[0])
@@ -52,14 +42,19 @@ def find_family(config: Any) -> Family:
     return family
 
 
-def describe(writer: "GGUFWriter", family: Family, config: Any) -> None:
+def describe(writer: "GGUFWriter", family: GgufFamily, config: Any) -> None:
     """Write all metadata of the model but its tokenizer."""
-    family.describe(writer, config)
+    METADATA[family.metadata](writer, config)
     if rotary(config).get("rope_type") == "linear":
         from gguf import RopeScalingType  # imported late: optional
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rotary(config)["factor"]))
+
+
+def row_order(family: GgufFamily, name: str, config: Any) -> Tensor | None:
+    """Return the order in which llama.cpp takes a tensor's rows (out,), by its name without ".weight"; None: as is."""
+    return ROW_ORDERS[family.row_order](name, config)
 
 
 def _describe_rotary(writer: "GGUFWriter", config: Any) -> None:
@@ -147,27 +142,9 @@ def rotary(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-SILU = {"hidden_act": ("silu", "swish")}
-FAMILIES = {
-    "llama": Family("llama", _describe_rotary, _pairs_side_by_side, SILU),
-    "mistral": Family("llama", _describe_rotary, _pairs_side_by_side, SILU),
-    "qwen2": Family("qwen2", _describe_rotary, _as_they_are, SILU),
-    "qwen3": Family("qwen3", _describe_rotary, _as_they_are, SILU),
-    "gpt_neox": Family(
-        "gptneox",
-        _describe_neox,
-        _queries_first,
-        {"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")},
-    ),
-    "gpt2": Family(
-        "gpt2",
-        _describe_gpt2,
-        _as_they_are,
-        {
-            "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-        },
-        transposed=True,
-    ),
+METADATA: dict[str, Describe] = {"rotary": _describe_rotary, "neox": _describe_neox, "gpt2": _describe_gpt2}
+ROW_ORDERS: dict[str, RowOrder] = {
+    "unchanged": _as_they_are,
+    "rotary-pairs": _pairs_side_by_side,
+    "queries-first": _queries_first,
 }

@@ -18,11 +18,12 @@ from hesse.constraints import GridCode
 from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, UnsupportedModelError, VerificationError
 from hesse.formats.codes import read_grid_code
+from hesse.networks.families import GgufFamily, family_of
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, Written
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.runtimes.gguf_blocks import BLOCK, BYTES, block_type, to_blocks
-from hesse.runtimes.gguf_families import Family, context_length, describe, find_family, rotary_factors
+from hesse.runtimes.gguf_families import context_length, describe, find_family, rotary_factors, row_order
 from hesse.runtimes.gguf_tokenizer import write_tokenizer
 
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -90,7 +91,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress
     progress.begin("export", len(entries))
     try:
         for entry in entries:
-            stored, weight, layer = _tensor(checkpoint, entry, family.row_order(entry.source.layer, config))
+            stored, weight, layer = _tensor(checkpoint, entry, row_order(family, entry.source.layer, config))
             writer.write_tensor_data(stored)
             digests[entry.name] = _digest(weight)
             layers += [] if layer is None else [layer]
@@ -102,11 +103,12 @@ def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress
     return Written(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(digests), notes)
 
 
-def _entries(checkpoint: Checkpoint, family: Family, config: Any) -> list[_Entry]:
+def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_Entry]:
     """What goes into the file, in the checkpoint's order."""
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
+    in_out = family_of(config.model_type).transposed
     entries = []
     for source in read_sources(checkpoint):
         if source.name.endswith(BUFFERS) or source.name == tied:
@@ -114,7 +116,7 @@ def _entries(checkpoint: Checkpoint, family: Family, config: Any) -> list[_Entry
         name = names.get_name(source.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UnsupportedModelError(f"llama.cpp has no place for {source.name} in {family.architecture}")
-        transposed = family.transposed and source.layer.endswith(TRANSPOSED) and len(source.shape) == 2
+        transposed = in_out and source.layer.endswith(TRANSPOSED) and len(source.shape) == 2
         entries.append(_Entry(name, source, _type(source, name), transposed))
     fitting = sum(entry.type in BYTES for entry in entries)
     check_some_fit("GGUF", [entry.source for entry in entries], fitting, NEEDS)

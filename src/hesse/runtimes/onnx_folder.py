@@ -16,13 +16,13 @@ from hesse.checkpoints.output import copy_companions
 from hesse.checkpoints.writer import write_text
 from hesse.errors import UnsupportedModelError, VerificationError
 from hesse.formats.codes import read_grid_code
+from hesse.networks.families import FAMILIES, family_of
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, Written
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.runtimes.onnx_blocks import block_width, stored_bits, to_nbits
 from hesse.runtimes.onnx_graph import OPSETS, OWN, GraphBuilder, build_graph
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 MODEL, DATA = "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096  # so that the file can be mapped into memory
@@ -129,9 +129,10 @@ class _Weights:
 
 def _check_family(config: Any) -> None:
     """Raise UnsupportedModelError unless the graph is that of the model."""
-    if config.model_type not in FAMILIES:
+    if not family_of(config.model_type).onnx:
+        known = [name for name, family in FAMILIES.items() if family.onnx]
         raise UnsupportedModelError(
-            f"ONNX of the family {config.model_type!r} is not written; the families are {', '.join(FAMILIES)}"
+            f"ONNX of the family {config.model_type!r} is not written; the families are {', '.join(known)}"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json has hidden_act {config.hidden_act!r}, and the graph has 'silu'")

@@ -19,6 +19,7 @@ from hesse.constraints import Grid, GridCode
 from hesse.errors import CheckpointError, UnsupportedModelError, VerificationError
 from hesse.formats.codes import is_transposed, read_grid_code
 from hesse.networks.architecture import find_architecture
+from hesse.networks.families import is_expert
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, Written
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
@@ -39,7 +40,7 @@ def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Pro
     """
     config = read_config(checkpoint)
     sources = read_sources(checkpoint)
-    if any(".experts." in source.name for source in sources):
+    if any(is_expert(source.name) for source in sources):
         raise UnsupportedModelError(f"torchao tensors of experts are not written, and {config.model_type} has some")
     kinds = {source.layer: kind for source in sources if (kind := _kind(checkpoint, source)) is not None}
     check_some_fit("torchao", sources, len(kinds), NEEDS)
