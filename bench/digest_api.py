@@ -4,6 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from hesse.structured import Implant
 from torch import Tensor, nn
 
 import hesse
@@ -12,7 +13,6 @@ from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
 from hesse.modules import Attack
-from hesse.structured import Implant
 
 __all__ = ["HesseError"]
 # The methods that `compress` runs, with what they make of layers.

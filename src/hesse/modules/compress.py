@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hesse.constraints import LowRankCode
-from hesse.curvature import Gram, Loss, Objective
+from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.calibrated import InputCollection
@@ -187,22 +187,22 @@ class _Run:
         runs = [partial(forward, inputs) for inputs, _ in objective.batches()]
         name = type(objective.model).__name__
         block = Block(name, objective.model, tuple(self.layers))
-        collection = InputCollection(("inputs",), [], block, 0, Clock())
+        collection = InputCollection(list(by_statistic(statistics_needed(self.rules))), [], block, 0, Clock())
         with torch.no_grad():
             for layer, collected_at in layer_stops(runs, block, collection.collect, KeepInMemory(), torch.no_grad):
-                self._solve(layer, collection.values(collected_at)["inputs"])
+                self._solve(layer, collection.values(collected_at))
         solved = {report.name for report in self.reports}
         missed = [layer.name for layer in self.layers if layer.name not in solved]
         self.notes += [f"{name}: left as it is: it is never called" for name in missed]
         if not self.reports:
             raise UnsupportedModelError(f"{name} calls none of its layers: nothing was compressed")
 
-    def _solve(self, layer: Layer, gram: Gram) -> None:
+    def _solve(self, layer: Layer, values: dict[str, Any]) -> None:
         rule = self.rules[layer.name]
         assert rule is not None
         weight, dtype = layer.weight.detach().float(), layer.parameter.dtype
         constraint = rule.constraint.build().stored_as(torch.float32 if dtype == torch.float64 else dtype)
-        statistics = {"inputs": gram, **self.known.get(layer.name, {})}
+        statistics = {**values, **self.known.get(layer.name, {})}
         problem = LayerProblem(layer.name, weight, statistics, rule, constraint)
         solved = self.solver.solve(problem)
         stored = solved.solution.weight.to(dtype)

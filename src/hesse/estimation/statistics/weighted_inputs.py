@@ -12,6 +12,7 @@ from hesse.estimation.gram import GramAccumulator
 from hesse.estimation.statistics.base import STATISTICS, InputAccumulator, InputStatistic
 from hesse.estimation.statistics.inputs import gram_of_all, input_gram
 from hesse.networks.attention import attention_received, tells_attention
+from hesse.networks.families import is_expert
 from hesse.networks.network import Block, Layer, Network
 from hesse.passes.stream import StreamBatch
 from hesse.processes import Processes
@@ -47,7 +48,7 @@ class WeightedInputs(InputStatistic):
 
     def accumulator(self, layer: Layer, prepared: Any) -> InputAccumulator | None:
         """Return an empty Gram; None without weights, and for experts, which get some positions only."""
-        if prepared is None or ".experts." in layer.name:
+        if prepared is None or is_expert(layer.name):
             return None
         return _WeightedInputs(input_gram(layer), prepared)
 
