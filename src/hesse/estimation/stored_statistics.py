@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hesse.checkpoints.writer import writing
+from hesse.checkpoints.writer import write_tensors, writing
 
 
 class StoredStatistics(Mapping[str, Mapping[str, Tensor]]):
@@ -26,7 +26,7 @@ class StoredStatistics(Mapping[str, Mapping[str, Tensor]]):
         """
         path = self._folder / f"statistic-{self._number}.safetensors"
         with writing(self._folder):
-            save_file({"value": value.cpu().contiguous()}, path)
+            write_tensors(path, {"value": value})
         self.add(layer, statistic, path, value.device)
         return path
 

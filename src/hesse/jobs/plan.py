@@ -73,7 +73,7 @@ def make_plan(
     if recipe.rewrite is not None:
         if statistics is not None:
             raise OptionError(
-                f"--curvature is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
+                f"--statistics is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
                 "rotate` first, estimate on what it writes, and compress that"
             )
         if any((sparse := rule.constraint.sparse) and sparse.scope in ("global", "lamp") for rule in recipe.rules):

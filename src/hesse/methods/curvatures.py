@@ -28,7 +28,8 @@ class Known(Protocol):
 class CurvatureKind:
     """A curvature of one layer's weight, and the names of the statistics that it is made of.
 
-    `build` takes what is known of the layer, the solver's options and the damping.
+    `build` makes it from what is known of the layer, the solver's options and the damping. Layers with the same
+    statistics share what it returns, so it may look at the weight's shape, if `couples_rows`, and not at its values.
     """
 
     name: str
