@@ -110,7 +110,7 @@ def test_a_folder_of_statistics_does_not_have_it(family_folder: FolderOf, tmp_pa
             family_folder("llama"),
             tmp_path / "out",
             recipe=Recipe(rules=(own_rule(),)),
-            curvature=tmp_path / "statistics",
+            statistics=tmp_path / "statistics",
             data=None,
         )
 
