@@ -3,8 +3,8 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 
 Change a model, on disk or in memory:
-    compress, plan, prune_module, prune_groups, narrow_heads, narrow, drop_blocks, only_train_once, prune_gradually,
-    recover, repair, rotate, cut, compress_module; with Options and Training
+    compress, plan, prune, prune_gradually, finetune, repair, rotate; narrow, drop_blocks, cut, compress_module; with
+    Options and Training
 
 Look at a model, or run it elsewhere:
     estimate, evaluate, inspect; export, benchmark
@@ -45,11 +45,8 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.jobs.repair import repair as repair
     from hesse.jobs.rotate import rotate as rotate
     from hesse.modules import compress_module as compress_module
-    from hesse.modules import prune_module as prune_module
     from hesse.modules.gradual import prune_gradually as prune_gradually
-    from hesse.modules.narrow_heads import narrow_heads as narrow_heads
-    from hesse.modules.only_train_once import only_train_once as only_train_once
-    from hesse.modules.prune_groups import prune_groups as prune_groups
+    from hesse.modules.prune import prune as prune
     from hesse.options import Options as Options
     from hesse.partitions import trace_groups as trace_groups
     from hesse.planning.budget import plan as plan
@@ -60,7 +57,7 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.solvers import TwoSidedFeedback as TwoSidedFeedback
     from hesse.solvers import solve as solve
     from hesse.training import Training as Training
-    from hesse.training import recover as recover
+    from hesse.training import finetune as finetune
     from hesse.version import __version__ as __version__
 
 # Public names by the module that defines them.
@@ -77,12 +74,10 @@ NAMES = {
     "inspection.inspect": "inspect",
     "runtimes.benchmark": "benchmark",
     "runtimes.export": "export",
-    "modules": "compress_module prune_module",
+    "modules": "compress_module",
     "modules.gradual": "prune_gradually",
-    "modules.narrow_heads": "narrow_heads",
-    "modules.only_train_once": "only_train_once",
-    "modules.prune_groups": "prune_groups",
-    "training": "Training recover",
+    "modules.prune": "prune",
+    "training": "Training finetune",
     "options": "Options",
     "curvature": "Diagonal Gram Identity Kronecker Objective",
     "constraints": "Grid LowRank Sparse",
