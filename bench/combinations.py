@@ -157,10 +157,10 @@ def measure(recipe: Recipe, samples: int) -> tuple[float, float]:
     """KL and predicted loss."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        report = hesse.compress("default", out, recipe=recipe, samples=samples, length=LENGTH)
+        report = hesse.compress("default", out, recipe=recipe, samples=samples, length=LENGTH).report
         found = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH)
     assert found.kl is not None
-    return found.kl, report.predicted_loss_increase
+    return found.kl, report.loss.predicted
 
 
 def main() -> None:

@@ -11,12 +11,13 @@ from hesse import planning, training
 from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
-from hesse.modules import Attack
-from hesse.structured import Implant
+from hesse.methods import methods_of
+from hesse.modules.implant import Implant
+from hesse.scores.attack import Attack
 
 __all__ = ["HesseError"]
 # The methods that `compress` runs, with what they make of layers.
-METHODS = {name: method.constraints for name, method in hesse.METHODS.items()}
+METHODS = {name: method.constraints for name, method in methods_of("compress").items()}
 OPTIONS = set(hesse.Options.__dataclass_fields__)
 Batches = list[tuple[Any, Tensor]]
 
@@ -32,7 +33,7 @@ def compress(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Compress a checkpoint; a `recipe` is a YAML file."""
     if "recipe" in arguments:
         arguments["recipe"] = hesse.load_recipe(arguments["recipe"])
-    return hesse.compress(model, out, **with_options(arguments))
+    return hesse.compress(model, out, **with_options(arguments)).report
 
 
 def plan(model: str | Path, **arguments: Any) -> Any:
@@ -42,32 +43,32 @@ def plan(model: str | Path, **arguments: Any) -> Any:
 
 def estimate(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Estimate curvatures into a folder."""
-    return hesse.estimate(model, out, **arguments)
+    return hesse.estimate(model, out, **arguments).report
 
 
 def rotate(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Rotate a model."""
-    return hesse.rotate(model, out, **arguments)
+    return hesse.rotate(model, out, **arguments).report
 
 
 def cut(model: str | Path, statistics: Path, out: Path, size: str) -> Any:
     """Cut a model to a size by one ranking."""
-    return hesse.cut(model, statistics, out, size=size)
+    return hesse.cut(model, statistics, out, size=size).report
 
 
 def narrow(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Remove hidden units of feed-forward layers."""
-    return hesse.narrow(model, out, **arguments)
+    return hesse.narrow(model, out, **arguments).report
 
 
 def drop_blocks(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Remove whole blocks, or store them as a low rank beside another."""
-    return hesse.drop_blocks(model, out, **arguments)
+    return hesse.drop_blocks(model, out, **arguments).report
 
 
 def repair(dense: str | Path, compressed: Path, out: Path, **arguments: Any) -> Any:
     """Add a low rank beside the layers of a compressed checkpoint."""
-    return hesse.repair(dense, compressed, out, **arguments)
+    return hesse.repair(dense, compressed, out, **arguments).report
 
 
 def export(model: str | Path, out: Path, to: str) -> Any:

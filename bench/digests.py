@@ -32,9 +32,27 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB
 
 # Names that changed since OLD was recorded, by regular expressions on whole `case kind:name` lines; None for what was
 # dropped on purpose. Names that still match nothing are compared by their values alone.
-RENAMED: list[tuple[str, str | None]] = []
+TOP = r"numbers:(?:0|hesse-report\.json)"  # a report as it is returned, and as it is written
+RENAMED: list[tuple[str, str | None]] = [
+    (r":(compression|narrow|blocks|repair)\.json\.", ":hesse-report.json."),
+    (rf"^((?:compress|cut)/\S+ {TOP})\.predicted_loss_increase$", r"\1.loss.predicted"),
+    (r"\.verification\.tensors_equal$", ".tensors_equal"),
+    (r"\.verification\.", ".loss."),
+    (r"\.calibration\.curvature$", ".calibration.statistics"),
+    (rf"^((?:narrow|drop-blocks)/\S+ {TOP})\.(measured|standard_error|samples|held_out)$", r"\1.loss.\2"),
+    (rf"^(narrow/\S+ {TOP})\.blocks\.", r"\1.layers."),
+    (rf"^(rotate/\S+ {TOP})\.kl$", r"\1.loss.measured"),
+    (rf"^(repair/\S+ {TOP})\.bytes_compressed$", r"\1.bytes_before"),
+    (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_before$", r"\1.loss_before.\2"),
+    (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_after$", r"\1.loss.\2"),
+    (rf"^(repair/\S+ {TOP})\.(samples|held_out)$", r"\1.loss.\2"),
+]
 # Names that NEW has and OLD had not, by regular expressions on the same lines.
-ADDED: list[str] = []
+ADDED: list[str] = [
+    r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.(schema|(bytes|parameters)_(before|after)|method|tokens)",
+    r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.loss(_before)?(\.\w+)?",
+    r"rotate/\S+ numbers:hesse-report\.json\..*",
+]
 ERRORS: dict[str, str] = {}  # classes of errors, old to new
 REFUSED_NO_MORE: list[str] = []  # patterns of cases that OLD refused and NEW does
 CASES_DROPPED: list[str] = []  # patterns of cases that NEW has not, on purpose

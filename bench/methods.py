@@ -147,7 +147,7 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
         chosen = hesse.Options(**options)
         report = hesse.compress(
             model, out, method=method, options=chosen, data=calibration, samples=samples, length=LENGTH
-        )
+        ).report
         found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
     (rule,) = hesse.METHODS[method].recipe(chosen).rules
     constraint = rule.constraint.build().stored_as(stored_dtype(model))
@@ -157,7 +157,7 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
     assert found.kl is not None
     return {
         "kl": found.kl,
-        "predicted": report.predicted_loss_increase,
+        "predicted": report.loss.predicted,
         "bits": bits,
         "seconds": report.seconds["total"],
     }

@@ -46,12 +46,12 @@ def measure(model: Path, recipe: Recipe) -> dict[str, Any]:
     """Compress with a recipe, and compare with the dense model on held-out text."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH)
+        report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH).report
         found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH)
     return {
         "bits": report.bits_per_weight,
         "bytes": report.bytes_after,
-        "predicted": report.predicted_loss_increase,
+        "predicted": report.loss.predicted,
         "kl": found.kl,
         "kl_standard_error": found.kl_standard_error,
     }

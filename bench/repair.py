@@ -53,7 +53,7 @@ def main() -> None:
                     curvature=curvature,
                     overwrite=True,
                     **settings,
-                )
+                ).report
                 after = hesse.evaluate(compressed, adapter=repaired, **measuring)
                 print(f"| {name} | `{curvature}` | {after.kl:.5f} | | {report.bytes_added:,} |", flush=True)
     print("\n", limits())

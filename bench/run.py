@@ -94,7 +94,7 @@ def run_hesse(method: str, case: Case, model: Path, ids: Path, out: Path) -> dic
         "seconds_with_io": report["seconds"]["total"],
         "phases": report["seconds"],
         "peak_rss_bytes": report["peak_rss_bytes"],
-        "predicted": report["predicted_loss_increase"],
+        "predicted": report["loss"]["predicted"],
         "version": hesse.__version__,
     }
 

@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up(model: Path, refused: Refuse, tmp_path: Path, monk
     error = refused(model, out=out)
     assert "the disk is full" in error
     assert str(out.parent) in error
-    assert error.endswith("what is done of it is kept, and the same command goes on")
+    assert error.endswith("the finished part is kept, and the same command resumes")
     assert left_over(out.parent) == [".out.unfinished"]
 
 
@@ -308,14 +308,14 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hesse.jobs import run
+    from hesse.jobs import compression
 
     if where == "solve":
         monkeypatch.setattr(LayerSolver, "solve", stop)
     else:
-        monkeypatch.setattr(run, "verify", stop)
+        monkeypatch.setattr(compression, "verify", stop)
     ran = run_into(hesse_command, model, tmp_path / "out")
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert (ran.code, ran.error) == (130, f"Interrupted: {tmp_path / 'out'} {kept}")
     assert left_over(tmp_path) == [".out.unfinished"]
 

@@ -22,6 +22,7 @@ from hesse.methods import METHODS, find_methods, load_recipe, methods_of
 COMPRESSING = methods_of("compress")
 
 FolderOf = Callable[[str], Path]
+LONG = 600  # seconds that a process may take on a busy machine
 COMMANDS = ("compress", "evaluate", "export", "benchmark", "methods", "demo")
 
 
@@ -160,19 +161,20 @@ def test_compress_prints_everything_for_machines(
     ran = hesse_command("compress", half_folder("llama"), tmp_path / "out", *arguments)
     assert (ran.code, ran.stderr) == (0, "")
     report = json.loads(ran.stdout)
-    assert report == json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
-    numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight", "predicted_loss_increase")
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text(encoding="utf-8"))
+    numbers = ("peak_rss_bytes", "bytes_before", "bytes_after", "bits_per_weight")
     assert all(report[key] > 0 for key in numbers)
     assert report["method"] == "kronecker"
     assert report["seconds"]["total"] > 0
-    assert report["fallbacks"] == []
+    assert report["notes"] == []
     assert len(report["layers"]) == 14
     for layer in report["layers"]:
         assert layer["predicted_loss_increase"] > 0
         assert 0 < layer["relative_output_error"] < 1
         assert layer["tokens"] == 256
         assert layer["damping"] == 0.01
-    assert report["verification"]["measured"] > 0
+    assert report["loss"]["measured"] > 0
+    assert report["loss"]["predicted"] > 0
 
 
 def test_compress_and_evaluate_print_for_people(
@@ -208,23 +210,23 @@ def test_ctrl_c_in_the_middle_leaves_no_checkpoint(family_folder: FolderOf, tmp_
     data = write_ids(tmp_path / "ids.jsonl", tiny_models.random_ids(512, 128))
     arguments = ("--data", data, "--batch-size", "1", "--json")
     with start(tmp_path, "compress", family_folder("llama"), "new/out", *arguments) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONG
         while not list(tmp_path.glob("new/.out.unfinished/journal-0/check-*.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        printed, error = process.communicate(timeout=60)
+        printed, error = process.communicate(timeout=LONG)
     assert (process.returncode, printed) == (130, "")
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert error == f"Interrupted: new/out {kept}\n"
     assert left_over(tmp_path / "new") == [".out.unfinished"]
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     with start(tmp_path, "compress", "./nothing", "out") as process:
-        printed, error = process.communicate(timeout=60)
+        printed, error = process.communicate(timeout=LONG)
     assert (process.returncode, printed) == (1, "")
     assert (
         error.strip() == "Error: ./nothing is no folder; give a model folder, `default`, or a hub id such as owner/name"

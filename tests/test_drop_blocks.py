@@ -40,7 +40,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def drop(model: Path, out: Path, **options: Any) -> DropReport:
-    return hesse.drop_blocks(model, out, **{"data": IDS, **options})
+    return hesse.drop_blocks(model, out, **{"data": IDS, **options}).report
 
 
 def without(name: str, folder: Path, gone: Sequence[int]) -> nn.Module:
@@ -88,8 +88,8 @@ def test_blocks_go_by_measured_loss_one_at_a_time(name: str, deep: Any, tmp_path
         assert dropped.block == min(costs, key=costs.__getitem__)
         assert dropped.measured == dropped.score == pytest.approx(costs[dropped.block], rel=1e-3)
         gone.append(dropped.block)
-    assert report.measured == pytest.approx(report.dropped[-1].measured)  # ready tokens: none are held out
-    assert not report.held_out
+    assert report.loss.measured == pytest.approx(report.dropped[-1].measured)  # ready tokens: none are held out
+    assert not report.loss.held_out
 
 
 def test_as_many_go_as_a_loss_allows(deep: Any, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_block_that_is_another_with_its_outputs_scaled_is_found(deep: Any, tmp
     (dropped,) = report.dropped
     assert (dropped.block, dropped.donor) == (3, 1)
     assert dropped.relative_error == pytest.approx(0, abs=1e-6)
-    assert report.measured < 1e-6 < dropped.measured
+    assert report.loss.measured < 1e-6 < dropped.measured
     held = dense_tensors(tmp_path / "out")
     for name, tensor in dense_tensors(source).items():
         torch.testing.assert_close(held[name], tensor, rtol=1e-3, atol=1e-5)
@@ -166,7 +166,7 @@ def test_a_higher_rank_stands_in_better_and_little_is_as_good_as_none(deep: Any,
     found = {rank: drop(source, tmp_path / str(rank), blocks=2, share_rank=rank) for rank in (1, 8, 31)}
     errors = [max(d.relative_error or 0.0 for d in report.dropped) for report in found.values()]
     assert 1 > errors[0] > errors[1] > errors[2]
-    assert found[31].measured < found[8].measured < drop(source, tmp_path / "gone", blocks=2).measured
+    assert found[31].loss.measured < found[8].loss.measured < drop(source, tmp_path / "gone", blocks=2).loss.measured
     model = tiny_models.load("llama", tmp_path / "31")
     assert len(model.model.layers) == DEPTH
     assert output(model).isfinite().all()
@@ -229,7 +229,7 @@ def test_the_command_line(deep: Any, hesse_command: CommandLine, tmp_path: Path)
     arguments = ("drop-blocks", deep("llama"), tmp_path / "out", "--blocks", "1", "--data", ids)
     ran = hesse_command(*arguments, "--json")
     report = json.loads(ran.stdout)
-    assert report == json.loads((tmp_path / "out" / "blocks.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     found = hesse.evaluate(tmp_path / "out", reference=deep("llama"), data=OTHER_IDS)
     assert found.kl is not None
     assert found.kl > 0

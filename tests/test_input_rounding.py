@@ -103,9 +103,9 @@ def test_the_prediction_counts_inputs(setting: str, family_folder: FolderOf, tmp
     inputs = sum(layer.predicted_input_loss or 0.0 for layer in report.layers)
     weights = sum(layer.predicted_loss_increase or 0.0 for layer in report.layers)
     assert all(layer.input_bits == bits and layer.predicted_input_loss for layer in report.layers)
-    assert report.predicted_loss_increase == pytest.approx(weights + inputs)
-    assert 0.2 < inputs / report.predicted_loss_increase < 0.95
-    assert 0.7 < report.verification.measured / report.predicted_loss_increase < 1.4
+    assert report.loss.predicted == pytest.approx(weights + inputs)
+    assert 0.2 < inputs / report.loss.predicted < 0.95
+    assert 0.7 < report.loss.measured / report.loss.predicted < 1.4
 
 
 def test_bits_on_disk_are_those_that_are_said(family_folder: FolderOf, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_without_inputs_the_prediction_says_what_it_leaves_out(family_folder: Fo
     hesse.estimate(source, tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
     settings = {"method": "rtn", "curvature": tmp_path / "stats", "data": None, **BYTES}
     report = compress(source, tmp_path / "out", **settings)
-    notes = [note for note in report.fallbacks if "the prediction leaves out that its inputs are rounded" in note]
+    notes = [note for note in report.notes if "the prediction leaves out that its inputs are rounded" in note]
     assert len(notes) == len(report.layers)
 
 

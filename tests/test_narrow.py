@@ -65,7 +65,7 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
 ) -> None:
     prefix, makers, reader, setting = PARTS[name]
     source, out = family_folder(name), tmp_path / "out"
-    report = hesse.narrow(source, out, keep=0.5, data=IDS)
+    report = hesse.narrow(source, out, keep=0.5, data=IDS).report
     assert report.width_after == report.width_before // 2
     assert json.loads((out / "config.json").read_text())[setting] == report.width_after
     narrow, dense = tiny_models.load(name, out), tiny_models.load(name, source)
@@ -94,8 +94,8 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
         full[:, units] = small
         layer.weight = nn.Parameter(full.T if transposed else full)
     torch.testing.assert_close(output(narrow), output(dense), rtol=1e-3, atol=1e-4)
-    assert report.measured > 0
-    assert all(block.relative_error and 0 < block.relative_error < 1 for block in report.blocks)
+    assert report.loss.measured > 0
+    assert all(block.relative_error and 0 < block.relative_error < 1 for block in report.layers)
 
 
 def row_of(matrix: Tensor, row: Tensor) -> int:
@@ -124,7 +124,7 @@ def test_each_expert_keeps_units_of_its_own(
     name: str, data: list[list[int]], family_folder: FolderOf, tmp_path: Path
 ) -> None:
     source, out, whole = family_folder(name), tmp_path / "out", tmp_path / "whole"
-    report = hesse.narrow(source, out, keep=0.5, data=data)
+    report = hesse.narrow(source, out, keep=0.5, data=data).report
     assert report.width_after == report.width_before // 2
     narrow = tiny_models.load(name, out)
     assert sum(p.numel() for p in narrow.parameters()) == report.parameters_after
@@ -132,7 +132,7 @@ def test_each_expert_keeps_units_of_its_own(
     save_file(padded(dense_tensors(out), dense_tensors(source)), whole / "model.safetensors", {"format": "pt"})
     copyfile(source / "config.json", whole / "config.json")
     torch.testing.assert_close(output(narrow), output(tiny_models.load(name, whole)), rtol=1e-3, atol=1e-4)
-    unreached = [block.name for block in report.blocks if block.relative_error is None]
+    unreached = [block.name for block in report.layers if block.relative_error is None]
     assert [note.split(":")[0] for note in report.notes if "chosen by their weights" in note] == unreached
     assert (unreached != []) == (data != IDS)
 
@@ -147,7 +147,10 @@ def seen_by(model: nn.Module, layer: nn.Module) -> Tensor:
 
 
 def test_more_units_cost_less(family_folder: FolderOf, tmp_path: Path) -> None:
-    costs = [hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).measured for k in (0.25, 0.9)]
+    costs = [
+        hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).report.loss.measured
+        for k in (0.25, 0.9)
+    ]
     assert costs[1] < costs[0]
 
 
@@ -171,7 +174,7 @@ def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, t
     ids = write_ids(tmp_path / "ids.jsonl")
     arguments = ("narrow", family_folder("llama"), tmp_path / "out", "--data", ids)
     report = json.loads(hesse_command(*arguments, "--json").stdout)
-    assert report == json.loads((tmp_path / "out" / "narrow.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     ran = hesse_command(*arguments, "--overwrite")
     assert ran.code == 0
     assert "72 of 96 hidden units a block" in ran.stdout

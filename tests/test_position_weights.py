@@ -126,7 +126,7 @@ def test_equal_weights_are_gptq(family_folder: FolderOf, tmp_path: Path, monkeyp
 
 def test_positions_that_reach_an_expert_are_equals_and_it_is_said(half_folder: FolderOf, tmp_path: Path) -> None:
     report = compress(half_folder("mixtral"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
-    said = {note.split(":")[0] for note in report.fallbacks if "how much attention its positions receive" in note}
+    said = {note.split(":")[0] for note in report.notes if "how much attention its positions receive" in note}
     assert said == {layer.name for layer in report.layers if ".experts." in layer.name and layer.tokens}
 
 
@@ -134,8 +134,8 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="does not tell how much attention a position receives"):
         compress(half_folder("falcon-alibi"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--curvature has no weighted inputs"):
+    with pytest.raises(OptionError, match="--statistics has no weighted inputs"):
         compress(
-            half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=(RULE,)), curvature=tmp_path / "statistics"
+            half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=(RULE,)), statistics=tmp_path / "statistics"
         )
     assert {path.name for path in tmp_path.iterdir()} == {"statistics", "ids.jsonl"}

@@ -63,7 +63,9 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_text(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> CompressionReport:
     """The tiny model compressed on a text, of which a part is held out."""
     out, options = tmp_path_factory.mktemp("written") / "out", hesse.Options(bits=3, group_size=32)
-    return hesse.compress(writer, out, options=options, data=writer / "text.txt", samples=4, length=64, measure=True)
+    return hesse.compress(
+        writer, out, options=options, data=writer / "text.txt", samples=4, length=64, measure=True
+    ).report
 
 
 def cost(name: str, source: Path, moved: dict[str, Tensor]) -> tuple[float, float]:
@@ -112,13 +114,13 @@ def test_the_line_between_both(
         value, error = cost(name, source, moved)
         assert point.measured.value == pytest.approx(value, rel=1e-3)
         assert point.measured.standard_error == pytest.approx(error, rel=1e-2)
-        assert point.predicted == pytest.approx(point.share**2 * report.predicted_loss_increase)
+        assert point.predicted == pytest.approx(point.share**2 * report.loss.predicted)
 
 
 def test_the_whole_change_is_what_verification_measured(of_family: Callable[[str], CompressionReport]) -> None:
     for name in ("llama-tied", "gpt2", "bert", "mixtral"):
         report = of_family(name)
-        assert measured(report).whole.measured.value == pytest.approx(report.verification.measured, rel=1e-9)
+        assert measured(report).whole.measured.value == pytest.approx(report.loss.measured, rel=1e-9)
         assert measured(report).check.divergence == measured(report).whole.measured
 
 
@@ -172,7 +174,7 @@ def test_without_calibration_nothing_was_seen(
     data, chosen = writer / "text.txt", hesse.Options(**options)
     report = hesse.compress(
         writer, tmp_path / "out", method=method, options=chosen, data=data, samples=4, length=64, measure=True
-    )
+    ).report
     assert measured(report).seen is None
     assert "Nothing could be fitted too closely." in compression_page(report)
     assert all(layer.rank == options.get("rank") for layer in report.layers)
@@ -275,7 +277,7 @@ def test_the_page_says_what_the_report_says(name: str, of_family: Callable[[str]
     assert "No alternatives were planned" in text
     for layer in report.layers:
         assert f"{layer.tokens:,}" in text
-    assert all(note in text for note in report.fallbacks)
+    assert all(note in text for note in report.notes)
     assert json.dumps(report.to_dict()["measurements"])
 
 
@@ -327,7 +329,8 @@ def test_a_page_without_predictions(of_family: Callable[[str], CompressionReport
     found = measured(report)
     line = [replace(point, predicted=0.0) for point in found.line]
     layers = [replace(group, predicted=None) for group in found.layers]
-    unknown = replace(report, predicted_loss_increase=0.0, measurements=replace(found, line=line, layers=layers))
+    loss = replace(report.loss, predicted=0.0)
+    unknown = replace(report, loss=loss, measurements=replace(found, line=line, layers=layers))
     text = Reader(compression_page(unknown)).text
     assert "Nothing was predicted." in text
     assert "The quadratic model" not in text
@@ -395,7 +398,7 @@ def test_on_the_command_line(
     assert ran.code == 0
     assert f"The report: {page}" in ran.stdout.replace("\n", "")
     assert f"--report '{page}'" in Reader(page.read_text(encoding="utf-8")).text
-    stored = json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
+    stored = json.loads((tmp_path / "out" / "hesse-report.json").read_text(encoding="utf-8"))
     assert len(stored["measurements"]["layers"]) == 14
     refused = hesse_command("compress", source, tmp_path / "other", *options)
     assert (refused.code, "exists: give another name, or --overwrite" in refused.error) == (1, True)

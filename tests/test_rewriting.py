@@ -228,8 +228,8 @@ def test_outliers_are_spread_and_learning_spreads_them_further(family_folder: Fo
 @pytest.mark.parametrize(("name", "kind"), [("llama-tied", "kurtail"), ("qwen3", "hadamard")])
 def test_rotated_models_load(name: str, kind: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source, out = family_folder(name), tmp_path / "out"
-    report = hesse.rotate(source, out, kind=kind, data=IDS)
-    assert abs(report.kl) < 1e-7
+    report = hesse.rotate(source, out, kind=kind, data=IDS).report
+    assert abs(report.loss.measured) < 1e-7
     assert ("head" in "".join(report.notes)) == (name == "llama-tied")
     model = tiny_models.load(name, out)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
@@ -247,7 +247,7 @@ def test_the_command_says_what_it_wrote(family_folder: FolderOf, hesse_command: 
     arguments = ("rotate", family_folder("llama"), tmp_path / "out", "--data", ids)
     ran = hesse_command(*arguments)
     assert ran.code == 0
-    assert "KL(model || rotated)" in ran.stdout
+    assert "KL(dense || rotated)" in ran.stdout
     assert json.loads(hesse_command(*arguments, "--overwrite", "--json").stdout)["kind"] == "hadamard"
     refused = hesse_command("rotate", family_folder("llama"), tmp_path / "other", "--kind", "quip")
     assert "there is no rotation 'quip'; there are hadamard, kurtail" in refused.error
@@ -270,7 +270,7 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
     dense = tiny_models.load("llama-tied", twin(out, tmp_path / "twin", rotated))
     assert torch.equal(output(tiny_models.load("llama-tied", out)), output(dense))
     kl = hesse.evaluate(out, reference=source, data=IDS).kl
-    assert report.verification.measured == pytest.approx(kl, rel=0.5)
+    assert report.loss.measured == pytest.approx(kl, rel=0.5)
     if method == "quarot":
         assert report.bytes_before == open_checkpoint(source).file_bytes
 
@@ -278,8 +278,8 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
 def test_what_does_not_go_together_is_refused(family_folder: FolderOf, tmp_path: Path) -> None:
     out = tmp_path / "out"
     hesse.estimate(family_folder("llama"), tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match=r"--curvature is of .* before it is rewritten"):
-        compress(family_folder("llama"), out, method="quarot", curvature=tmp_path / "stats", data=None)
+    with pytest.raises(OptionError, match=r"--statistics is of .* before it is rewritten"):
+        compress(family_folder("llama"), out, method="quarot", statistics=tmp_path / "stats", data=None)
     with pytest.raises(OptionError, match="a budget is planned on a model as it is, and kurtail rewrites it"):
         compress(family_folder("llama"), out, method="kurtail", mean_bits=3.5)
     with pytest.raises(OptionError, match="hadamard rewrites language models on disk, not modules"):
@@ -379,7 +379,7 @@ def test_scales_that_are_taken_in_help_as_those_beside(family_folder: FolderOf, 
         method: compress(folder, tmp_path / method, method=method, bits=4, group_size=32)
         for method in ("rtn", "awq", "awq-dense")
     }
-    measured = {method: report.verification.measured for method, report in found.items()}
+    measured = {method: report.loss.measured for method, report in found.items()}
     assert measured["awq"] < 0.6 * measured["rtn"]
     assert measured["awq"] < 1.3 * measured["awq-dense"]
     assert (found["awq"].format, found["awq-dense"].format) == ("pack-quantized", "dense")
@@ -396,7 +396,7 @@ def test_smoothing_takes_outliers_away(
 ) -> None:
     folder = plant(family_folder("llama"), tmp_path / "planted", (3, 40), 30.0)
     measured = [
-        compress(folder, tmp_path / method, method=method, input_bits=8, **options).verification.measured
+        compress(folder, tmp_path / method, method=method, input_bits=8, **options).loss.measured
         for method in (plain, smoothed)
     ]
     assert measured[1] < 0.5 * measured[0]

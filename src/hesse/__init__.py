@@ -28,25 +28,23 @@ from hesse.training import Distillation, GradualSchedule, Training, held_zeros, 
 from hesse.version import __version__
 
 if TYPE_CHECKING:
-    from hesse.api import (
-        benchmark,
-        compress,
-        cut,
-        drop_blocks,
-        estimate,
-        evaluate,
-        export,
-        inspect,
-        narrow,
-        plan,
-        repair,
-        rotate,
-    )
+    from hesse.evaluation.evaluate import evaluate
+    from hesse.inspection.inspect import inspect
+    from hesse.jobs.compress import compress
+    from hesse.jobs.cut import cut
+    from hesse.jobs.drop_blocks import drop_blocks
+    from hesse.jobs.estimate import estimate
+    from hesse.jobs.narrow import narrow
+    from hesse.jobs.repair import repair
+    from hesse.jobs.rotate import rotate
     from hesse.modules import ModuleReport, compress_module, prune_module
     from hesse.modules.gradual import prune_gradually
     from hesse.modules.narrow_heads import narrow_heads
     from hesse.modules.only_train_once import only_train_once
     from hesse.modules.prune_groups import prune_groups
+    from hesse.planning.budget import plan
+    from hesse.runtimes.benchmark import benchmark
+    from hesse.runtimes.export import export
 
 __all__ = [
     "METHODS",
@@ -103,21 +101,31 @@ __all__ = [
 ]
 
 
-MODULES = {
-    "ModuleReport": "report",
-    "compress_module": "compress",
-    "narrow_heads": "narrow_heads",
-    "only_train_once": "only_train_once",
-    "prune_gradually": "gradual",
-    "prune_groups": "prune_groups",
-    "prune_module": "prune_weights",
+LAZY = {
+    "ModuleReport": "modules.report",
+    "benchmark": "runtimes.benchmark",
+    "compress": "jobs.compress",
+    "compress_module": "modules.compress",
+    "cut": "jobs.cut",
+    "drop_blocks": "jobs.drop_blocks",
+    "estimate": "jobs.estimate",
+    "evaluate": "evaluation.evaluate",
+    "export": "runtimes.export",
+    "inspect": "inspection.inspect",
+    "narrow": "jobs.narrow",
+    "narrow_heads": "modules.narrow_heads",
+    "only_train_once": "modules.only_train_once",
+    "plan": "planning.budget",
+    "prune_gradually": "modules.gradual",
+    "prune_groups": "modules.prune_groups",
+    "prune_module": "modules.prune_weights",
+    "repair": "jobs.repair",
+    "rotate": "jobs.rotate",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs transformers on first use: it takes seconds that tensors do not need."""
-    if name in MODULES:
-        return getattr(import_module(f"hesse.modules.{MODULES[name]}"), name)
-    if name in __all__:
-        return getattr(import_module("hesse.api"), name)
+    if name in LAZY:
+        return getattr(import_module(f"hesse.{LAZY[name]}"), name)
     raise AttributeError(f"module 'hesse' has no attribute {name!r}")

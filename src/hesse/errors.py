@@ -44,6 +44,12 @@ class ConditioningWarning(UserWarning):
     """A result that rounding may have spoilt."""
 
 
+def check_at_least(option: str, value: int | None, least: int) -> None:
+    """Raise OptionError if the option was given as less than `least`."""
+    if value is not None and value < least:
+        raise OptionError(f"{option} is {value}, but must be at least {least}")
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Raise a HesseError of what is done inside with `what` before its message: a layer's name, for one."""

@@ -42,10 +42,10 @@ def drop_blocks(
     as_json: JsonOption = False,
 ) -> None:
     """Take whole blocks out of a model, chosen by what they are measured or predicted to be worth."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.drop_blocks(
+        report = hesse.drop_blocks(
             model,
             out,
             blocks=blocks,
@@ -60,7 +60,7 @@ def drop_blocks(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:
@@ -82,10 +82,10 @@ def narrow(
     as_json: JsonOption = False,
 ) -> None:
     """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.narrow(
+        report = hesse.narrow(
             model,
             out,
             keep=keep,
@@ -97,7 +97,7 @@ def narrow(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

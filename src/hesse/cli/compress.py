@@ -21,7 +21,7 @@ from hesse.cli.options import (
     SeedOption,
 )
 from hesse.errors import OptionError
-from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of, parse_settings
 from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
 
@@ -57,11 +57,19 @@ def compress(
     input_bits: Annotated[
         int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other option that `hesse methods METHOD` lists, such as headroom=0.5; may be repeated.",
+        ),
+    ] = None,
     ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
     data: DataOption = None,
-    curvature: Annotated[
+    statistics: Annotated[
         Path | None, typer.Option(help="A folder that `hesse estimate` wrote, in place of calibration.")
     ] = None,
     samples: SamplesOption = 128,
@@ -95,6 +103,7 @@ def compress(
         damping=damping,
         input_bits=input_bits,
     )
+    options = parse_settings(setting or ()).over(options)
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
         raise OptionError("--recipe says everything itself: leave out --size, --loss and a mean of --bits")
@@ -106,12 +115,12 @@ def compress(
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
-    from hesse import api
+    import hesse
     from hesse.processes import is_main_process
 
     settings: dict[str, Any] = {
         "data": data,
-        "curvature": curvature,
+        "statistics": statistics,
         "samples": samples,
         "length": length,
         "seed": seed,
@@ -127,10 +136,10 @@ def compress(
     leads = is_main_process()
     with progress_bars(as_json or not leads) as bars:
         if print_recipe or out is None:
-            sys.stdout.write(api.plan(model, **settings, progress=bars).recipe.to_yaml())
+            sys.stdout.write(hesse.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
         settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
-        result = api.compress(model, out, recipe=chosen, **settings, progress=bars)
+        result = hesse.compress(model, out, recipe=chosen, **settings, progress=bars).report
     if not leads:
         return
     if report is not None:
@@ -157,11 +166,11 @@ def estimate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate a model's curvature once, for `hesse compress --curvature` to try any number of schemes with."""
-    from hesse import api
+    """Estimate a model's curvature once, for `hesse compress --statistics` to try any number of schemes with."""
+    import hesse
 
     with progress_bars(as_json) as bars:
-        content = api.estimate(
+        content = hesse.estimate(
             model,
             out,
             curvatures=[kind.strip() for kind in curvature.split(",")],
@@ -173,14 +182,14 @@ def estimate(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).to_dict()
     if as_json:
         print_json(content)
         return
     held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
     print_line(f"{held} from {content['tokens']:,} tokens: {out.absolute()}")
     command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
-    print_line(f"Next: hesse {command.format(model)} --curvature {out}")
+    print_line(f"Next: hesse {command.format(model)} --statistics {out}")
 
 
 def _mean_bits(text: str | None) -> float | None:

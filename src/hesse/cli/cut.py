@@ -22,10 +22,10 @@ def cut(
     as_json: JsonOption = False,
 ) -> None:
     """Cut thin factors of any total size from one ranking of the directions of all layers."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.cut(
+        report = hesse.cut(
             model,
             statistics,
             out,
@@ -34,7 +34,7 @@ def cut(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

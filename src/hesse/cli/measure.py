@@ -15,7 +15,7 @@ from hesse.cli.options import (
     ModelArgument,
     ReferenceOption,
 )
-from hesse.methods import Options, find_methods
+from hesse.methods import METHODS, Options, find_methods
 from hesse.reporting import (
     check_page,
     cost_table,
@@ -23,6 +23,7 @@ from hesse.reporting import (
     inspection_page,
     inspection_summary,
     methods_table,
+    options_table,
     write_page,
 )
 
@@ -40,10 +41,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Loss, perplexity and size of a model, and its divergence from the dense one."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        result = api.evaluate(
+        result = hesse.evaluate(
             model,
             reference=reference,
             adapter=adapter,
@@ -64,7 +65,7 @@ def evaluate(
 def inspect(
     model: ModelArgument,
     data: DataOption = None,
-    curvature: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
     seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
@@ -74,15 +75,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
-    from hesse import api
+    import hesse
 
     if out is not None:
         check_page(out, overwrite, "--out")
     with progress_bars(as_json) as bars:
-        result = api.inspect(
+        result = hesse.inspect(
             model,
             data=data,
-            curvature=curvature,
+            statistics=statistics,
             samples=samples,
             length=length,
             seed=seed,
@@ -106,13 +107,15 @@ def methods(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The table of methods: curvature × constraint × solver, with source and needs."""
+    """Print the table of methods: curvature × constraint × solver, with source and needs; of one method its options."""
     families = find_methods(names or ())
     if as_json:
         rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
         print_json(rows)
     else:
         out_console.print(methods_table(families))
+        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
+            out_console.print(options_table(method))
 
 
 @app.command(epilog="Example: `hesse demo`")
@@ -122,12 +125,13 @@ def demo(
     ),
 ) -> None:
     """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
-    from hesse import api
+    import hesse
 
     with progress_bars(False) as bars:
-        report = api.compress("default", out, options=Options(bits=4, group_size=64), overwrite=True, progress=bars)
-        after = api.evaluate(out, reference="default", progress=bars)
-        before = api.evaluate("default", progress=bars)
+        options = Options(bits=4, group_size=64)
+        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
+        after = hesse.evaluate(out, reference="default", progress=bars)
+        before = hesse.evaluate("default", progress=bars)
     out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(

@@ -45,10 +45,10 @@ def repair(
     as_json: JsonOption = False,
 ) -> None:
     """Add to each layer of a compressed model the best low rank of what it lacks of the dense model."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.repair(
+        report = hesse.repair(
             dense,
             compressed,
             out,
@@ -65,7 +65,7 @@ def repair(
             device=device,
             overwrite=overwrite,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(report.to_dict())
     else:

@@ -32,10 +32,10 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a model so that nothing in it stands out, its function unchanged, for whatever rounds it next."""
-    from hesse import api
+    import hesse
 
     with progress_bars(as_json) as bars:
-        report = api.rotate(
+        result = hesse.rotate(
             model,
             out,
             kind=kind,
@@ -49,10 +49,12 @@ def rotate(
             progress=bars,
         )
     if as_json:
-        print_json(report.to_dict())
+        print_json(result.to_dict())
         return
+    report, loss = result.report, result.report.loss
     for note in report.notes:
         print_line(note)
-    print_line(f"KL(model || rotated): {report.kl:.3g} nats per token, on {report.tokens:,} tokens")
+    if loss is not None:
+        print_line(f"{loss.name}: {loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
     print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
     print_line(f"Next: hesse compress {out} OUT")

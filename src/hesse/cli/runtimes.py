@@ -18,11 +18,11 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write what llama.cpp, onnxruntime or torchao take, with the codes and scales of the checkpoint as they are."""
-    from hesse import api
+    import hesse
     from hesse.reporting.runtimes import export_summary
 
     with progress_bars(as_json) as bars:
-        report = api.export(model, out, to=to, overwrite=overwrite, progress=bars)
+        report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -43,11 +43,11 @@ def benchmark(
     as_json: JsonOption = False,
 ) -> None:
     """Load time, tokens a second and memory of a model in each runtime on this machine, beside the dense one."""
-    from hesse import api
+    import hesse
     from hesse.reporting.runtimes import benchmark_summary
 
     with progress_bars(as_json) as bars:
-        result = api.benchmark(
+        result = hesse.benchmark(
             model,
             reference=reference,
             runtimes=[runtime.strip() for runtime in runtimes.split(",")],

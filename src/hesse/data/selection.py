@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hesse.data import Samples, read_samples
+from hesse.errors import check_at_least
 from hesse.networks.network import Network
 from hesse.networks.vocabulary import check_ids
 
@@ -14,15 +15,27 @@ FACTOR_TOKENS = 8192  # to estimate E[ggᵀ] at a layer's outputs (out, out) fro
 FACTOR_TOKENS_PER_OUTPUT = 8
 
 
+Data = str | Path | list[list[int]] | None  # a file or a datasets id, ready token ids, or None for the shipped text
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens a run looks at, and in what portions."""
+    """Which tokens a run looks at, and how many at a time.
 
-    data: str | Path | list[list[int]] | None
-    samples: int
-    length: int | None  # None: as many as the model has positions for, at most DEFAULT_LENGTH
-    seed: int
-    batch_size: int | None
+    Raises:
+        OptionError: there would be none.
+    """
+
+    data: Data = None
+    samples: int = 128
+    length: int | None = None  # tokens a sample; None: as many as the model has positions for, at most DEFAULT_LENGTH
+    seed: int = 0  # of the choice of samples and of sampled labels
+    batch_size: int | None = None  # samples that go through the model together; no result depends on it
+
+    def __post_init__(self) -> None:
+        check_at_least("--samples", self.samples, 1)
+        check_at_least("--length", self.length, 2)
+        check_at_least("--batch-size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,27 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.errors import OptionError
+from hesse.checkpoints.locate import locate
+from hesse.data import read_samples
+from hesse.data.selection import Data, sample_length
+from hesse.errors import OptionError, check_at_least
 from hesse.evaluation.metrics import HiddenTotals, Totals
+from hesse.formats import open_checkpoint
+from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
+from hesse.networks.device import find_device
 from hesse.networks.network import Network
 from hesse.networks.vocabulary import check_ids, vocabulary
+from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance, finish, start
-from hesse.progress import Progress
+from hesse.progress import Progress, Silence
+from hesse.result import LossChange
 
 # Logits of one batch: at most so many numbers, 128 MB in float32.
 
@@ -57,6 +66,69 @@ class Evaluation:
     def difference_name(self, changed: str) -> str:
         """What `difference` is, for a model that people call `changed`."""
         return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
+
+    def loss_change(self, changed: str, held_out: bool, predicted: float | None = None) -> LossChange:
+        """Return `difference` as reports hold it, for a model that people call `changed`."""
+        return LossChange(
+            name=self.difference_name(changed),
+            predicted=predicted,
+            measured=self.difference,
+            standard_error=self.kl_standard_error,
+            samples=self.samples,
+            held_out=held_out,
+        )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    adapter: str | Path | None = None,
+    data: Data = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Loss, perplexity and size of a model on disk, and its divergence from a reference.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        reference: the dense model to compare with.
+        adapter: a LoRA folder of PEFT, such as `repair` writes, to add to the model.
+        data: as for `compress`; None for the shipped held-out text.
+        samples: windows of text, from the first on; None for all.
+        length: tokens a window; None for 2048, or as many as the model has positions for.
+        batch_size: windows that go through the model together.
+        device: `auto`, `cpu`, or `cuda`.
+        progress: told how far the run is.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    check_at_least("--samples", samples, 1)
+    check_at_least("--length", length, 2)
+    check_at_least("--batch-size", batch_size, 1)
+    place = find_device(device)
+    folder = locate(model)
+    checkpoint = open_checkpoint(folder)
+    network = Network(checkpoint, torch.float32, place)
+    if adapter is not None:
+        checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
+    tokens = sample_length(network, length)
+    chosen, _ = read_samples(
+        data,
+        folder,
+        count=samples,
+        length=tokens,
+        seed=0,
+        purpose="evaluation",
+        limit=network.input_limit,
+    )
+    batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
+    dense = None if reference is None else open_checkpoint(locate(reference))
+    return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
 
 
 def evaluate_checkpoint(

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hesse.checkpoints.locate import locate
 from hesse.curvature import CrossEntropy, Curvature, GaussNewton, Hessian, Identity, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import Samples, read_samples
-from hesse.errors import UnsupportedModelError
+from hesse.data.selection import Data
+from hesse.errors import UnsupportedModelError, check_at_least
 from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
 from hesse.estimation.estimates import Name
 from hesse.evaluation.metrics import Totals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
+from hesse.networks.device import find_device
 from hesse.networks.network import Layer, Network
 from hesse.networks.vocabulary import check_ids
-from hesse.progress import Clock, Progress
+from hesse.progress import Clock, Progress, Silence
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
 
 EIGENVALUES = 3  # of each end of the spectrum
@@ -56,6 +59,50 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
         return {**asdict(self), "at_a_minimum": self.at_a_minimum}
+
+
+def inspect(
+    model: str | Path,
+    *,
+    data: Data = None,
+    statistics: str | Path | None = None,
+    samples: int = 4,
+    length: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Inspection:
+    """What the loss looks like around a language model, and which curvature predicts changes of it.
+
+    Each linear layer is changed alone, to 8, 4, 3 and 2 bits and to half of its weights zero; what each curvature
+    predicts is held beside what was measured. The whole model is in memory, in float32.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense.
+        data: as for `compress`; None for the shipped calibration text.
+        statistics: a folder that `estimate` wrote, to predict from in place of these samples.
+        samples: windows of text.
+        length: tokens a window, or as many as the model has positions for.
+        seed: of the choice of samples, of sampled labels and of random vectors.
+        device: `auto`, `cpu`, or `cuda`.
+        progress: told how far the run is.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    check_at_least("--samples", samples, 2)
+    check_at_least("--length", length, 2)
+    return inspect_checkpoint(
+        locate(model),
+        str(model),
+        data,
+        None if statistics is None else Path(statistics),
+        samples,
+        length,
+        seed,
+        find_device(device),
+        progress or Silence(),
+    )
 
 
 def inspect_checkpoint(

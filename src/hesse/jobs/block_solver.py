@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hesse.checkpoints.writer import Part, write_part
 from hesse.estimation.calibrated import Layers, LayerStatistics
 from hesse.estimation.weight_fisher import name_of
 from hesse.jobs.plan import Plan
@@ -28,6 +26,12 @@ class BlockResult:
     notes: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)  # of each solved weight
 
+    def add(self, other: "BlockResult") -> None:
+        """Add the result of another block."""
+        self.layers += other.layers
+        self.notes += other.notes
+        self.digests |= other.digests
+
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, for `from_dict`."""
         return asdict(self)
@@ -42,7 +46,7 @@ class BlockResult:
 class BlockSolver:
     """Solve one block after another by a plan; `sensitivities` are the output factors of its layers.
 
-    Several `processes` solve each block together, and one of them writes it.
+    Several `processes` solve each block together.
     """
 
     def __init__(
@@ -55,8 +59,8 @@ class BlockSolver:
         self.plan, self.sensitivities, self.clock = plan, sensitivities, clock
         self.processes, self.solver = processes, LayerSolver(processes)
 
-    def solve(self, block: Block, layers: Layers, path: Path, writes: bool) -> tuple[BlockResult, Part]:
-        """Solve the `layers` of a loaded block; where this process `writes`, write the block's tensors to `path`."""
+    def solve(self, block: Block, layers: Layers) -> tuple[BlockResult, dict[str, Tensor]]:
+        """Solve the `layers` of a loaded block; return its tensors as the format stores them."""
         result = BlockResult()
         tensors: dict[str, Tensor] = {}
         for layer, statistics in layers:
@@ -67,9 +71,7 @@ class BlockSolver:
                 layer_name, _, kind = name.rpartition(".")
                 if layer_name not in result.digests or kind not in ("weight", "bias"):
                     tensors.update(self.plan.checkpoint.read_stored([name]))
-            if writes:
-                return result, write_part(path, tensors)
-            return result, Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        return result, tensors
 
     def _solve(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
         """Solve one layer, put the solution in its place, and return the tensors to write for it."""

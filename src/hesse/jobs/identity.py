@@ -1,7 +1,8 @@
-"""What a run is of, so that another run never goes on with its work."""
+"""What a run's result depends on, so that a run never resumes the work of another."""
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,32 @@ import torch
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.data.selection import Calibration
-from hesse.estimation import Statistics
-from hesse.estimation.statistics_folder import INDEX_FILE
-from hesse.methods.recipe import Recipe
-from hesse.planning.budget import BudgetRequest
+from hesse.version import versions
 
 
 def identity(
-    checkpoint: Checkpoint,
-    wanted: Recipe | BudgetRequest,
+    command: str,
+    checkpoints: Sequence[Checkpoint],
     calibration: Calibration,
-    statistics: Statistics | None,
-    settings: dict[str, Any],
-    versions: dict[str, str],
+    request: Mapping[str, str],
+    settings: Mapping[str, Any],
 ) -> dict[str, str]:
-    """A fingerprint of each thing that the result depends on, by what a person calls it.
+    """Return a fingerprint of each thing that the result depends on, by the name that a refusal gives it.
 
-    The model's weights are read whole for it.
+    `request` is text by such a name. The weights of all checkpoints are read whole.
     """
-    recipe = wanted.to_yaml() if isinstance(wanted, Recipe) else repr(wanted)
-    of_statistics = None if statistics is None else file_digest(statistics.folder / INDEX_FILE)
     return {
-        "model": _digest(checkpoint.digests),
+        "command": command,
+        "model": _digest([checkpoint.digests for checkpoint in checkpoints]),
         "data": _digest([_data(calibration.data), *astuple(replace(calibration, data=None))]),
-        "recipe": _digest(recipe),
-        "settings": _digest({**settings, "statistics": of_statistics, "threads": torch.get_num_threads()}),
-        "versions of Hesse and its libraries": _digest(versions),
+        **{name: _digest(text) for name, text in request.items()},
+        "settings": _digest({**settings, "threads": torch.get_num_threads()}),
+        "versions of Hesse and its libraries": _digest(versions()),
     }
 
 
 def _data(data: str | Path | list[list[int]] | None) -> Any:
-    """The data itself where it is here, else its name."""
+    """Return the data's digest where the data is a local file, else the ids or the name."""
     if isinstance(data, str | Path) and Path(data).is_file():
         return file_digest(Path(data))
     return data if data is None or isinstance(data, list) else str(data)

@@ -1,32 +1,28 @@
-"""`hesse narrow`: feed-forward layers with fewer hidden units, the weights behind them refitted."""
+"""`hesse narrow`: keep a share of the hidden units of feed-forward layers, and refit the layers that read them."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.output import check_output, copy_companions, temporary_folder
+from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.checkpoints.writer import Parts, write_text
 from hesse.curvature import Gram
-from hesse.data.selection import Calibration, Selection, select_samples
+from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import DataError, OptionError
-from hesse.estimation.calibrated import calibrated_blocks
-from hesse.evaluation.evaluate import Evaluation, compare, pass_through
+from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
+from hesse.jobs.job import Job
+from hesse.jobs.options import run_options
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
 from hesse.networks.network import Block, Layer, Network
-from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch, start
-from hesse.progress import Clock, Progress
+from hesse.progress import Progress
+from hesse.result import Report, Result
 from hesse.solvers.nystroem import kept_units, refitted
 
-REPORT_FILE = "narrow.json"
 MULTIPLE = 8  # of hidden units, which kernels want
 
 
@@ -38,154 +34,155 @@ class NarrowedBlock:
     relative_error: float | None  # E‖W z - W' z_S‖² / E‖W z‖², of the outputs; None where no sample reached it
 
 
-@dataclass(frozen=True)
-class NarrowReport:
-    """The whole run. Sizes in bytes, losses in nats per token, half squared errors of hidden states for an encoder."""
+@dataclass(frozen=True, kw_only=True)
+class NarrowReport(Report):
+    """A model with fewer hidden units; `layers` are NarrowedBlocks."""
 
-    model: str
-    out: str
-    width_before: int  # of a block, all of its experts together
+    width_before: int  # hidden units of a block, all of its experts together
     width_after: int
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    loss_name: str
-    measured: float
-    standard_error: float | None
-    samples: int
-    held_out: bool
-    blocks: list[NarrowedBlock]
-    notes: list[str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
 
-def narrow_checkpoint(
-    model: Path,
-    out: Path,
-    keep: float,
-    calibration: Calibration,
+def narrow(
+    model: str | Path,
+    out: str | Path,
     *,
-    device: torch.device,
-    overwrite: bool,
-    progress: Progress,
-    name: str,
-) -> NarrowReport:
-    """Write the model folder `model`, which a person calls `name`, with a share `keep` of its hidden units to `out`.
+    keep: float = 0.75,
+    data: Data = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Result[NarrowReport]:
+    """Make a model's feed-forward layers narrower; transformers loads the result, which is smaller and faster.
 
     Of each feed-forward layer those units stay that have the highest ridge leverage scores on the samples, and the
     layer that reads them is the least-squares fit to what it gave before: the Nyström step of MoDeGPT (Lin et al.,
     2024). The samples go through the narrowed model; layers of one width get one, so that config.json can say it.
 
+    Args:
+        model: a model folder, `default`, or a hub id; dense.
+        out: the folder to write; it must not exist unless `overwrite`.
+        keep: share of the hidden units that stay, the same for every block.
+        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        samples: calibration samples.
+        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        seed: seed of the choice of samples.
+        batch_size: samples that go through the model together.
+        device: `auto`, `cpu`, or `cuda`.
+        overwrite: replace a model folder at `out`.
+        restart: discard what an interrupted run to `out` has done, rather than resume it.
+        progress: told how far the run is.
+
+    Returns:
+        Each block's error, and what the change costs on samples that were held out, in nats per token.
+
     Raises:
-        HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
+        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
     """
-    clock = Clock()
     if not 0 < keep < 1:
         raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
-    check_output(out, model, overwrite)
-    _, network, _ = open_networks(model, device)
-    layers = [feed_forwards(block) for block in network.blocks]
-    every = [part for parts in layers for part in parts]
-    widths = {part.width: max(round(keep * part.width / MULTIPLE), 1) * MULTIPLE for part in every}
-    for before, after in widths.items():
-        if after >= before:
-            raise OptionError(
-                f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less"
-            )
-    settings = width_settings(network, every, widths)
-    selected = select_samples(model, calibration, network)
-    with temporary_folder(out, 2 * network.checkpoint.file_bytes) as folder:
-        with TemporaryDirectory(dir=folder) as waiting:
-            run = _Narrow(network, layers, settings, widths, selected, calibration, folder, Path(waiting), progress)
-            run.walk()
-            found = run.written()
-        report = NarrowReport(
-            model=name,
-            out=str(out),
-            width_before=max(sum(part.width for part in parts) for parts in layers),
-            width_after=max(sum(widths[part.width] for part in parts) for parts in layers),
-            parameters_before=sum(p.numel() for p in network.model.parameters()),
-            parameters_after=found.parameters,
-            bytes_before=network.checkpoint.file_bytes,
-            bytes_after=found.bytes,
-            loss_name=found.difference_name("narrow"),
-            measured=found.difference,
-            standard_error=found.kl_standard_error,
-            samples=found.samples,
-            held_out=selected.held_out,
-            blocks=run.blocks,
-            notes=[*selected.notes, *run.notes, *copy_companions(model, folder)],
-            seconds=clock.total,
-        )
-        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
-    return report
+    calibration = Calibration(data, samples, length, seed, batch_size)
+    run = run_options(device, None, overwrite, restart, progress=progress)
+    source = locate(model)
+    with Job("narrow", str(model), [source], Path(out), calibration, run) as job:
+        job.check_alone()
+        with job.clock.phase("read"):
+            _, network, _ = open_networks(source, run.device)
+            narrowing = _Narrowing(job, network, keep, select_samples(source, calibration, network))
+        job.begin([network.checkpoint], {"options": f"keep {keep}"}, 2 * network.checkpoint.file_bytes)
+        narrowing.narrow_blocks()
+        report = narrowing.report()
+        job.finish(report)
+    return Result(report)
 
 
-@dataclass(eq=False)
-class _Narrow:
-    """The state of one run."""
+class _Narrowing:
+    """One run: each block narrowed where the samples arrive at it, then written and measured."""
 
-    network: Network
-    layers: list[list[FeedForward]]  # of each block
-    settings: dict[str, int]  # of config.json
-    widths: dict[int, int]  # that were, and that will be
-    selected: Selection
-    calibration: Calibration
-    folder: Path  # to write into
-    waiting: Path  # for files that are needed meanwhile
-    progress: Progress
-    blocks: list[NarrowedBlock] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, job: Job, network: Network, keep: float, selected: Selection) -> None:
+        self.job, self.network, self.selected = job, network, selected
+        self.parts = [feed_forwards(block) for block in network.blocks]
+        every = [part for parts in self.parts for part in parts]
+        self.widths = {part.width: max(round(keep * part.width / MULTIPLE), 1) * MULTIPLE for part in every}
+        for before, after in self.widths.items():
+            if after >= before:
+                raise OptionError(
+                    f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less"
+                )
+        self.settings = width_settings(network, every, self.widths)
+        self.layers: list[NarrowedBlock] = []
+        self.notes: list[str] = []
 
-    def __post_init__(self) -> None:
-        self.parts = Parts(self.waiting)
+    def narrow_blocks(self) -> None:
+        """Narrow, write and note one block after another."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        job.progress.begin("narrow", len(network.blocks))
+        size = job.calibration.batch_size or calibration_batch(samples.longest)
+        with job.clock.phase("calibrate"):
+            store = TensorStore(job.journal.folder, "narrow", lasting=True)
+            batches = start(network, samples.batches(size), store)
+        steps = job.steps("block", network, batches)
+        for content in steps.done:
+            self._add([NarrowedBlock(**layer) for layer in content["layers"]], content["notes"])
+        needs = {part.reader.name: ("inputs",) for parts in self.parts for part in parts}
+        blocks = calibrated_blocks(network, batches, needs, first=len(steps.done), clock=job.clock)
+        for index, (block, layers) in enumerate(blocks, len(steps.done)):
+            narrowed, notes, tensors = self._narrow_block(block, self.parts[index], layers)
+            steps.note(index, {"layers": [asdict(layer) for layer in narrowed], "notes": notes}, tensors)
+            self._add(narrowed, notes)
 
-    def walk(self) -> None:
-        """Narrow each block where the samples arrive at it, and write it."""
-        network, samples = self.network, self.selected.samples
-        size = self.calibration.batch_size or calibration_batch(samples.longest)
-        batches = start(network, samples.batches(size), TensorStore(self.waiting, "narrow"))
-        needs = {part.reader.name: ("inputs",) for parts in self.layers for part in parts}
-        self.progress.begin("narrow", len(network.blocks))
-        for (block, layers), parts in zip(calibrated_blocks(network, batches, needs), self.layers, strict=True):
-            made: dict[Layer, tuple[Tensor, Tensor]] = {}
-            readers = {part.reader for part in parts}
-            for layer, statistics in layers:
-                if layer in readers:
-                    if not statistics.called:
-                        raise DataError(f"{layer.name}: no sample reached it")
-                    made[layer] = self._narrowed(layer, statistics.gram)
-            self._keep(block, parts, {layer: (units.cpu(), fitted.cpu()) for layer, (units, fitted) in made.items()})
-            self.progress.advance()
+    def _add(self, narrowed: list[NarrowedBlock], notes: list[str]) -> None:
+        self.layers += narrowed
+        self.notes += notes
+        self.job.progress.advance()
 
-    def _narrowed(self, layer: Layer, gram: Gram) -> tuple[Tensor, Tensor]:
-        """The units that stay for the layer that reads them, and its weights on these, which are put in its place."""
+    def _narrow_block(
+        self, block: Block, parts: list[FeedForward], layers: Layers
+    ) -> tuple[list[NarrowedBlock], list[str], dict[str, Tensor]]:
+        """Refit the layers of a block that read hidden units; return what became of them, and the block's tensors."""
+        readers = {part.reader for part in parts}
+        narrowed, notes = list[NarrowedBlock](), list[str]()
+        kept: dict[Layer, tuple[Tensor, Tensor]] = {}
+        for layer, statistics in layers:
+            if layer not in readers:
+                continue
+            if not statistics.called:
+                raise DataError(f"{layer.name}: no sample reached it")
+            with self.job.clock.phase("solve"):
+                units, weight, error = self._refit(layer, statistics.gram)
+            kept[layer] = units.cpu(), weight.cpu()
+            narrowed.append(NarrowedBlock(layer.name, error))
+            if error is None:
+                notes.append(f"{layer.name}: no sample reached it; its units are chosen by their weights")
+        return narrowed, notes, self._tensors(block, parts, kept)
+
+    def _refit(self, layer: Layer, gram: Gram) -> tuple[Tensor, Tensor, float | None]:
+        """Return the units that stay and the layer's weight on these, which it has from now on, and the error."""
         weight = layer.weight.float()
         count = self.widths[weight.shape[1]]
         if gram.tokens:
             units = kept_units(gram.second_moment, count)
             fitted = refitted(weight, gram.second_moment, units)
-        else:  # an expert that nothing went to
+        else:  # an expert that no token reached
             units = weight.square().sum(0).topk(count).indices.sort().values
             fitted = weight[:, units]
-            self.notes.append(f"{layer.name}: no sample reached it; its units are chosen by their weights")
         whole = torch.zeros_like(weight)
         whole[:, units] = fitted.to(self.network.checkpoint.dtype(f"{layer.name}.weight")).float()
         layer.replace(whole)
         error = gram.quadratic(whole - weight) / gram.quadratic(weight) if gram.tokens else None
-        self.blocks.append(NarrowedBlock(layer.name, error))
-        return units, fitted
+        return units, fitted, error
 
-    def _keep(self, block: Block, parts: list[FeedForward], made: dict[Layer, tuple[Tensor, Tensor]]) -> None:
-        """Write a block's tensors, those of its feed-forward layers without the units that are gone."""
+    def _tensors(
+        self, block: Block, parts: list[FeedForward], kept: dict[Layer, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return a block's tensors as the files hold them, without the removed units."""
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
-            units, fitted = made[part.reader]
+            units, fitted = kept[part.reader]
             for layer in part.makers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
@@ -193,17 +190,21 @@ class _Narrow:
                     tensors[bias] = tensors[bias][rows]
             weight = f"{part.reader.name}.weight"
             tensors[weight] = (fitted.T if part.reader.transposed else fitted).to(tensors[weight].dtype)
-        self.parts.add(tensors)
+        return tensors
 
-    def written(self) -> Evaluation:
-        """Write what is left, read it back, and measure it."""
-        network, checkpoint = self.network, self.network.checkpoint
-        self.parts.add_left(checkpoint.stored_names(), checkpoint.read_stored)
-        self.parts.assemble(self.folder)
-        config = {**checkpoint.config, **self.settings}
-        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        check = self.selected.check
-        batches = check.batches(evaluation_batch(network, check.longest))
-        written = Network(open_checkpoint(self.folder), torch.float32, network.device)
-        passed = [pass_through(one, batches, self.progress, "verify") for one in (written, network)]
-        return compare(written, passed[0], network, passed[1], self.progress)
+    def report(self) -> NarrowReport:
+        """Write the other tensors, read the result back, and measure it."""
+        network, checkpoint, job = self.network, self.network.checkpoint, self.job
+        job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
+        job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
+        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        evaluation = job.compare(result, network, self.selected.check)
+        loss = evaluation.loss_change("narrow", self.selected.held_out)
+        return NarrowReport(
+            **job.head(checkpoint.file_bytes, evaluation.bytes, loss),
+            parameters_before=sum(p.numel() for p in network.model.parameters()),
+            parameters_after=evaluation.parameters,
+            layers=self.layers,
+            width_before=max(sum(part.width for part in parts) for parts in self.parts),
+            width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
+        )

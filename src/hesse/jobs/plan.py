@@ -82,7 +82,7 @@ def make_plan(
     if recipe.rewrite is not None:
         if statistics is not None:
             raise OptionError(
-                f"--curvature is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
+                f"--statistics is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
                 "rotate` first, estimate on what it writes, and compress that"
             )
         if any((sparse := rule.constraint.sparse) and sparse.scope in ("global", "lamp") for rule in recipe.rules):
@@ -108,12 +108,14 @@ def make_plan(
     outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
     fisher = fisher_needs(rules)
     if statistics is not None and fisher.of_samples:
-        raise OptionError("--curvature has no blocks or gradients of the Fisher, which this method needs: leave it out")
+        raise OptionError(
+            "--statistics has no blocks or gradients of the Fisher, which this method needs: leave it out"
+        )
     if statistics is not None and fisher.diagonals:
         statistics.check_holds("fisher")
     if weighted_inputs(rules):
         if statistics is not None:
-            raise OptionError("--curvature has no weighted inputs, which this method needs: leave it out")
+            raise OptionError("--statistics has no weighted inputs, which this method needs: leave it out")
         if not tells_attention(network.model):
             raise UnsupportedModelError(
                 f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
@@ -121,7 +123,7 @@ def make_plan(
             )
     if wanted := attention_outputs(rules):
         if statistics is not None:
-            raise OptionError("--curvature has no factors of the attention, which this method needs: leave it out")
+            raise OptionError("--statistics has no factors of the attention, which this method needs: leave it out")
         inside = {layer.name for block in network.blocks for layer in layers_of_attention(block)}
         if not (tells_attention(network.model) and inside & wanted):
             raise UnsupportedModelError(

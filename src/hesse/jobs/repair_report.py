@@ -1,7 +1,8 @@
-"""What a repair did and what it brought: the content of `--json`, and of the report file beside the weights."""
+"""The report of a repair."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from hesse.result import LossChange, Report
 
 
 @dataclass(frozen=True)
@@ -19,32 +20,18 @@ class RepairedLayer:
     output_error_after: float | None
 
 
-@dataclass(frozen=True)
-class RepairReport:
-    """The whole run. Sizes in bytes, times in seconds, losses in nats per token, sums over layers where predicted."""
+@dataclass(frozen=True, kw_only=True)
+class RepairReport(Report):
+    """Low-rank factors beside a compressed model; `layers` are RepairedLayers, `method` is the curvature.
 
-    dense: str
+    `model` is the dense model, `bytes_before` are the compressed one's; losses are differences from the dense model,
+    predicted by sums over layers.
+    """
+
     compressed: str
-    out: str
     format: str  # adapter: factors beside the compressed model; dense: added to it
-    curvature: str
     rank: int
-    bytes_compressed: int  # of the compressed model's weights
-    bytes_added: int  # of the factors; those of a dense result less the compressed one's
-    loss_name: str  # KL of next tokens, or half squared error of hidden states
-    predicted_before: float
-    predicted_after: float
-    measured_before: float
-    measured_after: float
-    standard_error_before: float | None
-    standard_error_after: float | None
-    samples: int
-    held_out: bool  # whether calibration never saw the samples that were measured on
-    fallbacks: list[str]
-    layers: list[RepairedLayer]
-    seconds: dict[str, float]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+    bytes_before: int
+    bytes_added: int  # by the factors; by a dense result less the compressed one's
+    loss_before: LossChange
+    loss: LossChange

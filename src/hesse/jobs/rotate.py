@@ -1,104 +1,113 @@
-"""`hesse rotate`: a model rewritten on disk, its function unchanged, for whatever is to round it."""
+"""`hesse rotate`: rotate a model to remove outliers without changing its function."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hesse.checkpoints.output import check_output, copy_companions, temporary_folder
-from hesse.checkpoints.writer import Parts, write_text
-from hesse.data.selection import Calibration, select_samples
+from hesse.checkpoints.locate import locate
+from hesse.data.selection import Calibration, Data, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
+from hesse.jobs.job import Job
+from hesse.jobs.options import run_options
 from hesse.networks.network import Network
-from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
 from hesse.progress import Progress
+from hesse.result import Report, Result
 from hesse.rewriting import ROTATIONS, Rewriting, RewritingSamples
 
-MOST_DIVERGENCE = 1e-2  # nats per token that rounding the rotated weights to their type may make; 1e-5 is usual
+MOST_DIVERGENCE = 1e-2  # nats per token that rounding the rotated weights to their type may cost; 1e-5 is usual
 
 
-@dataclass(frozen=True)
-class RotationReport:
-    """What was written, and how far it is from the model, which only the rounding of its weights should make it."""
+@dataclass(frozen=True, kw_only=True)
+class RotationReport(Report):
+    """The rotated model; `loss` is what rounding its weights to their type costs, and should be near zero."""
 
     kind: str
-    model: str
-    out: str
-    bytes_before: int
-    bytes_after: int
-    kl: float  # KL(model || rotated) in nats per token
-    tokens: int  # it was measured on
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+    tokens: int  # that the loss was measured on
 
 
-def rotate_checkpoint(
-    model: Path,
-    out: Path,
-    kind: str,
-    calibration: Calibration,
+def rotate(
+    model: str | Path,
+    out: str | Path,
     *,
-    device: torch.device,
-    overwrite: bool,
-    progress: Progress,
-    name: str,
-) -> RotationReport:
-    """Write the model folder `model`, which a person calls `name`, rotated to `out`, a block in memory at a time.
+    kind: str = "hadamard",
+    data: Data = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Result[RotationReport]:
+    """Write a model of the same function whose inputs and weights have no outliers, to be rounded afterwards.
+
+    Norms are folded into the layers behind them; the features of the residual stream are rotated, and each head's
+    values. Llama, Mistral, Qwen2, Qwen3 and Gemma models can be rotated; the result is an ordinary model folder.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense.
+        out: the folder to write; it must not exist unless `overwrite`.
+        kind: `hadamard`, which looks at data only to check the result, or `kurtail`, learned on the samples.
+        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        samples: samples to learn from.
+        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        seed: seed of the random rotations and of the choice of samples.
+        batch_size: samples that go through the model together.
+        device: `auto`, `cpu`, or `cuda`.
+        overwrite: replace a model folder at `out`.
+        restart: discard what an interrupted run to `out` has done, rather than resume it.
+        progress: told how far the run is.
 
     Raises:
-        HesseError: something is wrong with the model, the data, the options or the output; nothing is left at `out`.
+        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
     """
     if kind not in ROTATIONS:
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")
-    check_output(out, model, overwrite)
-    _, network, _ = open_networks(model, device)
-    rewriting = Rewriting(kind, network)
-    selected = select_samples(model, calibration, network)
-    checkpoint = rewriting.checkpoint
-    notes = list(selected.notes)
-    if len(checkpoint.names()) > len(network.checkpoint.names()):
-        notes.append("the head was the embeddings, and reads the last norm's scales now: it is a tensor of its own")
-    with temporary_folder(out, 3 * checkpoint.stored_bytes + (1 << 20)) as folder:
-        waiting = folder / "waiting"
-        waiting.mkdir()
-        progress.begin("rotate", len(network.blocks))
-        batches = selected.samples.batches(calibration.batch_size or calibration_batch(selected.samples.longest))
-        rewriting.find(RewritingSamples(batches, {}, calibration.seed, waiting, progress.advance))
-        _write(rewriting, network, waiting, folder)
-        for path in waiting.iterdir():
-            path.unlink()
-        waiting.rmdir()
-        write_text(folder / "config.json", json.dumps(checkpoint.config, indent=2) + "\n")
-        notes += copy_companions(model, folder)
-        check = selected.check.batches(evaluation_batch(network, selected.check.longest))
-        written = Network(open_checkpoint(folder), torch.float32, device)
-        passed = [
-            pass_through(one, check, progress, phase) for one, phase in ((written, "check"), (network, "compare"))
-        ]
-        found = compare(written, passed[0], network, passed[1], progress)
-        assert found.kl is not None
-        if not found.kl <= MOST_DIVERGENCE:
+    calibration = Calibration(data, samples, length, seed, batch_size)
+    run = run_options(device, None, overwrite, restart, progress=progress)
+    source = locate(model)
+    with Job("rotate", str(model), [source], Path(out), calibration, run) as job:
+        job.check_alone()
+        _, network, _ = open_networks(source, run.device)
+        rewriting = Rewriting(kind, network)
+        selected = select_samples(source, calibration, network)
+        checkpoint = rewriting.checkpoint
+        job.notes += selected.notes
+        if len(checkpoint.names()) > len(network.checkpoint.names()):
+            job.notes.append("the head was the embeddings; it takes in the last norm's scales, so it has a tensor now")
+        job.begin([network.checkpoint], {"kind": kind}, 3 * checkpoint.stored_bytes + (1 << 20))
+        _find(job, rewriting, selected.samples.batches(batch_size or calibration_batch(selected.samples.longest)))
+        steps = job.steps("rotate", network, [])
+        for index in range(len(steps.done), len(network.blocks)):
+            steps.note(index, {}, checkpoint.read_stored(network.stored_in(network.blocks[index])))
+        job.write_rest(checkpoint.names(), checkpoint.read_stored)
+        job.notes += job.assemble(checkpoint.config)
+        result = Network(open_checkpoint(job.folder), torch.float32, run.device)
+        evaluation = job.compare(result, network, selected.check)
+        if not evaluation.difference <= MOST_DIVERGENCE:
             raise VerificationError(
-                f"the rotated model differs from {name} by {found.kl:.4g} nats per token: its weights lose too much in "
-                f"their type; nothing was put in place"
+                f"the rotated model differs from {model} by {evaluation.difference:.4g} nats per token: its weights "
+                "lose too much in their type; nothing was put in place"
             )
-        sizes = network.checkpoint.file_bytes, written.checkpoint.file_bytes
-    return RotationReport(kind, name, str(out), *sizes, found.kl, found.tokens, notes)
+        loss = evaluation.loss_change("rotated", selected.held_out)
+        sizes = network.checkpoint.file_bytes, result.checkpoint.file_bytes
+        report = RotationReport(kind=kind, tokens=evaluation.tokens, **job.head(*sizes, loss))
+        job.finish(report)
+    return Result(report)
 
 
-def _write(rewriting: Rewriting, network: Network, waiting: Path, folder: Path) -> None:
-    """All tensors of the rewritten model to `folder`, by way of files of a block each."""
-    checkpoint, parts = rewriting.checkpoint, Parts(waiting)
-    for block in network.blocks:
-        parts.add(checkpoint.read_stored(network.stored_in(block)))
-    parts.add_left(checkpoint.names(), checkpoint.read_stored)
-    parts.assemble(folder)
+def _find(job: Job, rewriting: Rewriting, batches: list[torch.Tensor]) -> None:
+    """Find the rotations, or recall those that an interrupted run found."""
+    path = job.journal.folder / "rewriting.safetensors"
+    job.progress.begin("rotate", len(rewriting.network.blocks))
+    if job.journal.recall("rewriting") is None:
+        samples = RewritingSamples(batches, {}, job.calibration.seed, job.journal.folder, job.progress.advance)
+        rewriting.find(samples)
+        rewriting.save(path)
+        job.journal.record("rewriting", {}, [path])
+    rewriting.load(path)

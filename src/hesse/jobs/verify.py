@@ -1,5 +1,6 @@
-"""The written checkpoint, read back as a loader would, against what was solved and what was predicted."""
+"""Read a written checkpoint back as a loader would, and compare it with what was solved and predicted."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,16 +11,40 @@ from hesse.errors import VerificationError
 from hesse.estimation.probe import DensePass
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
-from hesse.jobs.report import Verification
 from hesse.layerwise.layer_solver import digest
 from hesse.networks.network import Network
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
+from hesse.result import LossChange
 
 # A quadratic model may be wrong by a factor of a few, and small increases drown in what it leaves out. Beyond these
 # the file is more likely to be broken than the prediction: refused.
 TOLERATED_RATIO = 20.0
 TOLERATED_INCREASE = 0.05  # nats per token
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading a checkpoint back found; losses as in LossChange."""
+
+    tensors_equal: int
+    samples: int
+    held_out: bool  # True if calibration never saw these samples
+    loss_name: str
+    measured: float
+    standard_error: float | None
+    predicted: float
+
+    def loss_change(self) -> LossChange:
+        """Return the losses as reports hold them."""
+        return LossChange(
+            name=self.loss_name,
+            predicted=self.predicted,
+            measured=self.measured,
+            standard_error=self.standard_error,
+            samples=self.samples,
+            held_out=self.held_out,
+        )
 
 
 def verify(

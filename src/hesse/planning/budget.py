@@ -1,5 +1,6 @@
 """A budget of bytes, bits or loss, shared out among the layers of a model: the recipe that costs least."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,21 @@ import numpy as np
 import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.data.selection import Calibration, factor_tokens, select_samples
+from hesse.checkpoints.locate import locate
+from hesse.data.selection import Calibration, Data, factor_tokens, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_target
 from hesse.layerwise.rules import check_patterns
-from hesse.methods import Method, Options
+from hesse.methods import DEFAULT_METHOD, Method, Options, find_method
 from hesse.methods.recipe import Recipe, Rule
+from hesse.networks.device import find_device
 from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, size_loss_front, smallest_within
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, Offer, make_menu
 from hesse.planning.sizes import read_size
-from hesse.progress import Clock, Progress
+from hesse.progress import Clock, Progress, Silence
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity
 
 FRONT_POINTS = 12
@@ -108,6 +111,65 @@ class BudgetPlan:
     def from_dict(cls, content: dict[str, Any]) -> "BudgetPlan":
         """A plan from what `to_dict` gave."""
         return cls(**{**content, "recipe": Recipe.model_validate(content["recipe"])})
+
+
+def budget_request(
+    budget: Budget,
+    method: str,
+    options: Options | None,
+    ignore: Sequence[str],
+    target: str | None,
+    allocation: str | None,
+) -> BudgetRequest:
+    """Return what is on offer within a budget, from the arguments of `compress` and `plan`."""
+    return BudgetRequest(
+        budget,
+        find_method(method, "compress"),
+        options or Options(),
+        tuple(ignore),
+        target or "transformers",
+        allocation,
+    )
+
+
+def plan(
+    model: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    options: Options | None = None,
+    ignore: Sequence[str] = (),
+    data: Data = None,
+    statistics: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    format: str = "auto",
+    size: str | int | None = None,
+    mean_bits: float | None = None,
+    loss: float | None = None,
+    target: str | None = None,
+    allocation: str | None = None,
+    progress: Progress | None = None,
+) -> BudgetPlan:
+    """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
+
+    Exactly one of `size`, `mean_bits` and `loss` is given; with `loss` the smallest such recipe is found. `options`
+    that are given hold for all layers. Arguments are those of `compress`; `target` is `transformers` if absent.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; a budget that cannot be met says what can.
+    """
+    return plan_budget(
+        locate(model),
+        budget_request(Budget(size, mean_bits, loss), method, options, ignore, target, allocation),
+        Calibration(data, samples, length, seed, batch_size),
+        None if statistics is None else Path(statistics),
+        format=format,
+        device=find_device(device),
+        progress=progress or Silence(),
+    )
 
 
 def plan_budget(

@@ -68,7 +68,7 @@ def unit(measured: "Measurements") -> str:
 
 def _cost(report: "CompressionReport", measured: "Measurements") -> str:
     """What the cost is, and what it is in."""
-    return f"{report.verification.loss_name}, {unit(measured).removeprefix('half squared error ')}"
+    return f"{report.loss.name}, {unit(measured).removeprefix('half squared error ')}"
 
 
 def with_error(measured: "Measured") -> str:
@@ -89,8 +89,8 @@ def repeat_command(report: "CompressionReport") -> str:
         words += ["--data", "IDS.jsonl"]
     elif calibration["source"] != SHIPPED:
         words += ["--data", calibration["source"]]
-    if calibration["curvature"] is not None:
-        words += ["--curvature", calibration["curvature"]]
+    if calibration["statistics"] is not None:
+        words += ["--statistics", calibration["statistics"]]
     else:
         words += ["--samples", str(calibration["samples"]), "--length", str(calibration["length"])]
     words += ["--seed", str(calibration["seed"]), "--format", report.format]

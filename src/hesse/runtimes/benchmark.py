@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -13,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hesse.checkpoints.locate import locate
 from hesse.data import read_samples
-from hesse.errors import HesseError, OptionError
+from hesse.errors import HesseError, OptionError, check_at_least
 from hesse.formats import open_checkpoint
 from hesse.progress import Progress, Silence
 from hesse.runtimes import worker
 from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, MissingRun, TimedRun
 from hesse.runtimes.export import export_checkpoint
 from hesse.runtimes.exported_layers import read_config
-from hesse.runtimes.programs import Runtime, find_runtimes, storage
+from hesse.runtimes.programs import RUNTIMES, Runtime, find_runtimes, storage
 from hesse.runtimes.worker import Floats, Measurement, Request
+from hesse.version import __version__
 
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.pt")
 # Not with the current folder among those that modules come from: it may be that of a model, with code in it.
@@ -55,6 +58,59 @@ class _Runs:
     measurements: list[Measurement]
     logits: Floats | None = None
     failure: str | None = None
+
+
+def benchmark(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
+    prompt: int = 128,
+    generate: int = 64,
+    threads: int | None = None,
+    repeats: int = 3,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure how fast a model loads, reads a prompt and decodes in each runtime on this machine, and its memory.
+
+    Each measurement is a process of its own; models take turns. What a runtime needs is exported to a temporary folder
+    first, and the export is not part of the time.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense or compressed.
+        reference: the dense model to measure beside it.
+        runtimes: of `transformers`, `llama.cpp`, `onnxruntime`, `torchao`; those not installed are listed as missing.
+        prompt: tokens of the prompt.
+        generate: tokens to decode, one by one.
+        threads: of each runtime; None for as many as there are processors.
+        repeats: processes for each measurement.
+        progress: told how far the run is.
+
+    Returns:
+        Medians and spreads, and the divergence of each runtime from the same checkpoint in transformers.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do.
+    """
+    for option, value in (
+        ("--prompt", prompt),
+        ("--generate", generate),
+        ("--repeats", repeats),
+        ("--threads", threads),
+    ):
+        check_at_least(option, value, 1)
+    return benchmark_checkpoint(
+        locate(model),
+        None if reference is None else locate(reference),
+        list(runtimes),
+        prompt=prompt,
+        generate=generate,
+        threads=threads,
+        repeats=repeats,
+        progress=progress or Silence(),
+        names=(str(model), None if reference is None else str(reference)),
+        version=__version__,
+    )
 
 
 def benchmark_checkpoint(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import unfinished_file
+from hesse.checkpoints.locate import locate
 from hesse.checkpoints.output import check_output, temporary_folder
 from hesse.checkpoints.writer import disk_reason
 from hesse.errors import OptionError, OutputError, UnsupportedModelError, reason
 from hesse.formats import open_checkpoint
-from hesse.progress import Progress
+from hesse.progress import Progress, Silence
 from hesse.runtimes.export_report import ExportedLayer, ExportReport, Written
+from hesse.version import __version__
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Writer = Callable[[Checkpoint, Path, str, Progress], Written]
@@ -54,6 +56,41 @@ TARGETS = {
     "onnx": Target(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
     "torchao": Target(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
 }
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str = "gguf",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model for another runtime, with the codes and scales of its layers as they are.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        out: the file (gguf) or folder (onnx, torchao) to write; it must not exist unless `overwrite`.
+        to: `gguf` for llama.cpp, `onnx` for onnxruntime, `torchao` for transformers with torchao.
+        overwrite: whether a file or an exported folder at `out` may be replaced.
+        progress: told how far the run is.
+
+    Returns:
+        How each layer is stored, and every departure from the checkpoint: scales that are rounded, by how much, and
+        layers whose codes no type of the target holds.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+    """
+    return export_checkpoint(
+        locate(model),
+        Path(out),
+        to,
+        overwrite=overwrite,
+        progress=progress or Silence(),
+        name=str(model),
+        version=__version__,
+    )
 
 
 def export_checkpoint(

@@ -1,4 +1,4 @@
-"""The folder of an unfinished run: it outlives the process, and the same command goes on in it."""
+"""The folder that a run works in: it outlives the process, and the same command resumes in it."""
 
 import fcntl
 import os
@@ -16,31 +16,31 @@ from hesse.processes import ALONE, ProcessError, Processes
 IDENTITY = "run"  # the first step of a journal: what the run is of
 
 
-class Unfinished:
-    """What a run that will write `out` has on disk before: journals, and the checkpoint.
+class WorkFolder:
+    """Everything that a run has on disk before it writes `out`: journals, and the folder that will become `out`.
 
-    It lies beside `out`, as `.NAME.unfinished`. Of several processes the first keeps the journal of what is decided
-    once, and each one of its `own` walks; they see the same disk.
+    The work folder lies beside `out`, as `.NAME.unfinished`. Rank 0 keeps `journal`, for what is decided once; every
+    rank keeps a journal of its `own` passes. All ranks see the same disk.
     """
 
     def __init__(self, out: Path, processes: Processes) -> None:
         self.out, self.processes = out, processes
         self.folder = out.absolute().parent / f".{out.name}.unfinished"
-        self.checkpoint = self.folder / "checkpoint"
+        self.result = self.folder / "result"  # becomes `out`
         self.journal = Journal(self.folder / "journal")
         self.own = Journal(self.journals(processes.rank))
-        self.resumed = False  # whether an earlier run is taken up
-        self.begun = False  # whether the folder is this run's
+        self.resumed = False  # True if an earlier run is resumed
+        self.begun = False  # True once the folder is this run's
 
     def journals(self, rank: int) -> Path:
-        """The folder of a process's own journal, and of the parts of the checkpoint that it writes."""
+        """Return the folder of a rank's own journal and of the parts of the checkpoint that it writes."""
         return self.folder / f"journal-{rank}"
 
     def begin(self, identity: Mapping[str, str], needed_bytes: int, restart: bool) -> None:
-        """Make the folder, or take up what an earlier run of the same `identity` left.
+        """Make the folder, or resume an earlier run of the same `identity`.
 
         Raises:
-            OutputError: what is there is of another run, or there is not enough room for `needed_bytes`.
+            OutputError: the folder belongs to another run, or there is not enough room for `needed_bytes`.
         """
         if self.processes.is_main:
             self._begin(identity, needed_bytes, restart)
@@ -48,35 +48,35 @@ class Unfinished:
         self.processes.barrier()
 
     def _begin(self, identity: Mapping[str, str], needed_bytes: int, restart: bool) -> None:
-        found = self.journal.recall(IDENTITY)
-        if found is not None and self.checkpoint.is_dir() and not restart:
-            changed = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
+        earlier = self.journal.recall(IDENTITY)
+        if earlier is not None and self.result.is_dir() and not restart:
+            changed = [name for name in {**earlier, **identity} if earlier.get(name) != identity.get(name)]
             if changed:
                 raise OutputError(
                     f"{self.folder} holds an unfinished run that differs from this one in its {_listed(changed)}: give "
-                    "--restart to lose it and begin anew, or another OUT"
+                    "--restart to discard that run, or another OUT"
                 )
             self.resumed = True
             return
         self._empty()
         with writing(self.out, "made"):
-            for folder in (self.checkpoint, self.journal.folder, *map(self.journals, range(self.processes.world_size))):
+            for folder in (self.result, self.journal.folder, *map(self.journals, range(self.processes.world_size))):
                 folder.mkdir()
         check_room(self.folder, self.out, needed_bytes)
         self.journal.record(IDENTITY, dict(identity))
 
     def finish(self) -> None:
-        """Give the checkpoint its name, and remove everything else, once all processes are done with it."""
+        """Rename the result to `out` and remove everything else, once all ranks are done."""
         self.processes.barrier()
         if self.processes.is_main:
-            put_in_place(self.checkpoint, self.out)
+            put_in_place(self.result, self.out)
             shutil.rmtree(self.folder, ignore_errors=True)
         self.processes.barrier()
 
     def worth_keeping(self, error: BaseException) -> bool:
-        """Whether there is work that may come further than it did before `error`.
+        """Return True if the same command may get further after `error` than it did.
 
-        Where Hesse itself said no it will again, unless it said so of what was asked when the run was taken up.
+        A refusal by Hesse will be repeated, except one of an option that was given when an earlier run was resumed.
         """
         refused = isinstance(error, HesseError) and not isinstance(error, OutputError | ProcessError)
         again = isinstance(error, OptionError) and self.resumed
@@ -92,13 +92,13 @@ LOCK = "lock"
 
 
 @contextmanager
-def unfinished(out: Path, processes: Processes = ALONE) -> Iterator[Unfinished]:
-    """The folder of a run that writes `out`, for these processes alone; it stays if the run can be taken up again.
+def work_folder(out: Path, processes: Processes = ALONE) -> Iterator[WorkFolder]:
+    """Hold the work folder of a run that writes `out`, for these processes alone; keep it if the run can resume.
 
     Raises:
         OutputError: another run is writing `out`, or the folder cannot be made.
     """
-    run = Unfinished(out, processes)
+    run = WorkFolder(out, processes)
     if not processes.is_main:
         yield run
         return
@@ -118,8 +118,8 @@ def unfinished(out: Path, processes: Processes = ALONE) -> Iterator[Unfinished]:
     except BaseException as error:
         if run.worth_keeping(error):
             if isinstance(error, OutputError | KeyboardInterrupt) and run.begun:
-                said = str(error) or f"{out} was not written"
-                raise type(error)(f"{said}; what is done of it is kept, and the same command goes on") from None
+                message = str(error) or f"{out} was not written"
+                raise type(error)(f"{message}; the finished part is kept, and the same command resumes") from None
         else:
             remove_with_parents(run.folder, made)
         raise

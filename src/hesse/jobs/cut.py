@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hesse.api.options import calibration_of, find_device
 from hesse.checkpoints.locate import locate
-from hesse.checkpoints.output import check_output
-from hesse.jobs.compress import compress_checkpoint
+from hesse.data.selection import Calibration
+from hesse.jobs.compress import compress_folder
+from hesse.jobs.options import run_options
 from hesse.jobs.report import CompressionReport
 from hesse.planning.singular_directions import cut_recipe
-from hesse.progress import Progress, Silence
-from hesse.version import __version__
+from hesse.progress import Progress
+from hesse.result import Result
 
 
 def cut(
@@ -23,7 +23,7 @@ def cut(
     device: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> CompressionReport:
+) -> Result[CompressionReport]:
     """Cut a model of a given size from one ranking of the singular directions of all layers, without calibration.
 
     Args:
@@ -39,22 +39,6 @@ def cut(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
     """
-    source, found, progress = locate(model), find_device(device), progress or Silence()
-    check_output(Path(out), source, overwrite)
-    recipe = cut_recipe(source, Path(statistics), size, tuple(ignore), found, progress)
-    return compress_checkpoint(
-        source,
-        Path(out),
-        recipe,
-        calibration_of(None, 128, None, 0, None),
-        Path(statistics),
-        format="auto",
-        device=found,
-        overwrite=overwrite,
-        restart=False,
-        memory=None,
-        measured=False,
-        progress=progress,
-        name=str(model),
-        version=__version__,
-    )
+    run = run_options(device, overwrite=overwrite, progress=progress)
+    recipe = cut_recipe(locate(model), Path(statistics), size, tuple(ignore), run.device, run.progress)
+    return compress_folder(model, Path(out), recipe, Calibration(), run, Path(statistics), "auto", None, False)
