@@ -253,7 +253,7 @@ def test_models_that_are_no_pair_are_refused(compressed: FolderOf, family_folder
         ({"peft_type": "IA3"}, None, "has the peft_type IA3"),
         ({"r": None}, None, "lacks the rank r or lora_alpha"),
         ({}, {"base_model.model.elsewhere.lora_A.weight": torch.zeros(2, 2)}, "elsewhere.lora_A.weight, but"),
-        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "do not fit"),
+        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "belongs to another model"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(
