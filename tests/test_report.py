@@ -19,7 +19,7 @@ from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
 from hesse.errors import OptionError
 from hesse.evaluation import continuations
-from hesse.evaluation.measurements import BAND, LAYER_BAND, MeasuredMean, Measurements, leaves
+from hesse.evaluation.measurements import BAND, LAYER_BAND, MeasuredMean, Measurements, outside_band
 from hesse.jobs.report import CompressionReport
 from hesse.methods import Recipe
 from hesse.reporting import compression_page
@@ -216,12 +216,12 @@ def test_no_continuations_without_memory(
 
 
 def test_the_band() -> None:
-    assert not leaves(BAND, MeasuredMean(1.0, 0.01), 1.0)
-    assert leaves(BAND, MeasuredMean(2.1, 0.01), 1.0)
-    assert not leaves(BAND, MeasuredMean(2.1, 0.1), 1.0)  # as far as can be seen
-    assert leaves(BAND, MeasuredMean(0.4, 0.01), 1.0)
-    assert leaves(BAND, MeasuredMean(float("nan"), 0.0), 1.0)
-    assert not leaves(BAND, MeasuredMean(1.0, 0.0), None)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(2.1, 0.01), 1.0)
+    assert not outside_band(BAND, MeasuredMean(2.1, 0.1), 1.0)  # as far as can be seen
+    assert outside_band(BAND, MeasuredMean(0.4, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(float("nan"), 0.0), 1.0)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.0), None)
 
 
 # The page
