@@ -24,7 +24,7 @@ from hesse.networks.allocator import keep_no_large_memory
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Progress
 from hesse.result import Result
-from hesse.rewriting import Rewriting, RewritingSamples, Target
+from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
 
 
 def compress(
@@ -182,7 +182,9 @@ def _rewrite(job: Job, plan: Plan, rewriting: Rewriting, batch_size: int) -> Non
     path = journal.folder / "rewriting.safetensors"
     if job.processes.is_main and journal.recall("rewriting") is None:
         progress.begin("rewrite", len(plan.network.blocks))
-        targets = {name: Target(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()}
+        targets = {
+            name: RoundingTarget(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()
+        }
         batches, seed = plan.samples.batches(batch_size), plan.calibration.seed
         rewriting.find(RewritingSamples(batches, targets, seed, journal.folder, progress.advance))
         with writing(path):
