@@ -128,7 +128,7 @@ def compress(
     with progress_bars(as_json or not main) as bars:
         if print_recipe or out is None:
             plan = hesse.plan(model, **calibration, **target_options, **budget, progress=bars)
-            sys.stdout.write(plan.recipe.to_yaml())
+            sys.stdout.write(plan.report.recipe.to_yaml())
             return
         result = hesse.compress(
             model,

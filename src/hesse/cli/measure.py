@@ -39,8 +39,8 @@ def demo(
     with progress_bars(False) as bars:
         options = hesse.Options(bits=4, group_size=64)
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
-        after = hesse.evaluate(out, reference="default", progress=bars)
-        before = hesse.evaluate("default", progress=bars)
+        after = hesse.evaluate(out, reference="default", progress=bars).report
+        before = hesse.evaluate("default", progress=bars).report
     out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(
@@ -98,7 +98,7 @@ def inspect(
             seed=seed,
             device=device,
             progress=bars,
-        )
+        ).report
     if report is not None:
         write_page(report, inspection_page(result))
     if as_json:
@@ -129,14 +129,14 @@ def evaluate(
         result = hesse.evaluate(
             model,
             reference=reference,
-            adapter=merge_adapter,
+            merge_adapter=merge_adapter,
             data=data,
             samples=samples,
             length=length,
             batch_size=batch_size,
             device=device,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(result.to_dict())
     else:

@@ -21,7 +21,7 @@ def export(
     from hesse.reporting.runtimes import export_summary
 
     with progress_bars(as_json) as bars:
-        report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars)
+        report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars).report
     if as_json:
         print_json(report.to_dict())
     else:
@@ -53,7 +53,7 @@ def benchmark(
             threads=threads,
             repeats=repeats,
             progress=bars,
-        )
+        ).report
     if as_json:
         print_json(result.to_dict())
     else:

@@ -25,7 +25,9 @@ from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, Offer, make_menu
 from hesse.planning.sizes import read_size
 from hesse.progress import Clock, Progress, Silence
+from hesse.result import LossChange, Report, Result
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity
+from hesse.version import versions
 
 FRONT_POINTS = 12
 HEADER_ENTRY = 64  # bytes that a tensor takes in the header of a safetensors file besides its name and its place
@@ -114,6 +116,21 @@ class BudgetPlan:
         return cls(**{**content, "recipe": Recipe.model_validate(content["recipe"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanReport(Report):
+    """A recipe within a budget; `bytes_after` is the most that its weights' files take."""
+
+    bytes_after: int
+    bits_per_weight: float  # of the planned layers, scales and zero points included
+    loss: LossChange  # predicted
+    recipe: Recipe
+    front: list[dict[str, Any]]  # other choices: kind ("front", "chosen" or "uniform"), label, bytes and predicted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {**super().to_dict(), "recipe": self.recipe.model_dump(mode="json", exclude_none=True)}
+
+
 def budget_request(
     budget: Budget,
     method: str,
@@ -153,8 +170,8 @@ def plan(
     target: str | None = None,
     allocation: str | None = None,
     progress: Progress | None = None,
-) -> BudgetPlan:
-    """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
+) -> Result[PlanReport]:
+    """Plan the recipe that shares one budget among the layers at the least predicted loss; nothing is written.
 
     Exactly one of `size`, `mean_bits` and `loss` is given; with `loss` the smallest such recipe is found. `options`
     that are given hold for all layers. Arguments are those of `compress`; `target` is `transformers` if absent.
@@ -162,7 +179,7 @@ def plan(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; a budget that cannot be met says what can.
     """
-    return plan_budget(
+    planned = plan_budget(
         locate(model),
         budget_request(Budget(size, mean_bits, loss), method, options, ignore, target, allocation),
         Calibration(data, samples, length, seed, batch_size),
@@ -171,6 +188,20 @@ def plan(
         device=find_device(device),
         progress=progress or Silence(),
     )
+    report = PlanReport(
+        verb="plan",
+        model=str(model),
+        method=method,
+        bytes_after=planned.size,
+        bits_per_weight=planned.bits,
+        loss=LossChange(name="loss increase", predicted=planned.loss),
+        recipe=planned.recipe,
+        front=planned.front,
+        notes=planned.notes,
+        seconds={"total": planned.seconds},
+        versions=versions(),
+    )
+    return Result(report)
 
 
 def plan_budget(

@@ -28,7 +28,7 @@ def export_summary(report: "ExportReport") -> RenderableType:
     parts: list[RenderableType] = [table, *([Text(exact)] if report.layers else [])]
     parts += [shown(note, "yellow") for note in report.notes]
     parts.append(Text(f"read back: {report.tensors_checked} tensors equal what was to be written"))
-    parts.append(Text(f"bytes: {report.bytes:,}, and {report.bytes_before:,} in the checkpoint"))
+    parts.append(Text(f"bytes: {report.bytes_after:,}, and {report.bytes_before:,} in the checkpoint"))
     parts.append(shown(f"written to {report.out}", "bold"))
     return Group(*parts)
 

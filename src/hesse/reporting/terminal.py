@@ -14,7 +14,7 @@ from hesse.methods import Method
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
-    from hesse.evaluation import Evaluation
+    from hesse.evaluation import EvaluationReport
     from hesse.jobs.report import CompressionReport
 
 
@@ -36,7 +36,9 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def cost_table(report: "CompressionReport", before: "Evaluation | None", after: "Evaluation | None") -> Table:
+def cost_table(
+    report: "CompressionReport", before: "EvaluationReport | None", after: "EvaluationReport | None"
+) -> Table:
     """What a compression did and cost, dense beside compressed; evaluations add what was measured on other text."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} by {report.method}"), title_justify="left")
     table.add_column("")
@@ -65,11 +67,11 @@ def cost_table(report: "CompressionReport", before: "Evaluation | None", after: 
     return table
 
 
-def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> list[tuple[str, str, str]]:
+def _quality_rows(before: "EvaluationReport | None", after: "EvaluationReport | None") -> list[tuple[str, str, str]]:
     if before is None or after is None:
         return []
     rows = [
-        ("loss, nats per token", number(before.loss, 5), number(after.loss, 5)),
+        ("loss, nats per token", number(before.model_loss, 5), number(after.model_loss, 5)),
         ("perplexity", number(before.perplexity, 5), number(after.perplexity, 5)),
         ("KL(dense || compressed), nats per token", "0", number(after.kl)),
     ]
@@ -103,7 +105,7 @@ def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
     return lines if len(fallbacks) <= 20 else [*lines, Text(f"  and {len(fallbacks) - 20} more in {file}")]
 
 
-def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
+def evaluation_table(evaluation: "EvaluationReport", name: str) -> Table:
     """One evaluation."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(name), title_justify="left", show_header=False)
     table.add_column("")
@@ -111,7 +113,7 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     rows = (
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
-        ("loss, nats per token", number(evaluation.loss, 5)),
+        ("loss, nats per token", number(evaluation.model_loss, 5)),
         ("perplexity", number(evaluation.perplexity, 5)),
         ("reference's loss, nats per token", number(evaluation.reference_loss, 5)),
         ("loss increase, nats per token", number(evaluation.loss_increase)),
