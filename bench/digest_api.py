@@ -11,12 +11,13 @@ from hesse import planning, training
 from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
+from hesse.methods import methods_of
 from hesse.modules.implant import Implant
 from hesse.scores.attack import Attack
 
 __all__ = ["HesseError"]
 # The methods that `compress` runs, with what they make of layers.
-METHODS = {name: method.constraints for name, method in hesse.METHODS.items()}
+METHODS = {name: method.constraints for name, method in methods_of("compress").items()}
 OPTIONS = set(hesse.Options.__dataclass_fields__)
 Batches = list[tuple[Any, Tensor]]
 

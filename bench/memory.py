@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from machine import limits
 from run import Case, run_peer
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, VOCABULARY = 1536, 4096, 8192
@@ -55,7 +55,7 @@ def write_llama(folder: Path, blocks: int) -> int:
     weight_map: dict[str, str] = {}
 
     def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write_tensors(folder / name, tensors, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
     def normal(shape: tuple[int, ...]) -> torch.Tensor:

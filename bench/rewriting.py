@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from machine import limits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import hesse
 from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 from hesse.errors import HesseError
 
 LENGTH, EVALUATED = 256, 32
@@ -61,7 +62,7 @@ def planted(folder: Path) -> Path:
     for path in DEFAULT_FOLDER.iterdir():
         if path.is_file() and path.suffix in (".json", ".txt"):
             (folder / path.name).write_bytes(path.read_bytes())
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     return folder
 
 

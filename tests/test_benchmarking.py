@@ -53,6 +53,7 @@ def test_agreement_of_logits() -> None:
     assert _agreement(logits, other) == pytest.approx((0.5 * 0.25 * np.log(2), 0.5), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_transformers_dense_and_compressed(half_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
     source, out = half_folder("llama"), tmp_path / "out"
     compress(source, out, method="rtn", bits=4, group_size=32)

@@ -95,7 +95,7 @@ for bits in {widths}:
 assert "hesse" not in sys.modules
 torch.save(found, "logits.pt")
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, timeout=600)
     found = torch.load(tmp_path / "logits.pt")
     for bits in widths:
         folder = twin(tmp_path / f"out-{bits}", tmp_path / f"twin-{bits}", source)

@@ -301,12 +301,13 @@ def loaded(place: Path, written: Folders) -> dict[str, dict[str, Any]]:
         env={**environment, "HF_MODULES_CACHE": str(place / "modules")},
         stdin=subprocess.DEVNULL,
         check=True,
-        timeout=300,
+        timeout=600,
     )
     found: dict[str, dict[str, Any]] = json.loads((place / "results.json").read_text())
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_what_the_dense_twin_computes(
     name: str, written: Folders, loaded: dict[str, dict[str, Any]]
@@ -342,6 +343,7 @@ def test_stored_bits_are_those_on_disk(name: str, written: Folders) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if n.startswith("low-rank") and case.format == "auto"])
+@pytest.mark.slow
 def test_low_rank_fails_loudly_where_its_code_is_not_trusted(
     name: str, written: Folders, loaded: dict[str, dict[str, Any]]
 ) -> None:
@@ -353,6 +355,7 @@ def test_low_rank_fails_loudly_where_its_code_is_not_trusted(
 @pytest.mark.parametrize(
     "name", ["int4-llama-tied", "low-rank-int4-llama-tied", "int4-gpt2", "bare-names", "int4-opt", "int4-gemma3"]
 )
+@pytest.mark.slow
 def test_tied_embeddings_stay_tied(name: str, written: Folders, loaded: dict[str, dict[str, Any]]) -> None:
     assert written[name].out.exists()
     assert loaded[name]["tied"]

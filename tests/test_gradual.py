@@ -291,6 +291,7 @@ def test_a_classifier_survives_nine_zeros_of_ten_step_by_step_and_not_at_once(me
     assert digits.accuracy(model) > 0.9 > digits.accuracy(at_once)
 
 
+@pytest.mark.slow
 def test_the_default_language_model_is_pruned_gradually_and_recovers() -> None:
     """A few steps of 2:4 with a teacher, in bfloat16; KL to the dense model falls while zeros are held."""
     model = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False)

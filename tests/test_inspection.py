@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hesse
 import tiny_models
-from helpers import IDS, CommandLine, change, write_ids
+from helpers import IDS, CommandLine, change, fast_first, write_ids
 from hesse.constraints import Grid
 from hesse.curvature import Gram, Identity
 from hesse.errors import CheckpointError, OptionError, UnsupportedModelError
@@ -107,7 +107,7 @@ def test_the_spectrum_is_bounded_by_what_is_said(llama: tuple[Path, Inspection])
     assert found.at_a_minimum == (lows[0][0] >= -lows[0][1])
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", fast_first(["opt", "mixtral", "gemma3", "gpt2"]))
 def test_other_families(name: str, family_folder: FolderOf) -> None:
     found = hesse.inspect(family_folder(name), data=FEW)
     assert found.layers
@@ -183,6 +183,7 @@ def test_the_page_holds_everything_and_needs_no_network(llama: tuple[Path, Inspe
     assert "trust the" in page
 
 
+@pytest.mark.slow
 def test_a_page_on_the_command_line(
     family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tiny_models
-from helpers import IDS, CommandLine, change, compress, left_over, write_ids
+from helpers import IDS, CommandLine, change, compress, fast_first, left_over, write_ids
 from hesse.checkpoints import tensor_store, work_folder
 from hesse.checkpoints.journal import Journal
 from hesse.errors import OptionError, OutputError
@@ -86,7 +86,7 @@ def newest(folder: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-@pytest.mark.parametrize("name", ["kronecker", "planned"])
+@pytest.mark.parametrize("name", fast_first(["kronecker", "planned"]))
 def test_a_killed_run_goes_on_to_the_same_bytes(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     """Killed after a few noted steps each time; every other time the newest file is cut, as by a power failure."""
     source, generator = family_folder("llama"), random.Random(name)
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(name: str, family_folder: Folder
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("kronecker", "planned")])
-@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("blocks", fast_first([1, 0]))
 def test_every_method_goes_on(
     name: str, blocks: int, family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +125,7 @@ def test_every_method_goes_on(
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_at_any_moment(half_folder: FolderOf, tmp_path: Path) -> None:
     source, generator = half_folder("llama"), random.Random(0)
     compress(source, tmp_path / "undisturbed", **settings("kronecker"))

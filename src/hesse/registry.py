@@ -7,7 +7,7 @@ modules are imported when a registry is listed, or asked for a name that it does
 import logging
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from hesse.errors import OptionError, printable, reason
@@ -84,10 +84,13 @@ def import_packages() -> None:
     if _Packages.imported:
         return
     _Packages.imported = True
-    for point in entry_points(group=ENTRY_POINTS):
-        package = point.value if point.dist is None else point.dist.name
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (_package(point), point.name)):
         try:
             point.load()
         except Exception as error:  # whatever a module of somebody else raises
-            line = f"the package {package} could not add its methods: {type(error).__name__}: {reason(error)}"
+            line = f"the package {_package(point)} could not add its methods: {type(error).__name__}: {reason(error)}"
             logging.getLogger("hesse").warning("%s", printable(line))
+
+
+def _package(point: EntryPoint) -> str:
+    return point.value if point.dist is None else point.dist.name

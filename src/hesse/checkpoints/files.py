@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,27 +94,29 @@ def belongs(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def unfinished_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` that takes its name at the end, and vanishes if anything goes wrong before.
+    """Yield a new file beside `path`; rename it to `path` at the end, or remove it if anything raises before.
 
-    Nobody can know its name, so that in a folder that others write to no link can wait there. Errors of the file
-    system are the caller's.
+    The file has the permissions of a new file under the umask, also where the writer replaces the file by one of its
+    own. Errors of the file system are the caller's.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.unfinished-", dir=path.absolute().parent)
-    os.close(handle)
-    unfinished = Path(name)
+    unfinished = name_beside(path, "unfinished")
+    unfinished.touch(exist_ok=False)
+    permissions = stat.S_IMODE(unfinished.stat().st_mode)
     try:
         yield unfinished
-        unfinished.chmod(0o666 & ~_umask())
+        unfinished.chmod(permissions)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    """The permissions that new files of this process lack."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def name_beside(path: Path, mark: str) -> Path:
+    """Return a name in the folder of `path` that nobody can guess, so that in a shared folder no link can wait there.
+
+    Make the file or the folder there by a call that fails if the name exists. `tempfile` makes both for their owner
+    alone, whatever the umask.
+    """
+    return path.absolute().parent / f".{path.name}.{mark}-{secrets.token_urlsafe(6)}"
 
 
 def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:

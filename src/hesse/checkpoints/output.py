@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hesse.checkpoints.files import belongs
+from hesse.checkpoints.files import belongs, name_beside
 from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError
 
@@ -50,11 +49,11 @@ def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     """
     made = make_parents(out)
     with writing(out, "made"):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
+        folder = name_beside(out, "partial")
+        folder.mkdir()
     finished = False
     try:
         check_room(folder, out, needed_bytes)
-        folder.chmod(0o755)
         yield folder
         put_in_place(folder, out)
         finished = True

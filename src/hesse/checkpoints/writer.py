@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import INDEX, SINGLE
-from hesse.checkpoints.files import tensor_entries
+from hesse.checkpoints.files import tensor_entries, unfinished_file
 from hesse.errors import OutputError
 
 SHARD_BYTES = 1 << 30  # a checkpoint of no more is one file
@@ -59,6 +59,16 @@ class Parts:
         assemble(self._parts, folder)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, which appears only when it is whole, with the permissions of a new file.
+
+    The only caller of safetensors' `save_file`, whose files only their owner may read, whatever the umask. Errors of
+    the file system are the caller's: see `writing`.
+    """
+    with unfinished_file(path) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
+
+
 def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
     """Write `tensors`; nothing of them is kept.
 
@@ -66,7 +76,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
         OutputError: the disk is full or cannot be written.
     """
     with writing(path.parent.parent):
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+        write_tensors(path, tensors, {"format": "pt"})
     return Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -21,7 +21,7 @@ from hesse.cli.options import (
     SeedOption,
 )
 from hesse.errors import OptionError
-from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of, parse_settings
 from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
 
@@ -56,6 +56,14 @@ def compress(
     damping: Annotated[float | None, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = None,
     input_bits: Annotated[
         int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other option that `hesse methods METHOD` lists, such as headroom=0.5; may be repeated.",
+        ),
     ] = None,
     ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
@@ -95,6 +103,7 @@ def compress(
         damping=damping,
         input_bits=input_bits,
     )
+    options = parse_settings(setting or ()).over(options)
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
         raise OptionError("--recipe says everything itself: leave out --size, --loss and a mean of --bits")

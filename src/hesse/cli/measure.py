@@ -15,7 +15,7 @@ from hesse.cli.options import (
     ModelArgument,
     ReferenceOption,
 )
-from hesse.methods import Options, find_methods
+from hesse.methods import METHODS, Options, find_methods
 from hesse.reporting import (
     check_page,
     cost_table,
@@ -23,6 +23,7 @@ from hesse.reporting import (
     inspection_page,
     inspection_summary,
     methods_table,
+    options_table,
     write_page,
 )
 
@@ -106,13 +107,15 @@ def methods(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The table of methods: curvature × constraint × solver, with source and needs."""
+    """Print the table of methods: curvature × constraint × solver, with source and needs; of one method its options."""
     families = find_methods(names or ())
     if as_json:
         rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
         print_json(rows)
     else:
         out_console.print(methods_table(families))
+        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
+            out_console.print(options_table(method))
 
 
 @app.command(epilog="Example: `hesse demo`")

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hesse.checkpoints.writer import writing
+from hesse.checkpoints.writer import write_tensors, writing
 
 
 class StoredFactors(Mapping[str, Tensor]):
@@ -25,7 +25,7 @@ class StoredFactors(Mapping[str, Tensor]):
         """
         path = self._folder / f"factor-{len(self._files)}.safetensors"
         with writing(self._folder):
-            save_file({"factor": factor.cpu().contiguous()}, path)
+            write_tensors(path, {"factor": factor})
         self._files[name] = (path, str(factor.device))
         return path
 

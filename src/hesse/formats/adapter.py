@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.files import read_json
-from hesse.checkpoints.writer import write_text, writing
+from hesse.checkpoints.writer import write_tensors, write_text, writing
 from hesse.constraints import LowRankCode
 from hesse.errors import CheckpointError, OptionError, reason
 from hesse.formats.reading import CompressedCheckpoint
@@ -61,7 +61,7 @@ def write_adapter(
         for side, factor in (("A", code.right), ("B", code.left)):
             tensors[f"{PREFIX}{paths[name]}.lora_{side}.weight"] = factor.to("cpu", dtype(name)).contiguous()
     with writing(folder.parent):
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if network.kind == "causal-lm" else None,

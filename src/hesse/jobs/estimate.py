@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.checkpoints.writer import link_or_copy, writing
+from hesse.checkpoints.writer import link_or_copy, write_tensors, writing
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
 from hesse.data.selection import Calibration, Selection, factor_tokens, sample_length, select_samples
 from hesse.errors import OptionError
@@ -181,8 +181,7 @@ class _Estimation:
         with job.clock.phase("write"), writing(job.out):
             for name in {name for files in self.files.kinds.values() for name in files.values()}:
                 link_or_copy(job.journal.folder / name, job.folder / name)
-            tensors = {name: value.cpu().contiguous() for name, value in factors.items()}
-            save_file(tensors, job.folder / SENSITIVITIES_FILE)
+            write_tensors(job.folder / SENSITIVITIES_FILE, factors)
         return self.files.kinds
 
     def _probe(self) -> dict[str, Tensor]:
@@ -272,7 +271,7 @@ class _Estimation:
             content, files = self.files.note([layer.name for layer in block.layers])
             path = journal.folder / f"backward-{reached}.safetensors"
             with writing(journal.folder):
-                save_file({name: value.cpu() for name, value in diagonals.items()}, path)
+                write_tensors(path, diagonals)
             seconds = self.job.phases()
             journal.record(f"backward-{reached}", {**content, "seconds": seconds}, [*files, path])
             journal.record_tensors(f"backward-gradient-{reached}", state.gradients, {"scale": scale})

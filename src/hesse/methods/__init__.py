@@ -16,7 +16,7 @@ A package that names such a module under the entry point group `hesse.methods` a
 from hesse.methods.constraint_parts import PARTS, ConstraintPart, constraint
 from hesse.methods.curvatures import CURVATURES, CurvatureKind
 from hesse.methods.method import Method
-from hesse.methods.options import Option, Options
+from hesse.methods.options import Option, Options, parse_settings
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver
 from hesse.methods.table import DEFAULT_METHOD, FAMILIES, METHODS, find_method, find_methods, methods_of, register
@@ -45,6 +45,7 @@ __all__ = [
     "find_methods",
     "load_recipe",
     "methods_of",
+    "parse_settings",
     "register",
     "solver",
 ]

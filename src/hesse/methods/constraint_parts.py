@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from typing_extensions import Self
 
 from hesse.constraints import (
@@ -20,6 +20,7 @@ from hesse.constraints import (
     VectorCodebook,
 )
 from hesse.errors import OptionError
+from hesse.methods.options import KNOWN, Option, known_option, type_text
 from hesse.methods.strict import Strict, Whole
 from hesse.registry import Registry
 
@@ -45,7 +46,25 @@ class ConstraintPart(Strict, ABC):
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
         """The part with a method's options where they are given."""
-        return cls(**{own: options[name] for own, name in cls.takes.items() if options[name] is not None})
+        given = {own: options[name] for own, name in cls.takes.items() if name in options}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise OptionError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+
+    @classmethod
+    def options(cls, present: bool) -> list[Option]:
+        """Return the options of a method that the part takes; without defaults where it is not always present."""
+        made = []
+        for own, name in cls.takes.items():
+            entry = cls.model_fields[own]
+            default = entry.default if present else None
+            if name in {option.name for option in KNOWN}:
+                made.append(known_option(name, default))
+            else:
+                made.append(Option(name, type_text(entry.annotation), default, entry.description or name))
+        return made
 
     @abstractmethod
     def build(self) -> Constraint:
@@ -85,7 +104,7 @@ class SparseOptions(ConstraintPart):
 
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
-        if options["scope"] is not None and options["scope"] not in get_args(Scope):
+        if options.get("scope", "layer") not in get_args(Scope):
             raise OptionError(f"there is no scope {options['scope']!r}; there are {', '.join(get_args(Scope))}")
         return super().chosen(options)
 

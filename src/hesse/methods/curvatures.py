@@ -57,7 +57,11 @@ class Known(Protocol):
 
 @dataclass(frozen=True)
 class CurvatureKind:
-    """A curvature of one layer's weight."""
+    """A curvature of one layer's weight.
+
+    `build` makes it from the layer's statistics and a damping. Layers with the same statistics share what it returns,
+    so it may look at the weight's shape, if `couples_rows`, and not at its values.
+    """
 
     name: str
     needs: frozenset[Statistic]

@@ -1,13 +1,13 @@
 """A method of the literature: a named triple curvature × constraint × solver with its usual options."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.curvatures import CURVATURES
-from hesse.methods.options import Option, Options, flag, help_of
+from hesse.methods.options import KNOWN, Option, Options, flag, known_option
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
 from hesse.methods.verbs import VERBS
@@ -122,6 +122,7 @@ class Method:
         for part in (*self.constraints, *self.optional):
             PARTS.find(part)
         if self.verb == "compress":
+            SOLVERS.find(self.solver)
             self.recipe(Options())
 
     @property
@@ -152,6 +153,7 @@ class Method:
             name=self.solver,
             order="descending" if descending else "given",
             **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
+            own=self._settings_of_solver(chosen),
         )
         if chosen.input_bits is not None and not 2 <= chosen.input_bits <= 8:
             raise OptionError(f"--input-bits is {chosen.input_bits}, but must be between 2 and 8")
@@ -160,7 +162,7 @@ class Method:
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
         """The parts that the method has, always or because an option asks for them."""
-        parts = {name: PARTS[name].chosen(vars(chosen)) for name in self._parts(chosen)}
+        parts = {name: PARTS[name].chosen(chosen.given()) for name in self._parts(chosen)}
         return ConstraintOptions.model_validate({**parts, "basis": self.basis})
 
     def _parts(self, chosen: Options) -> list[str]:
@@ -168,27 +170,30 @@ class Method:
         asked = {name: PARTS[name].asked_by() for name in self.optional}
         return [
             *self.constraints,
-            *(name for name, option in asked.items() if option and getattr(chosen, option) is not None),
+            *(name for name, option in asked.items() if option in chosen.given()),
         ]
+
+    def _settings_of_solver(self, chosen: Options) -> dict[str, Any] | None:
+        """The options that are the solver's own, where some are given."""
+        names = [option.name for option in SOLVERS[self.solver].settings if option.name in chosen.own]
+        return {name: chosen.own[name] for name in names} or None
 
     def _options_of_parts(self) -> tuple[Option, ...]:
         """The options of the method's constraints and solver."""
         if not self.solves_layers:
             return ()
         always = self._parts(self.defaults)
-        known: dict[str, Any] = {}  # the default of each option that has a meaning
+        known: dict[str, Option] = {}
         for name in (*self.constraints, *self.optional):
-            for own, option in PARTS[name].takes.items():
-                known.setdefault(option, PARTS[name].model_fields[own].default if name in always else None)
-        usual = {"damping": SolverOptions.model_fields["damping"].default, "act_order": False}
-        known |= {name: usual.get(name) for name, has in self._of_solver(always).items() if has}
-        known |= {name: own for name, own in vars(self.defaults).items() if own is not None}
-        types = {own.name: str(getattr(own.type, "__name__", own.type)) for own in fields(Options)}
-        return tuple(
-            Option(name, types[name].removesuffix(" | None"), known[name], help_of(name))
-            for name in types
-            if name in known
-        )
+            for option in PARTS[name].options(name in always):
+                known.setdefault(option.name, option)
+        usual = {"damping": SolverOptions.model_fields["damping"].default, "act_order": False, "input_bits": None}
+        for name in (name for name, has in self._of_solver(always).items() if has):
+            known[name] = known_option(name, usual[name])
+        known |= {option.name: option for option in SOLVERS[self.solver].settings}
+        chosen = {**{name: option.default for name, option in known.items()}, **self.defaults.given()}
+        order = [option.name for option in KNOWN if option.name in known]
+        return tuple(replace(known[name], default=chosen[name]) for name in dict.fromkeys((*order, *known)))
 
     def _refuse_foreign(self, options: Options) -> None:
         """Raise OptionError for an option that would have no effect in this method."""
@@ -200,8 +205,9 @@ class Method:
         }
         allowed = {option for name in there for option in PARTS[name].takes.values()}
         allowed |= {name for name, has in self._of_solver(there).items() if has}
-        for name, given in vars(options).items():
-            if given is not None and name not in allowed:
+        allowed |= {option.name for option in SOLVERS[self.solver].settings}
+        for name in options.given():
+            if name not in allowed:
                 asked = PARTS[possible[name]].asked_by() if name in possible else None
                 reason = "" if asked is None else f"without {flag(asked)}"
                 meant = f"{flag(name)} has no meaning for the method {self.name} {reason}".rstrip()

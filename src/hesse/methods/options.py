@@ -1,7 +1,11 @@
 """The options of methods: what each means, and its default in a method."""
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from hesse.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,63 @@ class Options:
     act_order: bool | None = _option("Solve columns by falling E[x²].")
     damping: float | None = _option("Share of the curvature's mean eigenvalue that is added to it.")
     input_bits: int | None = _option("Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of registered constraints and solvers
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are given, by name."""
+        known = {name: value for name, value in vars(self).items() if name != "own" and value is not None}
+        return {**known, **self.own}
 
     def over(self, defaults: "Options") -> "Options":
         """Return these options where given, and `defaults` elsewhere."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return replace(defaults, **given)
+        return options_of({**defaults.given(), **self.given()})
+
+
+KNOWN = tuple(known for known in fields(Options) if known.name != "own")
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Return `Options` from values by name; names that Hesse does not know are `own` options."""
+    known = {option.name for option in KNOWN}
+    return Options(
+        **{name: value for name, value in given.items() if name in known},
+        own={name: value for name, value in given.items() if name not in known},
+    )
+
+
+def parse_settings(texts: Iterable[str]) -> Options:
+    """Return options from texts such as "headroom=0.5": true and false, whole and other numbers, or words.
+
+    Raises:
+        OptionError: a text has no name or no value.
+    """
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (sign and value and name.isidentifier()):
+            raise OptionError(f"--set is {text!r}, but must be a name and a value such as headroom=0.5")
+        given[name] = _value(value)
+    return options_of(given)
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def known_option(name: str, default: Any) -> Option:
+    """Return one of the `Options` with its default in a method."""
+    (known,) = (option for option in KNOWN if option.name == name)
+    return Option(name, type_text(known.type).removesuffix(" | None"), default, help_of(name))
+
+
+def type_text(annotation: Any) -> str:
+    """Return a type as a signature shows it."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def help_of(name: str) -> str:

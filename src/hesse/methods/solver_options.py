@@ -1,14 +1,16 @@
 """Solvers as a recipe names them: the registry, and the options that a recipe gives."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature
+from hesse.methods.options import Option, type_text
 from hesse.methods.strict import Strict
 from hesse.registry import Registry
 from hesse.solvers import (
@@ -44,6 +46,7 @@ class SolverOptions(Strict):
     damping: float = Field(default=0.01, ge=0, le=1e4, allow_inf_nan=False)
     output_damping: float = Field(default=0.3, ge=0, le=1e4, allow_inf_nan=False)
     order: Literal["given", "descending"] = "given"
+    own: dict[str, Any] | None = None  # settings of a registered solver
 
     @field_validator("name")
     @classmethod
@@ -64,6 +67,7 @@ class SolverEntry:
     name: str
     build: Callable[[SolverOptions], Solver]
     ordered: bool = False  # takes columns in a given order, so that `act_order` has a meaning
+    settings: tuple[Option, ...] = ()
     damped: bool = True  # depends on the curvature's damping, so that `damping` has a meaning
 
 
@@ -100,7 +104,8 @@ _ENTRIES = (
 for _entry in _ENTRIES:
     SOLVERS.register(_entry.name, _entry)
 
-Algorithm = Callable[[Tensor, Curvature, Constraint], Tensor]
+
+Algorithm = TypeVar("Algorithm", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -110,32 +115,52 @@ class FunctionSolver:
     What is stored is the member of the constraint nearest to the returned weight.
     """
 
-    algorithm: Algorithm
+    algorithm: Callable[..., Tensor]
+    settings: tuple[tuple[str, Any], ...]
 
     def init(self, curvature: Curvature) -> Curvature:
         return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> Any:
-        return constraint.encode(self.algorithm(weight, state, constraint))
+        return constraint.encode(self.algorithm(weight, state, constraint, **dict(self.settings)))
 
 
 def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm]:
     """Register a function `(weight, curvature, constraint) -> weight` as a solver that methods and recipes can name.
 
-    The method's option `damping` has a meaning if `damped`. A class with `init` and `compute` is
-    registered by `SOLVERS.register(name, SolverEntry(name, build))`.
+    Keyword-only parameters with a default are options of every method with this solver; `Annotated` gives them a help
+    text. The method's option `damping` has a meaning if `damped`. A class with `init` and `compute` is registered by
+    `SOLVERS.register(name, SolverEntry(name, build))`.
 
     Example:
         >>> @hesse.methods.solver("halfway", damped=False)
-        ... def halfway(weight, curvature, constraint):
-        ...     return (weight + constraint.nearest(weight)) / 2
+        ... def halfway(weight, curvature, constraint, *, share: Annotated[float, "Share of the way."] = 0.5):
+        ...     return weight + share * (constraint.nearest(weight) - weight)
 
     Raises:
         OptionError: the name is taken.
     """
 
     def register(algorithm: Algorithm) -> Algorithm:
-        SOLVERS.register(name, SolverEntry(name, lambda _: FunctionSolver(algorithm), damped=damped))
+        entry = SolverEntry(
+            name,
+            lambda options: FunctionSolver(algorithm, tuple((options.own or {}).items())),
+            settings=settings_of(algorithm),
+            damped=damped,
+        )
+        SOLVERS.register(name, entry)
         return algorithm
 
     return register
+
+
+def settings_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+    """Return the keyword-only parameters of a function as options."""
+    hints = get_type_hints(function, include_extras=True)
+    options = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            hint = hints.get(parameter.name, str)
+            kind, help = (hint.__origin__, hint.__metadata__[0]) if get_origin(hint) is Annotated else (hint, "")
+            options.append(Option(parameter.name, type_text(kind), parameter.default, help or f"{parameter.name}."))
+    return tuple(options)

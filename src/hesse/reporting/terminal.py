@@ -143,6 +143,17 @@ def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
     return table
 
 
+def options_table(method: Method) -> Table:
+    """The options of a method, with defaults and help."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"options of {method.name}", title_justify="left")
+    table.add_column("option", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("")
+    for option in method.options():
+        table.add_row(escape(option.name), escape(option.default_text), escape(option.help))
+    return table
+
+
 def _triple(method: Method) -> str:
     run = "" if method.verb == "compress" else f"; {escape(method.example)}"
     before = "" if method.rewrite is None else f"{method.rewrite}, then "

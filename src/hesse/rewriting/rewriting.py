@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hesse.checkpoints.tensor_store import TensorStore
+from hesse.checkpoints.writer import write_tensors
 from hesse.networks.network import Network
 from hesse.passes.stream import start
 from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
@@ -89,7 +90,7 @@ class Rewriting:
         """Write what was found to a safetensors file."""
         changes = self.checkpoint.changes
         tensors = {f"{i} {type(c.map).__name__} {c.stream.name}": c.map.values for i, c in enumerate(changes)}
-        save_file(tensors, path)
+        write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
         """Show the model with the changes that `save` wrote."""
