@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hesse.checkpoints.locate import locate
+from hesse.checkpoints.tensor_store import TensorStore
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import compare, pass_through
@@ -17,7 +17,7 @@ from hesse.formats.opening import open_networks
 from hesse.jobs.drop_report import DroppedBlock, DropReport
 from hesse.jobs.job import Job
 from hesse.jobs.options import run_options
-from hesse.layerwise.weight_sharing import StandIns
+from hesse.layerwise.weight_sharing import SharedWeights
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
 from hesse.networks.network import Network
 from hesse.passes.batch_sizes import evaluation_batch
@@ -121,7 +121,7 @@ def drop_blocks(
         job.check_alone()
         _, network, _ = open_networks(source, run.device)
         request.check(network)
-        sharing = None if share_rank is None else StandIns(network, share_rank)
+        sharing = None if share_rank is None else SharedWeights(network, share_rank)
         selected = select_samples(source, calibration, network)
         job.notes += selected.notes
         job.begin([network.checkpoint], {"options": repr(request)}, 3 * network.checkpoint.file_bytes)
@@ -135,7 +135,7 @@ class _Removal:
     """One run: blocks chosen, replaced where weights are shared, written and measured."""
 
     def __init__(
-        self, job: Job, network: Network, sharing: StandIns | None, request: DropRequest, selected: Selection
+        self, job: Job, network: Network, sharing: SharedWeights | None, request: DropRequest, selected: Selection
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
         self.request, self.selected = request, selected
@@ -166,9 +166,10 @@ class _Removal:
                 f"no block can go: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
                 f"{self.request.loss:g}"
             )
-        weights = {} if self.sharing is None else self._share(self.sharing)
+        if self.sharing is not None:
+            self._share(self.sharing)
         parameters = sum(p.numel() for p in network.model.parameters())
-        self._write(weights)
+        self._write()
         result = Network(open_checkpoint(job.folder), torch.float32, network.device)
         if self.sharing is None:
             self._check(result)
@@ -217,15 +218,23 @@ class _Removal:
         content = self.job.once(f"removal-{len(self.dropped)}", measure)
         return {int(number): cost for number, cost in content["costs"]}
 
-    def _share(self, sharing: StandIns) -> dict[str, Tensor]:
-        """Return the weights of the dropped blocks, made of blocks that stay, by the tensors' names."""
-        blocks = self.network.blocks
+    def _share(self, sharing: SharedWeights) -> None:
+        """Make the dropped blocks of blocks that stay; write and note one block after another."""
+        network, checkpoint, job = self.network, self.network.checkpoint, self.job
+        job.progress.begin("share weights", len(network.blocks))
+        blocks = network.blocks
         donors = {drop.block: sharing.donor(blocks[drop.block], self.kept) for drop in self.dropped}
-        weights, errors = sharing.replace(donors, self.batches, self.job.journal.folder, self.job.progress)
+        batches = start(network, self.batches, TensorStore(job.journal.folder, "shared", lasting=True))
+        steps = job.steps("block", network, batches)
+        errors = [content["error"] for content in steps.done]
+        for index, weights, error in sharing.shared_blocks(donors, batches, len(errors), job.clock):
+            names = [name for name in network.stored_in(blocks[index]) if name not in job.names]
+            steps.note(index, {"error": error}, {**checkpoint.read_stored(names), **weights})
+            errors.append(error)
+            job.progress.advance()
         self.dropped = [
             replace(drop, donor=donors[drop.block], relative_error=errors[drop.block]) for drop in self.dropped
         ]
-        return weights
 
     def _saved(self, number: int) -> int:
         """Return how many parameters need not be stored once a block is removed, or made of another."""
@@ -234,21 +243,21 @@ class _Removal:
             return sum(layer.weight.numel() for layer in block.layers) - self.sharing.parameters(block)
         return sum(parameter.numel() for parameter in block.module.parameters())
 
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        """Write the tensors that stay or were made, a block at a time, and assemble the result."""
+    def _write(self) -> None:
+        """Write the tensors that stay, a block at a time, and assemble the result."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
-        numbers = list(range(len(network.blocks))) if self.sharing is not None else self.kept
-        config = checkpoint.config if self.sharing is not None else fewer_blocks_config(network, numbers)
-        names, done = fewer_blocks_names(network, numbers), set[str]()
-        groups = [*(network.stored_in(network.blocks[number]) for number in numbers), *([name] for name in names)]
+        if self.sharing is not None:
+            job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
+            job.notes += job.assemble(checkpoint.config)
+            return
+        names, done = fewer_blocks_names(network, self.kept), set[str]()
+        groups = [*(network.stored_in(network.blocks[number]) for number in self.kept), *([name] for name in names)]
         for group in groups:
             rest = [name for name in group if name not in done]
             if rest:
-                tensors = checkpoint.read_stored(rest)
-                tensors |= {name: weights[name] for name in rest if name in weights}
-                job.write({names[name]: tensor for name, tensor in tensors.items()})
+                job.write({names[name]: tensor for name, tensor in checkpoint.read_stored(rest).items()})
                 done |= set(rest)
-        job.notes += job.assemble(config)
+        job.notes += job.assemble(fewer_blocks_config(network, self.kept))
 
     def _check(self, result: Network) -> None:
         """Check that the result is the dense model without the blocks.

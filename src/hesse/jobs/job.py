@@ -120,6 +120,11 @@ class Job:
         """This rank's notes; files beside them are kept as long as the run."""
         return self.work.own
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the tensors that are written."""
+        return {name for part in self.parts for name in part.names}
+
     def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what `compute` returns, noted as `step`: a run that is resumed recalls it. JSON must hold it."""
         content = self.journal.recall(step)
@@ -151,7 +156,7 @@ class Job:
 
     def write_rest(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
         """Write those of `names` that no part has yet, one by one, as `read` gives them."""
-        done = {name for part in self.parts for name in part.names}
+        done = self.names
         for name in names:
             if name not in done:
                 path = self.journal.folder / f"part-{len(self.parts)}.safetensors"
