@@ -12,6 +12,8 @@ from rich.console import Console
 
 from hesse.cli.progress import Bars
 from hesse.errors import HesseError, OptionError, printable
+from hesse.reporting.forecast import forecast_summary
+from hesse.result import ForecastReport
 from hesse.version import __version__
 
 app = typer.Typer(
@@ -57,6 +59,14 @@ def progress_bars(quiet: bool) -> Iterator[Bars]:
 def print_line(text: str) -> None:
     """A line on standard output, as it is: a path in it may hold anything."""
     out_console.print(printable(text), soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def print_forecast(report: ForecastReport, as_json: bool) -> None:
+    """Print what a run would take."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        out_console.print(forecast_summary(report))
 
 
 def print_json(content: Any) -> None:

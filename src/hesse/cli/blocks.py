@@ -4,20 +4,23 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.app import app, out_console, print_forecast, print_json, progress_bars
 from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
 from hesse.reporting import blocks_summary, narrow_summary
+from hesse.result import ForecastReport
 
 
 @app.command("drop-blocks", epilog="Example: `hesse drop-blocks default shorter --blocks 1`")
@@ -39,6 +42,8 @@ def drop_blocks(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take whole blocks out of a model, chosen by what they are measured or predicted to be worth."""
@@ -59,8 +64,13 @@ def drop_blocks(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:
@@ -79,6 +89,8 @@ def narrow(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""
@@ -96,8 +108,13 @@ def narrow(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

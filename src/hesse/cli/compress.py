@@ -7,22 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+from hesse.cli.app import app, out_console, print_forecast, print_json, print_line, progress_bars
 from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     IgnoreOption,
     JsonOption,
     LengthOption,
     ModelArgument,
     OutArgument,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
 from hesse.errors import OptionError
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of, parse_settings
 from hesse.reporting import check_page, compression_page, compression_summary, write_page
+from hesse.result import ForecastReport
 
 
 @app.command(epilog="Example: `hesse compress default tiny-4bit --bits 4 --group-size 64 --samples 64`")
@@ -82,9 +85,8 @@ def compress(
         Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT, and a report.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, where an unfinished run to OUT would be taken up.")
-    ] = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     memory: Annotated[str | None, typer.Option(help="The most memory to take, such as 8GiB.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,9 +140,13 @@ def compress(
         if print_recipe or out is None:
             sys.stdout.write(hesse.plan(model, **settings, progress=bars).recipe.to_yaml())
             return
-        settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
+        settings |= {"overwrite": overwrite, "restart": restart, "dry_run": dry_run}
+        settings |= {"memory": memory, "measure": report is not None}
         result = hesse.compress(model, out, recipe=chosen, **settings, progress=bars).report
     if not leads:
+        return
+    if isinstance(result, ForecastReport):
+        print_forecast(result, as_json)
         return
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
@@ -164,13 +170,15 @@ def estimate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, for `hesse compress --statistics` to try any number of schemes with."""
     import hesse
 
     with progress_bars(as_json) as bars:
-        content = hesse.estimate(
+        report = hesse.estimate(
             model,
             out,
             curvatures=[kind.strip() for kind in curvature.split(",")],
@@ -181,14 +189,19 @@ def estimate(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
             progress=bars,
-        ).to_dict()
-    if as_json:
-        print_json(content)
+        ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
         return
-    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
-    print_line(f"{held} from {content['tokens']:,} tokens: {out.absolute()}")
-    command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
+    if as_json:
+        print_json(report.to_dict())
+        return
+    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
+    print_line(f"{held} from {report.tokens:,} tokens: {out.absolute()}")
+    command = "compress {} OUT" if "gram" in report.curvatures else "inspect {}"
     print_line(f"Next: hesse {command.format(model)} --statistics {out}")
 
 

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.app import app, out_console, print_forecast, print_json, progress_bars
 from hesse.cli.options import DeviceOption, IgnoreOption, JsonOption, ModelArgument, OutArgument, OverwriteOption
 from hesse.reporting import compression_summary
+from hesse.result import ForecastReport
 
 
 @app.command(epilog="Example: `hesse cut default STATISTICS smaller --size 80%`")
@@ -35,6 +36,9 @@ def cut(
             overwrite=overwrite,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

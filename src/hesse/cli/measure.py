@@ -26,6 +26,7 @@ from hesse.reporting import (
     options_table,
     write_page,
 )
+from hesse.result import ForecastReport
 
 
 @app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")
@@ -132,7 +133,8 @@ def demo(
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
         after = hesse.evaluate(out, reference="default", progress=bars)
         before = hesse.evaluate("default", progress=bars)
-    out_console.print(cost_table(report, before, after))
+    if not isinstance(report, ForecastReport):
+        out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(
         "It loads in transformers: "

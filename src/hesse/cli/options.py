@@ -23,4 +23,10 @@ SeedOption = Annotated[int, typer.Option(help="Of the choice of samples and of s
 BatchOption = Annotated[int | None, typer.Option(help="Samples that go through the model together.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Discard what an interrupted run to OUT has done, rather than resume it.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run would take: bytes, memory and time. Write nothing.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]

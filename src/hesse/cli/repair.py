@@ -4,20 +4,23 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+from hesse.cli.app import app, out_console, print_forecast, print_json, progress_bars
 from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     IgnoreOption,
     JsonOption,
     LengthOption,
     ModelArgument,
     OutArgument,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
 from hesse.reporting import repair_summary
+from hesse.result import ForecastReport
 
 
 @app.command(epilog="Example: `hesse repair default tiny-3bit tiny-3bit-adapter --rank 16`")
@@ -42,6 +45,8 @@ def repair(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter or model folder OUT.")] = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add to each layer of a compressed model the best low rank of what it lacks of the dense model."""
@@ -64,8 +69,13 @@ def repair(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

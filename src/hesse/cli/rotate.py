@@ -4,17 +4,20 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, print_json, print_line, progress_bars
+from hesse.cli.app import app, print_forecast, print_json, print_line, progress_bars
 from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
 )
+from hesse.result import ForecastReport
 
 
 @app.command(epilog="Example: `hesse rotate default default-rotated --kind kurtail --samples 32`")
@@ -29,13 +32,15 @@ def rotate(
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a model so that nothing in it stands out, its function unchanged, for whatever rounds it next."""
     import hesse
 
     with progress_bars(as_json) as bars:
-        result = hesse.rotate(
+        report = hesse.rotate(
             model,
             out,
             kind=kind,
@@ -46,12 +51,17 @@ def rotate(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
             progress=bars,
-        )
-    if as_json:
-        print_json(result.to_dict())
+        ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
         return
-    report, loss = result.report, result.report.loss
+    if as_json:
+        print_json(report.to_dict())
+        return
+    loss = report.loss
     for note in report.notes:
         print_line(note)
     if loss is not None:

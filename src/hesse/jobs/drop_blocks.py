@@ -15,7 +15,9 @@ from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.jobs.drop_report import DroppedBlock, DropReport
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import COMPARING, activations, collecting, comparing, running, stopping, taking_gradients
 from hesse.jobs.options import run_options
 from hesse.layerwise.weight_sharing import SharedWeights
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
@@ -23,7 +25,7 @@ from hesse.networks.network import Network
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Progress
-from hesse.result import Result
+from hesse.result import ForecastReport, Result
 from hesse.scores.blocks import Removals
 
 IMPORTANCES = ("loss", "cosine", "quadratic")
@@ -79,8 +81,9 @@ def drop_blocks(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[DropReport]:
+) -> Result[DropReport | ForecastReport]:
     """Remove whole blocks from a model on disk, or make them of blocks that stay; transformers loads the result.
 
     With the importance "loss" blocks are removed one at a time, always the one whose removal costs least by
@@ -105,6 +108,7 @@ def drop_blocks(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Returns:
@@ -115,7 +119,7 @@ def drop_blocks(
     """
     request = DropRequest(blocks, loss, importance, share_rank)
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     source = locate(model)
     with Job("drop-blocks", str(model), [source], Path(out), calibration, run) as job:
         job.check_alone()
@@ -124,8 +128,12 @@ def drop_blocks(
         sharing = None if share_rank is None else SharedWeights(network, share_rank)
         selected = select_samples(source, calibration, network)
         job.notes += selected.notes
-        job.begin([network.checkpoint], {"options": repr(request)}, 3 * network.checkpoint.file_bytes)
         removal = _Removal(job, network, sharing, request, selected)
+        needed = 3 * network.checkpoint.file_bytes
+        needed += (2 * len(network.blocks) + 4) * hidden_bytes(network, tokens_of(selected.samples))
+        if dry_run:
+            return Result(removal.forecast(needed))
+        job.begin([network.checkpoint], {"options": repr(request)}, needed)
         report = removal.run()
         job.finish(report)
     return Result(report)
@@ -156,6 +164,49 @@ class _Removal:
         """The dense model's own pass, made when the first removal is to be measured."""
         with self.job.clock.phase("score"):
             return Removals(self.network, self.batches, self.job.journal.folder, self.job.progress)
+
+    def forecast(self, needed: int) -> ForecastReport:
+        """Return what the run would take: as many blocks removed as `loss` could allow, where that is the limit."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
+        removed = self.request.blocks or blocks - 1
+        batch = self.batches[0].numel()
+        phases = {COMPARING: comparing(network, length)}
+        for block in network.blocks:
+            phases[f"run {block.name} in float32"] = running(network, block, batch)
+            if self.request.importance == "quadratic":
+                phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, [])
+            if self.sharing is not None:
+                solving = max(self.sharing.workspace(layer) + collecting(layer, batch) for layer in block.layers)
+                waiting = activations(network, block, tokens, network.dtype.itemsize)
+                phases[f"replace {block.name}"] = stopping(network, block, waiting) + solving
+        passes = (
+            1.0
+            + sum(  # blocks that run in each round
+                (blocks - k) * (blocks - k + 1) / 2 if self.request.importance == "loss" else 2 * (blocks - k)
+                for k in range(removed)
+            )
+            / blocks
+        )
+        size, loss = network.checkpoint.file_bytes, self.request.loss
+        work = Work(
+            forward=int(blocks * (passes * tokens + 3 * tokens_of(self.selected.check))),
+            calibrated=0 if self.sharing is None else blocks * tokens,
+            backward=blocks * tokens if self.request.importance == "quadratic" else 0,
+            bytes=(removed + 6) * size,
+        )
+        estimate = seconds_of(work, network, samples, job.calibration.batch_size)
+        after = size
+        if self.sharing is None and loss is None:
+            smallest = min(sum(self._stored_bytes(number) for number in [k] * removed) for k in range(blocks))
+            after -= smallest
+        return job.forecast((size, after, after), needed, phases, estimate)
+
+    def _stored_bytes(self, number: int) -> int:
+        """Return the bytes of a block's tensors in the files."""
+        checkpoint = self.network.checkpoint
+        names = self.network.stored_in(self.network.blocks[number])
+        return sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in names)
 
     def run(self) -> DropReport:
         """Do everything but give the result its name."""

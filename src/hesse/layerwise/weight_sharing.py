@@ -81,6 +81,11 @@ class SharedWeights:
             total = sum(error for error, _ in errors) / sum(whole for _, whole in errors) if errors else None
             yield index, weights, total
 
+    def workspace(self, layer: Layer) -> int:
+        """Return the bytes that making a layer's weight of another holds at most."""
+        rows, columns = layer.weight.shape
+        return 4 * (14 * rows * columns + 9 * columns**2)
+
     def parameters(self, block: Block) -> int:
         """Return how many numbers describe the layers of a block made of another: factors, and scales of outputs."""
         return sum(self.rank * sum(x.weight.shape) + x.weight.shape[0] for x in block.layers)
