@@ -104,7 +104,8 @@ def test_layers_outside_attention_keep_their_gram() -> None:
     root = normal(1, 6, 6).float()
     for rows, factor in ((6, root @ root.T), (6, None), (4, None), (6, root.T @ root)):
         weight = normal(2, rows, 8).float()
-        problem = LayerProblem("a", weight, gram, None, rule, rule.constraint.build(), attention=factor)
+        statistics = {"inputs": gram} | ({} if factor is None else {"attention factor": factor})
+        problem = LayerProblem("a", weight, statistics, rule, rule.constraint.build())
         outputs = torch.ones(rows) if factor is None else factor
         kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment).with_damped_factors(
             rule.solver.output_damping, rule.solver.damping
@@ -134,7 +135,7 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="has no attention with layers"):
         compress(half_folder("llama"), tmp_path / "out", ignore=["self_attn.*"], **METHOD)
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--statistics has no factors of the attention"):
+    with pytest.raises(OptionError, match="--statistics holds no attention factor"):
         compress(half_folder("llama"), tmp_path / "out", statistics=tmp_path / "statistics", **METHOD)
     with pytest.raises(OptionError, match="attention is found in language models on disk"):
         hesse.compress_module(nn.Sequential(nn.Linear(32, 32)), [], method="aptq")

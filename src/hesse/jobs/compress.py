@@ -1,6 +1,6 @@
 """`hesse compress`: compress a model from disk to disk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,14 @@ from hesse.jobs.memory import MemoryPlan, plan_memory, waiting_bytes
 from hesse.jobs.options import RunOptions, run_options
 from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
-from hesse.layerwise.rules import fisher_needs, whole_factors
+from hesse.layerwise.rules import statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.networks.allocator import keep_no_large_memory
 from hesse.networks.network import Layer
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Clock, Progress
 from hesse.result import ForecastReport, Result
-from hesse.rewriting import Rewriting, RewritingSamples, Target
+from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
 
 
 def compress(
@@ -187,7 +187,7 @@ def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> Forecast
     for name, shape in shapes.items():
         stored = checkpoint.dtype(f"{name}.weight").itemsize
         size += int(shape.numel() * (plan.format.stored_bits(name) / 8 - stored))
-    solver = BlockSolver(plan, _UnitFactors(plan), Clock())
+    solver = BlockSolver(plan, Clock())
     calibrated = 0 if plan.statistics is not None else tokens_of(plan.samples)
     probed = 0 if plan.statistics is not None else tokens_of(plan.probes)
     blocks = len(network.blocks)
@@ -200,9 +200,12 @@ def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> Forecast
     )
 
     def solve(layer: Layer, statistics: LayerStatistics) -> object:
-        return solver.solve_layer(layer, statistics, BlockResult())
+        return solver.solve_layer(
+            layer, LayerStatistics({**statistics, **_unit_statistics(plan, layer)}), BlockResult()
+        )
 
-    known = not fisher_needs(plan.rules).of_samples
+    by_sample = {"fisher blocks", "fisher gradients"}
+    known = not any(by_sample & set(names) for names in statistics_needed(plan.rules).values())
     seconds, notes = seconds_of(work, network, plan.samples, calibration.batch_size, solve if known else None)
     if not known:
         notes.append("the time to solve layers by gradients of samples is not part of the estimate")
@@ -222,24 +225,15 @@ def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> Forecast
     return replace(report, memory_bytes=fits.bound, method=plan.recipe.method)
 
 
-class _UnitFactors(Mapping[str, Tensor]):
-    """Stand-ins for the factors that a run estimates before it solves: as large as those, to take as long."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._shapes = {layer.name: layer.weight.shape for layer in plan.network.layers}
-        self._whole = whole_factors(plan.rules)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._shapes:
-            return torch.ones(self._shapes[name.removesuffix(".weight")])
-        rows = self._shapes[name][0]
-        return torch.eye(rows) if name in self._whole else torch.ones(rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+def _unit_statistics(plan: Plan, layer: Layer) -> dict[str, Tensor]:
+    """Return backward statistics of a layer as large as those that a run estimates, to take as long to solve with."""
+    rows, columns = layer.weight.shape
+    made = {
+        "output factor": lambda: torch.eye(rows),
+        "output diagonal": lambda: torch.ones(rows),
+        "fisher diagonal": lambda: torch.ones(rows, columns),
+    }
+    return {name: made[name]() for name in statistics_needed(plan.rules).get(layer.name, ()) if name in made}
 
 
 def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:
@@ -264,7 +258,9 @@ def _rewrite(job: Job, plan: Plan, rewriting: Rewriting, batch_size: int) -> Non
     path = journal.folder / "rewriting.safetensors"
     if job.processes.is_main and journal.recall("rewriting") is None:
         progress.begin("rewrite", len(plan.network.blocks))
-        targets = {name: Target(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()}
+        targets = {
+            name: RoundingTarget(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()
+        }
         batches, seed = plan.samples.batches(batch_size), plan.calibration.seed
         rewriting.find(RewritingSamples(batches, targets, seed, journal.folder, progress.advance))
         with writing(path):

@@ -26,6 +26,7 @@ from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
+from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
 IMPORTANCES = ("loss", "cosine", "quadratic")
@@ -163,7 +164,8 @@ class _Removal:
     def removals(self) -> Removals:
         """The dense model's own pass, made when the first removal is to be measured."""
         with self.job.clock.phase("score"):
-            return Removals(self.network, self.batches, self.job.journal.folder, self.job.progress)
+            job = self.job
+            return Removals(self.network, self.batches, job.journal.folder, job.progress, job.calibration.seed)
 
     def forecast(self, needed: int) -> ForecastReport:
         """Return what the run would take: as many blocks removed as `loss` could allow, where that is the limit."""
@@ -175,7 +177,7 @@ class _Removal:
         for block in network.blocks:
             phases[f"run {block.name} in float32"] = running(network, block, batch)
             if self.request.importance == "quadratic":
-                phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, [])
+                phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, 0)
             if self.sharing is not None:
                 solving = max(self.sharing.workspace(layer) + collecting(layer, batch) for layer in block.layers)
                 waiting = activations(network, block, tokens, network.dtype.itemsize)
@@ -255,9 +257,8 @@ class _Removal:
             self.dropped.append(DroppedBlock(number, score, costs[number]))
 
     def _score(self) -> dict[str, list[float]]:
-        seed = self.job.calibration.seed
-        turns = self.request.importance == "cosine"
-        return {"scores": self.removals.turns() if turns else self.removals.quadratic(seed)}
+        score = find_score(self.request.importance)
+        return {"scores": score.costs(self.removals, self.removals.partition).tolist()}
 
     def _costs(self, candidates: Sequence[int]) -> dict[int, float]:
         """Return the measured loss without each candidate, besides the blocks that were dropped before."""

@@ -13,11 +13,12 @@ from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.writer import link_or_copy, write_tensors, writing
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
-from hesse.data.selection import Calibration, Selection, factor_tokens, sample_length, select_samples
+from hesse.data.selection import Calibration, Selection, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Sums, save_curvature
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
+from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.formats.opening import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
@@ -104,8 +105,8 @@ def estimate(
         job.check_alone()
         with job.clock.phase("read"):
             checkpoint, dense, network = open_networks(source, run.device)
-            outputs = [layer.weight.shape[0] for layer in network.layers]
-            selected = select_samples(source, calibration, network, factor_tokens(outputs))
+            factors = {layer.name: ("output factor",) for layer in network.layers}
+            selected = select_samples(source, calibration, network, probe_tokens(factors, network.layers, 0))
         job.notes += selected.notes
         estimation = _Estimation(job, dense, network, selected, kinds)
         out_bytes = _most_bytes(network, kinds)
@@ -197,9 +198,9 @@ class _Estimation:
                 if kind in self.kinds
             )
             size = length if single else batch
-            phases[f"take gradients through {block.name}"] = held + taking_gradients(
-                dense, block, size, () if "kronecker" in self.kinds else block.layers
-            )
+            if "kronecker" not in self.kinds:
+                held += sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers)
+            phases[f"take gradients through {block.name}"] = taking_gradients(dense, block, size, held)
         probed = 0 if "kronecker" in self.kinds else tokens_of(self.probes)
         backward = tokens if {"kronecker", "fisher"} & set(self.kinds) else 0
         work = Work(
@@ -236,9 +237,10 @@ class _Estimation:
         """Return E[ggᵀ] at the layers' outputs, from some of the samples."""
         job = self.job
         job.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
-        every, seed, folder = {layer.name for layer in self.network.layers}, job.calibration.seed, job.journal.folder
-        step = job.progress.advance
-        return dict(probe(self.network, self.probes, every, folder, seed, job.clock, step, job.journal))
+        needs = {layer.name: ("output factor",) for layer in self.network.layers}
+        seed, folder, step = job.calibration.seed, job.journal.folder, job.progress.advance
+        known = probe(self.network, self.probes, needs, folder, seed, job.clock, step, job.journal)
+        return {layer: statistics["output factor"] for layer, statistics in known.items()}
 
     def _forward_pass(self) -> None:
         """Write the Gram of each layer's inputs; layers with the same inputs have one file."""

@@ -94,7 +94,7 @@ class SharedWeights:
         """Return the scaled weight `other` with the low rank that takes it nearest to the layer's weight."""
         target = layer.weight.float()
         scaled = _scaled(other, target, gram)
-        problem = LayerProblem(layer.name, target - scaled, gram, None, self._rule, LowRank(self.rank))
+        problem = LayerProblem(layer.name, target - scaled, {"inputs": gram}, self._rule, LowRank(self.rank))
         return scaled + solver.solve(problem).solution.weight
 
     def _weight(self, layer: Layer) -> Tensor:

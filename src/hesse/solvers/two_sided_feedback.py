@@ -29,8 +29,8 @@ class TwoSidedFeedback:
 
     Choose it where the end loss's curvature is known (a Kronecker of Fisher factors) and quality counts. Needs factors
     that are positive definite: `Kronecker.with_damped_factors`. On a GPU with Triton the loops over codes are kernels,
-    else they run on the CPU. Source: the update of GPTQ (Frantar et al., 2022) on the curvature of K-FAC (Martens and
-    Grosse, 2015).
+    else they run on the CPU. Source: adaptive rounding with Kronecker factors of the loss's Hessian is YAQA's (Tseng
+    et al., 2025, arXiv:2505.22988), after GPTQ (Frantar et al., 2022) and K-FAC (Martens and Grosse, 2015).
     """
 
     passes: int = 1
