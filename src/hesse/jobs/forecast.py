@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hesse.data import Samples
 from hesse.errors import HesseError
 from hesse.estimation.calibrated import LayerStatistics, calibrated_blocks
+from hesse.jobs.memory import parameters
 from hesse.networks.network import Layer, Network
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, start
 
@@ -63,7 +64,8 @@ def seconds_of(
                 solving[shape] = time.perf_counter() - before
         calibrated = time.perf_counter() - begun - sum(solving.values()) - read
         break
-    stored = sum(tensor.nbytes for tensor in network.checkpoint.read_stored(network.stored_in(block)).values())
+    share = parameters(block) / sum(parameter.numel() for parameter in network.model.parameters())
+    stored = share * network.checkpoint.file_bytes
     total = (work.forward + BACKWARD * work.backward) * forward / tokens
     total += work.calibrated * max(calibrated, forward) / tokens + work.bytes * read / max(stored, 1)
     return total + sum(_of_shape(shape, solving) for shape in work.layers.values()), notes
