@@ -58,7 +58,8 @@ def test_a_dry_run_says_the_bytes_of_out_and_writes_nothing(
     done = run(name, folders, tmp_path / "out").report
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     headers = 16_000  # of safetensors files, which weigh something in tiny models only
-    assert written - headers <= forecast.out_bytes <= 1.05 * written + headers
+    slack = 1.2 if name == "estimate" else 1.05  # layers with the same inputs have one Gram, as the run finds out
+    assert written - headers <= forecast.out_bytes <= slack * written + headers
     assert forecast.disk_bytes >= written
     assert (forecast.verb, forecast.model, forecast.out) == (done.verb, done.model, done.out)
     assert forecast.bytes_before == done.bytes_before
