@@ -24,7 +24,7 @@ import hesse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.data import read_samples
 from hesse.models.locate import DEFAULT_FOLDER
-from hesse.solvers.nystroem import refitted
+from hesse.solvers.linear.nystroem import refitted
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits

@@ -14,7 +14,7 @@ from hesse.solvers import ErrorFeedback, TwoSidedFeedback, solve
 from hesse.solvers.admm import ADMM
 from hesse.solvers.refit_values import in_order, refit_values
 from hesse.solvers.repair import Repair
-from hesse.solvers.sweeps import nearest
+from hesse.solvers.sweeps.two_sided_blocks import nearest
 from hesse.solvers.two_sided_search import CodebookSearch
 from hesse.testing import normal, seeds
 

@@ -10,7 +10,7 @@ from hesse.constraints import Grid, GridCode, Sparse
 from hesse.curvature import Diagonal, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
 from hesse.solvers import ErrorFeedback, LearnedRounding, TwoSidedFeedback, solve
-from hesse.solvers.row_flips import settle_rows
+from hesse.solvers.sweeps.row_flips import settle_rows
 from hesse.testing import normal
 
 GRIDS = [Grid(2, 4, headroom=0.25), Grid(3, -1, signed=True, headroom=1.0), Grid(3, 5, symmetric=False)]

@@ -23,7 +23,7 @@ from hesse.solvers import (
     spectral_density,
 )
 from hesse.solvers.conjugate_steps import conjugate_steps
-from hesse.solvers.triangular import inverse_of
+from hesse.solvers.linear.triangular import inverse_of
 from hesse.testing import normal, seeds
 
 N = 12

@@ -16,7 +16,7 @@ from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_id
 from hesse.compression import feed_forward
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
 from hesse.models.experts import EXPERT_NAMES
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, refitted
 from hesse.testing import normal
 
 FolderOf = Callable[[str], Path]

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, GridCode, Sparse
 from hesse.curvature import Gram, Kronecker
-from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, kernels, solve, two_sided_loops
-from hesse.solvers.two_sided_loops import Steps
+from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, solve
+from hesse.solvers.sweeps import kernels
+from hesse.solvers.sweeps import two_sided as plain_two_sided
+from hesse.solvers.sweeps.two_sided import Steps
 from sweep_cases import CONSTRAINTS, WEIGHTS, normal, whole
 
-two_sided = pytest.importorskip("hesse.solvers.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
+two_sided = pytest.importorskip("hesse.solvers.sweeps.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -122,7 +124,7 @@ def test_feedback_in_tiles_where_every_weight_is_tied(shape: tuple[int, int], mo
     )
     bounds = torch.full((1, height), 100.0)
     settings = Steps(torch.ones(1, height), -bounds, bounds, torch.zeros(width, dtype=torch.int64), torch.float32)
-    plain = two_sided_loops.feed_back(work.clone(), settings, columns, rows)
+    plain = plain_two_sided.feed_back(work.clone(), settings, columns, rows)
     assert bool((plain.abs() < 100).all())
     placed = Steps(*(each.to(DEVICE) for each in settings[:4]), settings.dtype)
     found = two_sided.feed_back(work.to(DEVICE), placed, columns.to(DEVICE), rows.to(DEVICE))
@@ -148,7 +150,7 @@ def test_feedback_in_tiles(
         unit_upper(normal(2, width, width) / 5),
         unit_upper(normal(3, height, height) / 5),
     )
-    plain = two_sided_loops.feed_back(work.clone(), on_cpu(settings), columns, rows)
+    plain = plain_two_sided.feed_back(work.clone(), on_cpu(settings), columns, rows)
     found = two_sided.feed_back(work.to(DEVICE), settings, columns.to(DEVICE), rows.to(DEVICE)).cpu()
     if GPU:
         assert (found != plain).float().mean() < 0.05
@@ -168,7 +170,7 @@ def test_descent(shape: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyP
     codes = (weight / scale).round().clamp(spread.lowest[spread.group], spread.highest[spread.group])
     gradient = inputs @ (codes * scale - weight) @ outputs
     plain, found = codes.clone(), codes.to(DEVICE, copy=True)
-    two_sided_loops.descend(plain, gradient.clone(), spread, inputs, outputs)
+    plain_two_sided.descend(plain, gradient.clone(), spread, inputs, outputs)
     two_sided.descend(found, gradient.to(DEVICE), settings, inputs.to(DEVICE), outputs.to(DEVICE))
     assert (width * height == 1) == torch.equal(plain, codes)
     if GPU:

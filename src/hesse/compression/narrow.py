@@ -23,7 +23,7 @@ from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, calibration_batch, start
 from hesse.models.writer import Parts, write_text
 from hesse.progress import Clock, Progress
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, refitted
 
 REPORT_FILE = "narrow.json"
 MULTIPLE = 8  # of hidden units, which kernels want

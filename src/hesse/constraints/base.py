@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,11 +45,10 @@ class Constraint(ABC):
         """Of how many neighbouring rows or columns a matrix must have a multiple, since they are chosen together."""
         return 1
 
-    def __add__(self, other: "Constraint") -> "Constraint":
-        """Sums of a member of this set and a member of another."""
-        from hesse.constraints.plus import Plus
+    if TYPE_CHECKING:  # plus.py, which knows what a sum is, sets it
 
-        return Plus(self, other, dtype=self.dtype)
+        def __add__(self, other: "Constraint") -> "Constraint":
+            """Return the sums of a member of this set and a member of another."""
 
     def nearest(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         """The member that `encode` stores, as a weight (out, in)."""

@@ -77,3 +77,11 @@ class Plus(Constraint):
 
     def bits_per_weight(self, shape: torch.Size) -> float:
         return self.base.bits_per_weight(shape) + self.correction.bits_per_weight(shape)
+
+
+def _add(self: Constraint, other: Constraint) -> Plus:
+    """Return the sums of a member of one set and a member of another."""
+    return Plus(self, other, dtype=self.dtype)
+
+
+Constraint.__add__ = _add  # type: ignore[method-assign]  # a set need not know of sums

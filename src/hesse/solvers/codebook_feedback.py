@@ -6,9 +6,9 @@ from torch import Tensor
 from hesse.constraints import Codebook, CodebookCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram
-from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.never_worse import plain_is_cheaper
 from hesse.solvers.refit_values import in_order, refit_values
+from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
 def fed_back(

@@ -23,13 +23,14 @@ from hesse.constraints import (
 )
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers import codebook_feedback, column_sweep, kernels
+from hesse.solvers import codebook_feedback
 from hesse.solvers.base import as_gram
-from hesse.solvers.block_sweep import sweep_blocks
-from hesse.solvers.column_sweep import Block
-from hesse.solvers.late_mask import LateMask
+from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
-from hesse.solvers.triangular import backwards_in, inverse_of, read_backwards
+from hesse.solvers.sweeps import columns, kernels
+from hesse.solvers.sweeps.blocks import sweep_blocks
+from hesse.solvers.sweeps.columns import Block
+from hesse.solvers.sweeps.late_mask import LateMask
 
 Walk = Callable[[Block, int, int, Grouped | None], None]
 
@@ -240,10 +241,10 @@ def _compiled_walk(work: Tensor) -> Walk | None:
     if work.dtype != torch.float32:
         return None
     if not kernels.run_on(work.device):
-        return column_sweep.walk if work.device.type == "cpu" else None
-    from hesse.solvers.kernels import columns
+        return columns.walk if work.device.type == "cpu" else None
+    from hesse.solvers.sweeps.kernels.columns import walk
 
-    return columns.walk
+    return walk
 
 
 def _parts(constraint: Constraint) -> tuple[Grouped | None, Sparse | None]:

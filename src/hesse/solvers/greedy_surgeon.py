@@ -10,9 +10,9 @@ from hesse.compiled import lost_bits
 from hesse.constraints import Constraint, Grid, GridCode, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, Gram
 from hesse.errors import UnsupportedProduct
-from hesse.solvers import greedy_loops
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
 from hesse.solvers.refit import best_values, kept_part
+from hesse.solvers.sweeps import greedy
 
 PADDING = 1e15  # what stands in a last block for no weight: it is never the cheapest
 
@@ -76,7 +76,7 @@ def _kept(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None)
     costs = np.full((len(work), work.shape[1] // sparse.block), np.inf, np.float32)
     turns = np.empty(work.shape, np.int32)
     group, most = (0, 0) if sparse.of is None else (sparse.of, int(sparse.amount))
-    greedy_loops.prune(work.numpy(), _on_cpu(inverses).numpy(), group, most, sparse.block, costs, turns)
+    greedy.prune(work.numpy(), _on_cpu(inverses).numpy(), group, most, sparse.block, costs, turns)
     turn = torch.from_numpy(turns).to(rows.device)
     if number is None:
         return turn == rows.shape[1]
@@ -109,7 +109,7 @@ def _drops(price: Tensor, number: Tensor) -> Tensor:
 def _rounded(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCode:
     scales, columns = grid.fit(weight), weight.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    greedy_loops.round_all(
+    greedy.round_all(
         _on_cpu(weight).numpy(),
         _on_cpu(inverse).numpy(),
         _on_cpu(grid.expand(scales.scale, columns)).numpy(),

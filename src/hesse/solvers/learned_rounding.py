@@ -13,7 +13,7 @@ from hesse.errors import UnsupportedProduct
 from hesse.solvers.base import as_kind, cost_of
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_codes
-from hesse.solvers.row_flips import settle_rows
+from hesse.solvers.sweeps.row_flips import settle_rows
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 
 LOW, HIGH = -0.1, 1.1  # what a sigmoid is stretched to before it is cut to [0, 1]

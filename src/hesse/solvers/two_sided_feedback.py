@@ -10,7 +10,7 @@ from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import UnsupportedProduct
 from hesse.solvers.admm import ADMM
-from hesse.solvers.triangular import backwards_in, inverse_of, kronecker_root, read_backwards
+from hesse.solvers.linear.triangular import backwards_in, inverse_of, kronecker_root, read_backwards
 from hesse.solvers.two_sided_search import CodebookSearch, GridSearch, TwoSidedState, for_loops
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode, Scales
 from hesse.constraints.base import round_to
 from hesse.curvature import Kronecker
-from hesse.solvers import kernels, two_sided_loops
 from hesse.solvers.admm import ADMM, ADMMState
 from hesse.solvers.refit_scales import refit_scales
 from hesse.solvers.refit_values import in_order, refit_values
-from hesse.solvers.two_sided_loops import Steps, Tables, TwoSidedSweeps
+from hesse.solvers.sweeps import kernels, two_sided
+from hesse.solvers.sweeps.two_sided import Steps, Tables, TwoSidedSweeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class Search(ABC, Generic[Code]):
     @property
     def sweeps(self) -> TwoSidedSweeps:
         """The loops that round."""
-        return two_sided_loops
+        return two_sided
 
     @abstractmethod
     def steps(self, code: Code) -> Any:
@@ -130,10 +130,10 @@ class GridSearch(Search[GridCode]):
     @property
     def sweeps(self) -> TwoSidedSweeps:
         if not kernels.run_on(self.state.input_factor.device):
-            return two_sided_loops
-        from hesse.solvers.kernels import two_sided
+            return two_sided
+        from hesse.solvers.sweeps.kernels import two_sided as on_gpu
 
-        return two_sided
+        return on_gpu
 
     def steps(self, code: GridCode) -> Steps:
         scales = code.scales

@@ -10,9 +10,9 @@ from torch import Tensor
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
 from hesse.curvature import Curvature
 from hesse.solvers.base import as_kind
-from hesse.solvers.block_sweep import sweep_blocks
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 from hesse.solvers.never_worse import plain_is_cheaper
+from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
 @dataclass(frozen=True)

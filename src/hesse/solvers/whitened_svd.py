@@ -11,7 +11,7 @@ from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers.base import as_kind
-from hesse.solvers.triangular import kronecker_root
+from hesse.solvers.linear.triangular import kronecker_root
 
 
 class Sides(NamedTuple):

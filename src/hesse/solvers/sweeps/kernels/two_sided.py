@@ -1,4 +1,4 @@
-"""Both sweeps of two-sided rounding; `hesse.solvers.two_sided_loops` says what they do.
+"""Both sweeps of two-sided rounding; `hesse.solvers.sweeps.two_sided` says what they do.
 
 Feedback: a weight depends on those of no later column and no later row, so a weight is cut into tiles, and the tiles
 of one anti-diagonal are solved by one launch, a program each. Within a tile the weights of an anti-diagonal are
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
-from hesse.solvers.two_sided_loops import BLOCK, Steps
+from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
+from hesse.solvers.sweeps.two_sided import BLOCK, Steps
 
 TILE = 64  # columns and rows that one program solves
 CHUNK = 512  # rows that descent weighs at once

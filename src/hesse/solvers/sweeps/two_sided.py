@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hesse.compiled import lost_bits
-from hesse.solvers import sweeps
+from hesse.solvers.sweeps import two_sided_blocks
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
@@ -32,7 +32,7 @@ class Steps(NamedTuple):
 
     def loops(self) -> tuple[Loop, Loop]:
         """Those that feed errors back and that descend."""
-        return sweeps.feed_back, sweeps.descend
+        return two_sided_blocks.feed_back, two_sided_blocks.descend
 
 
 class Tables(NamedTuple):
@@ -46,7 +46,7 @@ class Tables(NamedTuple):
 
     def loops(self) -> tuple[Loop, Loop]:
         """Those that feed errors back and that descend."""
-        return sweeps.feed_back_table, sweeps.descend_table
+        return two_sided_blocks.feed_back_table, two_sided_blocks.descend_table
 
 
 class TwoSidedSweeps(Protocol):

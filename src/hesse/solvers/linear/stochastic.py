@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.estimate import Estimate, mean_of
+from hesse.solvers.linear.estimate import Estimate, mean_of
 
 TOGETHER = 8  # probes whose products are asked for at once
 

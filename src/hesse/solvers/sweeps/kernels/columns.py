@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from hesse.constraints import Grouped
-from hesse.solvers.column_sweep import Block, bounds_of
-from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
+from hesse.solvers.sweeps.columns import Block, bounds_of
+from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
 

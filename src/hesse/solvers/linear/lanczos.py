@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.estimate import Estimate, mean_of
-from hesse.solvers.stochastic import random_signs
+from hesse.solvers.linear.estimate import Estimate, mean_of
+from hesse.solvers.linear.stochastic import random_signs
 
 FIRST_VECTORS = 16  # room that is made at first
 
