@@ -22,7 +22,7 @@ from hesse.solvers import (
     log_determinant,
     spectral_density,
 )
-from hesse.solvers.conjugate_steps import conjugate_steps
+from hesse.solvers.linear.conjugate_gradients import conjugate_steps
 from hesse.solvers.linear.triangular import inverse_of
 from hesse.testing import normal, seeds
 

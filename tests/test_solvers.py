@@ -15,7 +15,7 @@ from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, ConditioningWarning, DataError, OptionError, UnsupportedProduct
 from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, TwoSidedFeedback, WhitenedSVD, solve
 from hesse.solvers.base import solve_with
-from hesse.solvers.refit import refit
+from hesse.solvers.refit import refit_rows
 
 seeds = st.integers(0, 2**31 - 1)
 orders = st.sampled_from(["given", "descending"])
@@ -414,7 +414,7 @@ def test_refitted_weights_are_the_least_squares_solution_for_their_mask() -> Non
 def test_refitting_makes_no_row_worse(seed: int, share: float, steps: int) -> None:
     weight, gram = normal(seed, 5, 16), correlated_gram(seed + 1, 16)
     kept = torch.rand(5, 16, generator=torch.Generator().manual_seed(seed)) < share
-    found = [refit(weight, weight * kept, kept, gram, n) for n in (steps, steps + 1)]
+    found = [refit_rows(weight, weight * kept, kept, gram, n) for n in (steps, steps + 1)]
     before, after = (row_costs(gram, w - weight) + gram.damping / 2 * (w - weight).square().sum(1) for w in found)
     assert bool((after <= before + 1e-12).all())
     assert not found[1][~kept].any()
@@ -422,9 +422,9 @@ def test_refitting_makes_no_row_worse(seed: int, share: float, steps: int) -> No
 
 def test_refitting_leaves_what_is_solved() -> None:
     weight, gram = normal(0, 5, 16), correlated_gram(1, 16)
-    assert torch.equal(refit(weight, weight, torch.ones(5, 16, dtype=torch.bool), gram, 5), weight)
+    assert torch.equal(refit_rows(weight, weight, torch.ones(5, 16, dtype=torch.bool), gram, 5), weight)
     nothing = torch.zeros(5, 16, dtype=torch.bool)
-    assert torch.equal(refit(weight, weight * nothing, nothing, gram, 5), weight * nothing)
+    assert torch.equal(refit_rows(weight, weight * nothing, nothing, gram, 5), weight * nothing)
 
 
 def test_predicted_loss_increase_of_one_weight_is_that_of_optimal_brain_surgeon() -> None:

@@ -17,7 +17,7 @@ from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
-from hesse.solvers.refit_scales import refit_scales
+from hesse.solvers.refit_codes import refit_scales
 from hesse.solvers.two_sided_search import GridSearch
 
 seeds = st.integers(0, 2**31 - 1)

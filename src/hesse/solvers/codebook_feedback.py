@@ -7,7 +7,7 @@ from hesse.constraints import Codebook, CodebookCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram
 from hesse.solvers.never_worse import plain_is_cheaper
-from hesse.solvers.refit_values import in_order, refit_values
+from hesse.solvers.refit_codes import in_order, refit_values
 from hesse.solvers.sweeps.blocks import sweep_blocks
 
 

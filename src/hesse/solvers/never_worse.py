@@ -6,8 +6,7 @@ from torch import Tensor
 from hesse.constraints import GridCode, Grouped, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram
 from hesse.solvers.base import cost_of
-from hesse.solvers.masked_refit import masked_refit
-from hesse.solvers.refit import refit
+from hesse.solvers.refit import refit_rows, refit_whole
 
 
 def cheaper_codes(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
@@ -24,12 +23,11 @@ def refitted_code(
     Under a Gram that is judged row by row, under other curvatures, which couple rows, as a whole.
     """
     if isinstance(curvature, Gram):
-        solved = refit(weight, start, kept, curvature, steps)
+        solved = refit_rows(weight, start, kept, curvature, steps)
         rows = plain_is_cheaper(curvature, weight, solved, weight * kept)
         return sparse.encode_masked(torch.where(rows, weight, solved), kept)
-    codes = [
-        sparse.encode_masked(values, kept) for values in (masked_refit(weight, start, kept, curvature, steps), weight)
-    ]
+    solved = refit_whole(weight, start, kept, curvature, steps)
+    codes = [sparse.encode_masked(values, kept) for values in (solved, weight)]
     return min(codes, key=lambda code: cost_of(curvature, sparse, code, weight))
 
 

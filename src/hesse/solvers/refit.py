@@ -5,37 +5,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hesse.curvature import BlockRankOneSum, Gram, RankOneSum
+from hesse.curvature import BlockRankOneSum, Curvature, Gram, RankOneSum
+from hesse.solvers.linear.conjugate_gradients import conjugate_steps, row_sums
 
 OfGradients = BlockRankOneSum | RankOneSum
 
 
-def refit(weight: Tensor, start: Tensor, kept: Tensor, gram: Gram, steps: int) -> Tensor:
-    """Lower ½ tr(d (A + λI) dᵀ), d = result - weight, over the values where `kept` is true; zeros elsewhere.
+def refit_rows(weight: Tensor, start: Tensor, kept: Tensor, gram: Gram, steps: int) -> Tensor:
+    """Lower ½ tr(d (A + λI) dᵀ), d = result - weight (out, in), over the values where `kept` is true; zeros elsewhere.
 
-    `start` (out, in) is zero where `kept` is not. Each row is a least-squares problem of its own with its own columns,
-    and all rows take one step of conjugate gradients together, preconditioned by the diagonal: two matrix products for
-    what no factorisation could share. No step makes a row worse, beyond rounding.
-
-    The problem is that of ADMM's weight update for pruning (Boža, 2024); the steps are Hestenes and Stiefel's (1952).
+    `start` is zero where `kept` is not. Each row is a least-squares problem of its own with its own columns, and all
+    rows take one step of conjugate gradients together: two matrix products for what no factorization could share. The
+    problem is that of ADMM's weight update for pruning (Boža, 2024).
     """
     metric = gram.second_moment.to(weight.dtype) + gram.damping * torch.eye(weight.shape[1]).to(weight)
-    scale = metric.diagonal().clamp(min=torch.finfo(weight.dtype).tiny)
-    result = start
-    residual = -((result - weight) @ metric) * kept
-    direction = residual / scale
-    strength = (residual * direction).sum(1, keepdim=True)
-    for _ in range(steps):
-        product = (direction @ metric) * kept
-        length = strength / (direction * product).sum(1, keepdim=True)
-        length = torch.where(length.isfinite(), length, 0)  # a row that is solved
-        result = result + length * direction
-        residual = residual - length * product
-        scaled = residual / scale
-        before, strength = strength, (residual * scaled).sum(1, keepdim=True)
-        ratio = strength / before
-        direction = scaled + torch.where(ratio.isfinite(), ratio, 0) * direction
-    return result
+    residual = -((start - weight) @ metric) * kept
+    return conjugate_steps(start, residual, metric.diagonal(), lambda v: (v @ metric) * kept, steps, row_sums)
+
+
+def refit_whole(weight: Tensor, start: Tensor, kept: Tensor, curvature: Curvature, steps: int) -> Tensor:
+    """Lower ½ dᵀHd, d = result - weight (out, in), over the values where `kept` is true; zeros elsewhere.
+
+    `start` is zero where `kept` is not. One problem of all kept weights under any curvature with products, at one
+    product a step. Where rows are independent, `refit_rows` gives each row its own step length.
+    """
+    residual = -curvature.matvec(start - weight) * kept
+    diagonal = curvature.diagonal().to(weight.dtype)
+    return conjugate_steps(start, residual, diagonal, lambda v: curvature.matvec(v) * kept, steps)
 
 
 def kept_part(curvature: OfGradients, kept: Tensor) -> OfGradients:

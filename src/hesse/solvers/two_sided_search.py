@@ -12,8 +12,7 @@ from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Kronecker
 from hesse.solvers.admm import ADMM, ADMMState
-from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.refit_values import in_order, refit_values
+from hesse.solvers.refit_codes import in_order, refit_scales, refit_values
 from hesse.solvers.sweeps import kernels, two_sided
 from hesse.solvers.sweeps.two_sided import Steps, Tables, TwoSidedSweeps
 

@@ -1,5 +1,6 @@
-"""(H + λI) x = b with products alone, and how it ended."""
+"""(H + λI) x = b from products alone: to a tolerance, with a report of how it ended, or a few steps of a refit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +134,47 @@ def conjugate_gradients(
     return LinearSolution(
         solution.view(vector.shape), "conjugate gradients", ending, worst, iterations, negative, along
     )
+
+
+def conjugate_steps(
+    start: Tensor,
+    residual: Tensor,
+    metric: Tensor,
+    product: Callable[[Tensor], Tensor],
+    steps: int,
+    total: Callable[[Tensor], Tensor] = torch.sum,
+) -> Tensor:
+    """Return `start` after at most `steps` steps towards the minimum of ½ xᵀQx - bᵀx, in the precision of `start`.
+
+    `residual` (of the shape of `start`) is b - Q `start`, `metric` (which broadcasts to it) the diagonal of Q, which
+    preconditions (an entry that is not positive counts as 1), and `product(v)` is Q v. `total` adds up the entries of one problem:
+    all of them, or with `row_sums` those of each row, where every row is a problem of its own and takes steps of its
+    own length. The steps end early where rounding leaves no descent direction. No step raises the cost, beyond
+    rounding. Source: Hestenes and Stiefel, 1952.
+    """
+    metric = torch.where(metric > 0, metric, 1)
+    result = start
+    direction = residual / metric
+    strength = total(residual * direction)
+    for _ in range(steps):
+        image = product(direction)
+        bend = total(direction * image)
+        if not bool(((strength > 0) & (bend > 0)).any()):
+            break
+        length = strength / bend
+        length = torch.where(length.isfinite(), length, 0)  # 0 for a row that is solved
+        result = result + length * direction
+        residual = residual - length * image
+        scaled = residual / metric
+        before, strength = strength, total(residual * scaled)
+        ratio = strength / before
+        direction = scaled + torch.where(ratio.isfinite(), ratio, 0) * direction
+    return result
+
+
+def row_sums(matrix: Tensor) -> Tensor:
+    """Return the sum of each row (rows, 1) of `matrix` (rows, n)."""
+    return matrix.sum(1, keepdim=True)
 
 
 def _residual(curvature: Curvature, solution: Tensor, right: Tensor) -> Tensor:
