@@ -34,7 +34,7 @@ def outputs_of(objective: Objective, inputs: Tensor) -> Callable[[Tensor], Tenso
 
 
 def point(objective: Objective) -> Tensor:
-    return objective.joined(objective.parameters).detach()
+    return objective.join(objective.parameters).detach()
 
 
 def mean_scale(objective: Objective, targets: Tensor, terms: Tensor) -> float:

@@ -54,7 +54,7 @@ def test_per_sample_gradients(setting: str, kind: Any) -> None:
     objective = make(setting, "cross-entropy")
     expected = torch.stack(
         [
-            objective.joined(
+            objective.join(
                 torch.autograd.grad(objective.loss.terms(objective.outputs(x), y).sum(), objective.parameters)
             )
             for x, y in samples(objective, kind, seed=3)

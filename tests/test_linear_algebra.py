@@ -39,7 +39,7 @@ class Matrix(Curvature):
     def shape(self) -> torch.Size:
         return self.values.shape[:1]
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector @ self.values.to(vector.dtype)
 
     def diagonal(self) -> Tensor:

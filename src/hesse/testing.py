@@ -1,7 +1,7 @@
 """Tests that any curvature inherits: a class for pytest with every product and law against a dense matrix."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,16 +32,16 @@ class CurvatureLaws:
     """Every product of a curvature against the matrix that it stands for, and the laws that hold for all.
 
     A subclass supplies `build` and `dense`, and `weight` where the curvature acts on the last dimensions of a larger
-    weight; it inherits tests of matvec, solve, quadratic, diagonal, inverse diagonal, trace, rank, damping, batching,
-    precision and saving. Products that a curvature refuses with UnsupportedProduct are left out, unless they are in
-    `offers`.
+    weight; it inherits tests of matvec, solve, `@`, inverse, power, quadratic, diagonal, inverse diagonal, trace, rank,
+    scipy, damping, batching, precision and saving. Products that are not in `offers` must be refused with
+    UnsupportedProduct.
 
         class TestMine(CurvatureLaws):
             def build(self, dtype): return Mine(values=VALUES.to(dtype))
             def dense(self): return VALUES.diag()
     """
 
-    offers: tuple[str, ...] = ("solve", "inverse_diagonal", "diagonal", "trace", "rank", "save")
+    offers: tuple[str, ...] = ("solve", "inverse_diagonal", "power", "diagonal", "trace", "rank", "save")
     positive = True  # semi-definite; an exact Hessian need not be
     precise_to: Mapping[torch.dtype, float] = TOLERANCE
 
@@ -120,6 +120,58 @@ class CurvatureLaws:
             return
         expected = torch.linalg.solve(self.dense(), self._flat(vector))
         self._check(self._flat(curvature.solve(vector.to(dtype))), expected, dtype)
+
+    @precisions
+    @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.5, 2.0])
+    def test_power(self, dtype: torch.dtype, exponent: float) -> None:
+        self._needs("power")
+        vectors = self._vectors(9, 2)
+        values, columns = torch.linalg.eigh(self.dense() + self._damping() * torch.eye(len(self.dense())).double())
+        powered = self._damped(dtype).power(vectors.to(dtype), exponent)
+        assert powered.shape == vectors.shape
+        assert powered.dtype == dtype
+        self._check(self._flat(powered), self._flat(vectors) @ (columns * values**exponent) @ columns.T, dtype)
+
+    def test_negative_powers_without_damping(self) -> None:
+        self._needs("power")
+        values = torch.linalg.eigvalsh(self.dense())
+        vector, curvature = self._vectors(3), self.build(torch.float64)
+        if float(values.abs().min()) < 1e-10 * float(values.abs().max()):
+            with pytest.raises(ConditioningError, match="damp"):
+                curvature.power(vector, -0.5)
+            return
+        twice = curvature.power(curvature.power(vector, -0.5), -0.5)
+        self._check(self._flat(twice), torch.linalg.solve(self.dense(), self._flat(vector)), torch.float64)
+
+    def test_the_inverse_is_an_operator(self) -> None:
+        self._needs("solve")
+        curvature, vectors = self._damped(torch.float64), self._vectors(10, 2)
+        inverse = curvature.inverse()
+        assert (inverse.shape, inverse.dtype, inverse.device) == (curvature.shape, curvature.dtype, curvature.device)
+        assert torch.equal(inverse @ vectors, curvature.solve(vectors))
+        assert torch.equal(inverse.matvec(vectors), curvature.solve(vectors))
+        expected = 0.5 * torch.einsum("bi,ij,bj->", self._flat(vectors), self._inverse(), self._flat(vectors))
+        assert inverse.quadratic(vectors) == pytest.approx(float(expected), rel=1e-6)
+        if "inverse_diagonal" in self.offers:
+            assert torch.equal(inverse.diagonal(), curvature.inverse_diagonal())
+
+    def test_the_matrix_product_sign_is_matvec(self) -> None:
+        curvature, vectors = self.build(torch.float64), self._vectors(11, 2)
+        assert torch.equal(curvature @ vectors, curvature.matvec(vectors))
+
+    def test_as_an_operator_of_scipy(self) -> None:
+        curvature, vectors = self._damped(torch.float64), self._flat(self._vectors(12, 3))
+        operator = curvature.to_scipy(self.weight())
+        assert operator.shape == tuple(self.dense().shape)
+        product = torch.from_numpy(operator @ vectors.T.numpy()).T  # three columns at once, and then one
+        self._check(product, vectors @ self.dense(), torch.float64)
+        self._check(torch.from_numpy(operator.T @ vectors[0].numpy()), vectors[0] @ self.dense(), torch.float64)
+        if "solve" in self.offers:
+            solved = torch.from_numpy(curvature.inverse().to_scipy(self.weight()) @ vectors[0].numpy())
+            self._check(solved, vectors[0] @ self._inverse(), torch.float64)
+        if len(curvature.shape):
+            with pytest.raises(OptionError, match="do not end in the operator's shape"):
+                curvature.to_scipy((*self.weight()[:-1], self.weight()[-1] + 1))
 
     @precisions
     def test_quadratic_sums_over_leading_dimensions(self, dtype: torch.dtype) -> None:
@@ -258,7 +310,12 @@ class CurvatureLaws:
         curvature = self._damped(torch.float64)
         if not len(curvature.shape):
             pytest.skip("acts on tensors of every shape")
-        for product in (curvature.matvec, curvature.solve) if "solve" in self.offers else (curvature.matvec,):
+        products: list[Callable[[Tensor], Tensor]] = [curvature.matvec]
+        if "solve" in self.offers:
+            products += [curvature.solve, curvature.inverse().matvec]
+        if "power" in self.offers:
+            products += [lambda vector: curvature.power(vector, 0.5)]
+        for product in products:
             with pytest.raises(OptionError, match="was given a tensor"):
                 product(torch.zeros(*self.weight()[:-1], self.weight()[-1] + 1, dtype=torch.float64))
             with pytest.raises(OptionError, match="floating-point"):
@@ -268,7 +325,19 @@ class CurvatureLaws:
 
     def test_products_that_are_not_offered_are_refused_by_name(self) -> None:
         damped = self._damped(torch.float64)
-        for product in {"solve", "inverse_diagonal", "diagonal", "trace", "rank"} - set(self.offers):
-            arguments = (self._vectors(8),) if product == "solve" else ()
+        vector = self._vectors(8)
+        products: dict[str, Callable[[], object]] = {
+            "solve": lambda: damped.solve(vector),
+            "power": lambda: damped.power(vector, 0.5),
+            "inverse_diagonal": damped.inverse_diagonal,
+            "diagonal": damped.diagonal,
+            "trace": damped.trace,
+            "rank": damped.rank,
+        }
+        for name, product in products.items():
+            if name not in self.offers:
+                with pytest.raises(UnsupportedProduct):
+                    product()
+        if "solve" not in self.offers:
             with pytest.raises(UnsupportedProduct):
-                getattr(damped, product)(*arguments)
+                damped.inverse() @ vector

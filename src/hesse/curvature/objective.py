@@ -84,7 +84,7 @@ class Objective:
             piece.reshape(*vector.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
         )
 
-    def joined(self, pieces: Sequence[Tensor | None]) -> Tensor:
+    def join(self, pieces: Sequence[Tensor | None]) -> Tensor:
         """One tensor a parameter as a flat vector (size,); zeros for those without."""
         return torch.cat(
             [
@@ -190,7 +190,7 @@ class Objective:
         total = torch.zeros(self.size, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
         for inputs, targets in self.batches():
             loss = self.loss.terms(self.outputs(inputs), targets).sum()
-            total += self.joined(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            total += self.join(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         if not all_finite(total):
             raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
         return total * self.scale

@@ -60,7 +60,7 @@ def apoptosis(objective: Objective, options: ScoreOptions) -> Judgement:
 def damage(objective: Objective, options: ScoreOptions) -> Judgement:
     """½ w² F_ii, F the Fisher, of whole samples: Optimal Brain Damage (LeCun et al., 1989)."""
     found = estimate_curvatures(objective, ["fisher"], options.kind, "sample", seed=options.seed).fisher
-    diagonal = objective.joined([found[name].values for name in objective.names])
+    diagonal = objective.join([found[name].values for name in objective.names])
     return Judgement(0.5 * weights_of(objective).square() * diagonal)
 
 
@@ -93,7 +93,7 @@ def adversarial(objective: Objective, options: ScoreOptions) -> Judgement:
         matrix = weight.detach().T if factor.transposed else weight.detach().flatten(1)
         score = 0.5 * matrix * outputs[:, None].to(weight) * (matrix @ inputs)
         pieces.append((score.T if factor.transposed else score).reshape(weight.shape))
-    return Judgement(objective.joined(pieces).abs())
+    return Judgement(objective.join(pieces).abs())
 
 
 SCORES: dict[str, Callable[[Objective, ScoreOptions], Judgement]] = {
@@ -109,4 +109,4 @@ SCORES: dict[str, Callable[[Objective, ScoreOptions], Judgement]] = {
 
 def weights_of(objective: Objective) -> Tensor:
     """The objective's parameters as one vector (size,)."""
-    return objective.joined([parameter.detach() for parameter in objective.parameters])
+    return objective.join([parameter.detach() for parameter in objective.parameters])

@@ -94,7 +94,7 @@ def _pruned_blocks(curvature: BlockRankOneSum, inverses: Tensor, weight: Tensor,
     blocks = curvature.split(weight)
     filled = torch.arange(blocks.numel(), device=weight.device).view(blocks.shape) >= weight.numel()
     number = sparse.dropped(weight) if sparse.of is None else None
-    kept = curvature.joined(_kept(torch.where(filled, PADDING, blocks), inverses, sparse, number))
+    kept = curvature.join(_kept(torch.where(filled, PADDING, blocks), inverses, sparse, number))
     return sparse.encode_masked(best_values(curvature, kept_part(curvature, kept), weight, kept), kept)
 
 

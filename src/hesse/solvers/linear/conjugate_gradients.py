@@ -147,10 +147,10 @@ def conjugate_steps(
     """Return `start` after at most `steps` steps towards the minimum of ½ xᵀQx - bᵀx, in the precision of `start`.
 
     `residual` (of the shape of `start`) is b - Q `start`, `metric` (which broadcasts to it) the diagonal of Q, which
-    preconditions (an entry that is not positive counts as 1), and `product(v)` is Q v. `total` adds up the entries of one problem:
-    all of them, or with `row_sums` those of each row, where every row is a problem of its own and takes steps of its
-    own length. The steps end early where rounding leaves no descent direction. No step raises the cost, beyond
-    rounding. Source: Hestenes and Stiefel, 1952.
+    preconditions (an entry that is not positive counts as 1), and `product(v)` is Q v. `total` adds up the entries of
+    one problem: all of them, or with `row_sums` those of each row, where every row is a problem of its own and takes
+    steps of its own length. The steps end early where rounding leaves no descent direction. No step raises the cost,
+    beyond rounding. Source: Hestenes and Stiefel, 1952.
     """
     metric = torch.where(metric > 0, metric, 1)
     result = start
