@@ -13,7 +13,17 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, LowRank, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, ConditioningWarning, DataError, OptionError, UnsupportedProduct
-from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, TwoSidedFeedback, WhitenedSVD, solve
+from hesse.solvers import (
+    ErrorFeedback,
+    GreedySurgeon,
+    LearnedRounding,
+    Nearest,
+    Solution,
+    Solver,
+    TwoSidedFeedback,
+    WhitenedSVD,
+    solve,
+)
 from hesse.solvers.base import solve_with
 from hesse.solvers.refit import refit_rows
 
@@ -723,3 +733,31 @@ def test_shapes_must_fit(shape: tuple[int, ...], curvature: Curvature, constrain
     solver = ErrorFeedback() if isinstance(curvature, Gram) else Nearest()
     with pytest.raises(OptionError):
         solve(normal(0, *shape), curvature, constraint, solver)
+
+
+# Scales in float64
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("solver", "kronecker"),
+    [
+        (ErrorFeedback(), False),
+        (GreedySurgeon(), False),
+        (LearnedRounding(steps=20), False),
+        (LearnedRounding(TwoSidedFeedback(), steps=20), True),
+        (TwoSidedFeedback(), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_scales_in_float64_are_stored_in_float64(solver: Solver, kronecker: bool, symmetric: bool) -> None:
+    weight, grid = normal(5, 12, 16), Grid(4, 8, symmetric=symmetric)
+    curvature = correlated_kronecker(3, 12, 16) if kronecker else correlated_gram(3, 16)
+    wide = solve(weight, curvature, grid.stored_as(torch.float64), solver)
+    narrow = solve(weight, curvature, grid.stored_as(torch.float32), solver)
+    scale = wide.encoded.scales.scale
+    assert scale.dtype == wide.weight.dtype == torch.float64
+    assert not torch.equal(scale, scale.float().double())  # more digits than float32 has
+    assert torch.equal(narrow.encoded.scales.scale, narrow.encoded.scales.scale.float().double())
+    assert torch.equal(wide.weight, grid.stored_as(torch.float64).decode(wide.encoded))
+    assert wide.predicted_loss_increase == pytest.approx(narrow.predicted_loss_increase, rel=1e-4)

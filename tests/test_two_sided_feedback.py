@@ -218,7 +218,8 @@ def test_the_loops_round_values_as_they_are_stored(dtype: torch.dtype) -> None:
     values = torch.cat([normal(0, 2000).float(), torch.arange(-999, 999) / 256, 1 + torch.arange(99) / 2**11])
     found = torch.tensor([float(stored(value, lost_bits(dtype))) for value in values.numpy()])
     assert torch.equal(found, round_to(values, dtype))
-    assert float(stored(values.numpy()[0], lost_bits(torch.float32))) == float(values[0])
+    for as_precise in (torch.float32, torch.float64):
+        assert float(stored(values.numpy()[0], lost_bits(as_precise))) == float(values[0])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -29,8 +29,8 @@ def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def lost_bits(dtype: torch.dtype) -> np.uint32:
-    """The last bits of a float32 that a number of type `dtype` does not have."""
-    lost: np.uint32 = np.uint32(0 if dtype == torch.float32 else round(np.log2(torch.finfo(dtype).eps)) + 23)
+    """Return how many of a float32's last bits a number of type `dtype` lacks: none if it is as precise or more."""
+    lost: np.uint32 = np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0))
     return lost
 
 
