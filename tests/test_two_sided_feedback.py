@@ -17,6 +17,7 @@ from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
+from hesse.solvers._reference import two_sided
 from hesse.solvers.refit_codes import refit_scales
 from hesse.solvers.two_sided_search import GridSearch
 
@@ -39,40 +40,31 @@ def kronecker(seed: int, rows: int, columns: int) -> Kronecker:
     )
 
 
-def surgeon(weight: Tensor, curvature: Kronecker, grid: Grid, scales: Scales) -> Tensor:
-    """The codes (out, in) by H⁻¹ written out: a weight is rounded, its error spread over all that are left.
+def reference(weight: Tensor, curvature: Kronecker, grid: Grid, scales: Scales) -> Tensor:
+    """The codes (out, in) by the reference loop, columns with the largest A_jj first, rows with the largest G_ii."""
+    each, codes = grid.expanded(Scales(scales.scale, scales.zeros), weight.shape[1]), torch.zeros_like(weight)
+    assert each.zero_point is not None
+    scale, zero = each.scale.double(), each.zero_point.double()
 
-    Weights leave H⁻¹ by Gaussian elimination, columns with the largest A_jj first, rows with the largest G_ii first.
-    """
-    rows, columns = weight.shape
-    inverse = torch.linalg.inv(torch.kron(curvature.output_factor, curvature.input_factor))
-    work, codes = weight.flatten().clone(), torch.zeros(rows * columns, dtype=torch.float64)
-    scale = grid.expand(scales.scale, columns).flatten().double()
-    zero = torch.zeros_like(scale) if scales.zero_point is None else grid.expand(scales.zero_point, columns).flatten()
-    by_column = torch.argsort(curvature.input_factor.diagonal(), descending=True).tolist()
-    by_row = torch.argsort(curvature.output_factor.diagonal(), descending=True).tolist()
-    for column, row in product(by_column, by_row):
-        at = row * columns + column
-        codes[at] = grid.codes(work[at], scale[at], zero[at])
-        error = work[at] - grid.values(codes[at], scale[at], zero[at])
-        work -= error / inverse[at, at] * inverse[at]
-        inverse = inverse - torch.outer(inverse[at], inverse[at]) / inverse[at, at]
-        inverse[at] = inverse[:, at] = 0
-    return codes.view(rows, columns)
+    def nearest(value: Tensor, row: int, column: int) -> Tensor:
+        codes[row, column] = grid.codes(value, scale[row, column], zero[row, column])
+        return grid.values(codes[row, column], scale[row, column], zero[row, column])
+
+    orders = (f.diagonal().argsort(descending=True).tolist() for f in curvature.factors)
+    two_sided(weight, *curvature.factors, *orders, nearest)
+    return codes
 
 
 @pytest.mark.parametrize("grid", [Grid(3, 4, signed=True, headroom=1.0), Grid(4, -1), Grid(3, 4, symmetric=False)])
 @pytest.mark.parametrize("shape", [(5, 8), (8, 6), (1, 7), (6, 1)])
 @pytest.mark.parametrize("seed", [0, 10, 20])
-def test_it_is_the_recursion_of_optimal_brain_surgeon_on_the_whole_matrix(
-    grid: Grid, shape: tuple[int, int], seed: int
-) -> None:
+def test_it_is_the_reference_loop_of_the_two_sided_update(grid: Grid, shape: tuple[int, int], seed: int) -> None:
     grid = grid.stored_as(torch.float32)
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     state = TwoSidedFeedback().init(curvature)
     scales = grid.fit(weight)
     found = GridSearch(state, grid, weight).fed_back(grid.round(weight, scales), weight).codes
-    assert torch.equal(found.double(), surgeon(weight, curvature, grid, scales))
+    assert torch.equal(found.double(), reference(weight, curvature, grid, scales))
 
 
 def test_wide_layers_cross_blocks_of_columns() -> None:
