@@ -40,6 +40,10 @@ class Constraint(ABC):
     def check(self, shape: torch.Size) -> None:
         """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
 
+    def workspace(self, shape: torch.Size) -> int:
+        """Return the bytes that encoding and decoding a float32 weight of `shape` (out, in) hold at most."""
+        return 28 * shape.numel()  # seven matrices of its size
+
     @property
     def together(self) -> int:
         """Of how many neighbouring rows or columns a matrix must have a multiple, since they are chosen together."""

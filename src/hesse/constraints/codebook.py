@@ -31,6 +31,9 @@ class Codebook(Constraint):
         if not 1 <= self.bits <= 8:
             raise OptionError(f"bits is {self.bits}, but a Codebook has 1 to 8")
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 36 * shape.numel()  # nine matrices of its size, some in float64
+
     @property
     def rows_are_independent(self) -> bool:
         return True

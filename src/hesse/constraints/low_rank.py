@@ -27,6 +27,9 @@ class LowRank(Constraint):
         if self.rank < 1:
             raise OptionError(f"rank is {self.rank}, but must be at least 1")
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 17 * shape.numel()  # its factors of all ranks, and the weight that they give
+
     @property
     def rows_are_independent(self) -> bool:
         return False

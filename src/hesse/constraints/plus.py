@@ -45,6 +45,10 @@ class Plus(Constraint):
     def together(self) -> int:
         return math.lcm(self.base.together, self.correction.together)
 
+    def workspace(self, shape: torch.Size) -> int:
+        both = self.base.workspace(shape), self.correction.workspace(shape)
+        return (sum(both) if isinstance(self.correction, Sparse) else max(both)) + 4 * shape.numel()
+
     def check(self, shape: torch.Size) -> None:
         self.base.check(shape)
         self.correction.check(shape)

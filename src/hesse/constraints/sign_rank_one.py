@@ -33,6 +33,9 @@ class SignRankOne(Constraint):
     def rows_are_independent(self) -> bool:
         return False  # they share b
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 18 * shape.numel()  # four matrices of its size, and signs
+
     def check(self, shape: torch.Size) -> None:
         """Every matrix can be one."""
 

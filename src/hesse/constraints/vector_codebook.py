@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints.base import Constraint, of_each, round_to
-from hesse.constraints.weighted_means import nearest_vectors, weighted_means
+from hesse.constraints.weighted_means import AT_ONCE, nearest_vectors, weighted_means
 from hesse.errors import OptionError
 
 STEPS = 30  # of k-means
@@ -60,6 +60,10 @@ class VectorCodebook(Constraint):
     @property
     def together(self) -> int:
         return self.length
+
+    def workspace(self, shape: torch.Size) -> int:
+        distances = min(shape.numel() // self.length * self.entries, AT_ONCE + self.entries)
+        return 4 * (6 * shape.numel() + 2 * distances)
 
     def check(self, shape: torch.Size) -> None:
         if shape[0] % self.length:

@@ -18,7 +18,7 @@ from hesse.solvers.refit_salient import RefitSalient
 from hesse.solvers.repair import Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
 from hesse.solvers.salient_bits import SalientBits
-from hesse.solvers.stepwise_surgeon import StepwiseSurgeon
+from hesse.solvers.stepwise_surgeon import StepwiseSurgeon, SummedSurgeon
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 from hesse.solvers.vector_feedback import VectorFeedback
 from hesse.solvers.whitened_svd import WhitenedSVD
@@ -44,6 +44,7 @@ __all__ = [
     "Solver",
     "Spectrum",
     "StepwiseSurgeon",
+    "SummedSurgeon",
     "TwoSidedFeedback",
     "VectorFeedback",
     "WhitenedSVD",

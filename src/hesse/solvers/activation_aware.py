@@ -7,11 +7,11 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import as_gram, as_kind, cost_of
+from hesse.solvers.base import Solver, as_gram, as_kind, cost_of
 
 
 @dataclass(frozen=True)
-class ActivationAware:
+class ActivationAware(Solver):
     """W ≈ Q(W diag(s)) diag(s)⁻¹ with s = E[x²]^(a/2), the exponent a searched for in [0, 1].
 
     A column that is scaled up is rounded more finely as long as it does not widen its group's range. The cost of each a

@@ -9,7 +9,7 @@ from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.curvature.kronecker import through_eigenvectors
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind
+from hesse.solvers.base import Solver, as_kind, float32_bytes
 from hesse.solvers.never_worse import refitted_code
 
 
@@ -30,7 +30,7 @@ class ADMMState:
 
 
 @dataclass(frozen=True)
-class ADMM:
+class ADMM(Solver):
     """min ½ dᵀHd over sparse weights, by steps between the set and the quadratic model.
 
     In weights scaled by s: Z = the sparse part of W + U, U += W - Z, W = (H' + ρI)⁻¹ (H'W₀ + ρ(Z - U)). ρ rises from
@@ -76,6 +76,12 @@ class ADMM:
             found = state.through(pulled + strength * (sparse - dual), 1 / (state.values + strength))
         start = found / scale * mask
         return refitted_code(state.curvature, constraint, weight, start, mask, self.refit_steps)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, Kronecker):
+            factoring = max(float32_bytes(shape, inputs=5, outputs=1), float32_bytes(shape, outputs=5))
+            return max(factoring, float32_bytes(shape, weights=18.5, inputs=1, outputs=1))
+        return max(float32_bytes(shape, inputs=5), float32_bytes(shape, weights=14.5, inputs=2))
 
     def _rising(self) -> list[float]:
         """ρ of each step."""

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
 from hesse.curvature import Curvature
 from hesse.solvers.base import Solver, cost_of
-from hesse.solvers.repair import Repair, SumState, as_sum
+from hesse.solvers.repair import Repair, SumState, as_sum, sum_workspace
 
 
 @dataclass(frozen=True)
-class Alternating:
+class Alternating(Solver):
     """For A + B: the member of B for the whole weight, then in turn `first` for what B leaves and `second` for what A.
 
     B comes first, so that A need not hold what a few directions make large; that is worth far more than the turns
@@ -41,6 +42,9 @@ class Alternating:
                 break
             best, last = min(best, (cost, code), key=lambda priced: priced[0]), cost
         return best[1]
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        return sum_workspace(self.first, self.second, shape, curvature, constraint, held)
 
     def turns(self, state: SumState, weight: Tensor, constraint: Plus) -> Iterator[PlusCode]:
         """The sum after each round, for `weight` (out, in)."""

@@ -1,8 +1,10 @@
 """The join of the three nouns: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,20 +16,38 @@ from hesse.finite import all_finite
 
 Kind = TypeVar("Kind", bound=Constraint)
 
+OVERHEAD = 1 << 14  # bytes of vectors and small buffers beside the matrices
 
-class Solver(Protocol):
-    """Two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
 
+class Solver(ABC):
+    """An algorithm in two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
+
+    @abstractmethod
     def init(self, curvature: Curvature) -> Any:
-        """Whatever depends on the curvature alone.
+        """Return whatever depends on the curvature alone.
 
         Raises:
             UnsupportedProduct: this solver cannot use that curvature.
-            ConditioningError: the curvature cannot be factorised at its damping.
+            ConditioningError: the curvature cannot be factorized at its damping.
         """
 
+    @abstractmethod
     def compute(self, state: Any, weight: Tensor, constraint: Constraint) -> Any:
-        """The stored form of the cheapest member found for `weight` (out, in)."""
+        """Return the stored form of the cheapest member found for `weight` (out, in)."""
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        """Return the bytes that `solve` holds at most beside its inputs, for a float32 weight of `shape` (out, in).
+
+        The curvature's inputs are in float32 too; `held` are the numbers in its own tensors, which count where a
+        solver copies them. By default what the constraint takes to encode and decode a weight.
+        """
+        return constraint.workspace(shape) + OVERHEAD
+
+
+def float32_bytes(shape: torch.Size, weights: float = 0, inputs: float = 0, outputs: float = 0) -> int:
+    """Return the bytes of so many float32 matrices (out, in), (in, in) and (out, out)."""
+    rows, columns = shape
+    return math.ceil(4 * (weights * rows * columns + inputs * columns**2 + outputs * rows**2)) + OVERHEAD
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, as_kind, cost_of
+from hesse.solvers.base import Solver, as_kind, cost_of, float32_bytes
 
 
 class SideState(NamedTuple):
@@ -18,7 +19,7 @@ class SideState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CheaperSide:
+class CheaperSide(Solver):
     """`inner` on both sides of an EitherSide, or plain rounding without one; the side with less ½ dᵀHd is kept.
 
     Never worse than `inner` with groups along rows. Source: AdaDim (Heo et al., 2023), for plain rounding and for GPTQ.
@@ -38,3 +39,9 @@ class CheaperSide:
             found.append((cost_of(state.curvature, side, code, weight), along, code))
         _, along, code = min(found, key=lambda each: each[0])
         return SideCode(code, along)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if self.inner is None or not isinstance(constraint, EitherSide):
+            return super().workspace(shape, curvature, constraint, held) + float32_bytes(shape, weights=2.5)
+        sides = (self.inner.workspace(shape, curvature, constraint.side(along), held) for along in (False, True))
+        return max(sides) + float32_bytes(shape, weights=2)

@@ -24,7 +24,7 @@ from hesse.constraints import (
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import codebook_feedback
-from hesse.solvers.base import as_gram
+from hesse.solvers.base import Solver, as_gram, float32_bytes
 from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
 from hesse.solvers.sweeps import columns, kernels
@@ -51,7 +51,7 @@ class FeedbackState:
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class ErrorFeedback(Solver):
     """Optimal Brain Surgeon's update with all rows sharing one order of columns.
 
     For column j: d = nearest allowed value, e = (w_j - d) / U_jj, and every later column k gets w_k -= e U_jk.
@@ -108,6 +108,12 @@ class ErrorFeedback:
         solved_code = GridCode(sweep.codes[back].T.contiguous(), scales)
         plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
         return cheaper_codes(state.curvature, grid, weight, solved_code, plain_code)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        inverting = float32_bytes(shape, inputs=4.1)
+        if isinstance(constraint, Codebook):
+            return max(inverting, float32_bytes(shape, weights=9, inputs=2) + constraint.workspace(shape))
+        return max(inverting, float32_bytes(shape, weights=13, inputs=2))
 
     def _block_size(self, columns: int, grid: Grouped | None, sparse: Sparse | None) -> int:
         """Columns a block, such that no columns that are decided together lie across two blocks."""

@@ -10,6 +10,7 @@ from hesse.compiled import lost_bits
 from hesse.constraints import Constraint, Grid, GridCode, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, Gram
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import Solver, float32_bytes
 from hesse.solvers.never_worse import cheaper_codes, refitted_code
 from hesse.solvers.refit import best_values, kept_part
 from hesse.solvers.sweeps import greedy
@@ -26,7 +27,7 @@ class SurgeonState:
 
 
 @dataclass(frozen=True)
-class GreedySurgeon:
+class GreedySurgeon(Solver):
     """Each row by itself: of all weights that are left take the one whose removal, or rounding, costs least.
 
     It costs w_p² / (2 [H⁻¹]_pp), or with w_p's distance from its grid in place of w_p, and all weights left move by
@@ -64,6 +65,11 @@ class GreedySurgeon:
         raise UnsupportedProduct(
             f"GreedySurgeon solves Grid and Sparse under a Gram, Sparse under blocks, not {type(constraint).__name__}"
         )
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, BlockRankOneSum):
+            return float32_bytes(shape, weights=7) + 4 * 5 * held
+        return float32_bytes(shape, weights=11 if isinstance(constraint, Sparse) else 6, inputs=5)
 
     def _pruned(self, gram: Gram, inverse: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
         kept = _kept(weight, inverse[None], sparse, sparse.dropped(weight) if sparse.of is None else None)

@@ -3,16 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Rotated
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, as_gram, as_kind
+from hesse.solvers.base import Solver, as_gram, as_kind, float32_bytes
 from hesse.solvers.error_feedback import ErrorFeedback
 
 
 @dataclass(frozen=True)
-class Incoherent:
+class Incoherent(Solver):
     """`inner` on U W Vᵀ under V A Vᵀ, where ½ tr(d A dᵀ) is what it was.
 
     With ErrorFeedback this is QuIP's LDLQ in its incoherent basis (Chee et al., 2023). Choose it at 2 and 3 bits, where
@@ -29,3 +30,9 @@ class Incoherent:
         moment = constraint.turned_inputs(state.second_moment)
         turned = Gram(second_moment=(moment + moment.T) / 2, tokens=state.tokens, damping=state.damping)
         return self.inner.compute(self.inner.init(turned), constraint.turned(weight), constraint.base)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if not isinstance(constraint, Rotated):
+            return super().workspace(shape, curvature, constraint, held)
+        inner = self.inner.workspace(shape, curvature, constraint.base, held)
+        return inner + float32_bytes(shape, weights=1, inputs=2)

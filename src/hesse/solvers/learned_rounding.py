@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind, cost_of
+from hesse.solvers.base import Solver, as_kind, cost_of, float32_bytes
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_codes
 from hesse.solvers.sweeps.row_flips import settle_rows
@@ -29,7 +29,7 @@ class LearnedState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LearnedRounding:
+class LearnedRounding(Solver):
     """Codes c + h · u with h in [0, 1] learned, around the codes c of `start`, whose scales they keep.
 
     u is one step down the slope H d. h is a stretched sigmoid cut at both ends; all h of a layer take `steps` steps of
@@ -61,6 +61,12 @@ class LearnedRounding:
         if isinstance(state.curvature, Gram):
             return cheaper_codes(state.curvature, constraint, weight, learned, settled)
         return min((settled, learned), key=lambda code: cost_of(state.curvature, constraint, code, weight))
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        start = self.start.workspace(shape, curvature, constraint, held)
+        if issubclass(curvature, Kronecker):
+            return max(start, float32_bytes(shape, weights=20, inputs=2, outputs=2))
+        return max(start, float32_bytes(shape, weights=22, inputs=2))
 
     def _settled(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):

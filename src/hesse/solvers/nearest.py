@@ -8,10 +8,11 @@ from torch import Tensor
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Diagonal, Identity, Kronecker
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import Solver
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Solver):
     """The nearest member in a metric without interactions, for which it is exact.
 
     An Identity, a Diagonal, or a Kronecker of two diagonals.

@@ -9,11 +9,11 @@ from hesse.constraints import Constraint, GridCode, SalientCode, SalientColumns,
 from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import as_gram, as_kind, cost_of
+from hesse.solvers.base import Solver, as_gram, as_kind, cost_of, float32_bytes
 
 
 @dataclass(frozen=True)
-class RefitSalient:
+class RefitSalient(Solver):
     """Codes and signs that SalientColumns finds in the Gram's diagonal, then scales by least squares under all of it.
 
     In turn, `rounds` times, each exact given the other: the columns' numbers b of all rows together, one system of
@@ -37,6 +37,9 @@ class RefitSalient:
             if cost < least:
                 best, least = code, cost
         return best
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        return float32_bytes(shape, weights=5.5, inputs=2)
 
 
 def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
-from hesse.curvature import Curvature
+from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver
+from hesse.solvers.base import Solver, float32_bytes
 
 
 class SumState(NamedTuple):
@@ -20,7 +21,7 @@ class SumState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Solver):
     """For A + B: `first` finds a member of A, then `second` the member of B for what that leaves.
 
     With a Grid, a LowRank and WhitenedSVD this is EoRA (Liu et al., 2024), the closed-form optimum of the correction;
@@ -39,6 +40,9 @@ class Repair:
         left = constraint.base.left(weight, base)
         return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
 
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        return sum_workspace(self.first, self.second, shape, curvature, constraint, held)
+
 
 def as_sum(solver: Solver, constraint: Constraint) -> Plus:
     """`constraint`, which must be a sum.
@@ -51,3 +55,15 @@ def as_sum(solver: Solver, constraint: Constraint) -> Plus:
             f"{type(solver).__name__} solves sums such as Grid + LowRank, not {type(constraint).__name__}"
         )
     return constraint
+
+
+def sum_workspace(
+    first: Solver, second: Solver, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int
+) -> int:
+    """Return the bytes of the more demanding of two solvers, the other's state and the parts of a sum beside it."""
+    if not isinstance(constraint, Plus):
+        return first.workspace(shape, curvature, constraint, held)
+    parts = ((first, constraint.base), (second, constraint.correction))
+    largest = max(solver.workspace(shape, curvature, part, held) for solver, part in parts)
+    sides = float(issubclass(curvature, Gram | Kronecker)), float(issubclass(curvature, Kronecker))
+    return largest + float32_bytes(shape, weights=2, inputs=sides[0], outputs=sides[1])

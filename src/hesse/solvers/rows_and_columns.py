@@ -8,11 +8,11 @@ from torch import Tensor
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind
+from hesse.solvers.base import Solver, as_kind, float32_bytes
 
 
 @dataclass(frozen=True)
-class RowsAndColumns:
+class RowsAndColumns(Solver):
     """W ≈ C U R of `rank` columns C and rows R of W, U the best join of the two under the curvature.
 
     Rows and columns are those that DEIM picks from the leading singular vectors of W A^½: at each step the largest
@@ -40,6 +40,11 @@ class RowsAndColumns:
         across = own_rows if root is None else own_rows @ root
         join = torch.linalg.pinv(own_columns) @ important @ torch.linalg.pinv(across)
         return constraint.encode_factors(own_columns @ join, own_rows)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, Gram):
+            return max(float32_bytes(shape, inputs=2.1), float32_bytes(shape, weights=5, inputs=1))
+        return float32_bytes(shape, weights=4.2)
 
 
 def interpolation_points(vectors: Tensor) -> Tensor:

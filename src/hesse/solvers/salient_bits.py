@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
 from hesse.curvature import Curvature
-from hesse.solvers.base import as_kind, cost_of
+from hesse.solvers.base import Solver, as_gram, as_kind, cost_of, float32_bytes
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
 
@@ -20,7 +20,7 @@ class BitsState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SalientBits:
+class SalientBits(Solver):
     """`inner` on the bits of a MixedGrid that cost least, columns judged by Σ w² / U_jj², (A + λI)⁻¹ = UᵀU.
 
     That is what removing a weight costs once later ones have made it good. How many groups k change their bits is
@@ -33,7 +33,7 @@ class SalientBits:
     patience: int = 2
 
     def init(self, curvature: Curvature) -> BitsState:
-        feedback = self.inner.init(curvature)
+        feedback = self.inner.init(as_gram(self, curvature))
         return BitsState(feedback, feedback.pivots[torch.argsort(feedback.taken)])
 
     def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
@@ -51,3 +51,9 @@ class SalientBits:
                 break
         assert best is not None
         return best[1]
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if not isinstance(constraint, MixedGrid):
+            return super().workspace(shape, curvature, constraint, held)
+        inner = self.inner.workspace(shape, curvature, constraint.base, held)
+        return inner + float32_bytes(shape, weights=1)

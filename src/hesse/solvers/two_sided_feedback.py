@@ -10,12 +10,13 @@ from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import UnsupportedProduct
 from hesse.solvers.admm import ADMM
+from hesse.solvers.base import Solver, float32_bytes
 from hesse.solvers.linear.triangular import backwards_in, inverse_of, kronecker_root, read_backwards
 from hesse.solvers.two_sided_search import CodebookSearch, GridSearch, TwoSidedState, for_loops
 
 
 @dataclass(frozen=True)
-class TwoSidedFeedback:
+class TwoSidedFeedback(Solver):
     """Rounding of a weight (out, in) that makes each error good by all weights after it, in its column and beyond.
 
     With H = G ⊗ A, the Cholesky factor of H⁻¹ is the Kronecker product of those of G⁻¹ and A⁻¹, so that Optimal Brain
@@ -70,6 +71,13 @@ class TwoSidedFeedback:
             )
         rounded = grid.round(start, grid.fit(start))
         return GridSearch(state, grid, weight, kept).found(rounded, start, self.passes, self.refit_steps)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        factoring = max(float32_bytes(shape, inputs=5, outputs=1), float32_bytes(shape, inputs=2, outputs=5))
+        if isinstance(constraint, SparseGrid):
+            return max(factoring, float32_bytes(shape, weights=18.5, inputs=3, outputs=3))
+        weights = 11 if isinstance(constraint, Codebook) else 9
+        return max(factoring, float32_bytes(shape, weights=weights, inputs=2, outputs=2))
 
     def settled(self, state: TwoSidedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         """`code` after passes of coordinate descent until one does not lower the cost, scales as they are."""

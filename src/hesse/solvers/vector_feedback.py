@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
 from hesse.curvature import Curvature
-from hesse.solvers.base import as_kind
+from hesse.solvers.base import Solver, as_gram, as_kind, float32_bytes
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 from hesse.solvers.never_worse import plain_is_cheaper
 from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
 @dataclass(frozen=True)
-class VectorFeedback:
+class VectorFeedback(Solver):
     """Codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update from column to column.
 
     A column's vectors go to their nearest entries, and its error to the columns after it, as in ErrorFeedback. No
@@ -28,7 +28,7 @@ class VectorFeedback:
     block_size: int = 128
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        return ErrorFeedback(self.order).init(curvature)
+        return ErrorFeedback(self.order).init(as_gram(self, curvature))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
         constraint = as_kind(self, constraint, VectorCodebook)
@@ -42,6 +42,10 @@ class VectorFeedback:
         solved, unswept = (constraint.decode(code).to(weight.dtype) for code in (swept, plain))
         heights = plain_is_cheaper(state.curvature, weight, solved, unswept, constraint.length)
         return VectorCode(torch.where(heights, plain.codes, swept.codes), plain.centroids)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        inverting = float32_bytes(shape, inputs=4.1)
+        return max(inverting, constraint.workspace(shape) + float32_bytes(shape, inputs=1))
 
 
 def _walk(

@@ -10,7 +10,7 @@ from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers.base import as_kind
+from hesse.solvers.base import Solver, as_kind, float32_bytes
 from hesse.solvers.linear.triangular import kronecker_root
 
 
@@ -22,7 +22,7 @@ class Sides(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WhitenedSVD:
+class WhitenedSVD(Solver):
     """min ‖G^½ (W - LR) A^½‖ over rank-r LR, in closed form: SVD of C_Gᵀ W C_A, then the inverses on both sides.
 
     Exact for an Identity, a Gram (A alone), its diagonal, and a Kronecker whose factors are positive definite. Columns
@@ -50,6 +50,14 @@ class WhitenedSVD:
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
         left, right = factors_of(_whitened(state, weight), constraint.rank)
         return constraint.encode_factors(_over(left.T, outputs).T, _over(right, inputs))
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, Kronecker):
+            factoring = max(float32_bytes(shape, outputs=3), float32_bytes(shape, inputs=3, outputs=1))
+            return max(factoring, float32_bytes(shape, weights=4.2, inputs=1, outputs=1))
+        if issubclass(curvature, Gram):
+            return max(float32_bytes(shape, inputs=2.1), float32_bytes(shape, weights=4.2, inputs=1))
+        return float32_bytes(shape, weights=4.2)
 
     def values(self, state: Sides, weight: Tensor) -> Tensor:
         """The singular values of C_Gᵀ W C_A, falling: leaving out the k-th costs half its square."""

@@ -1,4 +1,4 @@
-"""Tests that any curvature inherits: a class for pytest with every product and law against a dense matrix."""
+"""Tests that any curvature inherits: every product and law against a dense matrix."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -7,25 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.estimation.storage import load_curvature, save_curvature
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
-BATCHES = [(), (1,), (5,), (2, 3)]
-seeds = st.integers(0, 2**31 - 1)
-# Each subclass is an executor of its own; without a database none replays what another found.
-laws = settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.differing_executors])
-precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers in float64, the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from hesse.testing.numbers import BATCHES, TOLERANCE, laws, normal, precisions, seeds
 
 
 class CurvatureLaws:
