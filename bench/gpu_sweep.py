@@ -71,16 +71,16 @@ def by_both_sides(width: int) -> list[Row]:
     curvature = Kronecker(output_factor=moment(width), input_factor=moment(width)).with_damped_factors(0.3, 0.01)
     state, weight = TwoSidedFeedback().init(curvature), torch.randn(width, width, device=DEVICE)
     search, rounded = GridSearch(state, GRID, weight), GRID.round(weight, GRID.fit(weight))
-    priced = search.priced(search.fed_back(rounded, weight))
+    priced = search.price(search.feed_back(rounded, weight))
     work, codes = weight.T[state.columns][:, state.rows].contiguous(), priced.code.codes.float()
     codes, slope = (each.T[state.columns][:, state.rows].contiguous() for each in (codes, priced.slope))
-    steps = search.steps(rounded)
+    steps = search.levels(rounded)
     fed = (steps, state.column_feedback, state.row_feedback)
     descended = (steps, state.input_factor, state.output_factor)
 
     def on_cpu(arguments: tuple) -> list:
         return [
-            plain.Steps(*(part.cpu() for part in each[:4]), each.dtype) if isinstance(each, tuple) else each.cpu()
+            plain.GridLevels(*(part.cpu() for part in each[:4]), each.dtype) if isinstance(each, tuple) else each.cpu()
             for each in arguments
         ]
 

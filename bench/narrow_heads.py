@@ -24,7 +24,7 @@ import hesse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.data import read_samples
 from hesse.models.locate import DEFAULT_FOLDER
-from hesse.solvers.linear.nystroem import refitted
+from hesse.solvers.linear.nystroem import nystroem_weight
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits
@@ -163,7 +163,7 @@ def without_directions(subject: Subject, share: float, *, whitened: bool) -> Non
         )
         whole = torch.cat([reader, torch.zeros_like(reader)], 1)
         attention.o_proj.weight.zero_()
-        attention.o_proj.weight[:, read] = refitted(whole, joint, len(moment) + read).to(attention.o_proj.weight)
+        attention.o_proj.weight[:, read] = nystroem_weight(whole, joint, len(moment) + read).to(attention.o_proj.weight)
 
 
 PARTS: dict[str, Callable[[Subject, float], None]] = {

@@ -55,7 +55,7 @@ def test_both_sides_are_the_reference_loop(shape: tuple[int, int], seed: int) ->
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     plain = BOOK.encode(weight)
     search = CodebookSearch(TwoSidedFeedback().init(curvature), BOOK, weight)
-    found = search.fed_back(plain, weight)
+    found = search.feed_back(plain, weight)
     assert torch.equal(found.values, plain.values)
     agreeing = (found.codes.long() == reference(weight, curvature, plain.values)).double().mean()
     assert agreeing == 1 if shape[1] < 100 else agreeing > 0.98  # the loops are in float32
@@ -99,15 +99,15 @@ def test_never_worse_than_the_best_tables_alone(seed: int, rows: int, columns: i
 def test_after_enough_passes_no_single_code_can_be_bettered() -> None:
     weight, curvature = normal(7, 6, 12), kronecker(7, 6, 12)
     search = CodebookSearch(TwoSidedFeedback().init(curvature), BOOK, weight)
-    best = search.priced(BOOK.encode(weight))
+    best = search.price(BOOK.encode(weight))
     first = best.cost
     for _ in range(12):
-        best = search.cheaper(best, search.descended(best))
+        best = search.cheaper(best, search.descend(best))
     assert best.cost < first
     for row, column, other in product(range(6), range(12), range(4)):
         codes = best.code.codes.clone()
         codes[row, column] = other
-        assert search.priced(CodebookCode(codes, best.code.values)).cost >= best.cost * (1 - 1e-5)
+        assert search.price(CodebookCode(codes, best.code.values)).cost >= best.cost * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("curvature", [kronecker(1, 5, 40), gram(1, 40)], ids=["both sides", "inputs"])

@@ -297,7 +297,7 @@ class TestRotated(ConstraintLaws):
     def again(self, constraint: Constraint, code: GridCode) -> GridCode:
         assert isinstance(constraint, Rotated)
         assert isinstance(constraint.base, Grid)
-        return constraint.base.round(constraint.turned(constraint.decode(code)), code.scales)
+        return constraint.base.round(constraint.rotate_weight(constraint.decode(code)), code.scales)
 
     def rivals(self, constraint: Constraint, code: GridCode, seed: int) -> Iterator[GridCode]:
         return neighbours(code, 4)

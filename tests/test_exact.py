@@ -142,7 +142,7 @@ def test_sampled_fisher(setting: str, loss: str, per: Any) -> None:
     objective = make(setting, loss)
     curvature = Fisher(objective=objective, kind="sampled", per=per, seed=3)
     inputs, targets = everything(objective)  # the labels do not depend on how the data is cut into batches
-    drawn = objective.loss.sampled_targets(objective.outputs(inputs), targets, torch.Generator().manual_seed(3))
+    drawn = objective.loss.sample_targets(objective.outputs(inputs), targets, torch.Generator().manual_seed(3))
     same(curvature, dense_fisher(objective, drawn, per))
     same(curvature, curvature.matrix())  # the same labels for every product
 

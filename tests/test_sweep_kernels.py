@@ -18,7 +18,7 @@ from hesse.curvature import Gram, Kronecker
 from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, solve
 from hesse.solvers.sweeps import kernels
 from hesse.solvers.sweeps import two_sided as plain_two_sided
-from hesse.solvers.sweeps.two_sided import Steps
+from hesse.solvers.sweeps.two_sided import GridLevels
 from sweep_cases import CONSTRAINTS, WEIGHTS, normal, whole
 
 two_sided = pytest.importorskip("hesse.solvers.sweeps.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
@@ -93,17 +93,17 @@ def kronecker(seed: int, rows: int, columns: int) -> Kronecker:
     return curvature.with_damped_factors(0.3, 0.01)
 
 
-def steps(seed: int, height: int, width: int, group: int, dtype: torch.dtype) -> Steps:
+def steps(seed: int, height: int, width: int, group: int, dtype: torch.dtype) -> GridLevels:
     """Settings of a 4-bit grid (groups, out), some of its scales negative."""
     groups = -(-width // group)
     scale = (normal(seed, groups, height).sign() * (normal(seed + 1, groups, height).abs() + 0.1)).to(dtype).float()
     zero = whole(seed + 2, -2, 2, groups, height)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(seed)) // group
-    return Steps(*(each.to(DEVICE) for each in (scale, -8 - zero, 7 - zero, order)), dtype)
+    return GridLevels(*(each.to(DEVICE) for each in (scale, -8 - zero, 7 - zero, order)), dtype)
 
 
-def on_cpu(settings: Steps) -> Steps:
-    return Steps(*(each.cpu() for each in settings[:4]), settings.dtype)
+def on_cpu(settings: GridLevels) -> GridLevels:
+    return GridLevels(*(each.cpu() for each in settings[:4]), settings.dtype)
 
 
 def unit_upper(matrix: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ def test_feedback_in_tiles_where_every_weight_is_tied(shape: tuple[int, int], mo
         unit_upper(whole(k, -3, 3, n, n).sign() * (whole(k + 9, 0, 9, n, n) == 0)) for k, n in enumerate(shape)
     )
     bounds = torch.full((1, height), 100.0)
-    settings = Steps(torch.ones(1, height), -bounds, bounds, torch.zeros(width, dtype=torch.int64), torch.float32)
+    settings = GridLevels(torch.ones(1, height), -bounds, bounds, torch.zeros(width, dtype=torch.int64), torch.float32)
     plain = plain_two_sided.feed_back(work.clone(), settings, columns, rows)
     assert bool((plain.abs() < 100).all())
-    placed = Steps(*(each.to(DEVICE) for each in settings[:4]), settings.dtype)
+    placed = GridLevels(*(each.to(DEVICE) for each in settings[:4]), settings.dtype)
     found = two_sided.feed_back(work.to(DEVICE), placed, columns.to(DEVICE), rows.to(DEVICE))
     assert torch.equal(found.cpu(), plain)
 

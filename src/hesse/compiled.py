@@ -17,7 +17,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def compile_loop(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`loop` as machine code, kept for the next process where there is a place for it."""
     machine_code: Any
     try:
@@ -34,8 +34,8 @@ def lost_bits(dtype: torch.dtype) -> np.uint32:
     return lost
 
 
-@compiled
-def stored(value: np.float32, lost: np.uint32) -> np.float32:
+@compile_loop
+def round_stored(value: np.float32, lost: np.uint32) -> np.float32:
     """`value` rounded to the precision of the stored type, ties to even; `lost` 0 keeps it whole."""
     if not lost:
         return value
@@ -45,7 +45,7 @@ def stored(value: np.float32, lost: np.uint32) -> np.float32:
     return rounded
 
 
-@compiled
+@compile_loop
 def add(target: Floats, values: Floats, factor: np.float32) -> None:
     """Add `factor` times `values` to `target`."""
     for k in range(len(target)):

@@ -23,7 +23,7 @@ from hesse.models.shelf import Shelf
 from hesse.models.stream import advance_with_stops, calibration_batch, start
 from hesse.models.writer import Parts, write_text
 from hesse.progress import Clock, Progress
-from hesse.solvers.linear.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
 REPORT_FILE = "narrow.json"
 MULTIPLE = 8  # of hidden units, which kernels want
@@ -174,7 +174,7 @@ class _Narrow:
         count = self.widths[weight.shape[1]]
         if gram.tokens:
             units = kept_units(gram.second_moment, count)
-            fitted = refitted(weight, gram.second_moment, units)
+            fitted = nystroem_weight(weight, gram.second_moment, units)
         else:  # an expert that nothing went to
             units = weight.square().sum(0).topk(count).indices.sort().values
             fitted = weight[:, units]

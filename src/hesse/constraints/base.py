@@ -58,13 +58,13 @@ class Constraint(ABC):
         """The member that `encode` stores, as a weight (out, in)."""
         return self.decode(self.encode(weight, metric)).to(weight.dtype)
 
-    def left(self, weight: Tensor, encoded: Any) -> Tensor:
+    def residual(self, weight: Tensor, encoded: Any) -> Tensor:
         """What a stored member leaves of `weight` (out, in)."""
         return weight - self.decode(encoded).to(weight.dtype)
 
     def distance(self, weight: Tensor, encoded: Any, metric: Tensor) -> float:
         """Σ metric · difference² of `weight` (out, in) and a stored member."""
-        return float((metric * self.left(weight, encoded).square()).sum())
+        return float((metric * self.residual(weight, encoded).square()).sum())
 
     def stored_as(self, dtype: torch.dtype) -> Self:
         """The same set, made of the same sets, with scales and values stored in `dtype`."""
@@ -73,7 +73,7 @@ class Constraint(ABC):
         return replace(self, **sets, dtype=dtype)
 
 
-def of_each(weight: Tensor, metric: Tensor | None) -> Tensor:
+def metric_or_ones(weight: Tensor, metric: Tensor | None) -> Tensor:
     """What `metric`, which broadcasts to `weight` (out, in), makes each weight weigh: 1 without one."""
     return torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
 

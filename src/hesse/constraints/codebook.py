@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
 from hesse.constraints.one_dimensional_means import best_means
 from hesse.errors import OptionError
 
@@ -47,7 +47,7 @@ class Codebook(Constraint):
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> CodebookCode:
         ordered, order = weight.detach().double().cpu().sort(1)
-        masses = of_each(weight, metric).detach().double().cpu().gather(1, order)
+        masses = metric_or_ones(weight, metric).detach().double().cpu().gather(1, order)
         means = torch.empty(len(weight), 1 << self.bits, dtype=torch.float64)
         best_means(ordered.numpy(), masses.numpy(), means.numpy())
         return self.round(weight, round_to(means.sort(1).values.to(weight), self.dtype))

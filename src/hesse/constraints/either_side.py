@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each
+from hesse.constraints.base import Constraint, metric_or_ones
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 
@@ -41,7 +41,7 @@ class AlongOutputs(Grouped):
         return False
 
     def fit(self, weight: Tensor) -> Scales:
-        each = self.base.expanded(self.base.fit(weight.T), len(weight))
+        each = self.base.expand_scales(self.base.fit(weight.T), len(weight))
         return Scales(each.scale.T, None if each.zero_point is None else each.zero_point.T)
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ class EitherSide(Constraint):
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SideCode:
         found = [SideCode(self.side(along).encode(weight), along) for along in (False, True)]
-        inside = of_each(weight, metric)
+        inside = metric_or_ones(weight, metric)
         return min(found, key=lambda code: self.distance(weight, code, inside))
 
     def decode(self, encoded: SideCode) -> Tensor:

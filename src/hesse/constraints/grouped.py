@@ -116,14 +116,14 @@ class Grouped(Constraint):
         """A value per group (out, groups) as a value per column (out, in)."""
         return per_group.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
 
-    def expanded(self, scales: Scales, columns: int) -> Scales:
+    def expand_scales(self, scales: Scales, columns: int) -> Scales:
         """Scales per group as scales per column (out, in)."""
         zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
         return Scales(self.expand(scales.scale, columns), zero_point)
 
     def round(self, weight: Tensor, scales: Scales) -> GridCode:
         """Nearest codes of `weight` (out, in) for given scales."""
-        each = self.expanded(scales, weight.shape[1])
+        each = self.expand_scales(scales, weight.shape[1])
         return GridCode(self.codes(weight, each.scale, each.zero_point).to(torch.int8), scales)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
@@ -131,7 +131,7 @@ class Grouped(Constraint):
         return self.round(weight, self.fit(weight))
 
     def decode(self, encoded: GridCode) -> Tensor:
-        each = self.expanded(encoded.scales, encoded.codes.shape[1])
+        each = self.expand_scales(encoded.scales, encoded.codes.shape[1])
         return self.values(encoded.codes.to(each.scale.dtype), each.scale, each.zero_point)
 
     def bits_per_weight(self, shape: torch.Size) -> float:

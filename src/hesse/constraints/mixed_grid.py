@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each
+from hesse.constraints.base import Constraint, metric_or_ones
 from hesse.constraints.grid import Grid, nearest_whole
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.errors import OptionError
@@ -125,7 +125,7 @@ class MixedGrid(Constraint):
         return GroupBits(self.base, tuple(bits), dtype=self.dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> MixedCode:
-        inside = of_each(weight, metric)
+        inside = metric_or_ones(weight, metric)
         choices = self.choices((inside * weight.square()).sum(0))
         codes = (self.code(grid.encode(weight), grid) for grid in choices)
         return min(codes, key=lambda code: self.distance(weight, code, inside))

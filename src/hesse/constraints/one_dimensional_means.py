@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hesse.compiled import compiled
+from hesse.compiled import compile_loop
 
 Doubles = NDArray[np.float64]
 
 
-@compiled
+@compile_loop
 def _cost(mass: Doubles, first: Doubles, second: Doubles, start: int, stop: int) -> float:
     """Σ m (w - mean)² of the numbers [start, stop), from sums of m, m w and m w² up to each."""
     weight = mass[stop] - mass[start]
@@ -19,7 +19,7 @@ def _cost(mass: Doubles, first: Doubles, second: Doubles, start: int, stop: int)
     return cost
 
 
-@compiled
+@compile_loop
 def best_means(numbers: Doubles, masses: Doubles, means: Doubles) -> None:
     """For each row of ascending `numbers` (rows, n) with `masses` m ≥ 0 the k `means` (rows, k) of least Σ m (w - v)².
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each
+from hesse.constraints.base import Constraint, metric_or_ones
 from hesse.constraints.sparse import Sparse
 from hesse.errors import OptionError
 
@@ -61,7 +61,7 @@ class Plus(Constraint):
         """
         if not isinstance(self.correction, Sparse):
             return self._onto(weight, metric, weight, metric)
-        inside = of_each(weight, metric)
+        inside = metric_or_ones(weight, metric)
         found = [self._onto(weight, metric, weight, metric)]
         starts = [self.correction.encode(weight, metric).mask, self.correction.encode(weight).mask]
         for exact in [*starts, found[0].correction.mask]:
@@ -74,7 +74,7 @@ class Plus(Constraint):
     def _onto(self, weight: Tensor, metric: Tensor | None, seen: Tensor, seen_metric: Tensor | None) -> PlusCode:
         """The base's nearest to `seen`, and the correction's to what is left of `weight`."""
         base = self.base.encode(seen, seen_metric)
-        return PlusCode(base, self.correction.encode(self.base.left(weight, base), metric))
+        return PlusCode(base, self.correction.encode(self.base.residual(weight, base), metric))
 
     def decode(self, encoded: PlusCode) -> Tensor:
         return self.base.decode(encoded.base) + self.correction.decode(encoded.correction)

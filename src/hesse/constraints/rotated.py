@@ -30,18 +30,18 @@ class Rotated(Constraint):
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
         # A diagonal metric is not one in the other basis: it is left out.
-        return self.base.encode(self.turned(weight))
+        return self.base.encode(self.rotate_weight(weight))
 
     def decode(self, encoded: Any) -> Tensor:
         inside = self.base.decode(encoded)
         across = rotate(inside, self.seed, back=True)
         return round_to(rotate(across.T, self.seed + 1, back=True).T, self.dtype)
 
-    def turned(self, weight: Tensor) -> Tensor:
+    def rotate_weight(self, weight: Tensor) -> Tensor:
         """U W Vᵀ."""
         return rotate(rotate(weight, self.seed).T, self.seed + 1).T
 
-    def turned_inputs(self, moment: Tensor) -> Tensor:
+    def rotate_inputs(self, moment: Tensor) -> Tensor:
         """V A Vᵀ (in, in) for the A of the inputs."""
         return rotate(rotate(moment, self.seed).T, self.seed).T
 

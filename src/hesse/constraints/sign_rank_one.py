@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
 
 ROUNDS = 100  # of alternation at most
 SETTLED = 1e-7  # change of a round, as a share, from which on it has converged
@@ -40,7 +40,7 @@ class SignRankOne(Constraint):
         """Every matrix can be one."""
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SignRankOneCode:
-        rows, columns = rank_one(weight.abs(), of_each(weight, metric))
+        rows, columns = rank_one(weight.abs(), metric_or_ones(weight, metric))
         return SignRankOneCode(weight >= 0, round_to(rows, self.dtype), round_to(columns, self.dtype))
 
     def decode(self, encoded: SignRankOneCode) -> Tensor:

@@ -83,7 +83,7 @@ class Sparse(Constraint):
             grouped = scores.reshape(scores.shape[0], -1, self.of)
             lowest = grouped.topk(self.of - int(self.amount), dim=-1, largest=False).indices
             return torch.ones_like(grouped, dtype=torch.bool).scatter(-1, lowest, False).view(scores.shape)
-        number = (self.dropped(scores) if dropped is None else dropped)[:, None]
+        number = (self.drop_counts(scores) if dropped is None else dropped)[:, None]
         blocks = self.of_blocks(scores)
         grouped = blocks if self.scope == "row" else blocks.reshape(1, -1)
         threshold = smallest(grouped, number)
@@ -91,7 +91,7 @@ class Sparse(Constraint):
         drop = below | (equal & (equal.cumsum(1) <= number - below.sum(1, keepdim=True)))
         return ~drop.view(blocks.shape).repeat_interleave(self.block, dim=1)
 
-    def dropped(self, weight: Tensor) -> Tensor:
+    def drop_counts(self, weight: Tensor) -> Tensor:
         """How many weights, or blocks, of `weight` (out, in) a share of zeros drops (1,), or of each row (out,)."""
         rows, number = (1, weight.numel()) if self.scope == "layer" else weight.shape
         return torch.full((rows,), round(self.amount * number / self.block), device=weight.device)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
 from hesse.constraints.weighted_means import AT_ONCE, nearest_vectors, weighted_means
 from hesse.errors import OptionError
 
@@ -78,7 +78,7 @@ class VectorCodebook(Constraint):
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> VectorCode:
-        masses = self.vectors(of_each(weight, metric))
+        masses = self.vectors(metric_or_ones(weight, metric))
         left, books, codes = self.vectors(weight), [], []
         for book in range(self.books):
             means = weighted_means(left, masses, self.entries, STEPS, seed=book)

@@ -213,7 +213,7 @@ class Fisher(Exact):
             raise OptionError(f"a Fisher is per 'sample' or per 'term', not {self.per!r}")
         if self.kind != "empirical":  # refuses a loss without a distribution
             generator = torch.Generator().manual_seed(0)
-            self.objective.loss.sampled_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
+            self.objective.loss.sample_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
         super().__post_init__()
 
     def _best_columns(self) -> int:
@@ -226,7 +226,7 @@ class Fisher(Exact):
             return
         for inputs, targets in objective.batches():
             if self.kind == "sampled":
-                targets = objective.sampled_targets(inputs, targets, generator)
+                targets = objective.sample_targets(inputs, targets, generator)
             yield self._products(inputs, targets)
 
     def _products(self, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:

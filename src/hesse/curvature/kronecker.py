@@ -80,7 +80,7 @@ class Kronecker(Curvature):
         """
         if not all(math.isfinite(amount) and amount >= 0 for amount in (of_outputs, of_inputs)):
             raise OptionError(f"dampings are {of_outputs} and {of_inputs}, but must be finite and not negative")
-        outputs, inputs = _ridged(self.output_factor, of_outputs), _ridged(self.input_factor, of_inputs)
+        outputs, inputs = _add_ridge(self.output_factor, of_outputs), _add_ridge(self.input_factor, of_inputs)
         return replace(self, output_factor=outputs, input_factor=inputs)
 
     @cached_property
@@ -121,7 +121,7 @@ class Kronecker(Curvature):
         return left * right
 
 
-def _ridged(factor: Tensor, amount: float) -> Tensor:
+def _add_ridge(factor: Tensor, amount: float) -> Tensor:
     """Return `factor` plus `amount` times its mean eigenvalue."""
     if factor.ndim == 1:
         return factor + amount * factor.mean()

@@ -54,7 +54,7 @@ class Loss(ABC):
             (second,) = torch.autograd.grad(first, point, change, allow_unused=True)
         return torch.zeros_like(outputs) if second is None else second
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
         """Targets drawn from the distribution whose negative log-likelihood this loss is; masks stay.
 
         The generator's numbers are used sample by sample: a batch cut into parts gets the labels that it gets whole.
@@ -100,7 +100,7 @@ class CrossEntropy(Loss):
         product = weighted - probabilities * weighted.sum(-1, keepdim=True)
         return product * (targets != self.ignore_index).unsqueeze(-1)
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
         labels = sampled_labels(outputs.detach().flatten(0, -2), generator).view(targets.shape)
         kept: Tensor = torch.where(targets == self.ignore_index, targets, labels)
         return kept
@@ -121,7 +121,7 @@ class SquaredError(Loss):
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
         return 2 * change
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
         # Sample by sample, so that the same numbers come whatever samples are taken together.
         noise = torch.stack([torch.randn(o.shape, generator=generator, dtype=outputs.dtype) for o in outputs])
         return outputs.detach() + noise.to(outputs.device) * math.sqrt(0.5)

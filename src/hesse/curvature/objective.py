@@ -102,14 +102,14 @@ class Objective:
         device, some = self.parameters[0].device, False
         for inputs, targets in self.data:
             some = True
-            yield _moved(inputs, device), targets.to(device)
+            yield _to_device(inputs, device), targets.to(device)
         if not some:
             raise DataError("the data holds no batch: give at least one sample")
 
-    def sampled_targets(self, inputs: Any, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_targets(self, inputs: Any, targets: Tensor, generator: torch.Generator | None) -> Tensor:
         """Targets of a batch drawn from the model itself."""
         with torch.no_grad():
-            return self.loss.sampled_targets(self.outputs(inputs), targets, generator)
+            return self.loss.sample_targets(self.outputs(inputs), targets, generator)
 
     def outputs(self, inputs: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """The model's outputs, with `parameters` in the place of its own ones where given."""
@@ -117,7 +117,7 @@ class Objective:
             if parameters is None:
                 return self.call(self.model, inputs)
             replaced = dict(zip(self.names, parameters, strict=True))
-            result: Tensor = functional_call(_Forward(self.model, self.call), _prefixed(replaced), (inputs,))
+            result: Tensor = functional_call(_Forward(self.model, self.call), _add_prefix(replaced), (inputs,))
             return result
 
     def outputs_once(self, inputs: Any) -> Tensor:
@@ -229,17 +229,17 @@ class _Forward(nn.Module):
         return self.call(self.model, inputs)
 
 
-def _prefixed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in parameters.items()}
 
 
-def _moved(inputs: Any, device: torch.device) -> Any:
+def _to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, dict):
-        return {key: _moved(value, device) for key, value in inputs.items()}
+        return {key: _to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(_moved(value, device) for value in inputs)
+        return type(inputs)(_to_device(value, device) for value in inputs)
     return inputs
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.curvature.origin import Origin
-from hesse.curvature.symmetric import add_upper, mirrored
+from hesse.curvature.symmetric import add_upper, symmetric_from_upper
 from hesse.errors import ConditioningError, DataError, OptionError
 from hesse.finite import all_finite
 
@@ -58,7 +58,7 @@ class RankOneSum(Curvature):
         if not all_finite(total):
             index = int((~torch.isfinite(total.diagonal())).nonzero().flatten().tolist()[0])
             raise DataError(f"gradient {index} holds NaN or infinity, or overflows when it is squared")
-        return cls(gradients=gradients, inner_products=mirrored(total), origin=origin)
+        return cls(gradients=gradients, inner_products=symmetric_from_upper(total), origin=origin)
 
     def __post_init__(self) -> None:
         if self.inner_products.shape != (len(self.gradients), len(self.gradients)):

@@ -60,7 +60,7 @@ def mirror(upper: Tensor) -> None:
         upper[start + LEAF :, rows] = upper[rows, start + LEAF :].T
 
 
-def mirrored(upper: Tensor) -> Tensor:
+def symmetric_from_upper(upper: Tensor) -> Tensor:
     """The symmetric matrix with the upper triangle of `upper`."""
     result = upper.clone()
     mirror(result)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, as_gram, as_kind, cost_of
+from hesse.solvers.base import Solver, member_cost, require_constraint, require_gram
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class ActivationAware(Solver):
     steps: int = 20
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> ScaledCode:
-        constraint = as_kind(self, constraint, ScaledColumns)
+        constraint = require_constraint(self, constraint, ScaledColumns)
         size = state.diagonal().to(weight).sqrt()
         size = torch.where(size > 0, size, size[size > 0].min() if bool((size > 0).any()) else torch.ones_like(size))
         best: tuple[float, ScaledCode] | None = None
@@ -33,7 +33,7 @@ class ActivationAware(Solver):
             scale = size ** (step / self.steps)
             scale = scale / (scale.amax() * scale.amin()).sqrt()  # which keeps codes' scales in their type's range
             code = constraint.encode_scaled(weight, scale)
-            cost = cost_of(state, constraint, code, weight)
+            cost = member_cost(state, constraint, code, weight)
             if best is None or cost < best[0]:
                 best = cost, code
         assert best is not None

@@ -9,8 +9,8 @@ from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.curvature.kronecker import through_eigenvectors
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver, as_kind, float32_bytes
-from hesse.solvers.never_worse import refitted_code
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
+from hesse.solvers.never_worse import refit_or_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class ADMM(Solver):
         raise UnsupportedProduct(f"ADMM needs a Gram or a Kronecker (out, in), not a {type(curvature).__name__}")
 
     def compute(self, state: ADMMState, weight: Tensor, constraint: Constraint) -> SparseCode:
-        constraint = as_kind(self, constraint, Sparse)
+        constraint = require_constraint(self, constraint, Sparse)
         scale = state.scale.to(weight.dtype)
         found, dual = weight * scale, torch.zeros_like(weight)
         pulled, before = state.through(found, state.values), self.strengths[0]
@@ -75,7 +75,7 @@ class ADMM(Solver):
             dual += found - sparse
             found = state.through(pulled + strength * (sparse - dual), 1 / (state.values + strength))
         start = found / scale * mask
-        return refitted_code(state.curvature, constraint, weight, start, mask, self.refit_steps)
+        return refit_or_keep(state.curvature, constraint, weight, start, mask, self.refit_steps)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         if issubclass(curvature, Kronecker):

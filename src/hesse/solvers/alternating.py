@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, cost_of
+from hesse.solvers.base import Solver, member_cost
 from hesse.solvers.repair import Repair, SumState, as_sum, sum_workspace
 
 
@@ -34,10 +34,10 @@ class Alternating(Solver):
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
         constraint = as_sum(self, constraint)
         repaired = Repair(self.first, self.second).compute(state, weight, constraint)
-        best = cost_of(state.curvature, constraint, repaired, weight), repaired
+        best = member_cost(state.curvature, constraint, repaired, weight), repaired
         last = float("inf")
         for code in self.turns(state, weight, constraint):
-            cost = cost_of(state.curvature, constraint, code, weight)
+            cost = member_cost(state.curvature, constraint, code, weight)
             if cost >= last:
                 break
             best, last = min(best, (cost, code), key=lambda priced: priced[0]), cost
@@ -51,6 +51,6 @@ class Alternating(Solver):
         base, correction = constraint.base, constraint.correction
         beside = self.second.compute(state.second, weight, correction)
         for _ in range(self.rounds):
-            code = self.first.compute(state.first, correction.left(weight, beside), base)
-            beside = self.second.compute(state.second, base.left(weight, code), correction)
+            code = self.first.compute(state.first, correction.residual(weight, beside), base)
+            beside = self.second.compute(state.second, base.residual(weight, code), correction)
             yield PlusCode(code, beside)

@@ -14,7 +14,7 @@ from hesse.curvature import Curvature, Gram
 from hesse.errors import DataError, OptionError, UnsupportedProduct
 from hesse.finite import all_finite
 
-Kind = TypeVar("Kind", bound=Constraint)
+AnyConstraint = TypeVar("AnyConstraint", bound=Constraint)
 
 OVERHEAD = 1 << 14  # bytes of vectors and small buffers beside the matrices
 
@@ -65,7 +65,7 @@ class Solution:
         return self.curvature.quadratic(self.weight - self.original)
 
 
-def as_kind(solver: Solver, constraint: Constraint, kind: type[Kind]) -> Kind:
+def require_constraint(solver: Solver, constraint: Constraint, kind: type[AnyConstraint]) -> AnyConstraint:
     """`constraint`, which must be of the only kind that the solver has an answer for.
 
     Raises:
@@ -76,7 +76,7 @@ def as_kind(solver: Solver, constraint: Constraint, kind: type[Kind]) -> Kind:
     return constraint
 
 
-def as_gram(solver: Solver, curvature: Curvature) -> Gram:
+def require_gram(solver: Solver, curvature: Curvature) -> Gram:
     """`curvature`, which must be a Gram.
 
     Raises:
@@ -87,7 +87,7 @@ def as_gram(solver: Solver, curvature: Curvature) -> Gram:
     return curvature
 
 
-def cost_of(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
+def member_cost(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
     """½ dᵀHd of the member of `constraint` that is stored as `code`, d being its difference from `weight` (out, in)."""
     return curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
 

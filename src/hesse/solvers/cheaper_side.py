@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, as_kind, cost_of, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 
 
 class SideState(NamedTuple):
@@ -31,12 +31,12 @@ class CheaperSide(Solver):
         return SideState(curvature, None if self.inner is None else self.inner.init(curvature))
 
     def compute(self, state: SideState, weight: Tensor, constraint: Constraint) -> SideCode:
-        constraint = as_kind(self, constraint, EitherSide)
+        constraint = require_constraint(self, constraint, EitherSide)
         found = []
         for along in (False, True):
             side = constraint.side(along)
             code = side.encode(weight) if self.inner is None else self.inner.compute(state.inner, weight, side)
-            found.append((cost_of(state.curvature, side, code, weight), along, code))
+            found.append((member_cost(state.curvature, side, code, weight), along, code))
         _, along, code = min(found, key=lambda each: each[0])
         return SideCode(code, along)
 

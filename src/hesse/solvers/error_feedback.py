@@ -24,9 +24,9 @@ from hesse.constraints import (
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import codebook_feedback
-from hesse.solvers.base import Solver, as_gram, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_gram
 from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
-from hesse.solvers.never_worse import cheaper_codes, refitted_code
+from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
 from hesse.solvers.sweeps import columns, kernels
 from hesse.solvers.sweeps.blocks import sweep_blocks
 from hesse.solvers.sweeps.columns import Block
@@ -37,7 +37,7 @@ Walk = Callable[[Block, int, int, Grouped | None], None]
 
 @dataclass(frozen=True, eq=False)
 class FeedbackState:
-    """A Gram, the order in which its columns are taken, and its inverse in that order as (A + λI)⁻¹ = UᵀU."""
+    """A Gram, the order in which its columns are order, and its inverse in that order as (A + λI)⁻¹ = UᵀU."""
 
     curvature: Gram
     order: Tensor | None  # (in,) column indices; None for the given order
@@ -45,9 +45,9 @@ class FeedbackState:
     pivots: Tensor  # (in,) U_jj
 
     @property
-    def taken(self) -> Tensor:
+    def columns(self) -> Tensor:
         """The columns (in,) in the order in which they are taken."""
-        return _taken(self.curvature, self.order)
+        return _columns(self.curvature, self.order)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ErrorFeedback(Solver):
     refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        gram, order = as_gram(self, curvature), None
+        gram, order = require_gram(self, curvature), None
         if self.order == "descending":
             order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         return FeedbackState(gram, order, *inverse_factor(gram, order))
@@ -86,12 +86,12 @@ class ErrorFeedback(Solver):
         self, state: FeedbackState, weight: Tensor, constraint: Constraint
     ) -> GridCode | SparseCode | CodebookCode:
         if isinstance(constraint, Codebook):
-            how = state.curvature, state.taken, state.feedback, self.block_size, self.refit_steps
-            return codebook_feedback.fed_back(constraint, weight, *how)
+            how = state.curvature, state.columns, state.feedback, self.block_size, self.refit_steps
+            return codebook_feedback.feed_back(constraint, weight, *how)
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
-        order = state.taken
+        order = state.columns
         grids = None if grid is None else [grid.at(column) for column in order.tolist()]
         sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
         late = state.order is None or (grid is not None and grid.group_width(weight.shape[1]) == 1)
@@ -103,11 +103,11 @@ class ErrorFeedback(Solver):
         if grid is None:
             assert sparse is not None
             kept = sweep.kept[back].T
-            return refitted_code(state.curvature, sparse, weight, sweep.work[back].T, kept, self.refit_steps)
+            return refit_or_keep(state.curvature, sparse, weight, sweep.work[back].T, kept, self.refit_steps)
         scales = sweep.scales(grid, back)
         solved_code = GridCode(sweep.codes[back].T.contiguous(), scales)
         plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
-        return cheaper_codes(state.curvature, grid, weight, solved_code, plain_code)
+        return cheaper_rows(state.curvature, grid, weight, solved_code, plain_code)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         inverting = float32_bytes(shape, inputs=4.1)
@@ -272,7 +272,7 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
     Raises:
         ConditioningError: A + λI is not positive definite to working precision.
     """
-    moment = backwards_in(gram.second_moment, _taken(gram, order))
+    moment = backwards_in(gram.second_moment, _columns(gram, order))
     backwards = Gram(second_moment=moment, tokens=gram.tokens, damping=gram.damping)
     try:
         lower = backwards.factor
@@ -285,5 +285,5 @@ def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
     return read_backwards(inverse.to(moment.dtype))
 
 
-def _taken(gram: Gram, order: Tensor | None) -> Tensor:
+def _columns(gram: Gram, order: Tensor | None) -> Tensor:
     return torch.arange(gram.shape[0], device=gram.device) if order is None else order

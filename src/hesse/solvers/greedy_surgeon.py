@@ -11,7 +11,7 @@ from hesse.constraints import Constraint, Grid, GridCode, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, Gram
 from hesse.errors import UnsupportedProduct
 from hesse.solvers.base import Solver, float32_bytes
-from hesse.solvers.never_worse import cheaper_codes, refitted_code
+from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
 from hesse.solvers.refit import best_values, kept_part
 from hesse.solvers.sweeps import greedy
 
@@ -57,11 +57,11 @@ class GreedySurgeon(Solver):
 
     def compute(self, state: SurgeonState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
         if isinstance(constraint, Sparse) and isinstance(state.curvature, BlockRankOneSum):
-            return _pruned_blocks(state.curvature, state.inverse, weight, constraint)
+            return _prune_blocks(state.curvature, state.inverse, weight, constraint)
         if isinstance(constraint, Sparse) and isinstance(state.curvature, Gram):
-            return self._pruned(state.curvature, state.inverse, weight, constraint)
+            return self._prune(state.curvature, state.inverse, weight, constraint)
         if isinstance(constraint, Grid) and isinstance(state.curvature, Gram):
-            return _rounded(state.curvature, state.inverse, weight, constraint)
+            return _round(state.curvature, state.inverse, weight, constraint)
         raise UnsupportedProduct(
             f"GreedySurgeon solves Grid and Sparse under a Gram, Sparse under blocks, not {type(constraint).__name__}"
         )
@@ -71,12 +71,12 @@ class GreedySurgeon(Solver):
             return float32_bytes(shape, weights=7) + 4 * 5 * held
         return float32_bytes(shape, weights=11 if isinstance(constraint, Sparse) else 6, inputs=5)
 
-    def _pruned(self, gram: Gram, inverse: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
-        kept = _kept(weight, inverse[None], sparse, sparse.dropped(weight) if sparse.of is None else None)
-        return refitted_code(gram, sparse, weight, weight * kept, kept, self.refit_steps)
+    def _prune(self, gram: Gram, inverse: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
+        kept = _kept_mask(weight, inverse[None], sparse, sparse.drop_counts(weight) if sparse.of is None else None)
+        return refit_or_keep(gram, sparse, weight, weight * kept, kept, self.refit_steps)
 
 
-def _kept(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None) -> Tensor:
+def _kept_mask(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None) -> Tensor:
     """Which weights of `rows` (rows, n) stay: all but `number`, of all (1,) or of each row, or by the pattern."""
     work = _on_cpu(rows)
     costs = np.full((len(work), work.shape[1] // sparse.block), np.inf, np.float32)
@@ -88,10 +88,10 @@ def _kept(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None)
         return turn == rows.shape[1]
     # A drop counts as what the dearest up to it costs, so that rows are cut off in their own order.
     price = torch.from_numpy(costs).cummax(1).values.to(rows.device)
-    return turn >= _drops(price, number)[:, None]
+    return turn >= _drop_counts(price, number)[:, None]
 
 
-def _pruned_blocks(curvature: BlockRankOneSum, inverses: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
+def _prune_blocks(curvature: BlockRankOneSum, inverses: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
     """The same under the blocks of a curvature, whose kept values are solved for exactly."""
     if sparse.of is None and sparse.scope == "row":
         raise UnsupportedProduct("blocks do not end where rows do: use the scope layer")
@@ -99,12 +99,12 @@ def _pruned_blocks(curvature: BlockRankOneSum, inverses: Tensor, weight: Tensor,
         raise UnsupportedProduct(f"blocks of {curvature.block_size} weights cut the groups of {sparse.together}")
     blocks = curvature.split(weight)
     filled = torch.arange(blocks.numel(), device=weight.device).view(blocks.shape) >= weight.numel()
-    number = sparse.dropped(weight) if sparse.of is None else None
-    kept = curvature.join(_kept(torch.where(filled, PADDING, blocks), inverses, sparse, number))
+    number = sparse.drop_counts(weight) if sparse.of is None else None
+    kept = curvature.join(_kept_mask(torch.where(filled, PADDING, blocks), inverses, sparse, number))
     return sparse.encode_masked(best_values(curvature, kept_part(curvature, kept), weight, kept), kept)
 
 
-def _drops(price: Tensor, number: Tensor) -> Tensor:
+def _drop_counts(price: Tensor, number: Tensor) -> Tensor:
     """How many drops of each row (rows, n) are made, with so rising prices, of `number` (1,) in all or (rows,) each."""
     if len(number) == len(price):
         return number
@@ -112,7 +112,7 @@ def _drops(price: Tensor, number: Tensor) -> Tensor:
     return torch.bincount(order // price.shape[1], minlength=len(price))
 
 
-def _rounded(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCode:
+def _round(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCode:
     scales, columns = grid.fit(weight), weight.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.int8)
     greedy.round_all(
@@ -126,7 +126,7 @@ def _rounded(gram: Gram, inverse: Tensor, weight: Tensor, grid: Grid) -> GridCod
         codes.numpy(),
     )
     found = GridCode(codes.to(weight.device), scales)
-    return cheaper_codes(gram, grid, weight, found, grid.round(weight, scales))
+    return cheaper_rows(gram, grid, weight, found, grid.round(weight, scales))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Rotated
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, as_gram, as_kind, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback
 
 
@@ -23,13 +23,13 @@ class Incoherent(Solver):
     inner: Solver = field(default_factory=ErrorFeedback)
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> Any:
-        constraint = as_kind(self, constraint, Rotated)
-        moment = constraint.turned_inputs(state.second_moment)
+        constraint = require_constraint(self, constraint, Rotated)
+        moment = constraint.rotate_inputs(state.second_moment)
         turned = Gram(second_moment=(moment + moment.T) / 2, tokens=state.tokens, damping=state.damping)
-        return self.inner.compute(self.inner.init(turned), constraint.turned(weight), constraint.base)
+        return self.inner.compute(self.inner.init(turned), constraint.rotate_weight(weight), constraint.base)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         if not isinstance(constraint, Rotated):

@@ -10,9 +10,9 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver, as_kind, cost_of, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback
-from hesse.solvers.never_worse import cheaper_codes
+from hesse.solvers.never_worse import cheaper_rows
 from hesse.solvers.sweeps.row_flips import settle_rows
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 
@@ -53,14 +53,16 @@ class LearnedRounding(Solver):
         return LearnedState(curvature, self.start.init(curvature))
 
     def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
-        constraint = as_kind(self, constraint, Grid)
+        constraint = require_constraint(self, constraint, Grid)
         start = self.start.compute(state.start, weight, constraint)
         assert isinstance(start, GridCode)
-        settled = self._settled(state, weight, constraint, start)
-        learned = self._settled(state, weight, constraint, self.learned(state.curvature, weight, constraint, settled))
+        settled = self._settle_codes(state, weight, constraint, start)
+        learned = self._settle_codes(
+            state, weight, constraint, self.learn(state.curvature, weight, constraint, settled)
+        )
         if isinstance(state.curvature, Gram):
-            return cheaper_codes(state.curvature, constraint, weight, learned, settled)
-        return min((settled, learned), key=lambda code: cost_of(state.curvature, constraint, code, weight))
+            return cheaper_rows(state.curvature, constraint, weight, learned, settled)
+        return min((settled, learned), key=lambda code: member_cost(state.curvature, constraint, code, weight))
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         start = self.start.workspace(shape, curvature, constraint, held)
@@ -68,13 +70,13 @@ class LearnedRounding(Solver):
             return max(start, float32_bytes(shape, weights=20, inputs=2, outputs=2))
         return max(start, float32_bytes(shape, weights=22, inputs=2))
 
-    def _settled(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+    def _settle_codes(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):
             return settle_rows(code, state.curvature, grid, weight)
         assert isinstance(self.start, TwoSidedFeedback)
-        return self.start.settled(state.start, weight, grid, code)
+        return self.start.settle(state.start, weight, grid, code)
 
-    def learned(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
+    def learn(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
         """The codes that descent from `start` on comes to, of the same scales."""
         step = grid.expand(start.scales.scale, weight.shape[1]).to(weight)
         codes, member = start.codes.to(weight), grid.steps(start, weight) * step

@@ -5,17 +5,17 @@ from torch import Tensor
 
 from hesse.constraints import GridCode, Grouped, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import cost_of
+from hesse.solvers.base import member_cost
 from hesse.solvers.refit import refit_rows, refit_whole
 
 
-def cheaper_codes(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
+def cheaper_rows(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
     """Of two codes with the same scales, row by row the one that costs less."""
-    rows = plain_is_cheaper(gram, weight, grid.decode(solved), grid.decode(plain))
+    rows = rows_cheaper_plain(gram, weight, grid.decode(solved), grid.decode(plain))
     return GridCode(torch.where(rows, plain.codes, solved.codes), solved.scales)
 
 
-def refitted_code(
+def refit_or_keep(
     curvature: Curvature, sparse: Sparse, weight: Tensor, start: Tensor, kept: Tensor, steps: int
 ) -> SparseCode:
     """The weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
@@ -24,14 +24,14 @@ def refitted_code(
     """
     if isinstance(curvature, Gram):
         solved = refit_rows(weight, start, kept, curvature, steps)
-        rows = plain_is_cheaper(curvature, weight, solved, weight * kept)
+        rows = rows_cheaper_plain(curvature, weight, solved, weight * kept)
         return sparse.encode_masked(torch.where(rows, weight, solved), kept)
     solved = refit_whole(weight, start, kept, curvature, steps)
     codes = [sparse.encode_masked(values, kept) for values in (solved, weight)]
-    return min(codes, key=lambda code: cost_of(curvature, sparse, code, weight))
+    return min(codes, key=lambda code: member_cost(curvature, sparse, code, weight))
 
 
-def plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
+def rows_cheaper_plain(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
     """True (out / together, 1) where so many rows of the plain member cost less than those of the solved one."""
     costs = [gram.row_quadratics(member - weight).view(-1, together).sum(1) for member in (plain, solved)]
     return (costs[0] < costs[1])[:, None]

@@ -9,7 +9,7 @@ from hesse.constraints import Constraint, GridCode, SalientCode, SalientColumns,
 from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, as_gram, as_kind, cost_of, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class RefitSalient(Solver):
     rounds: int = 4
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> SalientCode:
-        constraint = as_kind(self, constraint, SalientColumns)
+        constraint = require_constraint(self, constraint, SalientColumns)
         best = constraint.encode(weight, state.diagonal().to(weight))
-        least = cost_of(state, constraint, best, weight)
+        least = member_cost(state, constraint, best, weight)
         code = best
         for _ in range(self.rounds):
-            code = _rows_refitted(state, weight, constraint, _columns_refitted(state, weight, constraint, code))
-            cost = cost_of(state, constraint, code, weight)
+            code = _refit_rows(state, weight, constraint, _refit_columns(state, weight, constraint, code))
+            cost = member_cost(state, constraint, code, weight)
             if cost < least:
                 best, least = code, cost
         return best
@@ -42,7 +42,7 @@ class RefitSalient(Solver):
         return float32_bytes(shape, weights=5.5, inputs=2)
 
 
-def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
+def _refit_columns(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
     """With the b of least cost: (A ⊙ Sᵀ diag(a²) S) b = Σ a_i s_i ⊙ (A r_i), r what the grid leaves of the weight."""
     others = ~code.salient
     moment = gram.second_moment.to(weight)
@@ -59,7 +59,7 @@ def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, co
     return SalientCode(code.salient, code.grid, rest)
 
 
-def _rows_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
+def _refit_rows(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
     """With the a, and the factor on the grid's scales, of least cost in each row."""
     parts = torch.zeros(2, *weight.shape).to(weight)
     parts[0][:, code.salient] = constraint.grid.decode(code.grid).to(weight)

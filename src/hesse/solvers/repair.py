@@ -37,7 +37,7 @@ class Repair(Solver):
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
         constraint = as_sum(self, constraint)
         base = self.first.compute(state.first, weight, constraint.base)
-        left = constraint.base.left(weight, base)
+        left = constraint.base.residual(weight, base)
         return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver, as_kind, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RowsAndColumns(Solver):
         return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        constraint = as_kind(self, constraint, LowRank)
+        constraint = require_constraint(self, constraint, LowRank)
         root = state.factor.to(weight.dtype) if isinstance(state, Gram) else None
         important = weight if root is None else weight @ root
         left, _, right = torch.linalg.svd(important, full_matrices=False)

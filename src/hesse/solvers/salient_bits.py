@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, as_gram, as_kind, cost_of, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
 
@@ -33,17 +33,17 @@ class SalientBits(Solver):
     patience: int = 2
 
     def init(self, curvature: Curvature) -> BitsState:
-        feedback = self.inner.init(as_gram(self, curvature))
-        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.taken)])
+        feedback = self.inner.init(require_gram(self, curvature))
+        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.columns)])
 
     def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
-        constraint = as_kind(self, constraint, MixedGrid)
+        constraint = require_constraint(self, constraint, MixedGrid)
         best: tuple[float, MixedCode] | None = None
         since = 0
         for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
             code = self.inner.compute(state.feedback, weight, grid)
             assert isinstance(code, GridCode)
-            cost = cost_of(state.feedback.curvature, grid, code, weight)
+            cost = member_cost(state.feedback.curvature, grid, code, weight)
             since += 1
             if best is None or cost < best[0]:
                 best, since = (cost, constraint.code(code, grid)), 0

@@ -10,7 +10,7 @@ from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, RankOneSum
 from hesse.curvature.rank_one_sum import CHUNK
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver, as_kind, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 from hesse.solvers.refit import OfGradients, best_values, kept_part
 
 
@@ -38,7 +38,7 @@ class StepwiseSurgeon(Solver):
         return curvature
 
     def compute(self, state: OfGradients, weight: Tensor, constraint: Constraint) -> SparseCode:
-        constraint = as_kind(self, constraint, Sparse)
+        constraint = require_constraint(self, constraint, Sparse)
         if constraint.block > 1:
             raise UnsupportedProduct(
                 f"{type(self).__name__} counts the costs of single weights: for blocks use GreedySurgeon"
@@ -108,7 +108,7 @@ def _dropped(sparse: Sparse, weight: Tensor, steps: int) -> list[Tensor | None]:
     """Return how many weights are removed after each step; a pattern is chosen in one."""
     if sparse.of is not None:
         return [None]
-    last = sparse.dropped(weight)
+    last = sparse.drop_counts(weight)
     whole = weight.numel() / len(last)
     kept = 1 - last / whole
     return [*(((1 - kept ** (step / steps)) * whole).round().long() for step in range(1, steps)), last]

@@ -58,7 +58,7 @@ class TwoSidedFeedback(Solver):
     def compute(self, state: TwoSidedState, weight: Tensor, constraint: Constraint) -> GridCode | CodebookCode:
         if isinstance(constraint, Codebook):
             plain = constraint.encode(weight, state.curvature.diagonal().to(weight.dtype))
-            return CodebookSearch(state, constraint, weight).found(plain, weight, self.passes, self.refit_steps)
+            return CodebookSearch(state, constraint, weight).best_code(plain, weight, self.passes, self.refit_steps)
         if isinstance(constraint, SparseGrid):
             pruned = ADMM().compute(state.pruning, weight, constraint.sparse)
             grid, kept = constraint.grid, pruned.mask
@@ -70,7 +70,7 @@ class TwoSidedFeedback(Solver):
                 f"TwoSidedFeedback solves Grid, Sparse & Grid and Codebook, not {type(constraint).__name__}"
             )
         rounded = grid.round(start, grid.fit(start))
-        return GridSearch(state, grid, weight, kept).found(rounded, start, self.passes, self.refit_steps)
+        return GridSearch(state, grid, weight, kept).best_code(rounded, start, self.passes, self.refit_steps)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         factoring = max(float32_bytes(shape, inputs=5, outputs=1), float32_bytes(shape, inputs=2, outputs=5))
@@ -79,12 +79,12 @@ class TwoSidedFeedback(Solver):
         weights = 11 if isinstance(constraint, Codebook) else 9
         return max(factoring, float32_bytes(shape, weights=weights, inputs=2, outputs=2))
 
-    def settled(self, state: TwoSidedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+    def settle(self, state: TwoSidedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         """`code` after passes of coordinate descent until one does not lower the cost, scales as they are."""
         search = GridSearch(state, grid, weight)
-        best, before = search.priced(code), math.inf
+        best, before = search.price(code), math.inf
         while best.cost < before:
-            best, before = search.cheaper(best, search.descended(best)), best.cost
+            best, before = search.cheaper(best, search.descend(best)), best.cost
         settled: GridCode = best.code
         return settled
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, as_gram, as_kind, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
-from hesse.solvers.never_worse import plain_is_cheaper
+from hesse.solvers.never_worse import rows_cheaper_plain
 from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
@@ -28,19 +28,19 @@ class VectorFeedback(Solver):
     block_size: int = 128
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        return ErrorFeedback(self.order).init(as_gram(self, curvature))
+        return ErrorFeedback(self.order).init(require_gram(self, curvature))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
-        constraint = as_kind(self, constraint, VectorCodebook)
+        constraint = require_constraint(self, constraint, VectorCodebook)
         plain = constraint.encode(weight, state.curvature.diagonal())
-        work = weight.T.contiguous()[state.taken]
+        work = weight.T.contiguous()[state.columns]
         codes = plain.codes.new_empty(constraint.books, len(work), work.shape[1] // constraint.length)
         walk = partial(_walk, work, codes, constraint, plain.centroids.to(work))
         sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
 
-        swept = constraint.code(codes[:, torch.argsort(state.taken)].flatten(1), plain.centroids, weight.shape)
+        swept = constraint.code(codes[:, torch.argsort(state.columns)].flatten(1), plain.centroids, weight.shape)
         solved, unswept = (constraint.decode(code).to(weight.dtype) for code in (swept, plain))
-        heights = plain_is_cheaper(state.curvature, weight, solved, unswept, constraint.length)
+        heights = rows_cheaper_plain(state.curvature, weight, solved, unswept, constraint.length)
         return VectorCode(torch.where(heights, plain.codes, swept.codes), plain.centroids)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:

@@ -10,7 +10,7 @@ from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers.base import Solver, as_kind, float32_bytes
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 from hesse.solvers.linear.triangular import kronecker_root
 
 
@@ -46,7 +46,7 @@ class WhitenedSVD(Solver):
         )
 
     def compute(self, state: Sides, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        constraint = as_kind(self, constraint, LowRank)
+        constraint = require_constraint(self, constraint, LowRank)
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
         left, right = factors_of(_whitened(state, weight), constraint.rank)
         return constraint.encode_factors(_over(left.T, outputs).T, _over(right, inputs))

@@ -177,7 +177,7 @@ def check_member(constraint: Constraint, code: Any, weight: Tensor) -> None:
             assert int((weight.view(len(weight), -1, sparse.of) != 0).sum(-1).max()) <= int(sparse.amount)
         else:
             rows = weight.view(1, -1) if sparse.scope == "layer" else weight
-            assert bool(((rows == 0).sum(1) >= sparse.dropped(weight) * sparse.block).all())
+            assert bool(((rows == 0).sum(1) >= sparse.drop_counts(weight) * sparse.block).all())
 
 
 def peak_bytes(action: Callable[[], object]) -> int:

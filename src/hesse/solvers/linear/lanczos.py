@@ -73,7 +73,7 @@ def lanczos(
             continue
         # Where it ended early there are fewer different eigenvalues than asked: the others are copies of these.
         values, coordinates, residuals = walk.ritz()
-        order = _wanted(values, k, which)
+        order = _selected(values, k, which)
         converged = ended or bool((residuals[order] <= tolerance * float(values.abs().max())).all())
         if converged or len(walk.alphas) >= max_products:
             break
@@ -82,7 +82,7 @@ def lanczos(
     return Eigenpairs(values[order], shaped, residuals[order], len(walk.alphas), converged)
 
 
-def _wanted(values: Tensor, k: int, which: str) -> Tensor:
+def _selected(values: Tensor, k: int, which: str) -> Tensor:
     """Places of the wanted among ascending `values`: the largest from the largest on, or the smallest."""
     smallest = torch.arange(min(k, len(values)), device=values.device)
     largest = len(values) - 1 - smallest

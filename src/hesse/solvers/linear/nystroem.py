@@ -27,7 +27,7 @@ def kept_units(moment: Tensor, count: int) -> Tensor:
     return units
 
 
-def refitted(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
+def nystroem_weight(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
     """The weights (out, units) on the inputs `units` alone that come nearest to the outputs of `weight` (out, in).
 
     The minimum over W' of E‖W z - W' z_S‖² is W A_:S A_SS⁻¹, the Nyström approximation of A behind W; directions of

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesse.compiled import Floats, add, compiled, lost_bits, stored
+from hesse.compiled import Floats, add, compile_loop, lost_bits, round_stored
 from hesse.constraints import Grouped
 
 TILE = 64  # outputs that are gone through together, so that a block's columns of them stay in the nearest cache
@@ -55,7 +55,7 @@ def bounds_of(grid: Grouped | None) -> tuple[int, int]:
     return (0, 0) if grid is None or grid.bounds is None else grid.bounds
 
 
-@compiled
+@compile_loop
 def _walk(
     work: Floats,
     errors: Floats,
@@ -88,7 +88,7 @@ def _walk(
                     step = scale[j, place]
                     code = min(max(np.rint(np.float32(allowed / step) + zero), lowest), highest)
                     codes[j, place] = np.int8(code)
-                    allowed = stored(np.float32((code - zero) * step), lost)
+                    allowed = round_stored(np.float32((code - zero) * step), lost)
                 error[i] = column[i] - allowed
                 work[j, place] = allowed
             for k in range(j + 1, width):

@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hesse.compiled import Floats, add, compiled, stored
+from hesse.compiled import Floats, add, compile_loop, round_stored
 
 SMALLEST = np.float32(1e-30)  # what a pivot counts as that rounding has taken below zero: its weight comes last
 
 
-@compiled
+@compile_loop
 def _eliminate(inverse: Floats, p: int) -> None:
     """Take weight `p` out of H⁻¹ (n, n) by a step of Gauss, which leaves the inverse of H without row and column p."""
     pivot = inverse[p].copy()
@@ -21,7 +21,7 @@ def _eliminate(inverse: Floats, p: int) -> None:
     inverse[:, p] = 0
 
 
-@compiled
+@compile_loop
 def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.float32:
     """w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q of the neighbours Q from `first` on, by steps of Gauss in `work` (size, size + 1)."""
     size = len(work)
@@ -38,7 +38,7 @@ def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.floa
     return total
 
 
-@compiled
+@compile_loop
 def prune(
     weights: Floats, inverses: Floats, group: int, kept: int, block: int, costs: Floats, turns: NDArray[np.int32]
 ) -> None:
@@ -76,7 +76,7 @@ def prune(
                 _eliminate(inverse, p)
 
 
-@compiled
+@compile_loop
 def round_all(
     weights: Floats,
     inverse: Floats,
@@ -102,7 +102,7 @@ def round_all(
                     continue
                 step, zero = scale[row, p], zero_point[row, p]
                 code = min(max(np.rint(np.float32(weight[p] / step) + zero), lowest), highest)
-                value = stored(np.float32((code - zero) * step), lost)
+                value = round_stored(np.float32((code - zero) * step), lost)
                 error = weight[p] - value
                 price = error * error / max(own[p, p], SMALLEST)
                 if abs(error) > abs(step) * np.float32(0.5001):

@@ -25,7 +25,7 @@ class LateMask:
         self.kept = torch.ones_like(work, dtype=torch.bool)
         self.columns_at_once = sparse.columns_at_once(columns_at_once)
         # How many weights or blocks a share has left to drop, of the matrix (1,) or of each row (out,).
-        self._left = sparse.dropped(work.T) if sparse.of is None else None
+        self._left = sparse.drop_counts(work.T) if sparse.of is None else None
         self._left_in_block: Tensor | None = None
         self._stop = 0
 

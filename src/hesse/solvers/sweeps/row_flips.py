@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesse.compiled import Floats, compiled, lost_bits, stored
+from hesse.compiled import Floats, compile_loop, lost_bits, round_stored
 from hesse.constraints import Grid, GridCode
 from hesse.curvature import Gram
 
@@ -35,7 +35,7 @@ def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridC
     return GridCode((codes + offset).to(torch.int8).to(code.codes.device), scales)
 
 
-@compiled
+@compile_loop
 def _settle(
     codes: Floats,
     slope: NDArray[np.float64],
@@ -54,10 +54,10 @@ def _settle(
                 own = moment[j, j]
                 if own <= 0:
                     continue
-                value = stored(np.float32(codes[i, j] * scale[i, j]), lost)
+                value = round_stored(np.float32(codes[i, j] * scale[i, j]), lost)
                 wanted = np.rint((value - slope[i, j] / own) / scale[i, j])
                 code = np.float32(min(max(wanted, lowest[i, j]), highest[i, j]))
-                change = np.float64(stored(np.float32(code * scale[i, j]), lost)) - value
+                change = np.float64(round_stored(np.float32(code * scale[i, j]), lost)) - value
                 gain = change * (slope[i, j] + 0.5 * own * change)
                 if gain < -1e-12 * own * scale[i, j] * scale[i, j]:
                     codes[i, j] = code

@@ -16,7 +16,7 @@ TILE = 64  # rows of a block that are gone through one by one; their errors reac
 Loop = Callable[..., None]
 
 
-class Steps(NamedTuple):
+class GridLevels(NamedTuple):
     """The grid of a transposed weight (in, out), both sides in the order of the sweep; codes count from zero points."""
 
     scale: Tensor  # (groups, out) float32
@@ -35,7 +35,7 @@ class Steps(NamedTuple):
         return two_sided_blocks.feed_back, two_sided_blocks.descend
 
 
-class Tables(NamedTuple):
+class TableLevels(NamedTuple):
     """The values that the weights of each row may take (out, k), ascending, rows in the order of the sweep."""
 
     values: Tensor  # float32, as they are stored
@@ -52,7 +52,7 @@ class Tables(NamedTuple):
 class TwoSidedSweeps(Protocol):
     """What rounds and betters the codes of a weight; all tensors are contiguous, float32 and transposed (in, out)."""
 
-    def feed_back(self, work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
+    def feed_back(self, work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
         """The codes that error feedback finds for the weights `work`, which are used up.
 
         `columns` (in, in) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i)
@@ -60,7 +60,7 @@ class TwoSidedSweeps(Protocol):
         """
 
     def descend(
-        self, codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor
+        self, codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Tensor, output_factor: Tensor
     ) -> None:
         """Change each of `codes`, column by column, where that lowers ½ tr(G d A dᵀ).
 
@@ -69,7 +69,7 @@ class TwoSidedSweeps(Protocol):
         """
 
 
-def feed_back(work: Tensor, steps: Steps | Tables, columns: Tensor, rows: Tensor) -> Tensor:
+def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, rows: Tensor) -> Tensor:
     """As `TwoSidedSweeps` says, on the CPU."""
     codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
     for start in range(0, width, BLOCK):
@@ -91,7 +91,7 @@ def feed_back(work: Tensor, steps: Steps | Tables, columns: Tensor, rows: Tensor
 
 
 def descend(
-    codes: Tensor, gradient: Tensor, steps: Steps | Tables, input_factor: Tensor, output_factor: Tensor
+    codes: Tensor, gradient: Tensor, steps: GridLevels | TableLevels, input_factor: Tensor, output_factor: Tensor
 ) -> None:
     """As `TwoSidedSweeps` says, on the CPU."""
     (width, height), (_, loop) = codes.shape, steps.loops()

@@ -7,10 +7,10 @@ they are stored; in the loops ending in `_table` the ascending values of each ro
 
 import numpy as np
 
-from hesse.compiled import Floats, add, compiled, stored
+from hesse.compiled import Floats, add, compile_loop, round_stored
 
 
-@compiled
+@compile_loop
 def feed_back(
     work: Floats,
     codes: Floats,
@@ -37,13 +37,13 @@ def feed_back(
             wanted, s = weight[i] - taken[i], scale[j, i]
             code = min(max(np.rint(wanted / s), lowest[j, i]), highest[j, i])
             codes[j, i] = code
-            errors[j, i] = np.float32(wanted - stored(np.float32(code * s), lost))
+            errors[j, i] = np.float32(wanted - round_stored(np.float32(code * s), lost))
             add(taken[i:], rows[i, i:], errors[j, i])
         for k in range(j + 1, width):
             add(work[k], taken, -columns[j, k])
 
 
-@compiled
+@compile_loop
 def descend(
     codes: Floats,
     gradient: Floats,
@@ -68,10 +68,10 @@ def descend(
         for i in range(height):
             curvature = output_factor[i, i] * own
             s, before = scale[j, i], codes[j, i]
-            value = stored(np.float32(before * s), lost)
+            value = round_stored(np.float32(before * s), lost)
             steepness = slope[i] + own * moved[i]
             code = min(max(np.rint((value - steepness / curvature) / s), lowest[j, i]), highest[j, i])
-            change = np.float32(stored(np.float32(code * s), lost) - value)
+            change = np.float32(round_stored(np.float32(code * s), lost) - value)
             if change * (steepness + np.float32(0.5) * curvature * change) < 0:
                 codes[j, i] = code
                 add(moved, output_factor[i], change)
@@ -79,7 +79,7 @@ def descend(
             add(gradient[k], moved, input_factor[j, k])
 
 
-@compiled
+@compile_loop
 def nearest(values: Floats, wanted: np.float32) -> int:
     """The place of the nearest of ascending `values`; the higher one of two as near."""
     low, high = 0, len(values) - 1
@@ -92,7 +92,7 @@ def nearest(values: Floats, wanted: np.float32) -> int:
     return low
 
 
-@compiled
+@compile_loop
 def feed_back_table(
     work: Floats, codes: Floats, errors: Floats, spread: Floats, columns: Floats, rows: Floats, values: Floats
 ) -> None:
@@ -110,7 +110,7 @@ def feed_back_table(
             add(work[k], taken, -columns[j, k])
 
 
-@compiled
+@compile_loop
 def descend_table(
     codes: Floats,
     gradient: Floats,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
-from hesse.solvers.sweeps.two_sided import BLOCK, Steps
+from hesse.solvers.sweeps.two_sided import BLOCK, GridLevels
 
 TILE = 64  # columns and rows that one program solves
 CHUNK = 512  # rows that descent weighs at once
@@ -94,7 +94,7 @@ def _solve_tiles(
     tl.store(spread + places, gathered, mask=inside)
 
 
-def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
+def feed_back(work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
     """As `TwoSidedSweeps` says, on a GPU."""
     width, height = work.shape
     across, down = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
@@ -156,7 +156,7 @@ def _descend(
         tl.debug_barrier()  # before other threads read the changes
 
 
-def descend(codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor) -> None:
+def descend(codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Tensor, output_factor: Tensor) -> None:
     """As `TwoSidedSweeps` says, on a GPU."""
     width, height = codes.shape
     padded = triton.next_power_of_2(height)
