@@ -1,4 +1,4 @@
-"""The join of the three nouns: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
+"""Solver protocol and `solve`: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
 
 import math
 from abc import ABC, abstractmethod
@@ -52,9 +52,9 @@ def float32_bytes(shape: torch.Size, weights: float = 0, inputs: float = 0, outp
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Allowed weights and what they cost."""
+    """Allowed weights and their cost."""
 
-    weight: Tensor  # (out, in), exactly what `encoded` decodes to
+    weight: Tensor  # (out, in), exactly the decoded `encoded`
     encoded: Any
     original: Tensor  # (out, in), the weight that was solved for
     curvature: Curvature
@@ -66,7 +66,7 @@ class Solution:
 
 
 def require_constraint(solver: Solver, constraint: Constraint, kind: type[AnyConstraint]) -> AnyConstraint:
-    """`constraint`, which must be of the only kind that the solver has an answer for.
+    """Return `constraint`, which must be of the only kind that the solver supports.
 
     Raises:
         UnsupportedProduct: it is not.
@@ -77,7 +77,7 @@ def require_constraint(solver: Solver, constraint: Constraint, kind: type[AnyCon
 
 
 def require_gram(solver: Solver, curvature: Curvature) -> Gram:
-    """`curvature`, which must be a Gram.
+    """Return `curvature`, which must be a Gram.
 
     Raises:
         UnsupportedProduct: it is not.
@@ -88,24 +88,24 @@ def require_gram(solver: Solver, curvature: Curvature) -> Gram:
 
 
 def member_cost(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
-    """½ dᵀHd of the member of `constraint` that is stored as `code`, d being its difference from `weight` (out, in)."""
+    """Return ½ dᵀHd of the member stored as `code`, with d its difference from `weight` (out, in)."""
     return curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
 
 
 def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver) -> Solution:
-    """The member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
+    """Return the member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
 
     Raises:
         OptionError: the shapes do not fit each other or the constraint.
-        DataError: the weight holds NaN or infinity, or is too large for the dtype that it is to be stored in.
+        DataError: the weight holds NaN or infinity, or is too large for the dtype of the constraint.
         UnsupportedProduct: the solver needs something that the curvature or the constraint does not offer.
-        ConditioningError: the curvature cannot be factorised at its damping.
+        ConditioningError: the curvature cannot be factorized at its damping.
     """
     return solve_with(weight, curvature, constraint, solver, solver.init(curvature))
 
 
 def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver, state: Any) -> Solution:
-    """As `solve`, with the state that `solver.init(curvature)` gave before."""
+    """Solve with the `state` that `solver.init(curvature)` returned before."""
     if weight.ndim != 2:
         raise OptionError(f"a weight must be a matrix (out, in), but this one has shape {tuple(weight.shape)}")
     dimensions = len(curvature.shape)

@@ -1,4 +1,4 @@
-"""AdaDim: groups along a layer's inputs or along its outputs, whichever comes out cheaper."""
+"""AdaDim: groups along a layer's inputs or along its outputs, whichever costs less."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from hesse.solvers.base import Solver, float32_bytes, member_cost, require_const
 
 
 class SideState(NamedTuple):
-    """What both sides are priced by, and the state of the solver that rounds."""
+    """The curvature that prices both sides, and the state of the solver that rounds."""
 
     curvature: Curvature
     inner: Any
@@ -20,9 +20,14 @@ class SideState(NamedTuple):
 
 @dataclass(frozen=True)
 class CheaperSide(Solver):
-    """`inner` on both sides of an EitherSide, or plain rounding without one; the side with less ½ dᵀHd is kept.
+    """Solve with groups along the inputs and along the outputs, and keep the side with less ½ dᵀHd.
 
-    Never worse than `inner` with groups along rows. Source: AdaDim (Heo et al., 2023), for plain rounding and for GPTQ.
+    Use it for narrow groups where some inputs or some outputs have outliers; it costs `inner` twice.
+
+    Equivalent to AdaDim (Heo et al., 2023), for plain rounding (without `inner`) and for GPTQ. Never worse than `inner`
+    with groups along rows.
+
+    The curvature must be one that `inner` can use; the constraint an EitherSide.
     """
 
     inner: Solver | None = None

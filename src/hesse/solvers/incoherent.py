@@ -1,4 +1,4 @@
-"""QuIP: any solver in a basis where nothing stands out."""
+"""QuIP: any solver in a random basis without outliers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,13 @@ from hesse.solvers.error_feedback import ErrorFeedback
 
 @dataclass(frozen=True)
 class Incoherent(Solver):
-    """`inner` on U W Vᵀ under V A Vᵀ, where ½ tr(d A dᵀ) is what it was.
+    """Apply `inner` to the rotated weight U W Vᵀ under V A Vᵀ, which leaves ½ tr(d A dᵀ) unchanged.
 
-    With ErrorFeedback this is QuIP's LDLQ in its incoherent basis (Chee et al., 2023). Choose it at 2 and 3 bits, where
-    a few large weights would spend the codes.
+    Use it at 2 and 3 bits, where a few large weights would waste codes, if inference can apply the same rotations.
+
+    Equivalent to QuIP (Chee et al., 2023) with ErrorFeedback, which is its LDLQ.
+
+    The curvature must be a Gram; the constraint a Rotated set that `inner` can solve.
     """
 
     inner: Solver = field(default_factory=ErrorFeedback)

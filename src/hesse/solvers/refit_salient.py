@@ -1,4 +1,4 @@
-"""PTQ1.61's fit: the numbers of rows and columns around codes and signs that stay, under the Gram of the inputs."""
+"""PTQ1.61's fit: refit the scales of rows and columns for fixed codes and signs, under the Gram of the inputs."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,16 @@ from hesse.solvers.base import Solver, float32_bytes, member_cost, require_const
 
 @dataclass(frozen=True)
 class RefitSalient(Solver):
-    """Codes and signs that SalientColumns finds in the Gram's diagonal, then scales by least squares under all of it.
+    """Refit the scales of SalientColumns by least squares under the whole Gram, with codes and signs as encoded.
 
-    In turn, `rounds` times, each exact given the other: the columns' numbers b of all rows together, one system of
-    (in - salient) unknowns, and for each row its number a and a factor on its grid's scales, two unknowns. So a round
-    takes about out · in² + in³ operations, and none is kept that raises ½ tr(d A dᵀ). Grids must be symmetric.
+    Use it below two bits a weight, for every SalientColumns with a Gram.
+
+    Equivalent to PTQ1.61's fit (Zhao et al., 2025, arXiv:2502.13179), in closed form. Alternately, `rounds` times, each
+    exact given the other: the columns' numbers b of all rows together, one system of (in - salient) unknowns, and for
+    each row its number a and a factor on its grid's scales, two unknowns. A round takes about out · in² + in³
+    operations; the cheapest is kept, so none raises ½ tr(d A dᵀ).
+
+    The curvature must be a Gram; the constraint a SalientColumns, whose grid is symmetric.
     """
 
     rounds: int = 4
@@ -43,7 +48,7 @@ class RefitSalient(Solver):
 
 
 def _refit_columns(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
-    """With the b of least cost: (A ⊙ Sᵀ diag(a²) S) b = Σ a_i s_i ⊙ (A r_i), r what the grid leaves of the weight."""
+    """Return `code` with the b of least cost: (A ⊙ Sᵀ diag(a²) S) b = Σ a_i s_i ⊙ (A r_i), r = weight - grid."""
     others = ~code.salient
     moment = gram.second_moment.to(weight)
     left = weight.clone()
@@ -60,7 +65,7 @@ def _refit_columns(gram: Gram, weight: Tensor, constraint: SalientColumns, code:
 
 
 def _refit_rows(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
-    """With the a, and the factor on the grid's scales, of least cost in each row."""
+    """Return `code` with the a, and the factor on the grid's scales, of least cost in each row."""
     parts = torch.zeros(2, *weight.shape).to(weight)
     parts[0][:, code.salient] = constraint.grid.decode(code.grid).to(weight)
     signs = torch.where(code.rest.positive, 1.0, -1.0).to(weight)

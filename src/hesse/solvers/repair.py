@@ -1,4 +1,4 @@
-"""Any solution repaired: what it leaves is made good by a second constraint beside it."""
+"""Repair a solution by a second constraint that is added to it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,10 +22,15 @@ class SumState(NamedTuple):
 
 @dataclass(frozen=True)
 class Repair(Solver):
-    """For A + B: `first` finds a member of A, then `second` the member of B for what that leaves.
+    """Solve a sum A + B in two steps: `first` finds a member of A, `second` the member of B for what A leaves.
 
-    With a Grid, a LowRank and WhitenedSVD this is EoRA (Liu et al., 2024), the closed-form optimum of the correction;
-    under an Identity LoRC (ZeroQuant-V2, Yao et al., 2023).
+    Use it to repair a quantized or pruned weight by a small correction, at the cost of both solvers. Use Alternating
+    where quality counts more than time.
+
+    Equivalent to EoRA (Liu et al., 2024), the closed-form optimum of the correction, with a Grid, a LowRank and
+    WhitenedSVD; to LoRC (ZeroQuant-V2; Yao et al., 2023) under an Identity.
+
+    The curvature must be one that both solvers can use; the constraint a sum such as `Grid(4) + LowRank(16)`.
     """
 
     first: Solver
@@ -45,7 +50,7 @@ class Repair(Solver):
 
 
 def as_sum(solver: Solver, constraint: Constraint) -> Plus:
-    """`constraint`, which must be a sum.
+    """Return `constraint`, which must be a sum.
 
     Raises:
         UnsupportedProduct: it is not.

@@ -1,4 +1,4 @@
-"""CUR: a low rank made of the weight's own rows and columns."""
+"""CUR: a low rank built from rows and columns of the weight."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,16 @@ from hesse.solvers.base import Solver, float32_bytes, require_constraint
 
 @dataclass(frozen=True)
 class RowsAndColumns(Solver):
-    """W ≈ C U R of `rank` columns C and rows R of W, U the best join of the two under the curvature.
+    """Approximate W by C U R, with `rank` of its own columns C and rows R, and the best U under the curvature.
 
-    Rows and columns are those that DEIM picks from the leading singular vectors of W A^½: at each step the largest
-    entry of what interpolation at the places picked so far leaves. U = C⁺ W A Rᵀ (R A Rᵀ)⁺ minimises
-    ‖(W - C U R) A^½‖. Choose it where the factors should stay readable as parts of W, or only U is to be trained
-    afterwards; WhitenedSVD is never worse. Source: CURing (Park and Moon, 2025), whose U is C⁺ W R⁺; DEIM for CUR
-    (Sorensen and Embree, 2016).
+    Use it where the factors should stay readable as parts of W, or where only U is to be trained afterwards;
+    WhitenedSVD is never worse.
+
+    Equivalent to CURing (Park and Moon, 2025), whose U is C⁺ W R⁺; here U = C⁺ W A Rᵀ (R A Rᵀ)⁺ minimizes ‖(W - C U R)
+    A^½‖. DEIM (Sorensen and Embree, 2016) picks rows and columns from the leading singular vectors of W A^½: at each
+    step the largest entry of what interpolation at the indices picked so far leaves.
+
+    The curvature must be an Identity or a Gram; the constraint a LowRank.
     """
 
     def init(self, curvature: Curvature) -> Curvature:
@@ -48,7 +51,7 @@ class RowsAndColumns(Solver):
 
 
 def interpolation_points(vectors: Tensor) -> Tensor:
-    """The places (k,) that DEIM picks for orthonormal `vectors` (n, k)."""
+    """Return the indices (k,) that DEIM picks for orthonormal `vectors` (n, k)."""
     places: list[int] = []
     for number in range(vectors.shape[1]):
         vector = vectors[:, number]

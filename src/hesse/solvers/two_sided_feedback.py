@@ -17,21 +17,26 @@ from hesse.solvers.two_sided_search import CodebookSearch, GridSearch, TwoSidedS
 
 @dataclass(frozen=True)
 class TwoSidedFeedback(Solver):
-    """Rounding of a weight (out, in) that makes each error good by all weights after it, in its column and beyond.
+    """Round a weight (out, in) so that all later weights compensate for each error, in its row and in the others.
 
-    With H = G ⊗ A, the Cholesky factor of H⁻¹ is the Kronecker product of those of G⁻¹ and A⁻¹, so that Optimal Brain
-    Surgeon's update of all weights left costs no more than that of their own row: column by column, and within a
-    column row by row. With a diagonal G it is GPTQ. Then `passes` times the scales are refitted to the codes by
-    `refit_steps` of conjugate gradients, and each code is changed where that lowers ½ tr(G d A dᵀ); a last refit
-    follows. Never worse than rounding to nearest on the same grid.
+    Use it where the loss's curvature is known (a Kronecker of Fisher factors) and quality counts: it minimizes the loss
+    itself instead of the error of the layer's output. It is the default of `hesse compress`.
 
-    With a Sparse besides, ADMM chooses what is dropped and the values to start from; the sweeps then hold the zeros. On
-    a Codebook the values of each row are those of k-means weighted by H's diagonal, and are refitted like scales.
+    Equivalent to YAQA (Tseng et al., 2025, arXiv:2505.22988): the Cholesky factor of H⁻¹ for H = G ⊗ A is the Kronecker
+    product of those of G⁻¹ and A⁻¹, so that Optimal Brain Surgeon's update of all remaining weights costs no more than
+    that of one row: column by column, and within a column row by row. The plain loop is
+    `hesse.solvers._reference.two_sided`; with a diagonal G it is GPTQ (Frantar et al., 2022). Fisher information at the
+    outputs also guides rounding in GuidedQuant (Kim et al., 2025) and OAC (Edalati et al., 2024); the factors are those
+    of K-FAC (Martens and Grosse, 2015). Ours on top: both sides are taken in falling order of their diagonal; symmetric
+    scales may be negative (`Grid(signed=True)`); `passes` times the scales are refitted to the codes by `refit_steps`
+    of conjugate gradients and each code is changed where that lowers ½ tr(G d A dᵀ), with a last refit; the result is
+    never worse than rounding to nearest on the same grid; and other sets are solved under the same curvature. For a
+    Sparse and a Grid together, ADMM chooses the zeros and the starting values, and the sweeps hold the zeros. The
+    values of a Codebook are those of k-means weighted by H's diagonal, refitted like scales.
 
-    Choose it where the end loss's curvature is known (a Kronecker of Fisher factors) and quality counts. Needs factors
-    that are positive definite: `Kronecker.with_damped_factors`. On a GPU with Triton the loops over codes are kernels,
-    else they run on the CPU. Source: the update of GPTQ (Frantar et al., 2022) on the curvature of K-FAC (Martens and
-    Grosse, 2015).
+    The curvature must be a Kronecker (out, in) with an input factor (in, in) and positive definite factors:
+    `Kronecker.with_damped_factors`. On a GPU with Triton the loops over codes of a Grid are kernels, otherwise they run
+    on the CPU in float32.
     """
 
     passes: int = 1
@@ -80,7 +85,7 @@ class TwoSidedFeedback(Solver):
         return max(factoring, float32_bytes(shape, weights=weights, inputs=2, outputs=2))
 
     def settle(self, state: TwoSidedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
-        """`code` after passes of coordinate descent until one does not lower the cost, scales as they are."""
+        """Return `code` after coordinate descent until a pass no longer lowers the cost; scales stay as they are."""
         search = GridSearch(state, grid, weight)
         best, before = search.price(code), math.inf
         while best.cost < before:
@@ -94,6 +99,6 @@ def _falling(factor: Tensor) -> Tensor:
 
 
 def _feedback(factor: Tensor, order: Tensor) -> Tensor:
-    """U_j / U_jj of the upper triangular U with factor⁻¹ = UᵀU, in `order`."""
+    """Return U_j / U_jj of the upper triangular U with factor⁻¹ = UᵀU, in `order`."""
     rows, _ = read_backwards(inverse_of(kronecker_root(backwards_in(factor, order))))
     return for_loops(rows)

@@ -1,4 +1,4 @@
-"""The codes of one weight under a Kronecker curvature: fed back, and then bettered by descent and refits."""
+"""Search for the codes of one weight under a Kronecker curvature: error feedback, then descent and refits."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from hesse.solvers.sweeps.two_sided import GridLevels, TableLevels, TwoSidedSwee
 
 @dataclass(frozen=True, eq=False)
 class TwoSidedState:
-    """Both factors of a Kronecker, each in the order in which its side is taken, and what feeds errors back in it."""
+    """Both factors of a Kronecker in the order of the sweep, and the triangular factors that feed errors back."""
 
     curvature: Kronecker
     columns: Tensor  # (in,) indices, the inputs with the largest curvature first
@@ -31,7 +31,7 @@ class TwoSidedState:
 
     @cached_property
     def pruning(self) -> ADMMState:
-        """What chooses the weights that a Sparse drops."""
+        """The state of ADMM, which chooses the weights that a Sparse drops."""
         return ADMM().init(self.curvature)
 
 
@@ -39,23 +39,23 @@ Code = TypeVar("Code", GridCode, CodebookCode)
 
 
 class PricedCode(NamedTuple):
-    """A code, and what it costs."""
+    """A code and its cost."""
 
     code: Any
-    slope: Tensor  # H d (out, in), d being the difference from the weight
+    slope: Tensor  # H d (out, in), with d the difference from the weight
     cost: float  # ½ dᵀHd
 
 
 class Search(ABC, Generic[Code]):
-    """The sweeps over one weight (out, in), from and to codes in the weight's own order."""
+    """Sweeps over one weight (out, in), with codes in the weight's own order before and after."""
 
     def __init__(self, state: TwoSidedState, constraint: Constraint, weight: Tensor) -> None:
         self.state, self.constraint, self.weight = state, constraint, weight
 
     def best_code(self, plain: Code, start: Tensor, passes: int, refit_steps: int) -> Code:
-        """What feedback from the values `start` on finds with the steps or values of `plain`, bettered `passes` times.
+        """Return the codes of error feedback from the values `start`, improved `passes` times by refits and descent.
 
-        Never worse than `plain`.
+        Scales or values are at first those of `plain`; the result is never worse than `plain`.
         """
         best = self.cheaper(self.price(self.feed_back(plain, start)), plain)
         for _ in range(passes):
@@ -65,13 +65,13 @@ class Search(ABC, Generic[Code]):
         return code
 
     def price(self, code: Code) -> PricedCode:
-        """`code` with H d and ½ dᵀHd."""
+        """Return `code` with H d and ½ dᵀHd."""
         difference = self.constraint.decode(code) - self.weight
         slope = self.state.curvature.matvec(difference)
         return PricedCode(code, slope, float(torch.linalg.vecdot(difference, slope).double().sum()) / 2)
 
     def cheaper(self, best: PricedCode, code: Code) -> PricedCode:
-        """The one that costs less."""
+        """Return the cheaper of two codes."""
         return min(best, self.price(code), key=lambda priced: priced.cost)
 
     def feed_back(self, template: Code, start: Tensor) -> Code:
@@ -81,34 +81,34 @@ class Search(ABC, Generic[Code]):
         return self.from_sweep_codes(self.from_sweep_order(found), template)
 
     def descend(self, best: PricedCode) -> Code:
-        """The codes after one pass of coordinate descent."""
+        """Return the codes after one pass of coordinate descent."""
         gradient, codes = self.to_sweep_order(best.slope), self.to_sweep_order(self.sweep_codes(best.code))
         steps, state = self.levels(best.code), self.state
         self.sweeps.descend(codes, gradient, steps, state.input_factor, state.output_factor)
         return self.from_sweep_codes(self.from_sweep_order(codes), best.code)
 
     def to_sweep_order(self, matrix: Tensor) -> Tensor:
-        """A copy of a matrix (out, in) as the loops take it: transposed, both sides in their order."""
+        """Return a copy of a matrix (out, in) for the loops: transposed, both sides in the order of the sweep."""
         return for_loops(matrix.T[self.state.columns][:, self.state.rows])
 
     def from_sweep_order(self, matrix: Tensor) -> Tensor:
-        """The matrix (out, in) that `taken` gives `matrix` of."""
+        """Undo `to_sweep_order`."""
         found = torch.empty_like(self.weight)
         found[self.state.rows[:, None], self.state.columns] = matrix.T.to(found)
         return found
 
     @property
     def sweeps(self) -> TwoSidedSweeps:
-        """The loops that round."""
+        """The loops that round, compiled or as kernels."""
         return two_sided
 
     @abstractmethod
     def levels(self, code: Code) -> Any:
-        """What the weights may be, with the steps or values of `code`, as the sweeps take it."""
+        """Return the allowed values of each weight, with the scales or values of `code`, for the sweeps."""
 
     @abstractmethod
     def sweep_codes(self, code: Code) -> Tensor:
-        """The codes (out, in) as the sweeps count them."""
+        """Return the codes (out, in) as the sweeps count them."""
 
     @abstractmethod
     def from_sweep_codes(self, codes: Tensor, template: Code) -> Code:
@@ -116,11 +116,11 @@ class Search(ABC, Generic[Code]):
 
     @abstractmethod
     def refit(self, best: PricedCode, steps: int) -> Code:
-        """The same codes with better steps or values, after so many steps of conjugate gradients."""
+        """Return the same codes with better scales or values, after `steps` of conjugate gradients."""
 
 
 class GridSearch(Search[GridCode]):
-    """On a grid; of the weights that are not `kept` the code is that of zero."""
+    """Search on a grid; the weights that are not `kept` have the code of zero."""
 
     def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor, kept: Tensor | None = None) -> None:
         super().__init__(state, grid, weight)
@@ -141,7 +141,7 @@ class GridSearch(Search[GridCode]):
         group = (self.state.columns // self.grid.group_width(len(self.state.columns))).to(scale.device)
         if self.kept is None:
             return GridLevels(scale, lowest, highest, group, self.grid.dtype)
-        # What is dropped has the code of zero to choose from, and no other.
+        # A dropped weight may only have the code of zero.
         kept = self.to_sweep_order(self.kept.to(self.weight))
         each = torch.arange(len(group), device=scale.device)
         return GridLevels(scale[group], lowest[group] * kept, highest[group] * kept, each, self.grid.dtype)
@@ -163,7 +163,7 @@ class GridSearch(Search[GridCode]):
 
 
 class CodebookSearch(Search[CodebookCode]):
-    """On a codebook for each row. Its loops run on the CPU."""
+    """Search on a codebook for each row; its loops run on the CPU."""
 
     def __init__(self, state: TwoSidedState, codebook: Codebook, weight: Tensor) -> None:
         super().__init__(state, codebook, weight)
@@ -184,6 +184,6 @@ class CodebookSearch(Search[CodebookCode]):
 
 
 def for_loops(tensor: Tensor) -> Tensor:
-    """`tensor` as the sweeps read it, where they run."""
+    """Return `tensor` as the sweeps read it, on the device that they run on."""
     device = tensor.device if kernels.run_on(tensor.device) else torch.device("cpu")
     return tensor.to(device, torch.float32).contiguous()

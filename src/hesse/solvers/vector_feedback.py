@@ -1,4 +1,4 @@
-"""VPTQ: error feedback over columns, each taken to the nearest entries of a codebook."""
+"""VPTQ: error feedback over columns, each rounded to the nearest entries of a codebook."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,14 @@ from hesse.solvers.sweeps.blocks import sweep_blocks
 
 @dataclass(frozen=True)
 class VectorFeedback(Solver):
-    """Codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update from column to column.
+    """Take one column after another to the nearest entries of a codebook of vectors, with error feedback.
 
-    A column's vectors go to their nearest entries, and its error to the columns after it, as in ErrorFeedback. No
-    vectors of a layer's height come out worse than by k-means alone. Needs a Gram, with damping where it is singular.
-    Source: VPTQ (Liu et al., 2024).
+    Use it at 1 to 3 bits, where a codebook of vectors stores a layer better than a grid.
+
+    Equivalent to VPTQ (Liu et al., 2024): codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update
+    from column to column, as in ErrorFeedback. No strip of `length` rows is worse than by k-means alone.
+
+    The curvature must be a Gram, damped where it is singular; the constraint a VectorCodebook.
     """
 
     order: Literal["given", "descending"] = "given"
@@ -58,7 +61,7 @@ def _walk(
     errors: Tensor,
     feedback: Tensor,
 ) -> None:
-    """Take the columns [start, stop) of `work` to entries of the codebooks, whose indices are put into `codes`."""
+    """Round the columns [start, stop) of `work` to entries of the codebooks; write their indices to `codes`."""
     for j in range(start, stop):
         found, values = constraint.choose(work[j].view(-1, constraint.length), centroids)
         codes[:, j] = found
