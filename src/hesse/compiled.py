@@ -1,7 +1,7 @@
-"""What compiled loops share: the compiler, and how they round.
+"""Shared by compiled loops: the compiler, and rounding to a stored type.
 
-The compiler (numba) keeps its result in a cache beside the loop's file, or in the user's cache folder; the first call
-ever takes seconds.
+The compiler (numba) caches machine code beside the loop's file, or in the user's cache folder; the very first call
+takes seconds.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def compile_loop(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`loop` as machine code, kept for the next process where there is a place for it."""
+    """Compile `loop` to machine code, cached for the next process where a folder can be written."""
     machine_code: Any
     try:
         machine_code = numba.njit(cache=True, nogil=True)(loop)
@@ -36,7 +36,7 @@ def lost_bits(dtype: torch.dtype) -> np.uint32:
 
 @compile_loop
 def round_stored(value: np.float32, lost: np.uint32) -> np.float32:
-    """`value` rounded to the precision of the stored type, ties to even; `lost` 0 keeps it whole."""
+    """Return `value` rounded to the precision of the stored type, ties to even; `lost` 0 returns it unchanged."""
     if not lost:
         return value
     bits, one = np.float32(value).view(np.uint32), np.uint32(1)

@@ -53,7 +53,7 @@ class Codebook(Constraint):
         return self.round(weight, round_to(means.sort(1).values.to(weight), self.dtype))
 
     def round(self, weight: Tensor, values: Tensor) -> CodebookCode:
-        """`weight` (out, any) taken to the nearest of ascending `values` (out, k) of its row."""
+        """Return the codes of `weight` (out, any): the nearest of the ascending `values` (out, k) of its row."""
         held = values.to(weight)
         middles = (held[:, 1:] + held[:, :-1]) / 2
         codes = torch.searchsorted(middles.contiguous(), weight.contiguous())

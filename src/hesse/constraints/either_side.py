@@ -14,8 +14,8 @@ from hesse.constraints.grouped import GridCode, Grouped, Scales
 class AlongOutputs(Grouped):
     """`base` with a scale for every `group_size` rows of a column in place of columns of a row.
 
-    An input that stands out widens the range of its own groups only. Its scales are held once a weight (out, in), and
-    stored once a group.
+    An outlier among the inputs widens the range of its own groups only. Scales are held per weight (out, in), and
+    stored per group.
     """
 
     base: Grid = field(default_factory=Grid)
@@ -64,7 +64,7 @@ class SideCode:
 
 @dataclass(frozen=True, eq=True)
 class EitherSide(Constraint):
-    """`base`, or `AlongOutputs(base)`: for each layer the one that comes nearer. Source: AdaDim (Heo et al., 2023)."""
+    """`base`, or `AlongOutputs(base)`: for each layer the nearer one. Source: AdaDim (Heo et al., 2023)."""
 
     base: Grid = field(default_factory=Grid)
 
@@ -76,7 +76,7 @@ class EitherSide(Constraint):
         self.base.check(shape)
 
     def side(self, along_outputs: bool) -> Grouped:
-        """The grid with its groups along rows, or along columns."""
+        """Return the grid with its groups along rows, or along columns."""
         return AlongOutputs(self.base, dtype=self.dtype) if along_outputs else self.base
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SideCode:
@@ -88,5 +88,5 @@ class EitherSide(Constraint):
         return self.side(encoded.along_outputs).decode(encoded.code)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """Of the side that takes more, where groups do not divide both alike, and one bit that says which it is."""
+        """Return the bits of the larger side, where groups do not divide both equally, plus one bit for the choice."""
         return max(self.side(along).bits_per_weight(shape) for along in (False, True)) + 1 / shape.numel()

@@ -1,4 +1,4 @@
-"""The cheapest allowed weights, min ½ dᵀHd with w + d in S, and linear algebra by products with H."""
+"""Solvers: the cheapest allowed weights, min ½ dᵀHd with w + d in S, and linear algebra from products with H."""
 
 from hesse.solvers.activation_aware import ActivationAware
 from hesse.solvers.admm import ADMM

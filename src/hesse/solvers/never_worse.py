@@ -1,4 +1,4 @@
-"""Solved rows, or the plain ones where these cost less: no row comes out worse than without a solver."""
+"""Keep the plain rows where the solved ones cost more, so that no row is worse than without a solver."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from hesse.solvers.refit import refit_rows, refit_whole
 
 
 def cheaper_rows(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
-    """Of two codes with the same scales, row by row the one that costs less."""
+    """Return, row by row, the cheaper of two codes with the same scales."""
     rows = rows_cheaper_plain(gram, weight, grid.decode(solved), grid.decode(plain))
     return GridCode(torch.where(rows, plain.codes, solved.codes), solved.scales)
 
@@ -18,9 +18,9 @@ def cheaper_rows(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, pl
 def refit_or_keep(
     curvature: Curvature, sparse: Sparse, weight: Tensor, start: Tensor, kept: Tensor, steps: int
 ) -> SparseCode:
-    """The weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
+    """Return the weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
 
-    Under a Gram that is judged row by row, under other curvatures, which couple rows, as a whole.
+    The choice is made row by row under a Gram, and for the whole under other curvatures, which couple rows.
     """
     if isinstance(curvature, Gram):
         solved = refit_rows(weight, start, kept, curvature, steps)
@@ -32,6 +32,6 @@ def refit_or_keep(
 
 
 def rows_cheaper_plain(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
-    """True (out / together, 1) where so many rows of the plain member cost less than those of the solved one."""
+    """Return True (out / together, 1) where a strip of `together` rows of the plain member costs less."""
     costs = [gram.row_quadratics(member - weight).view(-1, together).sum(1) for member in (plain, solved)]
     return (costs[0] < costs[1])[:, None]

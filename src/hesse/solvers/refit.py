@@ -35,7 +35,7 @@ def refit_whole(weight: Tensor, start: Tensor, kept: Tensor, curvature: Curvatur
 
 
 def kept_part(curvature: OfGradients, kept: Tensor) -> OfGradients:
-    """The same curvature of the weights that are `kept` (*shape) alone: what is gone neither moves nor matters."""
+    """Return the curvature restricted to the weights that are `kept` (*shape): the others neither move nor count."""
     if isinstance(curvature, RankOneSum):
         masked = RankOneSum.from_gradients(curvature.gradients * kept, curvature.origin)
         return replace(masked, damping=curvature.damping)
@@ -44,15 +44,15 @@ def kept_part(curvature: OfGradients, kept: Tensor) -> OfGradients:
     return replace(curvature, matrices=matrices)
 
 
-def best_values(curvature: OfGradients, left: OfGradients, weight: Tensor, kept: Tensor) -> Tensor:
-    """The values of the weights that are `kept`, zeros elsewhere, at which ½ dᵀ(H + λI)d is least: exact.
+def best_values(curvature: OfGradients, part: OfGradients, weight: Tensor, kept: Tensor) -> Tensor:
+    """Return the values of the weights that are `kept`, zeros elsewhere, at which ½ dᵀ(H + λI)d is least: exact.
 
-    `left` is the `kept_part` of the curvature. w_K + (H_KK + λI)⁻¹ H_KQ w_Q, with Q the weights that are gone; under
+    `part` is the `kept_part` of the curvature. w_K + (H_KK + λI)⁻¹ H_KQ w_Q, with Q the removed weights; under
     gradients the second term lies in their span.
     """
-    gone = torch.where(kept, 0, weight)
-    if isinstance(left, RankOneSum) and isinstance(curvature, RankOneSum):
-        moved = left.solve_in_span(curvature.along(gone) / len(left.gradients))
+    removed = torch.where(kept, 0, weight)
+    if isinstance(part, RankOneSum) and isinstance(curvature, RankOneSum):
+        moved = part.solve_in_span(curvature.along(removed) / len(part.gradients))
     else:
-        moved = left.solve(torch.where(kept, curvature.matvec(gone), 0))
+        moved = part.solve(torch.where(kept, curvature.matvec(removed), 0))
     return torch.where(kept, weight + moved.to(weight), 0)

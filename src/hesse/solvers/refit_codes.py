@@ -48,7 +48,7 @@ def refit_values(code: CodebookCode, slope: Tensor, curvature: Curvature, steps:
 
 
 def in_order(code: CodebookCode, values: Tensor) -> CodebookCode:
-    """The codes of `code` with other `values` (out, k), which need not ascend; those that are not finite stay."""
+    """Return `code` with other `values` (out, k), in any order; where one is not finite the old value stays."""
     usable = torch.where(values.isfinite(), values, code.values.to(values))
     ascending, order = usable.sort(1)
     places = torch.argsort(order, 1)

@@ -75,7 +75,7 @@ class Search(ABC, Generic[Code]):
         return min(best, self.price(code), key=lambda priced: priced.cost)
 
     def feed_back(self, template: Code, start: Tensor) -> Code:
-        """The codes that error feedback finds from the values `start` on, of the same steps or values as `like`."""
+        """Return the codes of error feedback from the values `start`, with the scales or values of `template`."""
         state, work = self.state, self.to_sweep_order(start)
         found = self.sweeps.feed_back(work, self.levels(template), state.column_feedback, state.row_feedback)
         return self.from_sweep_codes(self.from_sweep_order(found), template)

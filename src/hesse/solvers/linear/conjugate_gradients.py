@@ -16,24 +16,24 @@ Ending = Literal["converged", "negative curvature", "iterations"]
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:
-    """x, and what is known of it; the worst of several right-hand sides where there are several."""
+    """x and how the solve ended; the worst of several right-hand sides where there are several."""
 
     solution: Tensor
     method: str  # "direct" or "conjugate gradients"
     ending: Ending
-    relative_residual: float  # ‖b - (H + λI) x‖ / ‖b‖, computed afresh at the end
+    relative_residual: float  # ‖b - (H + λI) x‖ / ‖b‖, recomputed at the end
     iterations: int
-    negative_curvature: Tensor | None = None  # a unit vector v with vᵀ(H + λI)v < 0, where one was met
+    negative_curvature: Tensor | None = None  # a unit vector v with vᵀ(H + λI)v < 0, if one was found
     curvature_along: float | None = None  # and that value
 
     @property
     def converged(self) -> bool:
-        """Whether the residual is as small as was asked."""
+        """True if the residual is within the tolerance."""
         return self.ending == "converged"
 
     @property
     def sentence(self) -> str:
-        """What happened, and what to do about it."""
+        """One sentence on how the solve ended and what to do next."""
         size = f"the relative residual is {self.relative_residual:.1e}"
         if self.method == "direct":
             return f"Solved directly; {size}."
@@ -182,7 +182,7 @@ def _residual(curvature: Curvature, solution: Tensor, right: Tensor) -> Tensor:
 
 
 def _worst(residual: Tensor, right: Tensor, curvature: Curvature) -> float:
-    """The largest of the relative residuals of all problems."""
+    """Return the largest of the relative residuals of all problems."""
     inner = max(len(curvature.shape), 1)
     rows, wanted = (t.double().reshape(-1, t.shape[-inner:].numel()).norm(dim=1) for t in (residual, right))
     return float((rows / wanted.clamp(min=torch.finfo(torch.float64).tiny)).amax())

@@ -1,4 +1,4 @@
-"""Codes of single rows changed one at a time, compiled: coordinate descent until no change lowers a row's cost."""
+"""Coordinate descent on the codes of single rows, compiled, until no single change lowers a row's cost."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from hesse.compiled import Floats, compile_loop, lost_bits, round_stored
 from hesse.constraints import Grid, GridCode
 from hesse.curvature import Gram
 
-MOST_PASSES = 200  # over a row, which none was seen to need
+MOST_PASSES = 200  # over a row; more than any row was observed to need
 
 
 def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridCode:
-    """Codes after coordinate descent on each row's ½ d A dᵀ from those of `code` on, scales as they are.
+    """Return codes after coordinate descent on each row's ½ d A dᵀ from those of `code`, with the same scales.
 
     Column after column a code goes to the best of all, until a pass changes none: then no change of a single code
     lowers the cost. In float64, on the CPU.

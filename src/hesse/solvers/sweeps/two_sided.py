@@ -1,4 +1,4 @@
-"""Both sweeps of two-sided rounding over a whole weight: block by block, in the compiled loops."""
+"""The sweeps of two-sided rounding over a whole weight, block by block in the compiled loops."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +10,7 @@ from hesse.compiled import lost_bits
 from hesse.solvers.sweeps import two_sided_blocks
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
-TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
+TILE = 64  # rows of a block taken one by one; their errors reach the rows beyond them in one product
 
 
 Loop = Callable[..., None]
@@ -26,12 +26,12 @@ class GridLevels(NamedTuple):
     dtype: torch.dtype  # of the stored values
 
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
-        """What the compiled loops need to know of some columns and rows."""
+        """Return the arguments of the compiled loops for some columns and rows."""
         parts = (values[self.group[columns], rows].contiguous().numpy() for values in self[:3])
         return (*parts, lost_bits(self.dtype))
 
     def loops(self) -> tuple[Loop, Loop]:
-        """Those that feed errors back and that descend."""
+        """Return the loops that feed errors back and that descend."""
         return two_sided_blocks.feed_back, two_sided_blocks.descend
 
 
@@ -41,19 +41,19 @@ class TableLevels(NamedTuple):
     values: Tensor  # float32, as they are stored
 
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
-        """What the compiled loops need to know of some columns and rows."""
+        """Return the arguments of the compiled loops for some columns and rows."""
         return (self.values[rows].numpy(),)
 
     def loops(self) -> tuple[Loop, Loop]:
-        """Those that feed errors back and that descend."""
+        """Return the loops that feed errors back and that descend."""
         return two_sided_blocks.feed_back_table, two_sided_blocks.descend_table
 
 
 class TwoSidedSweeps(Protocol):
-    """What rounds and betters the codes of a weight; all tensors are contiguous, float32 and transposed (in, out)."""
+    """Sweeps that round a weight and improve its codes; tensors are contiguous, float32 and transposed (in, out)."""
 
     def feed_back(self, work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
-        """The codes that error feedback finds for the weights `work`, which are used up.
+        """Return the codes that error feedback finds for the weights `work`, which are overwritten.
 
         `columns` (in, in) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i)
         takes columns[j, k] · rows[i, l] · e from weight (k, l), k ≥ j, l ≥ i.
@@ -64,13 +64,13 @@ class TwoSidedSweeps(Protocol):
     ) -> None:
         """Change each of `codes`, column by column, where that lowers ½ tr(G d A dᵀ).
 
-        `gradient` is A d G for the present difference d, and used up; `input_factor` is A (in, in), `output_factor` G
-        (out, out).
+        `gradient` is A d G for the present difference d, and overwritten; `input_factor` is A (in, in), `output_factor`
+        G (out, out).
         """
 
 
 def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, rows: Tensor) -> Tensor:
-    """As `TwoSidedSweeps` says, on the CPU."""
+    """Implement `TwoSidedSweeps` on the CPU."""
     codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -93,7 +93,7 @@ def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, ro
 def descend(
     codes: Tensor, gradient: Tensor, steps: GridLevels | TableLevels, input_factor: Tensor, output_factor: Tensor
 ) -> None:
-    """As `TwoSidedSweeps` says, on the CPU."""
+    """Implement `TwoSidedSweeps` on the CPU."""
     (width, height), (_, loop) = codes.shape, steps.loops()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)

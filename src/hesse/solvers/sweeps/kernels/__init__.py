@@ -1,6 +1,6 @@
-"""The sweeps of rounding as fused kernels for a GPU, written in Triton, which PyTorch for CUDA brings along.
+"""The sweeps of rounding as fused GPU kernels in Triton, which PyTorch for CUDA includes.
 
-Triton is imported by the modules of this folder and not here, so that whoever has none can ask `run_on`.
+The modules of this folder import Triton; this file does not, so that `run_on` works without it.
 """
 
 from importlib.util import find_spec
@@ -11,5 +11,5 @@ _INSTALLED = find_spec("triton") is not None
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether sweeps over tensors on `device` run in the kernels: a GPU, with Triton installed."""
+    """Return True if sweeps over tensors on `device` run in the kernels: a GPU, with Triton installed."""
     return _INSTALLED and device.type == "cuda"

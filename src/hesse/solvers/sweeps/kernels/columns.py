@@ -53,7 +53,7 @@ def _walk(
 
 
 def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
-    """As `column_sweep.walk`, on a GPU."""
+    """Implement `sweeps.columns.walk` on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)
     rows = max(HELD // padded, 1)

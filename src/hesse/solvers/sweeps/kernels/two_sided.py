@@ -95,7 +95,7 @@ def _solve_tiles(
 
 
 def feed_back(work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
-    """As `TwoSidedSweeps` says, on a GPU."""
+    """Implement `TwoSidedSweeps` on a GPU."""
     width, height = work.shape
     across, down = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
     spread, errors, codes = (torch.empty_like(work) for _ in range(3))
@@ -157,7 +157,7 @@ def _descend(
 
 
 def descend(codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Tensor, output_factor: Tensor) -> None:
-    """As `TwoSidedSweeps` says, on a GPU."""
+    """Implement `TwoSidedSweeps` on a GPU."""
     width, height = codes.shape
     padded = triton.next_power_of_2(height)
     chunk = min(padded, CHUNK)
