@@ -13,7 +13,7 @@ from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
 from hesse.methods import methods_of
 from hesse.modules.implant import Implant
-from hesse.scores.attack import Attack
+from hesse.scores import Attack
 
 __all__ = ["HesseError"]
 # The methods that `compress` runs, with what they make of layers.
@@ -91,34 +91,51 @@ def compress_module(model: nn.Module, batches: Batches, **arguments: Any) -> Any
     return hesse.compress_module(model, batches, **with_options(arguments))
 
 
-def prune_module(model: nn.Module, batches: Batches, **arguments: Any) -> Any:
+def prune_module(model: nn.Module, batches: Batches, score: str, scope: str, **arguments: Any) -> Any:
     """Prune the weights of a module; an `attack` is the radius of one."""
     if "attack" in arguments:
         arguments["attack"] = Attack(arguments["attack"])
-    return hesse.prune_module(model, batches, **arguments)
+    scope = {"layer": "site"}.get(scope, scope)
+    result = hesse.prune(model, data=batches, what="weights", method=score, scope=scope, **arguments)
+    return result.model, result.report
 
 
 def prune_groups(model: nn.Module, batches: Batches, **arguments: Any) -> Any:
-    """Prune heads, neurons, channels or experts of a module; `implanted` is a share and a rank."""
+    """Prune heads, hidden units, channels or experts of a module; `implanted` is a share and a rank."""
+    kinds = arguments.pop("kinds", None)
+    arguments["what"] = "groups" if kinds is None else ["hidden" if kind == "neurons" else kind for kind in kinds]
+    if arguments["method"] != "axformer":
+        arguments["keep"] = 1 - arguments.pop("amount", 0.3)
+    if not arguments.pop("uniform", True):
+        arguments["scope"] = "network"
+    if arguments.pop("refit", False):
+        arguments["refit"] = "least-squares"
     if "implanted" in arguments:
-        arguments["implanted"] = Implant(*arguments["implanted"])
-    return hesse.prune_groups(model, batches, **arguments)
+        arguments["implant"] = Implant(*arguments.pop("implanted"))
+    if "tolerance" in arguments:
+        arguments["loss"] = arguments.pop("tolerance")
+    result = hesse.prune(model, data=batches, **arguments)
+    return result.model, result.report
 
 
 def narrow_heads(model: nn.Module, batches: Batches, keep: float) -> Any:
     """Reduce the dimensions of heads."""
-    return hesse.narrow_heads(model, batches, keep=keep)
+    result = hesse.prune(model, data=batches, what="head-dimensions", keep=keep)
+    return result.model, result.report
 
 
 def only_train_once(model: nn.Module, batches: Batches, **arguments: Any) -> Any:
     """Train groups to zero, and cut them out."""
-    return hesse.only_train_once(model, batches, **arguments)
+    result = hesse.prune(model, data=batches, what="groups", method="only-train-once", **arguments)
+    return result.model, result.report
 
 
 def prune_gradually(model: nn.Module, batches: Batches, steps: int, sparsity: float | str, **arguments: Any) -> Any:
     """Prune `model`, in place, in cuts with training in between."""
     how = training.Training(steps=steps)
-    return model, hesse.prune_gradually(model, batches, how, sparsity, loss=CrossEntropy(), **with_options(arguments))
+    function = CrossEntropy()
+    result = hesse.prune_gradually(model, batches, how, sparsity, loss_function=function, **with_options(arguments))
+    return model, result.report
 
 
 def recover(model: nn.Module, batches: Batches, steps: int, way: str, weight: str) -> Any:
@@ -144,7 +161,8 @@ def recover(model: nn.Module, batches: Batches, steps: int, way: str, weight: st
         held = {weight: training.HeldSigns(parameter >= 0)}
     elif way == "compression-aware":
         held, rule = {}, training.CompressionAware((weight,))
-    return model, hesse.recover(model, batches, how, loss=CrossEntropy(), held=held, rule=rule)
+    result = hesse.finetune(model, batches, how, loss_function=CrossEntropy(), held=held, rule=rule)
+    return model, (result.report.losses, result.report.free)
 
 
 def objective(model: nn.Module, batches: Batches) -> Objective:

@@ -52,6 +52,7 @@ ADDED: list[str] = [
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.(schema|(bytes|parameters)_(before|after)|method|tokens)",
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.loss(_before)?(\.\w+)?",
     r"rotate/\S+ numbers:hesse-report\.json\..*",
+    r"(prune-module|prune-groups|prune-gradually|narrow-heads|only-train-once)\S* numbers:1\.(settings|loss|removed|schema)\b.*",
 ]
 ERRORS: dict[str, str] = {}  # classes of errors, old to new
 REFUSED_NO_MORE: list[str] = []  # patterns of cases that OLD refused and NEW does

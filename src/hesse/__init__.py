@@ -24,7 +24,7 @@ from hesse.curvature import (
 from hesse.errors import HesseError
 from hesse.methods import METHODS, Options, Recipe, load_recipe
 from hesse.solvers import ErrorFeedback, Nearest, Solution, TwoSidedFeedback, WhitenedSVD, solve
-from hesse.training import Distillation, GradualSchedule, Training, held_zeros, recover
+from hesse.training import Distillation, GradualSchedule, Training, finetune, held_zeros
 from hesse.version import __version__
 
 if TYPE_CHECKING:
@@ -37,11 +37,9 @@ if TYPE_CHECKING:
     from hesse.jobs.narrow import narrow
     from hesse.jobs.repair import repair
     from hesse.jobs.rotate import rotate
-    from hesse.modules import ModuleReport, compress_module, prune_module
+    from hesse.modules import ModuleReport, compress_module
     from hesse.modules.gradual import prune_gradually
-    from hesse.modules.narrow_heads import narrow_heads
-    from hesse.modules.only_train_once import only_train_once
-    from hesse.modules.prune_groups import prune_groups
+    from hesse.modules.prune import prune
     from hesse.planning.budget import plan
     from hesse.runtimes.benchmark import benchmark
     from hesse.runtimes.export import export
@@ -84,17 +82,14 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "finetune",
     "held_zeros",
     "inspect",
     "load_recipe",
     "narrow",
-    "narrow_heads",
-    "only_train_once",
     "plan",
+    "prune",
     "prune_gradually",
-    "prune_groups",
-    "prune_module",
-    "recover",
     "repair",
     "rotate",
     "solve",
@@ -113,12 +108,9 @@ LAZY = {
     "export": "runtimes.export",
     "inspect": "inspection.inspect",
     "narrow": "jobs.narrow",
-    "narrow_heads": "modules.narrow_heads",
-    "only_train_once": "modules.only_train_once",
     "plan": "planning.budget",
+    "prune": "modules.prune",
     "prune_gradually": "modules.gradual",
-    "prune_groups": "modules.prune_groups",
-    "prune_module": "modules.prune_weights",
     "repair": "jobs.repair",
     "rotate": "jobs.rotate",
 }

@@ -24,6 +24,7 @@ from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Progress
 from hesse.result import Result
+from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
 IMPORTANCES = ("loss", "cosine", "quadratic")
@@ -155,7 +156,8 @@ class _Removal:
     def removals(self) -> Removals:
         """The dense model's own pass, made when the first removal is to be measured."""
         with self.job.clock.phase("score"):
-            return Removals(self.network, self.batches, self.job.journal.folder, self.job.progress)
+            job = self.job
+            return Removals(self.network, self.batches, job.journal.folder, job.progress, job.calibration.seed)
 
     def run(self) -> DropReport:
         """Do everything but give the result its name."""
@@ -203,9 +205,8 @@ class _Removal:
             self.dropped.append(DroppedBlock(number, score, costs[number]))
 
     def _score(self) -> dict[str, list[float]]:
-        seed = self.job.calibration.seed
-        turns = self.request.importance == "cosine"
-        return {"scores": self.removals.turns() if turns else self.removals.quadratic(seed)}
+        score = find_score(self.request.importance)
+        return {"scores": score.costs(self.removals, self.removals.partition).tolist()}
 
     def _costs(self, candidates: Sequence[int]) -> dict[int, float]:
         """Return the measured loss without each candidate, besides the blocks that were dropped before."""

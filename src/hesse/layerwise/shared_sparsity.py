@@ -8,9 +8,11 @@ from torch import Tensor
 
 from hesse.constraints import Sparse
 from hesse.methods.recipe import Rule
-from hesse.scores.layer_shares import dropped_by_layer, layer_adaptive_magnitudes, magnitudes
+from hesse.partitions import Tiles
+from hesse.scores import StoredWeights, find_score
+from hesse.scores.layer_shares import dropped_by_layer
 
-SCORES = {"global": magnitudes, "lamp": layer_adaptive_magnitudes}
+SHARED = {"global": "magnitude", "lamp": "lamp"}  # scope of a sparsity: the score that ranks all layers' weights
 
 
 def with_own_shares(
@@ -23,7 +25,7 @@ def with_own_shares(
     settled = dict(rules)
     for rule in {id(rule): rule for rule in rules.values() if rule is not None}.values():
         sparse = rule.constraint.sparse
-        if sparse is None or sparse.scope not in SCORES:
+        if sparse is None or sparse.scope not in SHARED:
             continue
         names = [name for name, own in rules.items() if own is rule]
         built = sparse.build()
@@ -39,6 +41,7 @@ def with_own_shares(
 
 
 def _scores(read: Callable[[], Tensor], sparse: Sparse, scope: str) -> Tensor:
-    """Of a layer's weights, or of its blocks, whose magnitude is their norm."""
+    """The costs of a layer's weights, or of its blocks, whose magnitude is their norm."""
     weight = read().float()
-    return SCORES[scope](sparse.of_blocks(weight.square()).sqrt() if sparse.block > 1 else weight)
+    weight = sparse.of_blocks(weight.square()).sqrt() if sparse.block > 1 else weight
+    return find_score(SHARED[scope]).costs(StoredWeights({"weight": weight}), Tiles({"weight": weight.shape}))

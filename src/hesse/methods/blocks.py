@@ -36,15 +36,5 @@ register(
         needs="calibration text",
         verb="narrow",
     ),
-    Method(
-        name="modegpt-heads",
-        curvature="gram",
-        constraints=("low_rank",),
-        partition="heads",
-        solver="whitened_svd",
-        source="Lin et al., 2024, arXiv:2408.09632, its attention part, with an SVD in place of CR",
-        needs="a network of torch's own attention, data",
-        verb="narrow_heads",
-    ),
     family="blocks",
 )

@@ -55,7 +55,7 @@ class Method:
     @property
     def example(self) -> str:
         """A command or call that runs the method."""
-        return VERBS[self.verb].example.format(name=self.name)
+        return VERBS[self.verb].example.format(name=self.name, what=self.partition)
 
     @property
     def triple(self) -> tuple[str, str, str]:

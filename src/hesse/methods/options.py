@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from hesse.errors import OptionError
@@ -116,6 +116,25 @@ def known_option(name: str, default: Any) -> Option:
 def type_text(annotation: Any) -> str:
     """Return a type as a signature shows it."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def setting(default: Any, help: str) -> Any:
+    """Return a dataclass field with a default and a help: one option of a class whose fields are its options."""
+    return field(default=default, metadata={"help": help})
+
+
+def settings_of(kind: type) -> tuple[Option, ...]:
+    """Return the options that a dataclass has, its fields with a help, as a row of the table lists them."""
+    return tuple(
+        Option(
+            each.name,
+            type_text(each.type).replace("typing.", "").removesuffix(" | None"),
+            None if each.default is MISSING else each.default,
+            help,
+        )
+        for each in fields(kind)
+        if (help := each.metadata.get("help"))
+    )
 
 
 def help_of(name: str) -> str:

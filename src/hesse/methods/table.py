@@ -29,8 +29,7 @@ METHODS: Registry[Method] = Registry(
         "hesse.methods.low_rank",
         "hesse.planning.rows",
         "hesse.methods.blocks",
-        "hesse.methods.networks",
-        "hesse.methods.structured",
+        "hesse.modules.rows",
         "hesse.training.rows",
     ),
 )

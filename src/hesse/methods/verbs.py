@@ -36,9 +36,9 @@ for _verb in (
     Verb(
         "prune_gradually",
         "hesse:prune_gradually",
-        'hesse.prune_gradually(model, batches, training, 0.9, loss=loss, method="{name}")',
+        'hesse.prune_gradually(model, data, training, 0.9, loss_function=loss, method="{name}")',
     ),
-    Verb("finetune", "hesse:recover", 'hesse.recover(model, batches, training, loss=loss, method="{name}")'),
+    Verb("finetune", "hesse:finetune", 'hesse.finetune(model, data, training, loss_function=loss, method="{name}")'),
     Verb(
         "allocate",
         "hesse:compress",
@@ -52,12 +52,9 @@ for _verb in (
         keyword="sensitivity",
     ),
     Verb("plan_tiles", "hesse.planning:plan_tiles", "hesse.planning.plan_tiles(objective, kept)", keyword=None),
-    Verb("prune_module", "hesse:prune_module", 'hesse.prune_module(model, batches, score="{name}")', keyword="score"),
-    Verb("prune_groups", "hesse:prune_groups", 'hesse.prune_groups(model, batches, method="{name}")'),
-    Verb("only_train_once", "hesse:only_train_once", "hesse.only_train_once(model, batches, steps=1000)", keyword=None),
+    Verb("prune", "hesse:prune", 'hesse.prune(model, data=data, what="{what}", method="{name}")'),
     Verb("drop_blocks", "hesse:drop_blocks", "hesse drop-blocks MODEL OUT --blocks 2", keyword=None),
     Verb("share_blocks", "hesse:drop_blocks", "hesse drop-blocks MODEL OUT --blocks 2 --share-rank 32", keyword=None),
     Verb("narrow", "hesse:narrow", "hesse narrow MODEL OUT --keep 0.75", keyword=None),
-    Verb("narrow_heads", "hesse:narrow_heads", "hesse.narrow_heads(model, batches, keep=0.75)", keyword=None),
 ):
     VERBS.register(_verb.name, _verb)

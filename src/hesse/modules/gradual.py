@@ -15,6 +15,7 @@ from hesse.methods import Options, Recipe
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.modules.pruning_steps import Cut, Cutting
 from hesse.progress import Progress, Silence
+from hesse.result import Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import HeldZeros
 from hesse.training.loop import Loop
@@ -26,21 +27,22 @@ from hesse.training.training import Training
 FIRST = 0.7  # of the final sparsity, at the first cut
 
 
-@dataclass(frozen=True)
-class Gradual:
+@dataclass(frozen=True, kw_only=True)
+class GradualReport(Report):
     """What a gradual method did; `losses` are of each training step's batches, before the step."""
 
+    verb: str = "prune_gradually"
     losses: tuple[float, ...]
     cuts: tuple[Cut, ...]
 
 
 def prune_gradually(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch],
     training: Training,
     sparsity: float | str,
     *,
-    loss: Loss | nn.Module,
+    loss_function: Loss | nn.Module,
     method: str = "magnitude",
     options: Options | None = None,
     cuts: int = 10,
@@ -53,7 +55,7 @@ def prune_gradually(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: Progress | None = None,
-) -> Gradual:
+) -> Result[GradualReport]:
     """Prune the layers of `model`, in place, in several cuts with training between and after them.
 
     `method` is any row of `hesse methods` that makes zeros, with its `options`: at each cut its curvature is estimated
@@ -64,10 +66,10 @@ def prune_gradually(
     There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
     reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
-    `ignore` are patterns of layers' names, as in `compress_module`; checkpoints are as in `recover`.
+    `ignore` are patterns of layers' names, as in `compress_module`; checkpoints are as in `finetune`.
 
     Raises:
-        HesseError: as `compress_module` and `recover`; what does not fit is refused before any work is done.
+        HesseError: as `compress_module` and `finetune`; what does not fit is refused before any work is done.
     """
     pattern, options = parse_sparsity(sparsity), Options() if options is None else options
     share = share_of(pattern)
@@ -78,7 +80,7 @@ def prune_gradually(
         return pruning_recipe(method, replace(options, sparsity=amount), layers, ignore)
 
     chosen = prunable(model, recipe(sparsity))
-    objective = Objective.of(model, loss, batches, forward=forward)
+    objective = Objective.of(model, loss_function, data, forward=forward)
     for name in chosen:
         if name not in objective.named:
             raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")
@@ -94,4 +96,7 @@ def prune_gradually(
     cutting.run(after_each_step(progress, kept))
     if kept is not None:
         kept.save()
-    return Gradual(tuple(loop.losses), tuple(cutting.cuts))
+    report = GradualReport(
+        model=type(model).__name__, method=method, losses=tuple(loop.losses), cuts=tuple(cutting.cuts)
+    )
+    return Result(report, model)

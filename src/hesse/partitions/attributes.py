@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hesse.networks.families import HEAD_COUNTS, HEAD_MULTIPLES, MODULE_WIDTHS
 from hesse.networks.narrow_attention import NarrowAttention, without_nested_tensors
-from hesse.partitions.partition import Group
+from hesse.partitions.groups import Group
 
 
 def resize_layers(old: nn.Module, new: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hesse.networks.families import EXPERT_COUNTS, HEAD_COUNTS, SLICED_WIDTHS
 from hesse.partitions.attributes import head_shares
-from hesse.partitions.partition import Group
+from hesse.partitions.groups import Group
 
 
 def loading_problem(model: nn.Module) -> str | None:
@@ -63,7 +63,7 @@ def _say_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
-    """Set what the configuration calls a number of neurons or experts that has become another one everywhere."""
+    """Set what the configuration calls a number of hidden units or experts that has become another one everywhere."""
     tensors = dict(old.named_parameters())
     lost: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
@@ -73,9 +73,7 @@ def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
         first = gone[0].produced[0]
         size = tensors[first.parameter].shape[first.axis] // len(first.indices)
         changes[kind, size].add(size - len(gone))
-    for kind, attribute in [("neurons", name) for name in SLICED_WIDTHS] + [
-        ("experts", name) for name in EXPERT_COUNTS
-    ]:
+    for kind, attribute in [("hidden", name) for name in SLICED_WIDTHS] + [("experts", name) for name in EXPERT_COUNTS]:
         value = getattr(config, attribute, None)
         if attribute == "n_inner" and value is None and hasattr(config, "n_inner"):
             value = 4 * config.hidden_size

@@ -86,7 +86,7 @@ class BudgetRequest:
                 f"--allocation {found.name} compares parts of the data, which the walk over a checkpoint does not keep "
                 "apart: use hawq or hawq-v2, or hesse.planning.allocate on a module in memory"
             )
-        if self.budget.loss is not None and not found.in_nats:
+        if self.budget.loss is not None and not found.nats:
             raise OptionError(f"--allocation {found.name} ranks layers and predicts no loss: give --size or --bits")
         return found
 

@@ -1,4 +1,4 @@
-"""What a model loses with each of its blocks: measured, or said by its hidden states or its gradient."""
+"""Scores of a model's blocks: measured, by the cosine of hidden states, or by the gradient of the loss."""
 
 from collections.abc import Collection, Sequence
 from itertools import pairwise
@@ -12,26 +12,48 @@ from hesse.estimation.probe import forward_walk
 from hesse.evaluation.measure import Difference, branch
 from hesse.evaluation.measurements import Measured
 from hesse.networks.network import Network
+from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Clock, Progress
+from hesse.scores.score import BLOCKS, register_score
 
 
 class Removals:
-    """The same samples through a network with and without blocks; what the whole one predicts of them waits on disk.
+    """The same samples through a network with and without blocks: the evidence that scores of blocks judge by.
 
-    `batches` are token ids (samples, tokens), and hidden states wait below `folder`. Losses are KL(whole || without) in
-    nats per token, or half the squared error of an encoder's hidden states.
+    `batches` are token ids (samples, tokens); hidden states are kept on disk below `folder`. Losses are
+    KL(whole || without) in nats per token, or half the squared error of an encoder's hidden states. `seed` is that of
+    sampled labels.
     """
 
-    def __init__(self, network: Network, batches: list[Tensor], folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, network: Network, batches: list[Tensor], folder: Path, progress: Progress, seed: int = 0
+    ) -> None:
         self.network, self._batches, self._folder, self._progress = network, batches, folder, progress
+        self.seed = seed
         progress.begin("dense model", len(network.blocks))
         self.whole = start(network, batches, TensorStore(folder, "whole"))
         self.inputs = forward_walk(network, self.whole, self.whole, Clock(), progress.advance)
 
+    @property
+    def partition(self) -> ParameterSets:
+        """The blocks of the network as a partition of their parameters."""
+        blocks = [
+            {f"{block.name}.{name}": parameter.shape for name, parameter in block.module.named_parameters()}
+            for block in self.network.blocks
+        ]
+        shapes = {name: shape for block in blocks for name, shape in block.items()}
+        return ParameterSets(shapes, [list(block) for block in blocks])
+
+    def measured(self, partition: Partition) -> Tensor:
+        """Return the loss without each block alone (blocks,)."""
+        every = range(partition.count)
+        differences = self.without(every, every)
+        return torch.tensor([differences[number].value for number in every], dtype=torch.float64)
+
     def without(self, kept: Collection[int], candidates: Sequence[int]) -> dict[int, Measured]:
-        """The loss of the `kept` blocks without each one of the `candidates`, in one walk: n²/2 runs of a block."""
+        """Return the loss of the `kept` blocks without each of the `candidates`, in one pass: n²/2 runs of a block."""
         self._progress.begin("remove blocks", len(kept) + 1)
         base = start(self.network, self._batches, TensorStore(self._folder, f"kept-{len(kept)}"))
         walks: dict[int, list[StreamBatch]] = {}
@@ -48,7 +70,7 @@ class Removals:
         return differences
 
     def compared(self, walks: dict[int, list[StreamBatch]]) -> dict[int, Measured]:
-        """How far flows that have passed all their blocks are from the whole model's."""
+        """Return how far batches that have passed all their blocks are from the whole model's."""
         found = {key: Difference(self.network.kind == "encoder") for key in walks}
         with self.network.surroundings() as model, torch.no_grad():
             for number, flow in enumerate(self.whole):
@@ -57,11 +79,8 @@ class Removals:
                     found[key].add(finish(self.network, model, flows[number]), flow.ids, wanted)
         return {key: difference.measured() for key, difference in found.items()}
 
-    def turns(self) -> list[float]:
-        """How much each block turns the hidden states: 1 - the mean cosine of what enters and what leaves it.
-
-        Source: the block influence of ShortGPT (Men et al., 2024); FlexiGPT (Smith et al., 2025) ranks so too.
-        """
+    def cosine_distances(self) -> list[float]:
+        """Return 1 - the mean cosine of the hidden states that enter and leave each block."""
         found = []
         for before, after in self._sides():
             pairs = [(x.tensor().float(), y.tensor().float()) for x, y in zip(before, after, strict=True)]
@@ -69,16 +88,16 @@ class Removals:
             found.append(1 - float(cosines.double().mean()))
         return found
 
-    def quadratic(self, seed: int) -> list[float]:
-        """½ E[(gᵀd)²] of each block's own part d of the hidden states, in nats per token.
+    def quadratic(self) -> list[float]:
+        """Return ½ E[(gᵀd)²] of each block's own part d of the hidden states, in nats per token.
 
         g is the gradient of a sample's summed loss at a position of the block's output, labels being sampled from the
-        model: the true Fisher, per position, of taking the block away.
+        model: the true Fisher, per position, of a removal of the block.
         """
         found = [0.0] * len(self.network.blocks)
         shelf = TensorStore(self._folder, "gradient")
         self._progress.begin("walk back", len(found))
-        walk = BackwardPass(self.network, self.whole, self.inputs, seed, shelf=shelf)
+        walk = BackwardPass(self.network, self.whole, self.inputs, self.seed, shelf=shelf)
         sides = list(self._sides())
         for block, _ in walk:
             index = self.network.blocks.index(block)
@@ -89,6 +108,21 @@ class Removals:
         return found
 
     def _sides(self) -> list[tuple[list[StoredTensor], list[StoredTensor]]]:
-        """What enters and what leaves each block, one a flow."""
+        """The hidden states that enter and leave each block, one of each a batch."""
         ends = [*self.inputs, [flow.waiting for flow in self.whole]]
         return list(pairwise(ends))
+
+
+@register_score("cosine", source="the block influence of ShortGPT, Men et al., 2024, arXiv:2403.03853", parts=BLOCKS)
+def cosine(evidence: Removals, partition: Partition) -> Tensor:
+    """1 - the mean cosine of the hidden states that enter and leave a block.
+
+    FlexiGPT (Smith et al., 2025) ranks blocks so too.
+    """
+    return torch.tensor(evidence.cosine_distances(), dtype=torch.float64)
+
+
+@register_score("quadratic", source="the true Fisher, per position, of a removal", parts=BLOCKS, nats=True)
+def quadratic(evidence: Removals, partition: Partition) -> Tensor:
+    """½ E[(gᵀd)²] of the block's own part d of the hidden states."""
+    return torch.tensor(evidence.quadratic(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What changes of several layers cost together beyond the sum of each alone: d_iᵀ H_ij d_j."""
+"""Costs of changes of several layers together beyond the sum of each alone: d_iᵀ H_ij d_j."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,14 +8,12 @@ from torch import Tensor
 from hesse.curvature import Curvature, Objective
 from hesse.errors import OptionError
 
-Changes = Mapping[str, Sequence[Tensor]]  # by parameter, what may become of it less what it is
-
-
-TOGETHER = 8  # products with H that are asked for at once
+Changes = Mapping[str, Sequence[Tensor]]  # by parameter, the candidates less the weight
+TOGETHER = 8  # products with H in one call
 
 
 def interactions(curvature: Curvature, objective: Objective, changes: Changes) -> Tensor:
-    """½ d_aᵀ H d_b of all changes, one parameter's after another's (k, k) in float64.
+    """Return ½ d_aᵀ H d_b of all changes, one parameter's after another's (k, k) in float64.
 
     H is of all parameters of `objective`; a change is zero but for its own parameter. It costs a product for each
     change, and the memory of a few of them.
@@ -36,10 +34,10 @@ def interactions(curvature: Curvature, objective: Objective, changes: Changes) -
 
 
 def with_all_layers(curvature: Curvature, objective: Objective, changes: Changes) -> dict[str, list[float]]:
-    """Each layer's own part of ½ dᵀHd where all layers are changed alike: ½ ⟨d_l, (H d)_l⟩, from one product.
+    """Return each layer's own part of ½ dᵀHd where all layers are changed alike: ½ ⟨d_l, (H d)_l⟩, from one product.
 
-    That is ½ d_lᵀ H_ll d_l, augmented by half of what its change and those of all others do to one another; the parts
-    of all layers sum to the whole. Place k of every parameter's changes is made together. Source: the inter-layer term
+    That is ½ d_lᵀ H_ll d_l and half of the interactions of the layer's change with all others; the parts of all
+    layers sum to the whole. Place k of every parameter's changes is made together. Source: the inter-layer term
     of Schaefer et al., 2023 (arXiv:2306.04879), which measures it pair by pair.
 
     Raises:

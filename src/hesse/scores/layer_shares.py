@@ -1,4 +1,4 @@
-"""One share of zeros for several layers: how many each gives up, where all of their weights are judged together."""
+"""One share of zeros for several layers: how many weights each loses, where all are ranked together."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 HIGH, LOW = 16, 15  # bits of a float32 that is not negative, looked at in two passes
 
-Scores = Callable[[], Tensor]  # of one layer's weights, 0 or more, in any order; read again for each pass
+LayerCosts = Callable[[], Tensor]  # of one layer's weights, 0 or more, in any order; read again for each pass
 
 
-def dropped_by_layer(scores: Mapping[str, Scores], amount: float) -> dict[str, int]:
-    """How many of its weights each layer drops, if of all of them together the share `amount` of the least goes.
+def dropped_by_layer(scores: Mapping[str, LayerCosts], amount: float) -> dict[str, int]:
+    """Return how many weights each layer loses, if of all layers' together the share `amount` of the least is removed.
 
-    One layer's scores are in memory at a time: their bits, which are ordered as they are, are counted in two passes, so
-    that the threshold is exact. Of weights that lie on it those of the first layers go.
+    One layer's scores are in memory at a time. Their bits, whose order is that of the numbers, are counted in two
+    passes, so that the threshold is exact. Of weights that lie on the threshold those of the first layers are removed.
     """
     sizes: dict[str, int] = {}
     counts = torch.zeros(1 << HIGH, dtype=torch.int64)
@@ -43,28 +43,13 @@ def dropped_by_layer(scores: Mapping[str, Scores], amount: float) -> dict[str, i
     return found
 
 
-def magnitudes(weight: Tensor) -> Tensor:
-    """w²: one threshold for all layers."""
-    return weight.float().square().flatten()
-
-
-def layer_adaptive_magnitudes(weight: Tensor) -> Tensor:
-    """w_u² / Σ w_v² over the weights v of the layer that are as large or larger: LAMP (Lee et al., 2021).
-
-    The largest weight of each layer has the score 1, so that no layer is emptied.
-    """
-    squares = weight.double().square().flatten().sort().values
-    rest = squares.flip(0).cumsum(0).flip(0)
-    return torch.where(rest > 0, squares / rest, torch.zeros_like(rest)).float()
-
-
 def _bits(scores: Tensor) -> Tensor:
-    """Float32 numbers that are not negative as whole numbers of the same order."""
+    """Float32 numbers of 0 or more as whole numbers of the same order."""
     return scores.float().flatten().clamp(min=0).cpu().view(torch.int32).long()
 
 
 def _place(counts: Tensor, number: int) -> tuple[int, int]:
-    """The bin that holds the number-th entry, and how many lie in the bins before it."""
+    """The bin that holds the number-th entry, and the number of entries in the bins before it."""
     passed = counts.cumsum(0)
     place = int(torch.searchsorted(passed, number))
     return place, int(passed[place] - counts[place])

@@ -13,7 +13,7 @@ from hesse.estimation import estimate_curvatures
 from hesse.networks.narrow_attention import outputs_called
 from hesse.partitions import Group
 from hesse.partitions.experts import with_linear_experts
-from hesse.partitions.partition import Slice
+from hesse.partitions.groups import Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Reader:
         target.copy_(weight.T if _is_conv1d(model, self.parameter) else weight.view_as(target))
 
 
-def readers(objective: Objective, sites: Iterable[Sequence[Group]], seed: int) -> list[list[Reader]]:
+def find_readers(objective: Objective, sites: Iterable[Sequence[Group]], seed: int) -> list[list[Reader]]:
     """The readers of each site's groups, with curvatures from one pass of the true Fisher with sampled labels.
 
     Raises:
@@ -58,10 +58,10 @@ def readers(objective: Objective, sites: Iterable[Sequence[Group]], seed: int) -
     chosen = Objective(model, objective.loss, objective.data, tuple(names), objective.forward)
     with outputs_called(model):
         factors = estimate_curvatures(chosen, ["kronecker"], seed=seed).kronecker
-    return [_of_site(model, site, factors) for site in sites]
+    return [_readers_of(model, site, factors) for site in sites]
 
 
-def _of_site(model: nn.Module, site: Sequence[Group], factors: Mapping[str, Curvature]) -> list[Reader]:
+def _readers_of(model: nn.Module, site: Sequence[Group], factors: Mapping[str, Curvature]) -> list[Reader]:
     pieces: dict[tuple[str, str, int | None], dict[int, Slice]] = defaultdict(dict)
     for number, group in enumerate(site):
         for piece in group.read:
@@ -93,6 +93,6 @@ def _name(piece: Slice) -> str:
 
 
 def _is_conv1d(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is that of transformers' Conv1D, which is (in, out)."""
+    """True if a parameter is the weight of transformers' Conv1D, which is (in, out)."""
     module = model.get_submodule(name.rpartition(".")[0])
     return hasattr(module, "nf") and hasattr(module, "nx")

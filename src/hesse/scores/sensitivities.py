@@ -1,13 +1,17 @@
-"""What a change of one layer is thought to cost before a budget is shared out: the predictors of the literature."""
+"""Scores of changes: the predicted cost of each candidate that may replace a layer's weight."""
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from hesse.curvature import Curvature, GaussNewton, Gram, Kronecker, Objective
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.scores.interactions import Changes, with_all_layers
+from hesse.scores.score import CHANGES, SCORES, Score, add_score, register_score
 from hesse.solvers import hutchinson_trace, lanczos
 
 PROBES = 64  # of Hutchinson's estimate of a trace that is known by products only
@@ -16,24 +20,58 @@ SHARDS = 4  # of the data, for predictors that look at how an eigenvalue differs
 Costs = dict[str, list[float]]  # by parameter, of each of its changes
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """By parameter the changes d that are open to it: each candidate is a part, one parameter's after another's."""
+
+    changes: Changes
+    kind = "changes"
+
+    @property
+    def count(self) -> int:
+        """Number of candidates of all parameters."""
+        return sum(len(own) for own in self.changes.values())
+
+
+@dataclass(frozen=True, eq=False)
+class LossOfChanges:
+    """The loss as a function of the parameters that may change; `curvature` makes H of an objective."""
+
+    objective: Objective
+    curvature: Callable[[Objective], Curvature] = lambda objective: GaussNewton(objective=objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Score):
     """½ s_l ‖d‖² for a change d of layer l, with one number s_l made of the layer's own curvature H_l.
 
-    `coefficient` is given H_l on all data, or where `shards` on each of several parts of it. `in_nats` says that the
-    mean over all directions of d is ½ dᵀHd; otherwise costs rank layers and have no unit.
+    `coefficient` takes H_l on all data, or with `shards` H_l on each of several parts of the data. With `nats` the mean
+    over all directions of d is ½ dᵀHd; otherwise costs rank layers and have no unit. With `eigenvalues` it needs the
+    whole output factor, not its diagonal alone.
     """
 
-    name: str
-    source: str
-    coefficient: Callable[[Sequence[Curvature]], float]
+    coefficient: Callable[[Sequence[Curvature]], float] = field(repr=False)
     shards: bool = False
-    in_nats: bool = False
     eigenvalues: bool = False
+    parts: tuple[str, ...] = CHANGES
+
+    def cost(self, evidence: LossOfChanges, partition: Candidates) -> Tensor:
+        costs: list[float] = []
+        for name, own in partition.changes.items():
+            layer = replace(evidence.objective, names=(name,))
+            parts = _shards(layer) if self.shards else [layer]
+            half = 0.5 * self.coefficient([evidence.curvature(part) for part in parts])
+            costs += [half * float(change.double().square().sum()) for change in own]
+        return torch.tensor(costs, dtype=torch.float64)
+
+
+def mean_curvature(curvatures: Sequence[Curvature]) -> float:
+    """Return Tr H / n, the mean curvature over all directions."""
+    return trace(curvatures[0]) / curvatures[0].shape.numel()
 
 
 def trace(curvature: Curvature) -> float:
-    """Tr H, by Hutchinson's estimate where H is known by products only."""
+    """Return Tr H, by Hutchinson's estimate where H is known by products only."""
     try:
         return curvature.trace()
     except UnsupportedProduct:
@@ -41,7 +79,7 @@ def trace(curvature: Curvature) -> float:
 
 
 def largest_eigenvalue(curvature: Curvature) -> float:
-    """λ_max(H), by Lanczos; of a Kronecker the product of its factors', whose vectors are short."""
+    """Return λ_max(H), by Lanczos; of a Kronecker the product of its factors', whose vectors are short."""
     if isinstance(curvature, Kronecker):
         sides = (curvature.output_factor, curvature.input_factor)
         return math.prod(
@@ -56,33 +94,61 @@ def _of_shards(shards: Sequence[Curvature]) -> float:
     return abs(statistics.fmean(values)) + statistics.pstdev(values)
 
 
-_ALL = (
+add_score(
     Sensitivity(
-        "hawq",
-        "Dong et al., 2019, arXiv:1905.03696",
-        lambda shards: largest_eigenvalue(shards[0]) / shards[0].shape.numel(),
+        name="hawq",
+        source="HAWQ, Dong et al., 2019, arXiv:1905.03696",
+        coefficient=lambda curvatures: largest_eigenvalue(curvatures[0]) / curvatures[0].shape.numel(),
         eigenvalues=True,
-    ),
-    Sensitivity(
-        "hawq-v2",
-        "Dong et al., 2019, arXiv:1911.03852",
-        lambda shards: trace(shards[0]) / shards[0].shape.numel(),
-        in_nats=True,
-    ),
-    Sensitivity("q-bert", "Shen et al., 2019, arXiv:1909.05840", _of_shards, shards=True, eigenvalues=True),
+    )
 )
-SENSITIVITIES = {each.name: each for each in _ALL}
+add_score(
+    Sensitivity(
+        name="hawq-v2",
+        source="HAWQ-V2, Dong et al., 2019, arXiv:1911.03852",
+        coefficient=mean_curvature,
+        nats=True,
+    )
+)
+add_score(
+    Sensitivity(
+        name="q-bert",
+        source="Q-BERT, Shen et al., 2019, arXiv:1909.05840",
+        coefficient=_of_shards,
+        shards=True,
+        eigenvalues=True,
+    )
+)
+
+
+@register_score("second-order", source="½ dᵀH_l d of each layer alone", parts=CHANGES, nats=True)
+def second_order(evidence: LossOfChanges, partition: Candidates) -> Tensor:
+    """½ dᵀH_l d, each layer alone."""
+    costs: list[float] = []
+    for name, own in partition.changes.items():
+        block = evidence.curvature(replace(evidence.objective, names=(name,)))
+        costs += [block.quadratic(change.flatten()) for change in own]
+    return torch.tensor(costs, dtype=torch.float64)
+
+
+@register_score("inter-layer", source="Schaefer et al., 2023, arXiv:2306.04879", parts=CHANGES, nats=True)
+def inter_layer(evidence: LossOfChanges, partition: Candidates) -> Tensor:
+    """The layer's own share of ½ dᵀHd where all layers are changed in the same way (see `with_all_layers`)."""
+    costs = with_all_layers(evidence.curvature(evidence.objective), evidence.objective, partition.changes)
+    return torch.tensor([cost for own in costs.values() for cost in own], dtype=torch.float64)
 
 
 def find_sensitivity(name: str) -> Sensitivity:
-    """The predictor of that name.
+    """Return the score of that name that makes one number of a layer's curvature.
 
     Raises:
         OptionError: there is none.
     """
-    if name not in SENSITIVITIES:
-        raise OptionError(f"there is no sensitivity {name!r}; there are {', '.join(SENSITIVITIES)}")
-    return SENSITIVITIES[name]
+    found = SCORES.get(name)
+    if not isinstance(found, Sensitivity):
+        names = [score.name for score in SCORES.values() if isinstance(score, Sensitivity)]
+        raise OptionError(f"there is no sensitivity {name!r}; there are {', '.join(names)}")
+    return found
 
 
 def predicted_costs(
@@ -91,33 +157,20 @@ def predicted_costs(
     sensitivity: str,
     curvature: Callable[[Objective], Curvature] = lambda objective: GaussNewton(objective=objective),
 ) -> Costs:
-    """What each of the `changes` of each parameter is predicted to cost by a predictor of that name.
+    """Return the predicted cost of each of the `changes` of each parameter, by the score of changes of that name.
 
-    Besides those of the table "second-order" is ½ dᵀH_l d, each layer alone, and "inter-layer" what is the layer's own
-    of ½ dᵀHd where all layers are changed in the same way (see `with_all_layers`). Costs below zero are taken as zero.
-    `curvature` makes H of an objective, such as a Gauss-Newton matrix, or the Hessian.
+    Costs below zero are taken as zero. `curvature` makes H of an objective, such as a Gauss-Newton matrix, or the
+    Hessian.
 
     Raises:
-        OptionError: there is no such predictor, or a change does not fit its parameter.
+        OptionError: there is no such score, or a change does not fit its parameter.
     """
-    if sensitivity == "inter-layer":
-        return _positive(with_all_layers(curvature(objective), objective, changes))
-    costs: Costs = {}
-    for name, own in changes.items():
-        layer = replace(objective, names=(name,))
-        if sensitivity == "second-order":
-            block = curvature(layer)
-            costs[name] = [block.quadratic(change.flatten()) for change in own]
-        else:
-            found = find_sensitivity(sensitivity)
-            parts = _shards(layer) if found.shards else [layer]
-            half = 0.5 * found.coefficient([curvature(part) for part in parts])
-            costs[name] = [half * float(change.double().square().sum()) for change in own]
-    return _positive(costs)
-
-
-def _positive(costs: Mapping[str, Sequence[float]]) -> Costs:
-    return {name: [max(cost, 0.0) for cost in own] for name, own in costs.items()}
+    if sensitivity not in SCORES or SCORES[sensitivity].parts != CHANGES:
+        names = [score.name for score in SCORES.values() if score.parts == CHANGES]
+        raise OptionError(f"there is no sensitivity {sensitivity!r}; there are {', '.join(names)}")
+    costs = SCORES[sensitivity].costs(LossOfChanges(objective, curvature), Candidates(changes)).clamp(min=0)
+    parts = torch.split(costs, [len(own) for own in changes.values()])
+    return {name: part.tolist() for name, part in zip(changes, parts, strict=True)}
 
 
 def _shards(objective: Objective) -> list[Objective]:

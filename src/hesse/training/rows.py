@@ -6,7 +6,7 @@ NEEDS = "training data and a loss"
 
 register(
     Method(
-        name="recover",
+        name="finetune",
         curvature=None,
         constraints=("sparse",),
         optional=("grid", "codebook", "table"),

@@ -1,17 +1,16 @@
-"""MoDeGPT's other two parts, where code can be told so: attention whose heads have fewer dimensions."""
+"""Attention whose heads have fewer dimensions: the attention part of MoDeGPT, for torch's own attention."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hesse.curvature import Loss, Objective
-from hesse.curvature.objective import Batch
+from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.modules.group_report import StructuredReport, flops_of, parameters_of
-from hesse.modules.prune_groups import freeze_as, objective_of
+from hesse.methods.options import setting
+from hesse.modules.group_ranking import KEEP
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 from hesse.networks.torch_attention import SplitAttention, split_attentions
 
@@ -24,76 +23,61 @@ class Moments(NamedTuple):
     outputs: Tensor  # (heads · head size, heads · head size)
 
 
-def narrow_heads(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    keep: float = 0.75,
-    loss: Loss | nn.Module | None = None,
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> tuple[nn.Module, StructuredReport]:
-    """Give each head of each nn.MultiheadAttention a share `keep` of its dimensions; `model` stays as it is.
+@dataclass(frozen=True)
+class HeadDimensions:
+    """Give each head of each nn.MultiheadAttention a share `keep` of its dimensions, of queries and keys as of values.
 
     Queries and keys of a head become the nearest ones to its scores, E[(q·k - q'·k')²] over inputs of both that are
     taken as independent: the SVD of their product between square roots of the inputs' moments. Values become the
     directions that an SVD of the outputs' weights finds most of in the metric of the values, and the outputs' weights
     are the least-squares fit over all heads. All moments are of the dense model. Not for attention that turns queries
-    and keys by their positions, as most language models' does: `hesse narrow` is for these.
-
-    Args:
-        model: any network with torch's own attention.
-        batches: (inputs, targets) pairs; walked once and kept.
-        keep: the share of a head's dimensions, of queries and keys as of values.
-        loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
-        forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
-
-    Returns:
-        The smaller model, in eval mode, and what was done to it.
-
-    Raises:
-        OptionError: `keep` leaves none or all of a head.
-        UnsupportedModelError: there is no such attention.
+    and keys by their positions, as most language models' does.
 
     Source: MoDeGPT (Lin et al., 2024), whose queries and keys keep dimensions of their own (CR).
     """
-    if not 0 < keep < 1:
-        raise OptionError(f"keep is {keep}, but must be a share of a head's dimensions between 0 and 1, such as 0.75")
-    objective = objective_of(model, batches, loss, forward)
-    narrow = objective.model
-    attentions = plain_attentions(narrow)
-    if not attentions:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.MultiheadAttention of one width: hesse narrow is for language models"
-        )
-    names = {module: name for name, module in narrow.named_modules()}
-    sizes, removed = {}, {}
-    for attention in attentions:
-        size = sizes[attention] = round(keep * attention.head_dim)
-        if not 0 < size < attention.head_dim:
-            raise OptionError(f"keep {keep} of {attention.head_dim} dimensions of {names[attention]} leaves {size}")
-        removed[f"dimensions of the heads of {names[attention]}"] = (attention.head_dim - size, attention.head_dim)
-    before = parameters_of(narrow), flops_of(objective), objective.value()
-    moments = _moments(objective, attentions)
-    for attention, size in sizes.items():
-        _narrow(attention, moments[attention], size)
-    without_nested_tensors(narrow)
-    after = objective_of(narrow, objective.data, objective.loss, forward, copied=False)
-    report = StructuredReport(
-        method="narrow-heads",
-        removed=removed,
-        parameters=(before[0], parameters_of(narrow)),
-        flops=(before[1], flops_of(after)),
-        loss=(before[2], after.value()),
-        predicted_loss_increase=None,
-        difference=0.0,
-        loading="its heads do not fill the width of an nn.MultiheadAttention",
-    )
-    freeze_as(model, narrow)
-    return narrow, report
+
+    keep: float = setting(KEEP, "Share of a head's dimensions that stays.")
+
+    def check(self) -> None:
+        """Raise OptionError if `keep` leaves none or all of a head."""
+        if not 0 < self.keep < 1:
+            raise OptionError(
+                f"keep is {self.keep}, but must be a share of a head's dimensions between 0 and 1, such as 0.75"
+            )
+
+    def prune(self, objective: Objective) -> dict[str, tuple[int, int]]:
+        """Narrow the heads of the objective's model, in place, and return (removed, there were) for each attention.
+
+        Raises:
+            OptionError: `keep` leaves none or all of a head.
+            UnsupportedModelError: there is no such attention.
+        """
+        model = objective.model
+        attentions = plain_attentions(model)
+        if not attentions:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no nn.MultiheadAttention of one width: for language models use "
+                "what='hidden' on a checkpoint"
+            )
+        names = {module: name for name, module in model.named_modules()}
+        sizes, removed = {}, {}
+        for attention in attentions:
+            size = sizes[attention] = round(self.keep * attention.head_dim)
+            if not 0 < size < attention.head_dim:
+                raise OptionError(
+                    f"keep {self.keep} of {attention.head_dim} dimensions of {names[attention]} leaves {size}"
+                )
+            place = f"dimensions of the heads of {names[attention]}"
+            removed[place] = (attention.head_dim - size, attention.head_dim)
+        moments = _moments(objective, attentions)
+        for attention, size in sizes.items():
+            _narrow(attention, moments[attention], size)
+        without_nested_tensors(model)
+        return removed
 
 
 def _moments(objective: Objective, attentions: list[nn.MultiheadAttention]) -> dict[nn.MultiheadAttention, Moments]:
-    """Over all batches, of each attention."""
+    """The moments of each attention over all batches."""
     sums: dict[nn.Module, Tensor] = {}
     counts: dict[nn.Module, int] = {}
 
@@ -156,14 +140,14 @@ def _narrow(attention: nn.MultiheadAttention, moments: Moments, size: int) -> No
 
 
 def root(moment: Tensor) -> Tensor:
-    """R with R Rᵀ = `moment`."""
+    """Return R with R Rᵀ = `moment`."""
     values, vectors = torch.linalg.eigh(moment)
     found: Tensor = vectors * values.clamp(min=0).sqrt()
     return found
 
 
 def nearest_product(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """S and T (rank, d), (S `first`)ᵀ (T `second`) being the nearest of its rank to `first`ᵀ `second`, both (d, n)."""
+    """Return S and T (rank, d) of the (S `first`)ᵀ (T `second`) that is nearest to `first`ᵀ `second`, both (d, n)."""
     left, right = (torch.linalg.qr(part.T)[1] for part in (first, second))
     directions, values, others = torch.linalg.svd(left @ right.T)
     strength = values[:rank].sqrt()[:, None]
@@ -172,7 +156,10 @@ def nearest_product(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, T
 
 
 def leading_directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
-    """The map (count, d) onto what `weight` (out, d) gives most of, E[zzᵀ] being `moment`; E of its outputs is I."""
+    """Return the map (count, d) onto the directions that `weight` (out, d) gives most of, E[zzᵀ] being `moment`.
+
+    The second moment of the map's outputs is the identity.
+    """
     values, vectors = torch.linalg.eigh(moment)
     seen = values > values[-1].clamp(min=0) * 1e-12  # nothing is known of the others, and nothing lost with them
     scale = torch.where(seen, values, 0).sqrt()

@@ -10,39 +10,41 @@ from torch import Tensor, nn
 from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.progress import Progress, Silence
+from hesse.result import NOT_WRITTEN, Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import Held, held_zeros
 from hesse.training.loop import Loop, StepRule
 from hesse.training.training import Training
 
 
-@dataclass(frozen=True, eq=False)
-class Recovery:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneReport(Report):
     """What a training did.
 
-    `losses` are of each step's batches before the step; `free` is what was trained in the place of each held weight.
+    `losses` are of each step's batches before the step; `free` is what was trained in place of each held weight.
     """
 
+    verb: str = "finetune"
     losses: tuple[float, ...]
-    free: dict[str, tuple[Tensor, ...]] = field(repr=False)
+    free: dict[str, tuple[Tensor, ...]] = field(metadata=NOT_WRITTEN, repr=False)
 
 
-def recover(
+def finetune(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch],
     training: Training,
     *,
-    loss: Loss | nn.Module,
+    loss_function: Loss | nn.Module,
     held: Mapping[str, Held] | None = None,
     rule: StepRule | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: Progress | None = None,
-) -> Recovery:
+) -> Result[FinetuneReport]:
     """Train the parameters of `model` that take a gradient, in place, with what is `held` kept held after every step.
 
-    By default its zeros are held. `batches` are pairs of inputs and targets that can be walked again, as `Objective`
+    By default its zeros are held. `data` are pairs of inputs and targets that can be walked again, as `Objective`
     takes them, and `forward(model, inputs)` gives the outputs. The model trains in the mode that it is in: call
     `model.train()` first if dropout or batch statistics should be at work. `rule` gives the direction of a step in
     place of the gradient.
@@ -52,19 +54,20 @@ def recover(
     repeated.
 
     Raises:
-        OptionError: an option has no meaning for this model, loss or data.
+        OptionError: an option has no meaning for this model, loss function or data.
         DataError: there is no data, or the loss is not finite; the model is as it was after the step before.
         OutputError: the folder holds another training, or cannot be written.
     """
-    objective = Objective.of(model, loss, batches, forward=forward)
+    objective = Objective.of(model, loss_function, data, forward=forward)
     loop = Loop(objective, training, held_zeros(model) if held is None else held, rule)
     progress = Silence() if progress is None else progress
     kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop)
     if kept is not None:
         kept.resume()
-    progress.begin("recover", training.steps - loop.step)
+    progress.begin("finetune", training.steps - loop.step)
     loop.run(training.steps, after_each_step(progress, kept))
     if kept is not None:
         kept.save()
     free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}
-    return Recovery(tuple(loop.losses), free)
+    report = FinetuneReport(model=type(model).__name__, losses=tuple(loop.losses), free=free)
+    return Result(report, model)
