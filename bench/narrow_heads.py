@@ -219,13 +219,16 @@ def on_digits() -> None:
     dense = loss(model)
     print(f"\n| held-out loss, {dense:.3f} before; of the attention's weights | 75% left | 50% left | 25% left |")
     print("|---|---|---|---|")
+
     def pruned(what: str, **options: Any) -> nn.Module:
         return hesse.prune(model, data=calibration, what=what, **options).model
 
     ways: dict[str, Callable[[float], nn.Module]] = {
         "narrower heads": lambda share: pruned("head-dimensions", keep=share),
         "whole heads, `obs`": lambda share: pruned("heads", keep=share),
-        "whole heads, `random`, refit": lambda share: pruned("heads", method="random", refit="least-squares", keep=share),
+        "whole heads, `random`, refit": lambda share: pruned(
+            "heads", method="random", refit="least-squares", keep=share
+        ),
         "whole heads, `random`": lambda share: pruned("heads", method="random", keep=share),
     }
     for name, way in ways.items():

@@ -145,7 +145,7 @@ def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm
         entry = SolverEntry(
             name,
             lambda options: FunctionSolver(algorithm, tuple((options.own or {}).items())),
-            settings=settings_of(algorithm),
+            settings=keyword_settings(algorithm),
             damped=damped,
         )
         SOLVERS.register(name, entry)
@@ -154,7 +154,7 @@ def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm
     return register
 
 
-def settings_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+def keyword_settings(function: Callable[..., Any]) -> tuple[Option, ...]:
     """Return the keyword-only parameters of a function as options."""
     hints = get_type_hints(function, include_extras=True)
     options = []
