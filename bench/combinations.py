@@ -127,7 +127,8 @@ def costs(scheme: Scheme) -> dict[str, tuple[int, float]]:
         assert gram is not None
         assert kronecker is not None
         constraint = scheme.constraint.build().stored_as(checkpoint.dtype(f"{name}.weight"))
-        problem = LayerProblem(name, weight, gram, kronecker.output_factor, scheme.rule, constraint)
+        statistics = {"inputs": gram, "output factor": kronecker.output_factor}
+        problem = LayerProblem(name, weight, statistics, scheme.rule, constraint)
         change = solver.solve(problem).solution.weight - weight
         increase = effect(change, gram, kronecker.output_factor).loss_increase
         found[name] = round(scheme.bits(weight.shape) * weight.numel()), max(increase or 0.0, 0.0)

@@ -46,13 +46,16 @@ RENAMED: list[tuple[str, str | None]] = [
     (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_before$", r"\1.loss_before.\2"),
     (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_after$", r"\1.loss.\2"),
     (rf"^(repair/\S+ {TOP})\.(samples|held_out)$", r"\1.loss.\2"),
+    (r"^prune-module/\S+ numbers:recipe\.update$", None),  # refit, a name
+    (r"^((?:prune-groups/\S+|only-train-once) numbers:1\.removed\.)neurons of", r"\1hidden units of"),
 ]
 # Names that NEW has and OLD had not, by regular expressions on the same lines.
 ADDED: list[str] = [
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.(schema|(bytes|parameters)_(before|after)|method|tokens)",
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.loss(_before)?(\.\w+)?",
     r"rotate/\S+ numbers:hesse-report\.json\..*",
-    r"(prune-module|prune-groups|prune-gradually|narrow-heads|only-train-once)\S* numbers:1\.(settings|loss|removed|schema)\b.*",
+    r"prune-module/\S+ numbers:1\.(removed\..*|loss\.(measured|held_out)|settings\.block)",
+    r"(prune-groups/\S+|narrow-heads|only-train-once) numbers:1\.(settings\..*|loss\.(measured|held_out))",
 ]
 ERRORS: dict[str, str] = {}  # classes of errors, old to new
 REFUSED_NO_MORE: list[str] = []  # patterns of cases that OLD refused and NEW does

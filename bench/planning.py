@@ -153,7 +153,7 @@ class Study:
             constraint = offer.constraints[layer.name]
             assert constraint is not None
             gram, weight = grams[layer.name].gram(), layer.weight.float()
-            solved = LayerSolver().solve(LayerProblem(layer.name, weight, gram, None, offer.rule, constraint))
+            solved = LayerSolver().solve(LayerProblem(layer.name, weight, {"inputs": gram}, offer.rule, constraint))
             layer.replace(solved.solution.weight)
 
 

@@ -134,7 +134,7 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="has no attention with layers"):
         compress(half_folder("llama"), tmp_path / "out", ignore=["self_attn.*"], **METHOD)
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--statistics has no factors of the attention"):
+    with pytest.raises(OptionError, match="--statistics holds no attention factor"):
         compress(half_folder("llama"), tmp_path / "out", statistics=tmp_path / "statistics", **METHOD)
     with pytest.raises(OptionError, match="attention is found in language models on disk"):
         hesse.compress_module(nn.Sequential(nn.Linear(32, 32)), [], method="aptq")

@@ -134,7 +134,7 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="does not tell how much attention a position receives"):
         compress(half_folder("falcon-alibi"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--statistics has no weighted inputs"):
+    with pytest.raises(OptionError, match="--statistics holds no weighted inputs"):
         compress(
             half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=(RULE,)), statistics=tmp_path / "statistics"
         )

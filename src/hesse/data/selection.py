@@ -1,6 +1,5 @@
 """Which tokens a run looks at: to calibrate, to probe the loss, and to measure the result."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from hesse.networks.vocabulary import check_ids
 
 DEFAULT_LENGTH = 2048
 PROBE_TOKENS = 1024  # for diagonal sensitivities, and again for the check; at least two samples each
-FACTOR_TOKENS = 8192  # to estimate E[ggᵀ] at a layer's outputs (out, out) from, at least
-FACTOR_TOKENS_PER_OUTPUT = 8
 
 
 Data = str | Path | list[list[int]] | None  # a file or a datasets id, ready token ids, or None for the shipped text
@@ -76,16 +73,6 @@ def select_samples(
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
     return Selection(samples, probes, reserved if reserved.ids else check, bool(reserved.ids), notes)
-
-
-def factor_tokens(outputs: Collection[int], fisher: bool = False) -> int:
-    """Tokens to probe the loss with, where layers with so many `outputs` need their whole factor E[ggᵀ].
-
-    `fisher` says that others need the Fisher on their weights.
-    """
-    if not outputs and not fisher:
-        return PROBE_TOKENS
-    return max(FACTOR_TOKENS, FACTOR_TOKENS_PER_OUTPUT * max(outputs, default=0))
 
 
 def _count(tokens: int, length: int) -> int:

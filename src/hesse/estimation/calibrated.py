@@ -4,13 +4,14 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hesse.curvature import Gram
-from hesse.estimation.statistics import STATISTICS, BlockStatistic, InputStatistic
+from hesse.estimation.statistics import STATISTICS, BlockStatistic, InputStatistic, Needs
 from hesse.estimation.statistics.base import InputAccumulator
 from hesse.estimation.statistics.inputs import input_gram
 from hesse.estimation.statistics_folder import Statistics
@@ -23,18 +24,21 @@ from hesse.passes.stream import StreamBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-Needs = Mapping[str, Collection[str]]  # the names of the statistics that each layer needs, by the layer's name
+Known = Mapping[str, Mapping[str, Any]]  # statistics that are known before, by layer and name
 
 
 class LayerStatistics(Mapping[str, Any]):
     """The statistics of one layer by name; those that are not known are absent.
 
-    `called` is False for a layer that the batches never called; its "inputs" are then a Gram of no tokens.
+    `called` is False for a layer that the batches never called; its "inputs" are then a Gram of no tokens. Those of
+    `known`, which were collected before, are read from where they are whenever they are asked for.
     """
 
-    def __init__(self, values: Mapping[str, Any], called: bool = True) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({}), called: bool = True
+    ) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
-        self.called = called
+        self._known, self.called = known, called
 
     @property
     def gram(self) -> Gram:
@@ -43,13 +47,14 @@ class LayerStatistics(Mapping[str, Any]):
         return gram
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+        return self._values[name] if name in self._values else self._known[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        yield from self._values
+        yield from (name for name in self._known if name not in self._values)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self)
 
 
 Layers = Generator[tuple[Layer, LayerStatistics], None, None]
@@ -60,6 +65,7 @@ def calibrated_blocks(
     batches: Sequence[StreamBatch],
     needs: Needs,
     *,
+    known: Known = MappingProxyType({}),
     first: int = 0,
     clock: Clock | None = None,
     processes: Processes = ALONE,
@@ -76,7 +82,8 @@ def calibrated_blocks(
     Args:
         network: the blocks, in the type that the batches are in.
         batches: hidden states before block number `first`; afterwards, behind the last block.
-        needs: the statistics of each layer that needs some.
+        needs: the statistics of each layer that needs some; backward statistics among them are not collected here.
+        known: statistics that were collected before, such as those of `probe`.
         first: the number of the first block.
         clock: charged with "read", "calibrate" (forward) and "estimate" (statistics).
         processes: each takes batches of its own; the statistics are of the batches of all.
@@ -90,7 +97,7 @@ def calibrated_blocks(
     with clock.phase("read"):
         for index, block in each_loaded(network, range(first, len(network.blocks))):
             wanted = sorted({name for layer in block.layers for name in needs.get(layer.name, ())})
-            layers = _layers(batches, index, block, wanted, clock, processes, offload)
+            layers = _layers(batches, index, block, wanted, known, clock, processes, offload)
             with clock.phase("calibrate"), closing(layers):
                 yield block, layers
                 for _ in layers:
@@ -102,12 +109,12 @@ def stored_blocks(
 ) -> Iterator[tuple[Block, Layers]]:
     """As `calibrated_blocks`, with statistics from a folder in place of batches: those of the unchanged model.
 
-    Only layers that need some are yielded, in the order of the block; those that are in no file come last.
+    Only layers that need some are yielded, in the order of the block; those that no sample reached come last.
     """
     clock = Clock() if clock is None else clock
     with clock.phase("read"):
         for _, block in each_loaded(network, range(first, len(network.blocks))):
-            layers = _stored_layers([layer for layer in block.layers if layer.name in needs], folder, network, clock)
+            layers = _stored_layers([layer for layer in block.layers if layer.name in needs], folder, needs, clock)
             with closing(layers):
                 yield block, layers
 
@@ -131,6 +138,7 @@ def _layers(
     index: int,
     block: Block,
     wanted: Collection[str],
+    known: Known,
     clock: Clock,
     processes: Processes,
     offload: Path | None,
@@ -157,24 +165,46 @@ def _layers(
         for layer, collected_at in stops:
             called.add(layer)
             own = {name: values.get(layer.name) for name, values in of_block.items()}
-            yield layer, LayerStatistics({**collection.values(collected_at), **own})
+            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name, {}))
     for layer in block.layers:
         if layer not in called:
             own = {name: values.get(layer.name) for name, values in of_block.items()}
-            yield layer, LayerStatistics({"inputs": no_inputs(layer), **own}, called=False)
+            values = {"inputs": no_inputs(layer), **own}
+            yield layer, LayerStatistics(values, known.get(layer.name, {}), called=False)
 
 
-def _stored_layers(layers: Sequence[Layer], folder: Statistics, network: Network, clock: Clock) -> Layers:
+def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, clock: Clock) -> Layers:
     missing = []
     for layer in layers:
+        stored = FolderStatistics(folder, layer, needs[layer.name])
         with clock.phase("estimate"):
-            gram = folder.gram(layer.name, network.device)
+            gram = stored.get("inputs")
         if gram is None:
-            missing.append(layer)
+            missing.append((layer, stored))
         else:
-            yield layer, LayerStatistics({"inputs": gram})
-    for layer in missing:
-        yield layer, LayerStatistics({"inputs": no_inputs(layer)}, called=False)
+            yield layer, LayerStatistics({"inputs": gram}, stored)
+    for layer, stored in missing:
+        yield layer, LayerStatistics({"inputs": no_inputs(layer)}, stored, called=False)
+
+
+class FolderStatistics(Mapping[str, Any]):
+    """The statistics of one layer in a folder of `hesse estimate`, read whenever they are asked for."""
+
+    def __init__(self, folder: Statistics, layer: Layer, names: Collection[str]) -> None:
+        self._folder, self._layer, self._names = folder, layer, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._names:
+            value = STATISTICS[name].load(self._folder, self._layer, self._layer.weight.device)
+            if value is not None:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if self.get(name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class InputCollection:

@@ -1,7 +1,6 @@
-"""The dense model's own pass: what its layers' outputs mean to the loss, and what it predicts on the check samples."""
+"""Passes of the unchanged model: its backward statistics, and the check samples' hidden states."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,14 @@ from torch import Tensor
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
-from hesse.estimation.factor_store import StoredFactors
-from hesse.estimation.loss_factors import LossFactors
-from hesse.estimation.weight_fisher import NOTHING, FisherNeeds
+from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
+from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.networks.network import Network
 from hesse.passes.backward import BackwardPass, BackwardState
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
-
-
-@dataclass(frozen=True, eq=False)
-class DensePass:
-    """What the loss feels of each layer's outputs, and the check samples' flows after the last block.
-
-    `sensitivities` are E[ggᵀ] (out, out) at the outputs of layers whose whole factor was asked for, and E[g²] (out,) of
-    the others, in nats per token.
-    """
-
-    sensitivities: Mapping[str, Tensor]
-    flows: list[StreamBatch]
 
 
 def check_pass(
@@ -48,60 +34,65 @@ def check_pass(
 def probe(
     network: Network,
     samples: Samples,
-    whole: Collection[str],
+    needs: Needs,
     folder: Path,
     seed: int,
     clock: Clock,
     step: Callable[[], None],
     journal: Journal | None = None,
     processes: Processes = ALONE,
-    fisher: FisherNeeds = NOTHING,
-) -> StoredFactors:
-    """E[ggᵀ] (out, out) at the outputs of the layers `whole`, E[g²] (out,) at those of others; `step` after each block.
+) -> StoredStatistics:
+    """Collect the backward statistics that layers need, by layer and name, in nats per token; `step` after each block.
 
-    By the weights' names the Fisher on them as `fisher` says.
-
-    The samples go through the unchanged model and back; what is found is kept below `folder`, and so is what reached
-    each block meanwhile. With a `journal`, which is then of that folder, the walk goes on where it was cut short. Each
-    of several `processes` takes its share of the samples, in a folder of its own, and has the sums over all of them.
+    The samples go through the unchanged model and back. The statistics are kept below `folder`, and so are meanwhile
+    the hidden states that reach each block. With a `journal`, which is then of that folder, the pass continues where it
+    was cut short. Each of several `processes` takes its share of the samples, in a folder of its own, and has the sums
+    over all of them.
     """
+    of_samples = needs_samples(needs)
     size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
     size = min(size, max(len(samples.ids) // processes.world_size, 1))
-    size = 1 if fisher.of_samples else size  # whose gradients are of single samples, which experts mix
+    size = 1 if of_samples else size  # since experts mix the samples of a batch
     lasting = journal is not None
     earlier, batches = processes.shard(samples.batches(size))
     with clock.phase("probe"):
         flows = start(network, batches, TensorStore(folder, "probe", lasting))
     inputs = forward_walk(network, flows, flows, clock, step, journal)
-    found = StoredFactors(folder)
+    stored = StoredStatistics(folder)
     with clock.phase("probe"):
-        state = None if journal is None else _recalled(journal, network, found, processes)
+        state = None if journal is None else _recalled(journal, network, stored, processes)
         shelf = TensorStore(folder, "gradient", lasting)
-        walk = BackwardPass(network, flows, inputs, seed, fisher.of_samples, shelf, state, processes, earlier)
+        walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
-        for factors in output_factors(walk, whole, fisher):
-            files = {name: found.keep(name, factor) for name, factor in factors.items()}
+        for values in backward_statistics(walk, needs):
+            files = {
+                layer: {name: stored.keep(layer, name, value) for name, value in own.items()}
+                for layer, own in values.items()
+            }
             if journal is not None:
                 _note(journal, walk, files)
             step()
-    return found
+    return stored
 
 
-def _note(journal: Journal, walk: BackwardPass, files: dict[str, Path]) -> None:
-    """Note that a walk back has passed a block, whose factors are in `files`."""
+def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]]) -> None:
+    """Note that a backward pass is through with a block, whose statistics are in `files`."""
     reached = walk.state.reached
-    names = {name: path.name for name, path in files.items()}
-    journal.record(f"factors-{reached}", {"factors": names}, list(files.values()))
+    names = {layer: {name: path.name for name, path in own.items()} for layer, own in files.items()}
+    paths = [path for own in files.values() for path in own.values()]
+    journal.record(f"statistics-{reached}", {"files": names}, paths)
     journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
     journal.forget(f"gradient-{reached + 2}")
 
 
-def _recalled(journal: Journal, network: Network, found: StoredFactors, processes: Processes) -> BackwardState | None:
-    """How far a walk back had come in all processes, and in `found` what it had found; None if that was nothing."""
+def _recalled(
+    journal: Journal, network: Network, stored: StoredStatistics, processes: Processes
+) -> BackwardState | None:
+    """Return how far a backward pass had come in all processes, its statistics in `stored`; None if nowhere."""
     last = len(network.blocks)
     reached, notes = last, list[dict[str, Any]]()
-    while reached and (note := journal.recall(f"factors-{reached - 1}")) is not None:
+    while reached and (note := journal.recall(f"statistics-{reached - 1}")) is not None:
         notes.append(note)
         reached -= 1
     kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
@@ -111,8 +102,9 @@ def _recalled(journal: Journal, network: Network, found: StoredFactors, processe
     if not processes.all_reduce_min(recalled is not None) or recalled is None:
         return None
     for note in notes[: last - reached]:
-        for name, file in note["factors"].items():
-            found.add(name, journal.folder / file, network.device)
+        for layer, own in note["files"].items():
+            for name, file in own.items():
+                stored.add(layer, name, journal.folder / file, network.device)
     return BackwardState(reached, recalled[1]["scale"], recalled[0])
 
 
@@ -158,14 +150,10 @@ def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[
     return found
 
 
-def output_factors(
-    walk: BackwardPass,
-    whole: Collection[str],
-    fisher: FisherNeeds = NOTHING,
-) -> Iterator[dict[str, Tensor]]:
-    """Of each block what the loss feels of its layers, in nats per token, as LossFactors has it."""
-    for block, passages in walk:
-        factors = LossFactors(block.layers, whole, fisher)
-        for passage in passages:
-            factors.add(passage)
-        yield factors.found(walk.scale, walk.processes)
+def backward_statistics(walk: BackwardPass, needs: Needs) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Yield for each block, from the last to the first, the backward statistics of its layers, by layer and name."""
+    for block, recorded in walk:
+        collection = BackwardCollection(block.layers, needs)
+        for each in recorded:
+            collection.add(each)
+        yield collection.values(walk.scale, walk.processes)

@@ -1,13 +1,12 @@
 """The layers of one block: solved, put in their places, and written."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from hesse.estimation.calibrated import Layers, LayerStatistics
-from hesse.estimation.weight_fisher import name_of
+from hesse.estimation.statistics.output_factor import output_factor
 from hesse.jobs.plan import Plan
 from hesse.layerwise.input_rounding import rounding_cost
 from hesse.layerwise.layer_report import layer_report
@@ -44,7 +43,7 @@ class BlockResult:
 
 
 class BlockSolver:
-    """Solve one block after another by a plan; `sensitivities` are the output factors of its layers.
+    """Solve one block after another by a plan.
 
     Several `processes` solve each block together.
     """
@@ -52,11 +51,10 @@ class BlockSolver:
     def __init__(
         self,
         plan: Plan,
-        sensitivities: Mapping[str, Tensor],
         clock: Clock,
         processes: Processes = ALONE,
     ) -> None:
-        self.plan, self.sensitivities, self.clock = plan, sensitivities, clock
+        self.plan, self.clock = plan, clock
         self.processes, self.solver = processes, LayerSolver(processes)
 
     def solve(self, block: Block, layers: Layers) -> tuple[BlockResult, dict[str, Tensor]]:
@@ -78,12 +76,7 @@ class BlockSolver:
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None
         with self.clock.phase("solve"):
-            weight, sensitivity = layer.weight.float(), self._output_factor(layer.name)
-            fisher = self._fisher(layer) if rule.needs_fisher else None
-            weighted, attention = statistics.get("weighted inputs"), statistics.get("attention factor")
-            problem = LayerProblem(
-                layer.name, weight, statistics.gram, sensitivity, rule, constraint, fisher, weighted, attention
-            )
+            problem = LayerProblem(layer.name, layer.weight.float(), dict(statistics), rule, constraint)
             solved = self.solver.solve(problem)
             encoded = solved.solution.encoded
             stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
@@ -92,9 +85,9 @@ class BlockSolver:
         with self.clock.phase("predict"):
             report, notes = layer_report(problem, solved, stored, self.plan.format.stored_bits(layer.name))
             if rule.input_bits is not None:
-                cost, square_peak = None, statistics.get("input peaks")
-                if sensitivity is not None and square_peak is not None:
-                    cost = rounding_cost(stored, sensitivity, square_peak, rule.input_bits)
+                cost, factor, peak = None, output_factor(problem.statistics), problem.statistics.get("input peaks")
+                if factor is not None and peak is not None:
+                    cost = rounding_cost(stored, factor, peak, rule.input_bits)
                 else:
                     notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
                 report = replace(report, input_bits=rule.input_bits, predicted_input_loss=cost)
@@ -106,20 +99,3 @@ class BlockSolver:
             stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
             bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
             return self.plan.format.tensors(layer.name, encoded, stored, bias)
-
-    def _output_factor(self, layer: str) -> Tensor | None:
-        """What the loss feels of a layer's outputs: all of G (out, out) where it was estimated before, else E[g²]."""
-        if self.plan.statistics is not None:
-            kronecker = self.plan.statistics.kronecker(layer, self.plan.network.device)
-            if kronecker is not None:
-                return kronecker.output_factor
-        return self.sensitivities.get(layer)
-
-    def _fisher(self, layer: Layer) -> Tensor | None:
-        """The Fisher on a layer's weight: its diagonal (out, in), blocks (blocks, size, size) or gradients."""
-        if self.plan.statistics is None:
-            return self.sensitivities.get(name_of(layer))
-        found = self.plan.statistics.fisher(layer.name, self.plan.network.device)
-        if found is None:
-            return None
-        return found.values.T if layer.transposed else found.values

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import Layers, calibrated_blocks, stored_blocks
-from hesse.estimation.probe import DensePass, check_pass, probe
+from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
 from hesse.formats import open_checkpoint
@@ -15,7 +15,7 @@ from hesse.jobs.memory import MemoryPlan
 from hesse.jobs.plan import Plan
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.verify import Verification, verify
-from hesse.layerwise.rules import fisher_needs, statistics_needed, whole_factors
+from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, start
@@ -31,12 +31,13 @@ class Compression:
     def __init__(self, job: Job, plan: Plan, budget: BudgetPlan | None, memory: MemoryPlan) -> None:
         self.job, self.plan, self.budget, self.memory = job, plan, budget, memory
         self.result = BlockResult()
+        self.known: Known = {}  # the backward statistics
 
     def run(self, with_measurements: bool) -> CompressionReport:
         """Do everything but give the result its name."""
         plan, job = self.plan, self.job
         dense = self._dense_pass()
-        self._solve_blocks(dense)
+        self._solve_blocks()
         job.processes.barrier()  # for the parts that other ranks write
         if job.processes.is_main:
             with job.clock.phase("write"):
@@ -51,8 +52,8 @@ class Compression:
                 measurements = self._measure()
         return self._report(verification, measurements)
 
-    def _dense_pass(self) -> DensePass:
-        """Return the output factor of each layer, and where the check samples end in the unchanged model."""
+    def _dense_pass(self) -> list[StreamBatch]:
+        """Collect the backward statistics, and return the check samples behind the unchanged model's last block."""
         plan, job = self.plan, self.job
         clock, journal, step, processes = job.clock, job.journal, job.progress.advance, job.processes
         passes = 1 if plan.statistics is not None else 3
@@ -60,18 +61,17 @@ class Compression:
         batch_size = evaluation_batch(plan.dense, plan.length)
         batches = plan.check.batches(batch_size) if processes.is_main else []
         flows = check_pass(plan.original, batches, clock, step, journal)
-        if plan.statistics is not None:
-            return DensePass(plan.statistics.sensitivities, flows)
-        whole, seed, fisher = whole_factors(plan.rules), plan.calibration.seed, fisher_needs(plan.rules)
-        factors = probe(plan.network, plan.probes, whole, journal.folder, seed, clock, step, journal, processes, fisher)
-        return DensePass(factors, flows)
+        if plan.statistics is None:
+            needs, seed, folder = statistics_needed(plan.rules), plan.calibration.seed, journal.folder
+            self.known = probe(plan.network, plan.probes, needs, folder, seed, clock, step, journal, processes)
+        return flows
 
-    def _solve_blocks(self, dense: DensePass) -> None:
+    def _solve_blocks(self) -> None:
         """Take the calibration samples through the blocks; solve, write and note one after another."""
         plan, job, blocks = self.plan, self.job, self.plan.network.blocks
         job.progress.begin("compress", len(blocks))
         flows = self._flows()
-        solver = BlockSolver(plan, dense.sensitivities, job.clock, job.processes)
+        solver = BlockSolver(plan, job.clock, job.processes)
         steps = job.steps("block", plan.network, flows)
         for content in steps.done:
             self.result.add(BlockResult.from_dict(content))
@@ -105,10 +105,17 @@ class Compression:
             return stored_blocks(plan.network, plan.statistics, needs, first=first, clock=job.clock)
         offload = job.journal.folder if self.memory.paused_on_disk else None
         return calibrated_blocks(
-            plan.network, flows, needs, first=first, clock=job.clock, processes=job.processes, offload=offload
+            plan.network,
+            flows,
+            needs,
+            known=self.known,
+            first=first,
+            clock=job.clock,
+            processes=job.processes,
+            offload=offload,
         )
 
-    def _verify(self, dense: DensePass) -> None:
+    def _verify(self, dense: list[StreamBatch]) -> None:
         """Read the result back, compare it with what was solved and predicted, and note how far it is from it."""
         plan, job = self.plan, self.job
         predicted = {

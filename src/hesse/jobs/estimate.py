@@ -12,11 +12,12 @@ from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.writer import link_or_copy, write_tensors, writing
 from hesse.curvature import Curvature, Diagonal, Gram, Kronecker
-from hesse.data.selection import Calibration, Selection, factor_tokens, sample_length, select_samples
+from hesse.data.selection import Calibration, Selection, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Sums, save_curvature
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
+from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.formats.opening import open_networks
 from hesse.jobs.job import Job
@@ -99,8 +100,8 @@ def estimate(
         job.check_alone()
         with job.clock.phase("read"):
             checkpoint, dense, network = open_networks(source, run.device)
-            outputs = [layer.weight.shape[0] for layer in network.layers]
-            selected = select_samples(source, calibration, network, factor_tokens(outputs))
+            factors = {layer.name: ("output factor",) for layer in network.layers}
+            selected = select_samples(source, calibration, network, probe_tokens(factors, network.layers, 0))
         job.notes += selected.notes
         job.begin([checkpoint], {"curvatures": " ".join(kinds)}, _most_bytes(network, kinds))
         files = _Estimation(job, dense, network, selected, kinds).run()
@@ -188,9 +189,10 @@ class _Estimation:
         """Return E[ggᵀ] at the layers' outputs, from some of the samples."""
         job = self.job
         job.progress.begin("probe the loss", 2 * len(self.network.blocks) + 1)
-        every, seed, folder = {layer.name for layer in self.network.layers}, job.calibration.seed, job.journal.folder
-        step = job.progress.advance
-        return dict(probe(self.network, self.probes, every, folder, seed, job.clock, step, job.journal))
+        needs = {layer.name: ("output factor",) for layer in self.network.layers}
+        seed, folder, step = job.calibration.seed, job.journal.folder, job.progress.advance
+        known = probe(self.network, self.probes, needs, folder, seed, job.clock, step, job.journal)
+        return {layer: statistics["output factor"] for layer, statistics in known.items()}
 
     def _forward_pass(self) -> None:
         """Write the Gram of each layer's inputs; layers with the same inputs have one file."""

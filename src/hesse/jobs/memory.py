@@ -8,11 +8,10 @@ import psutil
 
 from hesse.data.selection import PROBE_TOKENS
 from hesse.errors import OptionError
+from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic, InputStatistic
 from hesse.estimation.statistics.attention_factor import layers_of_attention
-from hesse.estimation.weight_fisher import BLOCK_SIZE
 from hesse.jobs.plan import Plan
-from hesse.layerwise.rules import attention_outputs, fisher_needs, whole_factors
-from hesse.methods.recipe import Rule
+from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block, Layer, Network
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
@@ -66,7 +65,7 @@ def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) ->
         if choice.bound <= (_free() if limit is None else limit):
             return choice
     least = min(choice.bound for choice in found)
-    if limit is None and fisher_needs(plan.rules).gradients:
+    if limit is None and any("fisher gradients" in needs for needs in statistics_needed(plan.rules).values()):
         raise OptionError(
             f"{len(plan.probes.ids)} gradients of each weight take {_shown(least)} of memory, more than is free: take "
             "fewer --samples, leave layers out with --ignore, or use woodfisher"
@@ -84,9 +83,7 @@ def waiting_bytes(plan: Plan) -> int:
     width = int(plan.network.model.config.get_text_config().hidden_size) * plan.network.dtype.itemsize
     tokens = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.samples.ids)
     probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
-    whole = whole_factors(plan.rules)
-    factors = sum(4 * layer.weight.shape[0] ** 2 for layer in plan.network.layers if layer.name in whole)
-    factors += 4 * sum(_fisher(plan, layer) for layer in plan.network.layers)
+    factors = sum(sum(_backward(plan, layer).values()) for layer in plan.network.layers)
     return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
 
 
@@ -114,16 +111,15 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
     phases = {
         "compare the result with the dense model": 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
     }
-    whole = whole_factors(plan.rules)
     for block in network.blocks:
         elements = sum(parameter.numel() for parameter in block.module.parameters())
         passing = _activations(network, block, checked, 4)
         phases[f"run {block.name} in float32"] = _loaded(dense, elements) + passing
         if plan.statistics is None:
             probing = min(batch_size, calibration_batch(plan.length)) * plan.length
-            moments = 4 * sum(layer.weight.shape[0] ** 2 for layer in block.layers if layer.name in whole)
-            fishers = [_fisher(plan, layer) for layer in block.layers]
-            moments += 4 * (sum(fishers) + max(fishers, default=0))
+            each = [_backward(plan, layer) for layer in block.layers]
+            moments = sum(sum(sizes.values()) for sizes in each)
+            moments += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
             widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
             gradients = OF_ACTIVATIONS * _activations(network, block, probing, network.dtype.itemsize)
             phases[f"take gradients through {block.name}"] = (
@@ -144,10 +140,15 @@ def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
 
 
 def _attention_factors(plan: Plan, block: Block) -> int:
-    """Bytes of what a block's attention feels of its layers' outputs, where that is asked for."""
-    if not attention_outputs(plan.rules).intersection(layer.name for layer in block.layers):
-        return 0
-    return 4 * sum(layer.weight.shape[0] ** 2 for layer in layers_of_attention(block))
+    """Bytes of the statistics that a pass over a block gives before its layers are solved."""
+    needs = statistics_needed(plan.rules)
+    wanted = {name for layer in block.layers for name in needs.get(layer.name, ())}
+    return sum(
+        statistic.bytes(layer.weight.shape, len(plan.samples.ids))
+        for name in wanted
+        if isinstance(statistic := STATISTICS[name], BlockStatistic)
+        for layer in layers_of_attention(block)
+    )
 
 
 def _free() -> int:
@@ -165,24 +166,27 @@ def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
     gram = 0 if rule is not None and not rule.kind.needs else OF_INPUTS * columns**2 + tokens * columns
     if rule is None:
         return 4 * gram
-    if "weighted inputs" in rule.kind.needs:  # a second Gram, inputs times weights, and the scores of one head
-        gram += 2 * columns**2 + 2 * tokens * columns + 3 * plan.length**2
     outputs = OF_OUTPUTS * rows**2 if rule.kind.couples_rows else 0
-    return 4 * (OF_WEIGHT * rows * columns + gram + outputs + _copies(rule) * _fisher(plan, layer))
+    others = 0
+    for name in rule.kind.needs:
+        statistic = STATISTICS[name]
+        kept = statistic.bytes((rows, columns), len(plan.probes.ids))
+        if isinstance(statistic, InputStatistic) and name != "inputs":
+            others += kept + statistic.working_bytes((rows, columns), tokens, plan.length)
+        elif statistic.of_weights and plan.statistics is None:
+            others += (OF_GRADIENTS if name == "fisher gradients" else OF_BLOCKS) * kept
+    return 4 * (OF_WEIGHT * rows * columns + gram + outputs) + others
 
 
-def _fisher(plan: Plan, layer: Layer) -> int:
-    """Numbers in what is kept of the Fisher on a layer's weight."""
-    rule = plan.rules.get(layer.name)
-    if rule is None or not rule.needs_fisher or plan.statistics is not None:
-        return 0
-    each = {"fisher blocks": BLOCK_SIZE, "fisher gradients": len(plan.probes.ids)}
-    return layer.weight.numel() * max((each.get(kind, 1) for kind in rule.kind.needs), default=1)
-
-
-def _copies(rule: Rule) -> int:
-    """How often what is kept of the Fisher is in memory while a layer is solved."""
-    return OF_GRADIENTS if "fisher gradients" in rule.kind.needs else OF_BLOCKS
+def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
+    """Bytes of the backward statistics that are kept of a layer, by name."""
+    if plan.statistics is not None:
+        return {}
+    return {
+        name: statistic.bytes(layer.weight.shape, len(plan.probes.ids))
+        for name in statistics_needed(plan.rules).get(layer.name, ())
+        if isinstance(statistic := STATISTICS[name], BackwardStatistic)
+    }
 
 
 def _activations(network: Network, block: Block, tokens: int, itemsize: int) -> int:

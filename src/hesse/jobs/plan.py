@@ -10,24 +10,15 @@ from torch import Tensor
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.output import companion_notes
 from hesse.data import Samples
-from hesse.data.selection import Calibration, factor_tokens, sample_length, select_samples
-from hesse.errors import OptionError, UnsupportedModelError
+from hesse.data.selection import Calibration, sample_length, select_samples
+from hesse.errors import OptionError
 from hesse.estimation import Statistics
-from hesse.estimation.statistics.attention_factor import layers_of_attention
+from hesse.estimation.statistics import STATISTICS, by_statistic, probe_tokens
 from hesse.formats import Format, StoredLayer, choose_format
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_inputs, check_served
-from hesse.layerwise.rules import (
-    attention_outputs,
-    fisher_needs,
-    fitting,
-    reads_inputs,
-    rules_for,
-    weighted_inputs,
-    whole_factors,
-)
+from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
-from hesse.networks.attention import tells_attention
 from hesse.networks.network import Layer, Network
 from hesse.rewriting import Rewriting
 
@@ -102,37 +93,15 @@ def make_plan(
             check_inputs(target, name, layer.constraint, layer.input_bits)
     if statistics is not None:
         statistics.check_model(checkpoint)
-        statistics.check_holds("gram")
         calibration = statistics_calibration(statistics, calibration)
-    whole = whole_factors(rules)
-    outputs = [layer.weight.shape[0] for layer in network.layers if layer.name in whole]
-    fisher = fisher_needs(rules)
-    if statistics is not None and fisher.of_samples:
-        raise OptionError(
-            "--statistics has no blocks or gradients of the Fisher, which this method needs: leave it out"
-        )
-    if statistics is not None and fisher.diagonals:
-        statistics.check_holds("fisher")
-    if weighted_inputs(rules):
+    needs = statistics_needed(rules)
+    for name, layers in by_statistic(needs).items():
         if statistics is not None:
-            raise OptionError("--statistics has no weighted inputs, which this method needs: leave it out")
-        if not tells_attention(network.model):
-            raise UnsupportedModelError(
-                f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
-                "method weighs its inputs: use curvature gram, or another method"
-            )
-    if wanted := attention_outputs(rules):
-        if statistics is not None:
-            raise OptionError("--statistics has no factors of the attention, which this method needs: leave it out")
-        inside = {layer.name for block in network.blocks for layer in layers_of_attention(block)}
-        if not (tells_attention(network.model) and inside & wanted):
-            raise UnsupportedModelError(
-                f"{type(network.model).__name__} has no attention with layers of this method's that can be passed back "
-                "through: use curvature gram or kronecker, or another method"
-            )
-    probed = factor_tokens(outputs, any(fisher))
-    if fisher.gradients:  # one of each sample
-        probed = max(probed, calibration.samples * sample_length(network, calibration.length))
+            STATISTICS[name].check_folder(statistics)
+        else:
+            STATISTICS[name].check_network(network, layers)
+    calibration_tokens = calibration.samples * sample_length(network, calibration.length)
+    probed = probe_tokens(needs, network.layers, calibration_tokens)
     selected = select_samples(model, calibration, network, probed)
     samples = selected.samples
     calibrated = reads_inputs(rules) or (rewriting is not None and rewriting.learns)

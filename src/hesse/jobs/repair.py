@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,11 +13,12 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import LowRank, LowRankCode
-from hesse.curvature import Gram
-from hesse.data.selection import Calibration, Data, Selection, factor_tokens, select_samples
+from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation.calibrated import Layers, calibrated_blocks
+from hesse.estimation.calibrated import Known, Layers, calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
+from hesse.estimation.statistics import probe_tokens
+from hesse.estimation.statistics.output_factor import output_factor
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
 from hesse.jobs.job import Job
@@ -136,13 +138,19 @@ def repair(
             pair = Pair.opened(sources[0], sources[1], rank, request.ignore, run.device)
             if format == "adapter":
                 check_adaptable(layer.name for layer in pair.layers)
-            outputs = [layer.weight.shape[0] for layer in pair.layers] if curvature == "kronecker" else []
-            selected = select_samples(sources[0], calibration, pair.network, factor_tokens(outputs))
+            probed = probe_tokens(_needs(pair.layers, request), pair.layers, 0)
+            selected = select_samples(sources[0], calibration, pair.network, probed)
         needed = pair.source.file_bytes * (1 if format == "adapter" else 3)
         job.begin([pair.source, pair.network.checkpoint], {"options": repr(request)}, needed)
         report = _Repair(job, pair, request, selected, str(compressed)).run()
         job.finish(report)
     return Result(report)
+
+
+def _needs(layers: Iterable[Layer], request: RepairRequest) -> dict[str, tuple[str, ...]]:
+    """Return the statistics of the layers: the Gram of their inputs, and the output factor or its diagonal."""
+    needed = ("inputs", "output factor" if request.curvature == "kronecker" else "output diagonal")
+    return {layer.name: needed for layer in layers}
 
 
 class _Repair:
@@ -208,24 +216,23 @@ class _Repair:
         batches = check.batches(evaluation_batch(network, check.longest))
         return check_pass(network, batches, job.clock, job.progress.advance, job.journal)
 
-    def _output_factors(self) -> dict[str, Tensor]:
-        """Return the output factors of the layers, by their names in the compressed model."""
+    def _output_factors(self) -> Known:
+        """Collect the output factors of the dense layers, by the layers' names in the compressed model."""
         network, job = self.pair.probed, self.job
         job.progress.begin("probe the loss", 2 * len(network.blocks) + 1)
-        whole = {layer.name for layer in network.layers} if self.request.curvature == "kronecker" else set[str]()
-        factors = probe(
+        known = probe(
             network,
             self.selected.probes,
-            whole,
+            _needs(network.layers, self.request),
             job.journal.folder,
             job.calibration.seed,
             job.clock,
             job.progress.advance,
             job.journal,
         )
-        return {name: factors[twin] for name, twin in self.pair.twins.items() if twin in factors}
+        return {name: known[twin] for name, twin in self.pair.twins.items() if twin in known}
 
-    def _repair_blocks(self, output_factors: Mapping[str, Tensor]) -> None:
+    def _repair_blocks(self, known: Known) -> None:
         """Take the samples through the compressed model; repair, write and note one block after another."""
         network, samples, job = self.pair.network, self.selected.samples, self.job
         job.progress.begin("repair", len(network.blocks))
@@ -233,14 +240,14 @@ class _Repair:
         with job.clock.phase("calibrate"):
             store = TensorStore(job.journal.folder, "calibration", lasting=True)
             batches = start(network, samples.batches(size), store)
-        steps, needs = job.steps("block", network, batches), {layer.name: ("inputs",) for layer in self.pair.layers}
+        steps, needs = job.steps("block", network, batches), _needs(self.pair.layers, self.request)
         for content in steps.done:
             layers = [RepairedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
             self._add(layers, content["digests"], content["notes"])
         solver = LayerSolver()
-        blocks = calibrated_blocks(network, batches, needs, first=len(steps.done), clock=job.clock)
+        blocks = calibrated_blocks(network, batches, needs, known=known, first=len(steps.done), clock=job.clock)
         for index, (block, statistics_of) in enumerate(blocks, len(steps.done)):
-            solutions = self._solve(statistics_of, output_factors, solver)
+            solutions = self._solve(statistics_of, solver)
             layers = [solution.layer for solution in solutions]
             digests = {solution.layer.name: solution.digest for solution in solutions}
             notes = [note for solution in solutions for note in solution.notes]
@@ -254,21 +261,19 @@ class _Repair:
         self.notes += notes
         self.job.progress.advance()
 
-    def _solve(
-        self, layers: Layers, output_factors: Mapping[str, Tensor], solver: LayerSolver
-    ) -> list["_RepairedWeight"]:
+    def _solve(self, layers: Layers, solver: LayerSolver) -> list["_RepairedWeight"]:
         """Repair the layers of a loaded block, and return those that lacked anything."""
         names = {layer.name for layer in self.pair.layers}
         solutions = []
         for layer, statistics in layers:
             if layer.name in names:
                 with self.job.clock.phase("solve"):
-                    solution = self._solve_layer(layer, statistics.gram, output_factors.get(layer.name), solver)
+                    solution = self._solve_layer(layer, dict(statistics), solver)
                 solutions += [] if solution is None else [solution]
         return solutions
 
     def _solve_layer(
-        self, layer: Layer, gram: Gram, output_factor: Tensor | None, solver: LayerSolver
+        self, layer: Layer, statistics: Mapping[str, Any], solver: LayerSolver
     ) -> "_RepairedWeight | None":
         """Solve for one layer's factors, and put the sum in its place; None if the layer lacks nothing."""
         name, dense = layer.name, self.request.format == "dense"
@@ -277,14 +282,16 @@ class _Repair:
         if not lacking.any():
             return None
         constraint = LowRank(self.request.rank, dtype=torch.float32 if dense else self.pair.dtype(name))
-        solved = solver.solve(LayerProblem(name, lacking, gram, output_factor, self.request.rule(), constraint))
+        problem = LayerProblem(name, lacking, statistics, self.request.rule(), constraint)
+        solved, gram = solver.solve(problem), problem.gram
         # As a reader multiplies them: on the CPU, since another device rounds its sums otherwise.
         code: LowRankCode = solved.solution.encoded
         left, right = (factor.cpu().contiguous() for factor in (code.left, code.right))
         stored = present.cpu() + left @ right
         repaired = (stored.to(self.pair.dtype(name)).float() if dense else stored).to(target)
         layer.replace(repaired)
-        whole, factor = 2 * gram.quadratic(target), output_factor if gram.tokens else None  # E‖W x‖²
+        whole = 2 * gram.quadratic(target)  # E‖W x‖²
+        factor = output_factor(statistics) if gram.tokens else None
         before, after = effect(lacking, gram, factor), effect(repaired - target, gram, factor)
         report = RepairedLayer(
             name=name,

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError
-from hesse.estimation.probe import DensePass
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
 from hesse.layerwise.layer_solver import digest
@@ -51,7 +50,7 @@ def verify(
     folder: Path,
     source: Checkpoint,
     dense_network: Network,
-    dense: DensePass,
+    dense: list[StreamBatch],
     digests: dict[str, str],
     predicted_by_layer: dict[str, float],
     held_out: bool,
@@ -65,7 +64,7 @@ def verify(
     """
     written = open_checkpoint(folder)
     same = _compare_copied(source, written, digests)
-    result = read_back(written, dense_network, dense.flows, digests, progress)
+    result = read_back(written, dense_network, dense, digests, progress)
     measured = result.difference
     predicted = sum(predicted_by_layer.values())
     limit = TOLERATED_RATIO * predicted + TOLERATED_INCREASE * _scale(result.hidden_error, dense)
@@ -129,9 +128,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor
 
 
-def _scale(hidden_error: float | None, dense: DensePass) -> float:
+def _scale(hidden_error: float | None, dense: list[StreamBatch]) -> float:
     """What one nat is for this kind of loss: 1 for a language model, the mean squared hidden state for an encoder."""
     if hidden_error is None:
         return 1.0
-    squares = [flow.hidden.double().square().sum(-1).mean() for flow in dense.flows]
+    squares = [flow.hidden.double().square().sum(-1).mean() for flow in dense]
     return float(torch.stack(squares).mean())

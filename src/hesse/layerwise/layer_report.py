@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, LowRank, Plus
+from hesse.estimation.statistics.output_factor import output_factor
 from hesse.layerwise.layer_solver import LayerProblem, Solved, effect
 from hesse.layerwise.report import LayerReport
 
@@ -13,11 +14,11 @@ def layer_report(problem: LayerProblem, solved: Solved, stored: Tensor, bits: fl
 
     `stored` (out, in) is its new weight as it was stored, in so many `bits` a weight.
     """
-    weight, gram, sensitivity = problem.weight, problem.gram, problem.outputs
+    weight, gram, factor = problem.weight, problem.gram, output_factor(problem.statistics)
     notes = []
-    if sensitivity is None and gram.tokens:
+    if factor is None and gram.tokens:
         notes.append(f"{problem.name}: no prediction: the tokens that probed the loss did not reach it")
-    made = effect(stored - weight, gram, sensitivity if gram.tokens else None)
+    made = effect(stored - weight, gram, factor if gram.tokens else None)
     whole = 2 * gram.quadratic(weight)  # E‖W x‖²
     report = LayerReport(
         name=problem.name,

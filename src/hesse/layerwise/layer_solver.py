@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, UnsupportedProduct, naming
+from hesse.estimation.statistics import STATISTICS
 from hesse.layerwise.shared_solve import solve_shared
-from hesse.methods.curvatures import CURVATURES, unknown
+from hesse.methods.curvatures import CURVATURES
 from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
@@ -33,34 +35,43 @@ class Solved:
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """One layer's weight, what is known of its inputs and outputs, and what is asked for."""
+    """One layer's weight, its statistics, and what is asked for."""
 
     name: str
     weight: Tensor  # (out, in)
-    gram: Gram
-    outputs: Tensor | None  # what the loss feels of the outputs: E[ggᵀ] (out, out), or its diagonal (out,)
+    statistics: Mapping[str, Any]  # by name; "inputs" is always known
     rule: Rule
     constraint: Constraint
-    fisher: Tensor | None = None  # on the weight: diagonal (out, in), blocks (blocks, size, size) or (samples, out, in)
-    weighted: Gram | None = None  # of its inputs with weights of their positions, E[r xxᵀ]
-    attention: Tensor | None = None  # what the output of the attention that it is inside feels of the outputs
+
+    @property
+    def gram(self) -> Gram:
+        """E[xxᵀ] of its inputs."""
+        gram: Gram = self.statistics["inputs"]
+        return gram
 
 
 class _State(NamedTuple):
-    of: Tensor | None  # what it is of besides the inputs, where the rule's curvature is
+    """A curvature, the statistics that it was made of, and the solver's state for it."""
+
+    statistics: tuple[Any, ...]
     curvature: Curvature
-    state: Any  # the solver's
+    state: Any
+
+    def is_of(self, statistics: tuple[Any, ...]) -> bool:
+        """Return True if the curvature was made of these very objects."""
+        return all(one is other for one, other in zip(self.statistics, statistics, strict=True))
 
 
 class LayerSolver:
-    """Solves the layers of one input in turn, factoring each curvature once for each solver.
+    """Solve one layer after another; layers with the same inputs share a factored curvature.
 
-    Several `processes` solve the same layers together.
+    A curvature is built and factored again only if one of its statistics is another object than before; what belongs to
+    other inputs than the last layer's is dropped. Several `processes` solve the same layers together.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self._processes = processes
-        self._gram: Gram | None = None
+        self._inputs: Gram | None = None  # those that `_states` are of
         self._states: dict[tuple[str, Solver, float, int], _State] = {}
 
     def solve(self, problem: LayerProblem) -> Solved:
@@ -70,8 +81,8 @@ class LayerSolver:
             HesseError: the layer cannot be solved; the message begins with its name.
         """
         name, gram, rule = problem.name, problem.gram, problem.rule
-        if gram is not self._gram:
-            self._gram, self._states = gram, {}
+        if gram is not self._inputs:
+            self._inputs, self._states = gram, {}
         notes: list[str] = []
         with naming(name):
             if not rule.kind.needs:
@@ -95,18 +106,17 @@ class LayerSolver:
     def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
         rule = problem.rule
         key = (rule.curvature, solver, damping, len(problem.weight) if rule.kind.couples_rows else 0)
-        own = problem.outputs if rule.needs_output_factor else problem.fisher if rule.needs_fisher else None
-        own = problem.attention if "attention factor" in rule.kind.needs else own
-        if key not in self._states or self._states[key].of is not own:
+        used = tuple(problem.statistics.get(name) for name in sorted(rule.kind.needs))
+        if key not in self._states or not self._states[key].is_of(used):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ConditioningWarning)
                 curvature = rule.kind.build(problem, rule.solver, damping)
             notes += [f"{problem.name}: {warning.message}" for warning in caught]
-            self._states[key] = _State(own, curvature, solver.init(curvature))
+            self._states[key] = _State(used, curvature, solver.init(curvature))
         _, curvature, state = self._states[key]
-        independent = not (rule.kind.couples_rows or rule.needs_fisher)
+        whole = rule.kind.couples_rows or any(STATISTICS[name].of_weights for name in rule.kind.needs)
         parts = (problem.weight, curvature, problem.constraint, solver, state)
-        solution = solve_shared(*parts, independent, self._processes)
+        solution = solve_shared(*parts, not whole, self._processes)
         method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)
 
@@ -139,7 +149,7 @@ def _dry_run(rule: Rule) -> None:
     """Solve a small matrix by a rule."""
     constraint, solver = rule.constraint.build(), rule.solver.build()
     weight = torch.eye(DRY_SIZE * constraint.together)
-    problem = LayerProblem("a small matrix", weight, Gram.from_inputs(weight), None, rule, constraint)
+    problem = LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
     solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
 
 
@@ -154,16 +164,14 @@ def _gaps(problem: LayerProblem) -> list[str]:
         codes = (given.grid, given.codebook, given.vector_codebook, given.table)
         effect = "rounded to nearest" if given.sparse is None and any(codes) else "judged to cost nothing"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
-    if rule.curvature in ("gram", "weighted_gram", "kronecker", "attention") and gram.tokens < width:
+    if rule.kind.inverts_gram and gram.tokens < width:
         notes.append(
-            f"{name}: saw {gram.tokens} tokens for {width} inputs; the damping decides where the data is silent"
+            f"{name}: saw {gram.tokens} tokens for {width} inputs; in directions without data the solution depends on "
+            "the damping"
         )
-    if "weighted inputs" in rule.kind.needs and problem.weighted is None:
-        notes.append(f"{name}: how much attention its positions receive is not known; they were taken as equals")
-    if rule.needs_fisher and unknown(problem.fisher):
-        notes.append(f"{name}: the tokens that probed the loss did not reach it; its weights were taken as equals")
-    if rule.needs_output_factor and unknown(problem.outputs):
-        notes.append(f"{name}: the tokens that probed the loss did not reach it; its outputs were taken as equals")
+    for statistic in (STATISTICS[needed] for needed in sorted(rule.kind.needs)):
+        if statistic.missing is not None and not statistic.is_known(problem.statistics.get(statistic.name)):
+            notes.append(f"{name}: {statistic.missing}")
     return notes
 
 
@@ -174,13 +182,13 @@ class Effect(NamedTuple):
     loss_increase: float | None  # ½ dᵀ(G ⊗ E[xxᵀ])d, in nats per token; None without G
 
 
-def effect(change: Tensor, gram: Gram, sensitivity: Tensor | None) -> Effect:
-    """What `change` (out, in) does, with `sensitivity` G = E[ggᵀ] (out, out), or its diagonal (out,)."""
-    if sensitivity is not None and sensitivity.ndim == 2:
+def effect(change: Tensor, gram: Gram, output_factor: Tensor | None) -> Effect:
+    """Return the effect of `change` (out, in), with the output factor G = E[ggᵀ] (out, out) or its diagonal (out,)."""
+    if output_factor is not None and output_factor.ndim == 2:
         image = gram.matvec(change)
-        return Effect(_inner(change, image), 0.5 * _inner(sensitivity.to(change) @ change, image))
+        return Effect(_inner(change, image), 0.5 * _inner(output_factor.to(change) @ change, image))
     rows = gram.row_quadratics(change).double()
-    return Effect(2 * float(rows.sum()), None if sensitivity is None else float(sensitivity.to(rows) @ rows))
+    return Effect(2 * float(rows.sum()), None if output_factor is None else float(output_factor.to(rows) @ rows))
 
 
 def _inner(left: Tensor, right: Tensor) -> float:

@@ -7,13 +7,11 @@ from torch import Tensor
 
 from hesse.constraints import Constraint
 from hesse.errors import OptionError, naming
-from hesse.estimation.weight_fisher import FisherNeeds
+from hesse.estimation.statistics import STATISTICS, BackwardStatistic
 from hesse.layerwise.layer_solver import check_products
 from hesse.layerwise.shared_sparsity import with_own_shares
-from hesse.methods.curvatures import Statistic
 from hesse.methods.recipe import Recipe, Rule, matches
 
-FISHER: tuple[Statistic, ...] = ("fisher diagonal", "fisher blocks", "fisher gradients")  # as in FisherNeeds
 Rules = Mapping[str, Rule | None]  # by layer; None for those left as they are
 
 
@@ -62,42 +60,27 @@ def check_patterns(names: Iterable[str], known: Iterable[str], patterns: Iterabl
             raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {layers[0]}")
 
 
-def whole_factors(rules: Rules) -> set[str]:
-    """The layers whose rule needs all of E[ggᵀ] at their outputs."""
-    return _needing(rules, "output factor")
+def statistics_needed(rules: Rules) -> dict[str, frozenset[str]]:
+    """Return the names of the statistics that each layer with a rule needs: its curvature's, and a prediction's.
 
+    A change is predicted from the Gram of the inputs and the output factor, or its diagonal. One rule that rounds
+    inputs makes all layers need the peaks of theirs.
 
-def fisher_needs(rules: Rules) -> FisherNeeds:
-    """The layers whose rule needs the Fisher on their weights."""
-    return FisherNeeds(*(_needing(rules, kind) for kind in FISHER))
+    Raises:
+        OptionError: a curvature needs a statistic that does not exist.
+    """
+    peaks = frozenset({"input peaks"} if any(rule is not None and rule.input_bits for rule in rules.values()) else ())
+    needs = {}
+    for layer, rule in rules.items():
+        if rule is not None:
+            own = rule.kind.needs
+            for name in own:
+                STATISTICS.find(name)
+            needs[layer] = own | peaks | {"inputs"} | ({"output diagonal"} if "output factor" not in own else set())
+    return needs
 
 
 def reads_inputs(rules: Rules) -> bool:
-    """Whether a rule needs the inputs of its layers."""
-    return bool(_needing(rules, "inputs"))
-
-
-def weighted_inputs(rules: Rules) -> set[str]:
-    """The layers whose rule weighs the positions of its layers' inputs."""
-    return _needing(rules, "weighted inputs")
-
-
-def attention_outputs(rules: Rules) -> set[str]:
-    """The layers whose rule asks what the output of their attention feels of them."""
-    return _needing(rules, "attention factor")
-
-
-def statistics_needed(rules: Rules) -> dict[str, set[str]]:
-    """Return the statistics that each layer with a rule needs, besides those of the backward pass.
-
-    All need the Gram of their inputs, from which a change is predicted. One rule that rounds inputs makes all layers
-    need the peaks of theirs.
-    """
-    rounded = any(rule is not None and rule.input_bits for rule in rules.values())
-    always = {"inputs", *(("input peaks",) if rounded else ())}
-    asked = {"weighted inputs", "attention factor"}
-    return {name: always | (asked & rule.kind.needs) for name, rule in rules.items() if rule is not None}
-
-
-def _needing(rules: Rules, statistic: Statistic) -> set[str]:
-    return {name for name, rule in rules.items() if rule is not None and statistic in rule.kind.needs}
+    """Return True if the curvature of a rule is made of more than what a backward pass gives."""
+    kinds = {rule.curvature: rule.kind for rule in rules.values() if rule is not None}.values()
+    return any(not isinstance(STATISTICS[name], BackwardStatistic) for kind in kinds for name in kind.needs)

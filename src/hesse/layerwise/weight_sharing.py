@@ -92,7 +92,7 @@ class StandIns:
     def _made(self, layer: Layer, other: Tensor, gram: Gram, solver: LayerSolver) -> Tensor:
         wanted = layer.weight.float()
         scaled = _scaled(other, wanted, gram)
-        problem = LayerProblem(layer.name, wanted - scaled, gram, None, self._rule, LowRank(self.rank))
+        problem = LayerProblem(layer.name, wanted - scaled, {"inputs": gram}, self._rule, LowRank(self.rank))
         return scaled + solver.solve(problem).solution.weight
 
     def _weight(self, layer: Layer) -> Tensor:

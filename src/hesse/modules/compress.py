@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hesse.constraints import LowRankCode
-from hesse.curvature import Gram, Loss, Objective
+from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.calibrated import InputCollection
-from hesse.estimation.loss_factors import LossFactors
-from hesse.estimation.weight_fisher import name_of
+from hesse.estimation.statistics import BackwardCollection, by_statistic, needs_samples
 from hesse.layerwise.layer_report import layer_report
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.layerwise.report import LayerReport
-from hesse.layerwise.rules import attention_outputs, fisher_needs, rules_for, whole_factors
+from hesse.layerwise.rules import rules_for, statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
 from hesse.modules.preparation import copied, objective_of
 from hesse.modules.report import ModuleReport
@@ -86,7 +85,7 @@ def compress_module(
         shapes = {layer.name: layer.weight.shape for layer in found}
         weights = {layer.name: partial(_weight, layer) for layer in found}
         rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
-        if attention_outputs(rules):
+        if by_statistic(statistics_needed(rules)).keys() & {"attention factor", "weighted inputs"}:
             raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
         chosen = [layer for layer in found if rules[layer.name] is not None]
         with objective_of(copy, chosen, batches, loss, forward) as objective:
@@ -116,7 +115,7 @@ class _Run:
         self, objective: Objective, layers: list[Layer], rules: dict[str, Rule | None], notes: list[str]
     ) -> None:
         self.objective, self.layers, self.rules, self.notes = objective, layers, rules, notes
-        self.factors: dict[str, Tensor] = {}
+        self.known: dict[str, dict[str, Tensor]] = {}
         self.reports: list[LayerReport] = []
         self.encoded: dict[str, Any] = {}
         self.solver = LayerSolver()
@@ -167,16 +166,16 @@ class _Run:
 
     def _probe(self, kind: Kind, seed: int) -> None:
         """What the loss feels of the dense model's layers."""
-        needs = fisher_needs(self.rules)
-        walk = GradientPass(self.objective, kind, seed=seed, apart=needs.of_samples)
-        sums = LossFactors(self.layers, whole_factors(self.rules), needs)
+        needs = statistics_needed(self.rules)
+        walk = GradientPass(self.objective, kind, seed=seed, apart=needs_samples(needs))
+        sums = BackwardCollection(self.layers, needs)
         for passage in walk:
             sums.add(passage)
         for name in walk.others:
-            layer = next(layer for layer in self.layers if name_of(layer) == name)
+            layer = next(layer for layer in self.layers if layer.weight_name == name)
             self.layers.remove(layer)
             self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
-        self.factors = sums.found(walk.scale)
+        self.known = sums.values(walk.scale)
 
     def _walk(self) -> None:
         """Take all batches through the model, and solve each layer where it is reached."""
@@ -188,24 +187,23 @@ class _Run:
         runs = [partial(forward, inputs) for inputs, _ in objective.batches()]
         name = type(objective.model).__name__
         block = Block(name, objective.model, tuple(self.layers))
-        collection = InputCollection(("inputs",), [], block, 0, Clock())
+        collection = InputCollection(list(by_statistic(statistics_needed(self.rules))), [], block, 0, Clock())
         with torch.no_grad():
             for layer, collected_at in layer_stops(runs, block, collection.collect, KeepInMemory(), torch.no_grad):
-                self._solve(layer, collection.values(collected_at)["inputs"])
+                self._solve(layer, collection.values(collected_at))
         solved = {report.name for report in self.reports}
         missed = [layer.name for layer in self.layers if layer.name not in solved]
         self.notes += [f"{name}: left as it is: it is never called" for name in missed]
         if not self.reports:
             raise UnsupportedModelError(f"{name} calls none of its layers: nothing was compressed")
 
-    def _solve(self, layer: Layer, gram: Gram) -> None:
+    def _solve(self, layer: Layer, values: dict[str, Any]) -> None:
         rule = self.rules[layer.name]
         assert rule is not None
         weight, dtype = layer.weight.detach().float(), layer.parameter.dtype
         constraint = rule.constraint.build().stored_as(torch.float32 if dtype == torch.float64 else dtype)
-        fisher = self.factors.get(name_of(layer)) if rule.needs_fisher else None
-        outputs = self.factors.get(layer.name)
-        problem = LayerProblem(layer.name, weight, gram, outputs, rule, constraint, fisher)
+        statistics = {**values, **self.known.get(layer.name, {})}
+        problem = LayerProblem(layer.name, weight, statistics, rule, constraint)
         solved = self.solver.solve(problem)
         stored = solved.solution.weight.to(dtype)
         layer.replace(stored)

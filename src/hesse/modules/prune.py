@@ -188,6 +188,7 @@ def _prune_head_dimensions(
         loss_before=before,
         loss_after=(value := after.value()),
         loss=LossChange(name=MEASURED, measured=value - before, held_out=False),
+        difference=0.0,
         loading="its heads do not fill the width of an nn.MultiheadAttention",
     )
     freeze_as(model, narrow)

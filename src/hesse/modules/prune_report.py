@@ -34,7 +34,7 @@ class PruneReport(Report):
     settings: dict[str, Any]
     flops_before: int | None = None
     flops_after: int | None = None
-    difference: float = 0.0
+    difference: float | None = None
     loading: str | None = None
     bits_per_weight: float | None = None
     encoded: dict[str, Any] = field(default_factory=dict, metadata=NOT_WRITTEN, repr=False)

@@ -36,8 +36,13 @@ class Layer:
     module: nn.Module
 
     @property
+    def weight_name(self) -> str:
+        """The name of its weight."""
+        return f"{self.name}.weight"
+
+    @property
     def transposed(self) -> bool:
-        """Whether the weight is kept as (in, out), as GPT-2 does."""
+        """True if the weight is kept as (in, out), as in GPT-2."""
         return isinstance(self.module, Conv1D)
 
     @property

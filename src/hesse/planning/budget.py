@@ -10,9 +10,10 @@ import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.locate import locate
-from hesse.data.selection import Calibration, Data, factor_tokens, select_samples
+from hesse.data.selection import Calibration, Data, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
+from hesse.estimation.statistics import probe_tokens
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_target
 from hesse.layerwise.rules import check_patterns
@@ -218,8 +219,7 @@ def plan_budget(
     menu = make_menu(network, request.method, request.options, request.ignore, request.target, format)
     meter = CostMeter(menu, sensitivity)
     if statistics is None:
-        whole = [layer.weight.shape[0] for group in menu if meter.needs_output_factor(group) for layer in group.layers]
-        selected = select_samples(model, calibration, network, factor_tokens(whole))
+        selected = select_samples(model, calibration, network, probe_tokens(meter.needs, network.layers, 0))
         meter.measure(network, selected, calibration, progress)
     else:
         estimated = Statistics(statistics)

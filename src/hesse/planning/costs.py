@@ -1,7 +1,7 @@
 """What each offer of a menu would cost: every layer solved alone, on what the dense model gives it."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from hesse.curvature import Gram, Kronecker
 from hesse.data import Samples
 from hesse.data.selection import Calibration, Selection
 from hesse.estimation import Statistics
-from hesse.estimation.calibrated import calibrated_blocks
+from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import probe
+from hesse.estimation.statistics.output_factor import output_factor
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
-from hesse.networks.network import Layer, Network
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import Block, Layer, Network
 from hesse.passes.stream import calibration_batch, start
 from hesse.planning.menu import LayerGroup
 from hesse.progress import Clock, Progress
@@ -55,15 +55,21 @@ class CostMeter:
             HesseError: the data cannot be used, or a layer cannot be solved.
         """
         progress.begin("probe the loss", 2 * len(network.blocks) + 1)
-        whole = [name for name, group in self._group_of.items() if self.needs_output_factor(group)]
         with tempfile.TemporaryDirectory() as folder:
             probes, seed, step = selected.probes, calibration.seed, progress.advance
-            factors = probe(network, probes, whole, Path(folder), seed, Clock(), step)
+            factors = probe(network, probes, self.needs, Path(folder), seed, Clock(), step)
             samples = selected.samples.first(MOST_SAMPLES)
             self._solve_all(network, samples, calibration, factors, progress)
 
-    def needs_output_factor(self, group: LayerGroup) -> bool:
-        """Whether all of E[ggᵀ] at the outputs of the group's layers is needed, and not its diagonal alone."""
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The statistics of each layer: the Gram of its inputs, and the output factor or its diagonal."""
+        return {
+            name: ("inputs", "output factor" if self._whole_factor(group) else "output diagonal")
+            for name, group in self._group_of.items()
+        }
+
+    def _whole_factor(self, group: LayerGroup) -> bool:
         return group.needs_output_factor if self.sensitivity is None else self.sensitivity.eigenvalues
 
     def _solve_all(
@@ -71,44 +77,41 @@ class CostMeter:
         network: Network,
         samples: Samples,
         calibration: Calibration,
-        factors: Mapping[str, Tensor],
+        factors: Known,
         progress: Progress,
     ) -> None:
         """Solve each layer for every offer, on the inputs that it has in the dense model."""
         progress.begin("solve for each choice", len(network.blocks))
         length = samples.longest
         batches = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
-        needs = dict.fromkeys(self._group_of, ("inputs",))
-        for _, layers in calibrated_blocks(network, batches, needs):
-            for layer, statistics in layers:
-                if layer.name in self._group_of:
-                    self._add(layer, statistics.gram, factors.get(layer.name))
-            progress.advance()
+        self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors), progress)
 
-    def read(self, network: Network, statistics: Statistics, progress: Progress) -> None:
-        """Take Grams and output factors from statistics in place of samples.
+    def read(self, network: Network, folder: Statistics, progress: Progress) -> None:
+        """Take Grams and output factors from a folder of `hesse estimate` in place of samples.
 
         Raises:
             HesseError: the statistics cannot be read, or a layer cannot be solved.
         """
         progress.begin("solve for each choice", len(network.blocks))
-        for _, block in each_loaded(network):
-            for layer in (layer for layer in block.layers if layer.name in self._group_of):
-                kronecker = statistics.kronecker(layer.name, network.device)
-                factor = statistics.sensitivities.get(layer.name)
-                gram = statistics.gram(layer.name, network.device)
-                self._add(layer, gram, factor if kronecker is None else kronecker.output_factor)
+        self._add_blocks(stored_blocks(network, folder, self.needs), progress)
+
+    def _add_blocks(self, blocks: Iterator[tuple[Block, Layers]], progress: Progress) -> None:
+        for _, layers in blocks:
+            for layer, statistics in layers:
+                if layer.name in self._group_of:
+                    self._add(layer, statistics.gram, output_factor(statistics))
             progress.advance()
 
-    def _add(self, layer: Layer, gram: Gram | None, output_factor: Tensor | None) -> None:
+    def _add(self, layer: Layer, gram: Gram, output_factor: Tensor | None) -> None:
         group = self._group_of[layer.name]
-        if gram is None or not gram.tokens or output_factor is None:
+        if not gram.tokens or output_factor is None:
             self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
             return
         if self.sensitivity is not None:
             self._add_ranked(group, layer, gram, output_factor, self.sensitivity)
             return
         weight = layer.weight.float()
+        statistics = {"inputs": gram, "output factor" if output_factor.ndim == 2 else "output diagonal": output_factor}
         found: dict[Constraint, float] = {}  # of this layer
         for place, offer in enumerate(group.offers):
             constraint = offer.constraints[layer.name]
@@ -116,7 +119,7 @@ class CostMeter:
                 continue
             solved, share = _coarser(constraint)
             if solved not in found:
-                problem = LayerProblem(layer.name, weight, gram, output_factor, offer.rule, solved)
+                problem = LayerProblem(layer.name, weight, statistics, offer.rule, solved)
                 solution = self._solver.solve(problem).solution
                 change = solution.weight - weight
                 increase = effect(change, gram, output_factor).loss_increase

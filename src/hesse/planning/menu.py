@@ -39,7 +39,7 @@ class LayerGroup:
     @property
     def needs_output_factor(self) -> bool:
         """Whether a rule on offer needs all of E[ggᵀ] at the layers' outputs."""
-        return any(offer.rule is not None and offer.rule.needs_output_factor for offer in self.offers)
+        return any(offer.rule is not None and "output factor" in offer.rule.kind.needs for offer in self.offers)
 
 
 def make_menu(

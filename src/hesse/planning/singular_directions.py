@@ -93,15 +93,16 @@ def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> G
     return Group(name, (*thin, Candidate("dense", whole, 0.0)))
 
 
-def singular_values(layer: Layer, statistics: Statistics) -> Tensor:
+def singular_values(layer: Layer, folder: Statistics) -> Tensor:
     """Of the layer's weight in its metric, falling; zeros where no token reached it."""
     weight = layer.weight.float()
-    gram = statistics.gram(layer.name, weight.device)
-    kronecker = statistics.kronecker(layer.name, weight.device)
+    gram = folder.gram(layer.name, weight.device)
+    kronecker = folder.kronecker(layer.name, weight.device)
     if gram is None or kronecker is None:
         return weight.new_zeros(min(weight.shape))
     rule = METHODS[METHOD].recipe(Options(rank=1)).rules[0]
-    problem = LayerProblem(layer.name, weight, gram, kronecker.output_factor, rule, LowRank(1))
+    statistics = {"inputs": gram, "output factor": kronecker.output_factor}
+    problem = LayerProblem(layer.name, weight, statistics, rule, LowRank(1))
     solver = WhitenedSVD()
     with naming(layer.name):
         return solver.values(solver.init(rule.kind.build(problem, rule.solver, rule.solver.damping)), weight)

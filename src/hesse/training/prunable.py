@@ -35,7 +35,6 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
     Raises:
         HesseError: the model has none, a pattern matches none, or the recipe does not fit one of them.
     """
-    from hesse.estimation.weight_fisher import name_of
     from hesse.layerwise.rules import rules_for
     from hesse.networks.module_layers import layers_of
     from hesse.networks.torch_attention import split_attentions, stored_as
@@ -47,7 +46,7 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
         shapes = {layer.name: layer.weight.shape for layer in found}
         weights = {layer.name: partial(_weight, layer) for layer in found}
         rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
-        return {stored_as(model, name_of(layer)): layer for layer in found if rules[layer.name] is not None}
+        return {stored_as(model, layer.weight_name): layer for layer in found if rules[layer.name] is not None}
 
 
 def prunable_weights(

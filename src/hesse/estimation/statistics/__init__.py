@@ -1,12 +1,27 @@
-"""Statistics: what data tells about a layer. Each is an object, one a file, in the table STATISTICS."""
+"""Statistics: what data tells about a layer. Each is an object in the table STATISTICS, whose file defines it."""
 
-from hesse.estimation.statistics.attention_factor import AttentionFactor
-from hesse.estimation.statistics.base import BlockStatistic, InputStatistic, Statistic
-from hesse.estimation.statistics.inputs import InputPeaks, Inputs
-from hesse.estimation.statistics.weighted_inputs import WeightedInputs
+from hesse.estimation.statistics.base import (
+    STATISTICS,
+    BackwardCollection,
+    BackwardStatistic,
+    BlockStatistic,
+    InputStatistic,
+    Needs,
+    Statistic,
+    by_statistic,
+    needs_samples,
+    probe_tokens,
+)
 
-STATISTICS: dict[str, Statistic] = {
-    statistic.name: statistic for statistic in (Inputs(), InputPeaks(), WeightedInputs(), AttentionFactor())
-}
-
-__all__ = ["STATISTICS", "BlockStatistic", "InputStatistic", "Statistic"]
+__all__ = [
+    "STATISTICS",
+    "BackwardCollection",
+    "BackwardStatistic",
+    "BlockStatistic",
+    "InputStatistic",
+    "Needs",
+    "Statistic",
+    "by_statistic",
+    "needs_samples",
+    "probe_tokens",
+]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hesse.errors import UnsupportedModelError
-from hesse.estimation.statistics.base import BlockStatistic
-from hesse.networks.network import Block, Layer
+from hesse.estimation.statistics.base import STATISTICS, BlockStatistic
+from hesse.networks.attention import tells_attention
+from hesse.networks.network import Block, Layer, Network
 from hesse.passes.stream import StreamBatch
 from hesse.processes import Processes
 
@@ -24,6 +25,19 @@ class AttentionFactor(BlockStatistic):
     """
 
     name = "attention factor"
+
+    def bytes(self, shape: Sequence[int], samples: int) -> int:
+        """Return 4 bytes for each pair of outputs."""
+        return 4 * shape[0] ** 2
+
+    def check_network(self, network: Network, layers: Collection[str]) -> None:
+        """Refuse a network whose attention has none of the layers, or cannot be differentiated."""
+        inside = {layer.name for block in network.blocks for layer in layers_of_attention(block)}
+        if not (tells_attention(network.model) and inside.intersection(layers)):
+            raise UnsupportedModelError(
+                f"{type(network.model).__name__} has no attention with layers of this method's that can be passed back "
+                "through: use curvature gram or kronecker, or another method"
+            )
 
     def values(
         self, batches: Sequence[StreamBatch], block: Block, index: int, processes: Processes
@@ -154,3 +168,6 @@ def _calls(
         for hook in hooks:
             hook.remove()
     return calls
+
+
+STATISTICS.register(AttentionFactor.name, AttentionFactor())

@@ -1,17 +1,19 @@
 """The Gram of a layer's inputs with positions weighted by the attention that they receive in the block."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesse.curvature import Gram
+from hesse.errors import UnsupportedModelError
 from hesse.estimation.gram import GramAccumulator
-from hesse.estimation.statistics.base import InputAccumulator, InputStatistic
+from hesse.estimation.statistics.base import STATISTICS, InputAccumulator, InputStatistic
 from hesse.estimation.statistics.inputs import gram_of_all, input_gram
-from hesse.networks.attention import attention_received
-from hesse.networks.network import Block, Layer
+from hesse.networks.attention import attention_received, tells_attention
+from hesse.networks.families import is_expert
+from hesse.networks.network import Block, Layer, Network
 from hesse.passes.stream import StreamBatch
 from hesse.processes import Processes
 
@@ -22,6 +24,23 @@ class WeightedInputs(InputStatistic):
     """E[r xxᵀ] of a layer's inputs x with weights r of their positions, a Gram; None where these are not known."""
 
     name = "weighted inputs"
+    missing = "how much attention its positions receive is not known; they were taken as equals"
+
+    def bytes(self, shape: Sequence[int], samples: int) -> int:
+        """Return 4 bytes for each pair of inputs."""
+        return 4 * shape[1] ** 2
+
+    def working_bytes(self, shape: Sequence[int], tokens: int, length: int) -> int:
+        """Return those of the inputs times weights, and of the attention scores of one head."""
+        return 4 * (shape[1] ** 2 + 2 * tokens * shape[1] + 3 * length**2)
+
+    def check_network(self, network: Network, layers: Collection[str]) -> None:
+        """Refuse a network whose attention cannot be observed."""
+        if not tells_attention(network.model):
+            raise UnsupportedModelError(
+                f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
+                "method weighs its inputs: use curvature gram, or another method"
+            )
 
     def prepare(self, batches: Sequence[StreamBatch], block: Block, index: int) -> list[Tensor] | None:
         """Return the weights of each batch's positions."""
@@ -29,7 +48,7 @@ class WeightedInputs(InputStatistic):
 
     def accumulator(self, layer: Layer, prepared: Any) -> InputAccumulator | None:
         """Return an empty Gram; None without weights, and for experts, which get some positions only."""
-        if prepared is None or ".experts." in layer.name:
+        if prepared is None or is_expert(layer.name):
             return None
         return _WeightedInputs(input_gram(layer), prepared)
 
@@ -70,3 +89,6 @@ def in_range(attention: Tensor) -> Tensor:
     least, most = attention.amin(1, keepdim=True), attention.amax(1, keepdim=True)
     share = torch.where(most > least, (attention - least) / (most - least), 1.0)
     return LEAST + (1 - LEAST) * share
+
+
+STATISTICS.register(WeightedInputs.name, WeightedInputs())
