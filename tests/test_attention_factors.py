@@ -104,7 +104,8 @@ def test_layers_outside_attention_keep_their_gram() -> None:
     root = normal(1, 6, 6).float()
     for rows, factor in ((6, root @ root.T), (6, None), (4, None), (6, root.T @ root)):
         weight = normal(2, rows, 8).float()
-        problem = LayerProblem("a", weight, gram, None, rule, rule.constraint.build(), attention=factor)
+        statistics = {"inputs": gram} | ({} if factor is None else {"attention factor": factor})
+        problem = LayerProblem("a", weight, statistics, rule, rule.constraint.build())
         outputs = torch.ones(rows) if factor is None else factor
         kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment).with_damped_factors(
             rule.solver.output_damping, rule.solver.damping

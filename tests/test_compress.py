@@ -499,4 +499,4 @@ def test_samples_longer_than_the_model_takes_are_cut_and_listed(half_folder: Fol
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
     report = hesse.compress(source, tmp_path / "out", data=text, samples=4, length=2048).report
     assert report.calibration["length"] == 128
-    assert "samples have 128 tokens, not 2048: the model has positions for no more" in report.notes
+    assert "samples have 128 tokens, not 2048: the model has no more positions" in report.notes

@@ -1,4 +1,4 @@
-"""The int-quantized layout of compressed-tensors: a byte a weight, for runtimes that multiply rounded inputs by it."""
+"""The int-quantized layout of compressed-tensors: one byte per weight, for runtimes that also round inputs."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from hesse.networks.network import Network
 
 
 class IntegerFormat(PackedFormat):
-    """Codes of 8 bits as int8, one scale a group in the checkpoint's type; what is not quantised is dense.
+    """Codes of 8 bits as int8, one scale per group in the checkpoint's type; unquantised layers are dense.
 
-    Layers of fewer bits would take as much room: those are refused.
+    Layers of fewer bits would take the same room, so they are refused.
     """
 
     name = "int-quantized"
@@ -22,7 +22,7 @@ class IntegerFormat(PackedFormat):
         super().__init__(network, layers)
         for name in self.packed:
             if (bits := self.grid(name).bits) != 8:
-                raise OptionError(f"{name}: {self.name} stores {bits} bits in 8: use --format auto")
+                raise OptionError(f"{name}: {self.name} stores {bits} bits in a whole byte: use --format auto")
 
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         return {f"{name}.weight": codes.contiguous()}
