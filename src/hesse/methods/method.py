@@ -7,11 +7,7 @@ from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.curvatures import CURVATURES
-<<<<<<< HEAD
 from hesse.methods.loss_curvatures import LOSS_CURVATURES
-from hesse.methods.options import KNOWN, Option, Options, flag, known_option
-=======
->>>>>>> main
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
 from hesse.methods.verbs import VERBS
