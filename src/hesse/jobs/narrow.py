@@ -183,7 +183,7 @@ class _Narrowing:
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
             units, fitted = kept[part.reader]
-            for layer in part.makers:
+            for layer in part.writers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
                 if bias in tensors:
