@@ -261,8 +261,8 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
     """As rotating first and rounding then; transformers loads it; what it is compared with is the model on disk."""
     source, out, rotated = half_folder("llama-tied"), tmp_path / "out", tmp_path / "rotated"
     report = compress(source, out, method=method, bits=4, group_size=32)
-    assert report.recipe["rewrite"] == hesse.METHODS[method].rewrite
-    hesse.rotate(source, rotated, kind=str(hesse.METHODS[method].rewrite), data=IDS)
+    assert report.recipe["rewrite"] == hesse.methods.METHODS[method].rewrite
+    hesse.rotate(source, rotated, kind=str(hesse.methods.METHODS[method].rewrite), data=IDS)
     compress(rotated, tmp_path / "two-steps", method="gptq", bits=4, group_size=32)
     ours, two_steps = dense_tensors(out), dense_tensors(tmp_path / "two-steps")
     assert ours.keys() == two_steps.keys()
@@ -410,6 +410,6 @@ def test_recipes_know_what_there_is(tmp_path: Path) -> None:
     assert {*ROTATIONS, *SCALINGS} == set(get_args(Rewrite))
     assert set(FAMILIES) < set(transformers.CONFIG_MAPPING)
     file = tmp_path / "recipe.yaml"
-    file.write_text(hesse.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
+    file.write_text(hesse.methods.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
     with pytest.raises(OptionError, match="rewrite: input should be 'hadamard'"):
-        hesse.load_recipe(file)
+        hesse.methods.load_recipe(file)
