@@ -5,10 +5,10 @@ from typing import Any
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.families import BLOCK_LISTS, BLOCK_RULES
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
-def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]:
+def fewer_blocks_config(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, Any]:
     """Return the config.json of the model with only the blocks `kept`, in order.
 
     A list with one entry per block keeps the entries of the kept blocks. That includes lists that transformers computes
@@ -37,7 +37,7 @@ def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]
     return {**config, key: len(kept)}
 
 
-def fewer_blocks_names(network: Network, kept: Sequence[int]) -> dict[str, str]:
+def fewer_blocks_names(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, str]:
     """Return the name in the new checkpoint of each stored tensor that is kept.
 
     Raises:

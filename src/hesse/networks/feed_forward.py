@@ -11,7 +11,7 @@ from hesse.errors import UnsupportedModelError
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
 from hesse.networks.families import CONFIG_WIDTHS, EXPERT_LAYERS, FEED_FORWARD_LAYERS
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,9 @@ def feed_forwards(block: Block) -> list[FeedForward]:
     return layers
 
 
-def width_settings(network: Network, parts: Sequence[FeedForward], new_widths: Mapping[int, int]) -> dict[str, int]:
+def width_settings(
+    network: CheckpointNetwork, parts: Sequence[FeedForward], new_widths: Mapping[int, int]
+) -> dict[str, int]:
     """Return the settings of config.json that change the width of every feed-forward layer as `new_widths` maps it.
 
     Each candidate is tried on a model without weights.
@@ -81,7 +83,7 @@ def width_settings(network: Network, parts: Sequence[FeedForward], new_widths: M
     )
 
 
-def _widths(network: Network, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
+def _widths(network: CheckpointNetwork, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
     """Return the widths of feed-forward layers in a model with other settings; `readers` are the readers' names."""
     changed = copy(network.checkpoint)
     changed.config = {**network.checkpoint.config, **settings}
