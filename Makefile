@@ -7,10 +7,10 @@ DOCS_STAMP := $(VENV)/.installed-docs
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench docs clean
+.PHONY: help venv demo test test-all lint bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## build .venv with everything that the other targets need
 
@@ -30,8 +30,11 @@ $(DOCS_STAMP): $(STAMP)
 demo: $(STAMP) ## compress the model that ships with Hesse and show the report
 	$(BIN)/hesse demo
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests that are not marked slow: about five minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) ## run the tests that are marked slow, which `make test` leaves out
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -22,15 +22,15 @@ from planning import measure
 from torch import Tensor, nn
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.methods import Options, find_method
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Choice, Problem
 from hesse.planning.bisection import smallest_accepted
 from hesse.planning.block_sparsity import plan_tiles
 from hesse.planning.pricing import Menu, changes_of, grid_menu, price, priced, use
-from hesse.planning.sensitivities import predicted_costs
+from hesse.scores.sensitivities import predicted_costs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
 
 SAMPLES, LENGTH = 64, 256
 
@@ -19,7 +19,7 @@ def uniform_rank(shapes: list[tuple[int, int]], share: float) -> int:
 def row(name: str, report: Any, out: Path) -> None:
     """Evaluate on held-out text, and print."""
     kl = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).kl
-    print(f"| {name} | {kl:.5f} | {report.predicted_loss_increase:.5f} |", flush=True)
+    print(f"| {name} | {kl:.5f} | {report.loss.predicted:.5f} |", flush=True)
 
 
 def main() -> None:
@@ -30,14 +30,16 @@ def main() -> None:
         hesse.estimate("default", folder / "st", curvatures=("gram", "kronecker"), samples=SAMPLES, length=LENGTH)
         for share in (90, 80, 60):
             out = folder / f"cut-{share}"
-            report = hesse.cut("default", folder / "st", out, size=f"{share}%")
+            report = hesse.cut("default", folder / "st", out, size=f"{share}%").report
             row(f"`hesse cut` {share} %", report, out)
             rank = uniform_rank([layer.shape for layer in report.layers] + kept(report), share / 100)
             for method in ("activation-svd", "kronecker-svd"):
                 out = folder / f"{method}-{share}"
                 options = hesse.Options(rank=rank)
                 try:
-                    given = hesse.compress("default", out, method=method, options=options, curvature=folder / "st")
+                    given = hesse.compress(
+                        "default", out, method=method, options=options, statistics=folder / "st"
+                    ).report
                 except HesseError as error:
                     print(f"| `{method}`, rank {rank} | refused: {error} | |", flush=True)
                     continue

@@ -18,11 +18,11 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
-from hesse.compression.block_scores import Removals
-from hesse.compression.plan import open_networks
-from hesse.compression.tokens import Calibration, select_samples
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.data.selection import Calibration, select_samples
+from hesse.formats.opening import open_networks
 from hesse.progress import Silence
+from hesse.scores.blocks import Removals
 
 RANDOM = 5  # choices of blocks
 
@@ -68,7 +68,7 @@ def main() -> None:
                 *({"share_rank": rank} for rank in (16, 64)),
             ):
                 chosen: dict[str, Any] = {"blocks": number, **options}
-                report = hesse.drop_blocks(arguments.model, out, **chosen, **settings, overwrite=True)
+                report = hesse.drop_blocks(arguments.model, out, **chosen, **settings, overwrite=True).report
                 said = ", ".join(f"{key} {value}" for key, value in options.items())
                 which = " ".join(
                     str(drop.block) + ("" if drop.donor is None else f"←{drop.donor}") for drop in report.dropped
@@ -84,7 +84,9 @@ def main() -> None:
         for number in (1, 2):  # the same blocks factorised, without a stand-in
             victims = [
                 drop.block
-                for drop in hesse.drop_blocks(arguments.model, out, blocks=number, **settings, overwrite=True).dropped
+                for drop in hesse.drop_blocks(
+                    arguments.model, out, blocks=number, **settings, overwrite=True
+                ).report.dropped
             ]
             for rank in (16, 64):
                 _, network, _ = open_networks(arguments.model, torch.device("cpu"))
@@ -104,7 +106,7 @@ def main() -> None:
                     flush=True,
                 )
         for keep in (0.9, 0.75, 0.5):
-            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings)
+            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings).report
             kept = 100 * narrow.parameters_after / narrow.parameters_before
             kl = measured(out, arguments.model, texts[1])
             print(f"| 0 | {keep} of the hidden units, refitted | | {kl:.4f} | {kept:.1f} % |", flush=True)

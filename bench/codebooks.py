@@ -16,11 +16,11 @@ from methods import stored_dtype
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import CodebookOptions, GridOptions, OutlierOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.locate import DEFAULT_FOLDER
 
 SHARE = 0.0045  # of the weights kept beside the tables, as in SqueezeLLM
 # Curvature, the solver of codes alone, and that of codes and what is kept.
@@ -60,13 +60,13 @@ def main() -> None:
                     out = Path(scratch) / "out"
                     report = hesse.compress(
                         model, out, recipe=recipe, data=texts[0], samples=arguments.samples, length=LENGTH
-                    )
+                    ).report
                     found = hesse.evaluate(out, reference=model, data=texts[1], samples=SAMPLES, length=LENGTH)
                 stored = constraint.build().stored_as(stored_dtype(model))
                 shapes = [torch.Size(layer.shape) for layer in report.layers]
                 total = sum(shape.numel() for shape in shapes)
                 size = sum(stored.bits_per_weight(shape) * shape.numel() for shape in shapes) / total
-                predicted = report.predicted_loss_increase
+                predicted = report.loss.predicted
                 print(f"| `{curvature}` | {name} | {size:.2f} | {found.kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n", limits())
 

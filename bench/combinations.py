@@ -20,14 +20,14 @@ from methods import asked, stored_dtype
 from run import LENGTH, SAMPLES
 
 import hesse
-from hesse.compression.layers import LayerProblem, LayerSolver, effect
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions, LowRankOptions, OutlierOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Group, Problem, cheapest_within
 
 SOLVERS = {"low_rank": "two_sided_alternating", "outliers": "two_sided_outliers"}
@@ -127,7 +127,8 @@ def costs(scheme: Scheme) -> dict[str, tuple[int, float]]:
         assert gram is not None
         assert kronecker is not None
         constraint = scheme.constraint.build().stored_as(checkpoint.dtype(f"{name}.weight"))
-        problem = LayerProblem(name, weight, gram, kronecker.output_factor, scheme.rule, constraint)
+        statistics = {"inputs": gram, "output factor": kronecker.output_factor}
+        problem = LayerProblem(name, weight, statistics, scheme.rule, constraint)
         change = solver.solve(problem).solution.weight - weight
         increase = effect(change, gram, kronecker.output_factor).loss_increase
         found[name] = round(scheme.bits(weight.shape) * weight.numel()), max(increase or 0.0, 0.0)
@@ -157,10 +158,10 @@ def measure(recipe: Recipe, samples: int) -> tuple[float, float]:
     """KL and predicted loss."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        report = hesse.compress("default", out, recipe=recipe, samples=samples, length=LENGTH)
+        report = hesse.compress("default", out, recipe=recipe, samples=samples, length=LENGTH).report
         found = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH)
     assert found.kl is not None
-    return found.kl, report.predicted_loss_increase
+    return found.kl, report.loss.predicted
 
 
 def main() -> None:
@@ -178,7 +179,7 @@ def main() -> None:
         print(f"| {scheme.label} | {bits:.3f} | {kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n| by other curvatures, the same set | KL | predicted |\n|---|---|---|")
     for method, options in OTHERS:
-        recipe = hesse.METHODS[method].recipe(hesse.Options(**options))
+        recipe = hesse.methods.METHODS[method].recipe(hesse.Options(**options))
         kl, predicted = measure(recipe, arguments.samples)
         print(f"| `{method}`, {asked(options)} | {kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n| one plan over | bits a weight | KL | predicted | what it took |\n|---|---|---|---|---|")

@@ -18,8 +18,8 @@ from machine import limits
 from run import LENGTH, SAMPLES, Case, run_peer
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
-from hesse.models.locate import DEFAULT_FOLDER
 
 PEER = Case("4 bit, group 64", "gptq", "gptq", 4, 64)
 PHASES = ("probe", "calibrate", "estimate", "solve")

@@ -22,19 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.training import (
-    CompressionAware,
-    Held,
-    HeldSigns,
-    Movement,
-    OneBit,
-    Training,
-    linear_decay,
-    prunable_weights,
-)
+from hesse.training import CompressionAware, Held, HeldSigns, Movement, OneBit, Training, linear_decay, prunable_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -75,7 +66,7 @@ def one_shot(task: Task, training: Training | None, sparsity: float, method: str
     model = hesse.compress_module(task.dense, few, method=method, options=options, **how).module  # type: ignore[arg-type]
     if training is None:
         return model
-    hesse.recover(model, task.train, training, loss=LOSS, forward=task.forward)
+    hesse.finetune(model, task.train, training, loss_function=LOSS, forward=task.forward)
     return model
 
 
@@ -83,7 +74,7 @@ def gradual(task: Task, training: Training, sparsity: float, method: str = "magn
     """Pruned cut by cut."""
     model = copy.deepcopy(task.dense)
     chosen = {"cuts": task.cuts, "calibration": 8, "layers": task.layers, **options}
-    how = {"loss": LOSS, "forward": task.forward, "options": hesse.Options(scope="layer"), "method": method}
+    how = {"loss_function": LOSS, "forward": task.forward, "options": hesse.Options(scope="layer"), "method": method}
     hesse.prune_gradually(model, task.train, training, sparsity, **how, **chosen)  # type: ignore[arg-type]
     return model
 
@@ -96,9 +87,9 @@ def plain_gmp(task: Task, training: Training, sparsity: float) -> nn.Module:
 def movement(task: Task, training: Training, sparsity: float) -> nn.Module:
     """Scores that training finds."""
     model = copy.deepcopy(task.dense)
-    schedule = hesse.GradualSchedule(sparsity, training.steps, cuts=training.steps // 4, first=0.0)
+    schedule = hesse.training.GradualSchedule(sparsity, training.steps, cuts=training.steps // 4, first=0.0)
     held = {name: Movement(hesse.Sparse(sparsity), schedule) for name in prunable_weights(model, layers=task.layers)}
-    hesse.recover(model, task.train, training, loss=LOSS, forward=task.forward, held=held)
+    hesse.finetune(model, task.train, training, loss_function=LOSS, forward=task.forward, held=held)
     return model
 
 
@@ -108,7 +99,7 @@ def dense_then(task: Task, training: Training, sparsity: float, rule: bool) -> n
     patterns = tuple(hesse.Sparse(amount) for amount in (0.5, 0.7, 0.9))
     chosen = CompressionAware(prunable_weights(model, layers=task.layers), patterns) if rule else None
     halved = replace(training, steps=training.steps // 2) if rule else training
-    hesse.recover(model, task.train, halved, loss=LOSS, forward=task.forward, held={}, rule=chosen)
+    hesse.finetune(model, task.train, halved, loss_function=LOSS, forward=task.forward, held={}, rule=chosen)
     return one_shot(replace(task, dense=model), None, sparsity)
 
 
@@ -154,8 +145,9 @@ def digits(transfer: bool) -> Task:
     if transfer:
         upside_down = DataLoader(TensorDataset(images.flip(2), labels), 64, shuffle=True)
         dense = data.mlp()
-        hesse.recover(dense, upside_down, Training(steps=336, optimizer=adam(4e-3)), loss=LOSS, held={})
-    training = Training(steps=420, optimizer=adam(4e-3), teacher=teacher, distillation=hesse.Distillation(0.9, 2.0))
+        hesse.finetune(dense, upside_down, Training(steps=336, optimizer=adam(4e-3)), loss_function=LOSS, held={})
+    distillation = hesse.training.Distillation(0.9, 2.0)
+    training = Training(steps=420, optimizer=adam(4e-3), teacher=teacher, distillation=distillation)
     return Task(dense, teacher, train, data.batches("test"), training)
 
 
@@ -171,7 +163,7 @@ def language() -> Task:
         return [(ids, next_tokens(ids)) for ids in some]
 
     dense = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False)
-    how = hesse.Distillation(1.0, 1.0)
+    how = hesse.training.Distillation(1.0, 1.0)
     training = Training(steps=32, optimizer=adam(1e-3), teacher=dense, distillation=how)
     train, test = windows("calibration", 128), windows("evaluation", 48)
     layers = ("*.self_attn.*", "*.mlp.*")
@@ -201,7 +193,7 @@ def one_bit(task: Task, seeds: int) -> None:
         for seed in range(seeds):
             model = copy.deepcopy(task.dense)
             held = {name: make(weight) for name, weight in matrices.items()}
-            hesse.recover(model, task.train, replace(task.training, seed=seed), loss=LOSS, held=held)
+            hesse.finetune(model, task.train, replace(task.training, seed=seed), loss_function=LOSS, held=held)
             results.append((task.loss(model), task.accuracy(model)))
         loss, accuracy = (sum(part) / seeds for part in zip(*results, strict=True))
         print(f"| {way}, trained | {loss:.3f} ({accuracy:.1%}) |", flush=True)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from machine import limits
 from run import Case, run_peer
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, VOCABULARY = 1536, 4096, 8192
@@ -55,7 +55,7 @@ def write_llama(folder: Path, blocks: int) -> int:
     weight_map: dict[str, str] = {}
 
     def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write_tensors(folder / name, tensors, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
     def normal(shape: tuple[int, ...]) -> torch.Tensor:
@@ -88,7 +88,7 @@ def run_hesse(model: Path, ids: Path, out: Path, method: str, memory: str) -> di
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
-    report = json.loads((out / "compression.json").read_text())
+    report = json.loads((out / "hesse-report.json").read_text())
     said = next(line for line in done.stderr.splitlines() if line.startswith("Memory: "))
     return {
         "seconds_with_io": report["seconds"]["total"],

@@ -18,9 +18,9 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.errors import HesseError
 from hesse.formats import open_checkpoint
-from hesse.models.locate import DEFAULT_FOLDER
 
 Row = tuple[str, dict[str, Any]]
 GRID = {"bits": 3, "group_size": 64}
@@ -147,9 +147,9 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
         chosen = hesse.Options(**options)
         report = hesse.compress(
             model, out, method=method, options=chosen, data=calibration, samples=samples, length=LENGTH
-        )
+        ).report
         found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
-    (rule,) = hesse.METHODS[method].recipe(chosen).rules
+    (rule,) = hesse.methods.METHODS[method].recipe(chosen).rules
     constraint = rule.constraint.build().stored_as(stored_dtype(model))
     shapes = [layer.shape for layer in report.layers]
     total = sum(rows * columns for rows, columns in shapes)
@@ -157,7 +157,7 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
     assert found.kl is not None
     return {
         "kl": found.kl,
-        "predicted": report.predicted_loss_increase,
+        "predicted": report.loss.predicted,
         "bits": bits,
         "seconds": report.seconds["total"],
     }

@@ -4,9 +4,10 @@
 
 Queries and keys lose pairs of rotary dimensions by the products of their norms in the metric of the layer's inputs
 (CR), values and outputs the directions that an SVD of the outputs' weights in the metric of the values finds least of,
-with what reads them refitted. Both as zeros in the dense model's shapes, which gives what narrower heads would give.
+with what reads them nystroem_weight. Both as zeros in the dense model's shapes, which gives what narrower heads would give.
 Prints KL(dense || changed) in nats per token on held-out text. For Llama and models with the same names. Then
-`hesse.narrow_heads` on a transformer of torch's own layers, beside as many parameters' worth of whole heads gone.
+Narrower heads by `hesse.prune` in a transformer of torch's own layers, beside as many parameters' worth of whole heads
+removed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +23,9 @@ from machine import limits
 from torch import Tensor, nn
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.data import read_samples
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.solvers.linear.nystroem import nystroem_weight
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -136,7 +138,7 @@ def without_pairs(subject: Subject, scores: Tensor, share: float) -> None:
 
 @torch.no_grad()
 def without_directions(subject: Subject, share: float, *, whitened: bool) -> None:
-    """Values of fewer dimensions for each key, and the outputs' weights on these, refitted over all heads."""
+    """Values of fewer dimensions for each key, and the outputs' weights on these, nystroem_weight over all heads."""
     size, kept, fold = subject.head, round(share * subject.head), subject.queries // subject.keys
     for attention in subject.attentions:
         reader, moment = attention.o_proj.weight.double(), subject.moments[attention.o_proj]
@@ -218,16 +220,17 @@ def on_digits() -> None:
     dense = loss(model)
     print(f"\n| held-out loss, {dense:.3f} before; of the attention's weights | 75% left | 50% left | 25% left |")
     print("|---|---|---|---|")
-    heads = {"kinds": ["heads"]}
+
+    def pruned(what: str, **options: Any) -> nn.Module:
+        return hesse.prune(model, data=calibration, what=what, **options).model
+
     ways: dict[str, Callable[[float], nn.Module]] = {
-        "`hesse.narrow_heads`": lambda share: hesse.narrow_heads(model, calibration, keep=share)[0],
-        "whole heads, `obs`": lambda share: hesse.prune_groups(model, calibration, amount=1 - share, **heads)[0],
-        "whole heads, `random`, refit": lambda share: hesse.prune_groups(
-            model, calibration, method="random", refit=True, amount=1 - share, **heads
-        )[0],
-        "whole heads, `random`": lambda share: hesse.prune_groups(
-            model, calibration, method="random", amount=1 - share, **heads
-        )[0],
+        "narrower heads": lambda share: pruned("head-dimensions", keep=share),
+        "whole heads, `obs`": lambda share: pruned("heads", keep=share),
+        "whole heads, `random`, refit": lambda share: pruned(
+            "heads", method="random", refit="least-squares", keep=share
+        ),
+        "whole heads, `random`": lambda share: pruned("heads", method="random", keep=share),
     }
     for name, way in ways.items():
         print(f"| {name} | " + " | ".join(f"+{loss(way(share)) - dense:.3f}" for share in SHARES) + " |", flush=True)

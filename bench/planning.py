@@ -21,17 +21,16 @@ from machine import limits
 from torch import Tensor
 
 import hesse
-from hesse.compression import Calibration
-from hesse.compression.budget import PricedMenu
-from hesse.compression.costs import CostMeter
-from hesse.compression.layers import LayerProblem, LayerSolver
-from hesse.compression.menu import LayerGroup, make_menu
-from hesse.compression.plan import open_networks
-from hesse.compression.tokens import factor_tokens, select_samples
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.data.selection import Calibration, factor_tokens, select_samples
 from hesse.estimation import GramAccumulator
+from hesse.formats.opening import open_networks
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within
+from hesse.planning.budget import PricedMenu
+from hesse.planning.costs import CostMeter
+from hesse.planning.menu import LayerGroup, make_menu
 from hesse.progress import Silence
 
 HERE = Path(__file__).resolve().parent
@@ -47,12 +46,12 @@ def measure(model: Path, recipe: Recipe) -> dict[str, Any]:
     """Compress with a recipe, and compare with the dense model on held-out text."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH)
+        report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH).report
         found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH)
     return {
         "bits": report.bits_per_weight,
         "bytes": report.bytes_after,
-        "predicted": report.predicted_loss_increase,
+        "predicted": report.loss.predicted,
         "kl": found.kl,
         "kl_standard_error": found.kl_standard_error,
     }
@@ -154,7 +153,7 @@ class Study:
             constraint = offer.constraints[layer.name]
             assert constraint is not None
             gram, weight = grams[layer.name].gram(), layer.weight.float()
-            solved = LayerSolver().solve(LayerProblem(layer.name, weight, gram, None, offer.rule, constraint))
+            solved = LayerSolver().solve(LayerProblem(layer.name, weight, {"inputs": gram}, offer.rule, constraint))
             layer.replace(solved.solution.weight)
 
 

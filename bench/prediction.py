@@ -1,6 +1,6 @@
 """How far predictions of loss increase can be trusted: measured over predicted, on many models and schemes.
 
-`python bench/prediction.py OUT` writes Markdown tables, from which the band in `compression/measurements.py` was drawn,
+`python bench/prediction.py OUT` writes Markdown tables, from which the band in `evaluation/measurements.py` was drawn,
 to OUT/prediction.md, and a report of each compression of the default model beside them.
 """
 
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import hesse
 import tiny_models
 from hesse import Options
-from hesse.compression import CompressionReport, Measurements
+from hesse.evaluation.measurements import Measurements
+from hesse.jobs.report import CompressionReport
 from hesse.reporting import compression_page
 
 # What is done to the default model: name, method, options.
@@ -47,7 +48,7 @@ def main(out: Path) -> None:
     with TemporaryDirectory() as folder:
         for number, (name, method, options) in enumerate(SCHEMES):
             target = Path(folder) / str(number)
-            report = hesse.compress("default", target, method=method, options=options, samples=64, measure=True)
+            report = hesse.compress("default", target, method=method, options=options, samples=64, measure=True).report
             (out / f"{number}.html").write_text(compression_page(report), encoding="utf-8")
             lines.append(_row(name, measured(report)))
             print(lines[-1], flush=True)
@@ -77,7 +78,7 @@ def _family_row(kind: str, families: Sequence[str], bits: int, folder: Path) -> 
         source = tiny_models.save(family, folder / family)
         target, options = folder / f"{family}-{bits}", Options(bits=bits, group_size=32)
         data: Any = tiny_models.random_ids(12, 64)
-        found = measured(hesse.compress(source, target, options=options, data=data, measure=True))
+        found = measured(hesse.compress(source, target, options=options, data=data, measure=True).report)
         wholes.append(found.whole.ratio or 0.0)
         layers += layer_ratios(found)
     layers.sort()

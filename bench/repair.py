@@ -14,7 +14,7 @@ from machine import limits
 from run import LENGTH, SAMPLES
 
 import hesse
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "`rtn`, 3 bits": ("rtn", {"bits": 3, "group_size": 64}),
@@ -53,7 +53,7 @@ def main() -> None:
                     curvature=curvature,
                     overwrite=True,
                     **settings,
-                )
+                ).report
                 after = hesse.evaluate(compressed, adapter=repaired, **measuring)
                 print(f"| {name} | `{curvature}` | {after.kl:.5f} | | {report.bytes_added:,} |", flush=True)
     print("\n", limits())

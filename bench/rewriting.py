@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from machine import limits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
+from hesse.checkpoints.writer import write_tensors
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
 
 LENGTH, EVALUATED = 256, 32
 CHANNELS, TIMES = [17, 80, 143, 201], 30.0
@@ -61,7 +62,7 @@ def planted(folder: Path) -> Path:
     for path in DEFAULT_FOLDER.iterdir():
         if path.is_file() and path.suffix in (".json", ".txt"):
             (folder / path.name).write_bytes(path.read_bytes())
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     return folder
 
 

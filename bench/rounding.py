@@ -14,12 +14,12 @@ from typing import Any
 from run import LENGTH, SAMPLES
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.recipe import Recipe, Rule
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.locate import DEFAULT_FOLDER
 
 GRIDS = ((4, 64), (3, 64), (2, 32))
 SIGNED = {"headroom": 1.0, "signed": True}

@@ -23,9 +23,9 @@ from machine import limits
 from table import markdown
 
 import hesse
+from hesse.checkpoints.checkpoint import read_json
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
-from hesse.models.checkpoint import read_json
-from hesse.models.locate import DEFAULT_FOLDER
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, LENGTH = 128, 256
@@ -94,7 +94,7 @@ def run_hesse(method: str, case: Case, model: Path, ids: Path, out: Path) -> dic
         "seconds_with_io": report["seconds"]["total"],
         "phases": report["seconds"],
         "peak_rss_bytes": report["peak_rss_bytes"],
-        "predicted": report["predicted_loss_increase"],
+        "predicted": report["loss"]["predicted"],
         "version": hesse.__version__,
     }
 

@@ -23,12 +23,12 @@ from machine import limits
 from torch import Tensor, nn
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.errors import HesseError
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.modules import Attack, ModuleReport
+from hesse.scores import Attack
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits
@@ -60,34 +60,36 @@ class Subject:
         """The unchanged network's."""
         return self.loss(deepcopy(self.model))
 
-    def masked(self, report: ModuleReport) -> nn.Module:
+    def masked(self, pruned: nn.Module, layers: list[str]) -> nn.Module:
         """The unchanged network without the weights that a report's result is without."""
         model = deepcopy(self.model)
         with torch.no_grad():
-            for layer in report.layers:
-                module, other = model.get_submodule(layer.name), report.module.get_submodule(layer.name)
+            for name in layers:
+                module, other = model.get_submodule(name), pruned.get_submodule(name)
                 module.weight.mul_(other.weight != 0)  # type: ignore[operator, union-attr]
         return model
 
 
-Run = Callable[[Subject, float], ModuleReport]
+Run = Callable[[Subject, float], tuple[nn.Module, list[str]]]  # the pruned network, and its pruned layers
 
 
 def by_score(score: str, **options: Any) -> Run:
     """A score over the network."""
 
-    def run(subject: Subject, share: float) -> ModuleReport:
+    def run(subject: Subject, share: float) -> tuple[nn.Module, list[str]]:
         data = subject.calibration[: subject.few] if score == "m-fac-network" else subject.calibration
-        return hesse.prune_module(
+        result = hesse.prune(
             subject.model,
-            data,
-            score=score,
+            data=data,
+            what="weights",
+            method=score,
             sparsity=share,
             layers=subject.layers,
             forward=subject.forward,
             attack=ATTACK,
             **options,
         )
+        return result.model, [layer.name for layer in result.report.layers]
 
     return run
 
@@ -95,9 +97,9 @@ def by_score(score: str, **options: Any) -> Run:
 def by_method(method: str, scope: str | None = None) -> Run:
     """A row of the table of methods, layer by layer."""
 
-    def run(subject: Subject, share: float) -> ModuleReport:
+    def run(subject: Subject, share: float) -> tuple[nn.Module, list[str]]:
         options = hesse.Options(sparsity=share, scope=scope)
-        return hesse.compress_module(
+        report = hesse.compress_module(
             subject.model,
             subject.calibration,
             method=method,
@@ -105,13 +107,14 @@ def by_method(method: str, scope: str | None = None) -> Run:
             layers=subject.layers,
             forward=subject.forward,
         )
+        return report.module, [layer.name for layer in report.layers]
 
     return run
 
 
 # What is shown: a name, how, and where the share is counted.
 ROWS: dict[str, tuple[Run, str]] = {
-    "random": (by_score("random", scope="layer"), "layer"),
+    "random": (by_score("random", scope="site"), "layer"),
     "random, global": (by_score("random"), "network"),
     "magnitude": (by_method("magnitude"), "layer"),
     "magnitude, global": (by_method("magnitude", "global"), "network"),
@@ -119,7 +122,7 @@ ROWS: dict[str, tuple[Run, str]] = {
     "w ⊙ g": (by_score("gradient"), "network"),
     "OBA over the network": (by_score("oba"), "network"),
     "OBA in 4 steps": (by_score("oba", steps=4), "network"),
-    "OBA": (by_score("oba", scope="layer"), "layer"),
+    "OBA": (by_score("oba", scope="site"), "layer"),
     "OBD over the network": (by_score("obd"), "network"),
     "OBD in 4 steps": (by_score("obd", steps=4), "network"),
     "OBD": (by_method("obd"), "row"),
@@ -173,12 +176,12 @@ def table(subject: Subject, only: list[str]) -> Iterator[str]:
         cells = []
         for share in SHARES:
             try:
-                report = run(subject, share)
+                pruned, layers = run(subject, share)
             except HesseError as error:
                 cells += [str(error).split(":")[0], ""]
                 continue
-            mask = subject.loss(subject.masked(report)) - subject.dense
-            values = subject.loss(report.module) - subject.dense
+            mask = subject.loss(subject.masked(pruned, layers)) - subject.dense
+            values = subject.loss(pruned) - subject.dense
             cells += [f"{mask:.3f}", "" if abs(values - mask) < 1e-6 else f"{values:.3f}"]
         yield f"| {name} | {scope} | {' | '.join(cells)} |"
 
@@ -216,14 +219,16 @@ def robust() -> Iterator[str]:
         for score, scope in (
             ("random", "network"),
             ("magnitude", "network"),
-            ("magnitude", "layer"),
+            ("magnitude", "site"),
             ("obd", "network"),
             ("mad", "network"),
-            ("mad", "layer"),
+            ("mad", "site"),
             ("m-fac-network", "network"),
         ):
-            report = hesse.prune_module(model, data, score=score, sparsity=share, scope=scope, attack=ATTACK)
-            clean, attacked = found(report.module)
+            result = hesse.prune(
+                model, data=data, what="weights", method=score, sparsity=share, scope=scope, attack=ATTACK
+            )
+            clean, attacked = found(result.model)
             yield f"| {score}, share of {scope} | {share:.0%} | {clean:.3f} | {attacked:.3f} |"
 
 

@@ -3,7 +3,8 @@
     python bench/soak.py [--runs 100] [--seed 0]
 
 Every result is loaded by plain transformers, whose loss (an encoder's hidden states) must be what `hesse.evaluate`
-finds. At the end memory and open files must not have grown, and no temporary file may be left. The exit code says so.
+finds. At the end memory and open files must not have grown, and no temporary file may be left; temporary files go to a
+folder of this program's own, as other programs write to the system's. The exit code is 1 if anything grew or was left.
 """
 
 import argparse
@@ -77,8 +78,14 @@ def difference(family: str, out: Path, source: Path, ids: list[list[int]]) -> fl
     return abs(float(loss) - found.loss)
 
 
+def own_temporary_folder(folder: Path) -> None:
+    """Make `folder`, and have this process and those that it starts write their temporary files there."""
+    folder.mkdir()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
 def state() -> tuple[int, int, set[str]]:
-    """Memory, open files, and the names in the folder for temporary files."""
+    """Return memory, the number of open files, and the names in this program's folder for temporary files."""
     gc.collect()
     process = psutil.Process()
     return process.memory_info().rss, process.num_fds(), set(os.listdir(tempfile.gettempdir()))
@@ -95,6 +102,7 @@ def main() -> None:
     generator, done, refused, worst = random.Random(arguments.seed), Counter[str](), 0, 0.0
     families = list(tiny_models.FAMILIES)
     with tempfile.TemporaryDirectory() as scratch:
+        own_temporary_folder(Path(scratch) / "temporary")
         sources = {name: tiny_models.save(name, Path(scratch) / name) for name in families}
         before = after_warming = state()
         number = 0

@@ -1,10 +1,10 @@
 """Structured pruning in small: what each way of choosing groups costs, measured, at three shares.
 
-    PYTHONPATH=src python bench/structured.py [conv] [hap] [neurons] [heads] [moe] [once] [axformer]
+    PYTHONPATH=src python bench/structured.py [conv] [hap] [hidden] [heads] [moe] [once] [axformer]
 
 Prints tables in Markdown. `conv`: channels of a residual network on scikit-learn's digits; `hap`: an implant there;
-`neurons` and `heads`: of the default model; `moe`: a tiny mixture of experts on random chains; `once`: Only Train Once;
-`axformer`: parts, heads and neurons by measured loss.
+`hidden` and `heads`: of the default model; `moe`: a tiny mixture of experts on random chains; `once`: Only Train Once;
+`axformer`: parts, heads and hidden units by measured loss.
 """
 
 import math
@@ -19,19 +19,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
-from hesse.models.locate import DEFAULT_FOLDER
-from hesse.structured import Implant, only_train_once, prune_groups
-from hesse.structured.ranking import METHODS
-from hesse.training import Training, recover
+from hesse.modules.implant import Implant
+from hesse.modules.prune_report import PruneReport
+from hesse.training import Training, finetune
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits
 
 Batches = list[tuple[Any, Tensor]]
 SHARES = (0.1, 0.25, 0.4)
+METHODS = ("random", "magnitude", "taylor", "fisher", "hap", "heapr", "obs")
 HALF = (0.5,)  # of the heads of the default model, which has two of keys and values a layer
 
 
@@ -39,6 +41,12 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of a model of transformers."""
     result: Tensor = model(input_ids=ids).logits
     return result
+
+
+def pruned(model: nn.Module, data: Batches, **options: Any) -> tuple[nn.Module, PruneReport]:
+    """A smaller network, and the report of it."""
+    result = hesse.prune(model, data=data, **{"what": "groups", **options})
+    return result.model, result.report
 
 
 def loss(model: nn.Module, data: Batches, forward: Callable[[nn.Module, Any], Tensor] | None = None) -> float:
@@ -65,14 +73,14 @@ def table(
     for method in methods:
         cells, started = [], time.perf_counter()
         for share in shares:
-            smaller, report = prune_groups(model, data, **{**common, **method, "amount": share})
+            smaller, report = pruned(model, data, **{**common, **method, "keep": 1 - share})
             cells.append(f"{loss(smaller, held_out, forward) - dense:+.4f}")
             assert report.difference < 1e-4, "zeroing is not slicing"
-            if method.get("uniform", True) and method["method"] == "random":
-                kept = report.parameters[1] / report.parameters[0], report.flops[1] / report.flops[0]
+            if method.get("scope") != "network" and method["method"] == "random":
+                kept = report.parameters_after / report.parameters_before, report.flops_after / report.flops_before
                 sizes[share] = f"{kept[0]:.0%} of parameters, {kept[1]:.0%} of flops"
         name = f"`{method['method']}`" + (", refit" if method.get("refit") else "")
-        name += "" if method.get("uniform", True) else ", one ranking"
+        name += ", one ranking" if method.get("scope") == "network" else ""
         print(
             f"| {name} | " + " | ".join(cells) + f" | {(time.perf_counter() - started) / len(shares):.1f} |", flush=True
         )
@@ -84,9 +92,9 @@ def every(*names: str) -> list[dict[str, Any]]:
     own = [{"method": name} for name in names]
     return [
         *own,
-        {"method": "random", "refit": True},
-        {"method": "magnitude", "refit": True},
-        {"method": "obs", "uniform": False},
+        {"method": "random", "refit": "least-squares"},
+        {"method": "magnitude", "refit": "least-squares"},
+        {"method": "obs", "scope": "network"},
     ]
 
 
@@ -98,9 +106,9 @@ def conv() -> None:
     dense = loss(model, test)
     print("\n| pagcp: tolerance | loss rises by | held-out | parameters left |\n|---|---|---|---|")
     for tolerance in (0.02, 0.1, 0.3):
-        smaller, report = prune_groups(model, data, method="pagcp", amount=0.8, tolerance=tolerance)
-        left = report.parameters[1] / report.parameters[0]
-        rise = report.loss[1] - report.loss[0], loss(smaller, test) - dense
+        smaller, report = pruned(model, data, method="pagcp", keep=0.2, loss=tolerance)
+        left = report.parameters_after / report.parameters_before
+        rise = report.loss_after - report.loss_before, loss(smaller, test) - dense
         print(f"| {tolerance} | {rise[0]:+.4f} | {rise[1]:+.4f} | {left:.0%} |")
 
 
@@ -111,15 +119,15 @@ def hap() -> None:
     print("\n| hap, 10 % gone, the next 30 % | held-out | parameters left | after 100 steps of recovery |")
     print("|---|---|---|---|")
     cases: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("kept", {"amount": 0.1}),
-        ("an implant of rank 2", {"amount": 0.1, "implanted": Implant(0.3, 2)}),
-        ("gone too", {"amount": 0.4}),
+        ("kept", {"keep": 0.9}),
+        ("an implant of rank 2", {"keep": 0.9, "implant": Implant(0.3, 2)}),
+        ("gone too", {"keep": 0.6}),
     )
     for name, options in cases:
-        smaller, report = prune_groups(model, data, method="hap", **options)
+        smaller, report = pruned(model, data, method="hap", **options)
         after = loss(smaller, test) - dense
-        recover(smaller, digits.batches(), Training(steps=100), loss=CrossEntropy(), held={})
-        left = report.parameters[1] / report.parameters[0]
+        finetune(smaller, digits.batches(), Training(steps=100), loss_function=CrossEntropy(), held={})
+        left = report.parameters_after / report.parameters_before
         print(f"| {name} | {after:+.4f} | {left:.0%} | {loss(smaller, test) - dense:+.4f} |")
 
 
@@ -132,11 +140,11 @@ def text(samples: int, held_out: bool) -> Batches:
 
 
 def lm(kind: str, shares: tuple[float, ...]) -> None:
-    """Neurons or heads of the default model."""
+    """Hidden units or heads of the default model."""
     model = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False).eval()
     data, test = text(16, False), text(24, True)
     names = [name for name in METHODS if name != "hap"]
-    table(f"Default model: {kind}", model, data, test, every(*names), shares, kinds=[kind], forward=logits)
+    table(f"Default model: {kind}", model, data, test, every(*names), shares, what=kind, forward=logits)
 
 
 def chains(samples: int, seed: int) -> Batches:
@@ -170,22 +178,22 @@ def mixture() -> nn.Module:
 
 
 def moe() -> None:
-    """Neurons of experts, and whole experts."""
+    """Hidden units of experts, and whole experts."""
     model, data, test = mixture(), chains(128, 2), chains(256, 3)
     names = [name for name in METHODS if name not in ("hap", "fisher")]
-    methods = [*every(*names), {"method": "heapr", "uniform": False}]
+    methods = [*every(*names), {"method": "heapr", "scope": "network"}]
     table(
-        "A mixture of experts: neurons of experts",
+        "A mixture of experts: hidden units of experts",
         model,
         data,
         test,
         methods,
         SHARES,
-        kinds=["neurons"],
+        what="hidden",
         forward=logits,
     )
     whole = [{"method": name} for name in ("random", "magnitude", "taylor", "fisher")]
-    table("The same: whole experts", model, data[:1], test, whole, SHARES, kinds=["experts"], forward=logits)
+    table("The same: whole experts", model, data[:1], test, whole, SHARES, what="experts", forward=logits)
 
 
 def once() -> None:
@@ -194,17 +202,19 @@ def once() -> None:
     print("\n| 600 steps from the trained `mlp` | held-out loss | parameters left | zeroed against sliced |")
     print("|---|---|---|---|")
     for penalty in (0.01, 0.03, 0.06):
-        smaller, report = only_train_once(digits.trained("mlp"), data, steps=600, rate=0.2, penalty=penalty)
+        smaller, report = pruned(
+            digits.trained("mlp"), data, method="only-train-once", steps=600, rate=0.2, penalty=penalty
+        )
         share = 1 - sum(g for g, _ in report.removed.values()) / sum(n for _, n in report.removed.values())
-        left = report.parameters[1] / report.parameters[0]
+        left = report.parameters_after / report.parameters_before
         print(f"| Only Train Once, λ {penalty} | {loss(smaller, test):.4f} | {left:.0%} | {report.difference:.1e} |")
         for method in ("magnitude", "obs"):
             model = digits.trained("mlp").train()
             training = Training(steps=600, optimizer=sgd, clip=None)
-            recover(model, data, training, loss=CrossEntropy(), held={})
-            pruned, again = prune_groups(model.eval(), data, method=method, amount=1 - share)
-            left = again.parameters[1] / again.parameters[0]
-            print(f"| plain, then `{method}` | {loss(pruned, test):.4f} | {left:.0%} | {again.difference:.1e} |")
+            finetune(model, data, training, loss_function=CrossEntropy(), held={})
+            after, again = pruned(model.eval(), data, method=method, keep=share)
+            left = again.parameters_after / again.parameters_before
+            print(f"| plain, then `{method}` | {loss(after, test):.4f} | {left:.0%} | {again.difference:.1e} |")
 
 
 def axformer() -> None:
@@ -218,10 +228,10 @@ def axformer() -> None:
 
     def show(name: str, options: dict[str, Any]) -> float:
         started = time.perf_counter()
-        smaller, report = prune_groups(model, data, **options)
+        smaller, report = pruned(model, data, **options)
         seconds = time.perf_counter() - started
-        left, flops = (after / before for before, after in (report.parameters, report.flops))
-        rise = report.loss[1] - report.loss[0], loss(smaller, test) - dense[0]
+        left, flops = report.parameters_after / report.parameters_before, report.flops_after / report.flops_before
+        rise = report.loss_after - report.loss_before, loss(smaller, test) - dense[0]
         print(
             f"| {name} | {rise[0]:+.4f} | {rise[1]:+.4f} | {digits.accuracy(smaller):.3f} | {left:.0%} | {flops:.0%} | "
             f"{seconds:.1f} |",
@@ -229,13 +239,13 @@ def axformer() -> None:
         )
         return left
 
-    half = prune_groups(model, data, method="magnitude", amount=0.5)[1].parameters
-    inside = 2 * (1 - half[1] / half[0])  # the share of the parameters that is in groups
+    half = pruned(model, data, method="magnitude", keep=0.5)[1]
+    inside = 2 * (1 - half.parameters_after / half.parameters_before)  # the share of the parameters that is in groups
     for tolerance in (0.0, 0.02, 0.1, 0.3):
-        left = show(f"{tolerance}, `axformer`", {"method": "axformer", "tolerance": tolerance})
-        show(f"{tolerance}, `pagcp`", {"method": "pagcp", "amount": 0.8, "tolerance": tolerance})
+        left = show(f"{tolerance}, `axformer`", {"method": "axformer", "loss": tolerance})
+        show(f"{tolerance}, `pagcp`", {"method": "pagcp", "keep": 0.2, "loss": tolerance})
         if left < 1:
-            show(f"{tolerance}, `obs` at that size", {"method": "obs", "amount": (1 - left) / inside})
+            show(f"{tolerance}, `obs` at that size", {"method": "obs", "keep": 1 - (1 - left) / inside})
 
 
 def sgd(named: Any) -> torch.optim.Optimizer:
@@ -245,7 +255,7 @@ def sgd(named: Any) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    parts = {"conv": conv, "hap": hap, "neurons": partial(lm, "neurons", SHARES), "heads": partial(lm, "heads", HALF)}
+    parts = {"conv": conv, "hap": hap, "hidden": partial(lm, "hidden", SHARES), "heads": partial(lm, "heads", HALF)}
     parts |= {"moe": moe, "once": once, "axformer": axformer}
     for part in sys.argv[1:] or parts:
         parts[part]()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import hesse
-from hesse.models.checkpoint import Checkpoint
+from hesse.checkpoints.checkpoint import Checkpoint
 
 
 def operations(model: Path, tokens: int) -> dict[str, float]:

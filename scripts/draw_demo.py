@@ -16,7 +16,7 @@ def main() -> None:
     picture: Path = parser.parse_args().picture
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = hesse.compress("default", out, options=hesse.Options(bits=4, group_size=64))
+        report = hesse.compress("default", out, options=hesse.Options(bits=4, group_size=64)).report
         after, before = hesse.evaluate(out, reference="default"), hesse.evaluate("default")
     console = Console(record=True, width=92)
     console.print(cost_table(report, before, after))

@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from hesse.errors import HesseError, printable
 
-LIMITED = settings(max_examples=60, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+LIMITED = settings(max_examples=60, deadline=20_000, derandomize=True, suppress_health_check=list(HealthCheck))
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),

@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,20 @@ from torch import Tensor
 import hesse
 import tiny_models
 from hesse.cli import main
-from hesse.compression import CompressionReport
 from hesse.errors import OptionError
 from hesse.formats import open_checkpoint, packed
+from hesse.jobs.report import CompressionReport
 
 WEIGHTS = "model.safetensors"
 IDS = tiny_models.random_ids(8, 32)
 OTHER_IDS = tiny_models.random_ids(4, 24, seed=7)
+
+
+def fast_first(values: Iterable[Any], fast: int = 1) -> list[Any]:
+    """Parameters for `pytest.mark.parametrize` of which those after the first `fast` are marked slow."""
+    values = list(values)
+    rest = [value if isinstance(value, tuple) else (value,) for value in values[fast:]]
+    return [*values[:fast], *(pytest.param(*value, marks=pytest.mark.slow) for value in rest)]
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def compress(source: Path, out: Path, **options: Any) -> CompressionReport:
     if "recipe" not in options:
         options["options"] = hesse.Options(**chosen)
     with skipped_if_too_old():
-        return hesse.compress(source, out, **{"data": IDS, **options})
+        return hesse.compress(source, out, **{"data": IDS, **options}).report
 
 
 def output(model: torch.nn.Module, ids: list[list[int]] | Tensor = OTHER_IDS) -> Tensor:

@@ -14,17 +14,19 @@ from torch import Tensor
 import hesse
 import small_nets
 from helpers import IDS
-from hesse.compression.costs import CostMeter
-from hesse.compression.menu import make_menu
-from hesse.compression.plan import open_networks
 from hesse.curvature import Curvature, GaussNewton, Gram, Hessian, Kronecker, Objective
 from hesse.errors import OptionError
+from hesse.formats.opening import open_networks
 from hesse.methods import Options, find_method
 from hesse.planning import Candidate, Choice, Group, Problem
 from hesse.planning.bisection import smallest_accepted
-from hesse.planning.interactions import dependent_blocks, interactions, joint_problem, single_choice
+from hesse.planning.costs import CostMeter
+from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
+from hesse.planning.menu import make_menu
 from hesse.planning.pricing import Member, allocate, changes_of, grid_menu, priced, use
-from hesse.planning.sensitivities import SENSITIVITIES, find_sensitivity, predicted_costs
+from hesse.scores import SCORES
+from hesse.scores.interactions import interactions
+from hesse.scores.sensitivities import Sensitivity, find_sensitivity, predicted_costs
 from hesse.testing import normal
 
 FolderOf = Callable[[str], Path]
@@ -113,7 +115,7 @@ def test_the_trace_is_what_a_change_in_any_direction_costs() -> None:
     directions /= directions.norm(dim=1, keepdim=True)
     mean = sum(curvature.quadratic(each[None]) for each in directions) / len(directions)
     assert 0.5 * find_sensitivity("hawq-v2").coefficient([curvature]) == pytest.approx(mean, rel=0.05)
-    assert [each.name for each in SENSITIVITIES.values() if each.in_nats] == ["hawq-v2"]
+    assert [each.name for each in SCORES.values() if isinstance(each, Sensitivity) and each.nats] == ["hawq-v2"]
 
 
 def test_q_bert_is_the_mean_and_the_spread_over_parts_of_the_data() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -148,16 +149,15 @@ def test_one_spike_and_one_direction_against_all_choices() -> None:
 
 @dataclass
 class Known:
-    """A layer of which only the Fisher's diagonal is known."""
+    """A layer's weight and statistics."""
 
     weight: Tensor
-    fisher: Tensor | None
-    gram: Gram
-    outputs: Tensor | None = None
+    statistics: dict[str, Any]
 
 
 def built(kind: str, fisher: Tensor | None, damping: float = 0.0) -> Curvature:
-    known = Known(torch.ones(OUT, IN).double(), fisher, gram(0))
+    statistics = {"inputs": gram(0)} | ({} if fisher is None else {"fisher diagonal": fisher})
+    known = Known(torch.ones(OUT, IN).double(), statistics)
     return CURVATURES[kind].build(known, SolverOptions(name="whitened_svd"), damping)
 
 

@@ -12,15 +12,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 import hesse
 from helpers import IDS, compress, dense_tensors, write_ids
-from hesse.compression import attention_factors as factors
-from hesse.compression.attention_factors import attention_factors, attention_modules, moments
-from hesse.compression.layers import LayerProblem, LayerSolver
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram, Kronecker
 from hesse.errors import OptionError, UnsupportedModelError
+from hesse.estimation.statistics import attention_factor as factors
+from hesse.estimation.statistics.attention_factor import attention_factors, attention_modules, moments
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import Options, find_method
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Layer, Network
-from hesse.models.stream import start
+from hesse.networks.network import CheckpointNetwork, Layer
+from hesse.passes.stream import start
 from hesse.processes import ALONE
 from hesse.testing import normal
 
@@ -66,7 +66,7 @@ def test_it_is_what_dense_jacobians_give() -> None:
 
 def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """More probes change the factors of a model's block, and the same ones do not."""
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
     block = network.blocks[0]
     with network.loaded(block):
@@ -88,7 +88,7 @@ def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "bert"])
 def test_attention_is_found(name: str, family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)[:2]])
     block = network.blocks[0]
     with network.loaded(block):
@@ -104,7 +104,8 @@ def test_layers_outside_attention_keep_their_gram() -> None:
     root = normal(1, 6, 6).float()
     for rows, factor in ((6, root @ root.T), (6, None), (4, None), (6, root.T @ root)):
         weight = normal(2, rows, 8).float()
-        problem = LayerProblem("a", weight, gram, None, rule, rule.constraint.build(), attention=factor)
+        statistics = {"inputs": gram} | ({} if factor is None else {"attention factor": factor})
+        problem = LayerProblem("a", weight, statistics, rule, rule.constraint.build())
         outputs = torch.ones(rows) if factor is None else factor
         kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment).with_damped_factors(
             rule.solver.output_damping, rule.solver.damping
@@ -121,7 +122,7 @@ def test_the_output_of_attention_is_nearer_than_with_equal_outputs(
     """Changed weights, since the factors count; only those inside the attention of the first block."""
     source = family_folder("llama")
     compress(source, tmp_path / "aptq", **METHOD)
-    monkeypatch.setattr("hesse.compression.blocks.attention_factors", lambda *_: {})
+    monkeypatch.setattr("hesse.estimation.statistics.attention_factor.attention_factors", lambda *_: {})
     compress(source, tmp_path / "equal", **METHOD)
     one, other = dense_tensors(tmp_path / "aptq"), dense_tensors(tmp_path / "equal")
     changed = {name for name in one if "layers.0." in name and not torch.equal(one[name], other[name])}
@@ -134,8 +135,8 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="has no attention with layers"):
         compress(half_folder("llama"), tmp_path / "out", ignore=["self_attn.*"], **METHOD)
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--curvature has no factors of the attention"):
-        compress(half_folder("llama"), tmp_path / "out", curvature=tmp_path / "statistics", **METHOD)
+    with pytest.raises(OptionError, match="--statistics holds no attention factor"):
+        compress(half_folder("llama"), tmp_path / "out", statistics=tmp_path / "statistics", **METHOD)
     with pytest.raises(OptionError, match="attention is found in language models on disk"):
         hesse.compress_module(nn.Sequential(nn.Linear(32, 32)), [], method="aptq")
     assert {path.name for path in tmp_path.iterdir()} == {"statistics", "ids.jsonl"}

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from helpers import OTHER_IDS, WEIGHTS, CommandLine, Ran, change, compress, left_over, output, write_ids
-from hesse.compression.layers import LayerSolver
+from hesse.checkpoints import writer
 from hesse.formats import packed
-from hesse.models import writer
+from hesse.layerwise.layer_solver import LayerSolver
 
 FolderOf = Callable[[str], Path]
 Refuse = Callable[..., str]
@@ -114,15 +114,15 @@ def test_evaluation_of_a_model_that_overflows(model: Path, hesse_command: Comman
 
 def test_a_compressed_model_is_no_source(model: Path, refused: Refuse, tmp_path: Path) -> None:
     compress(model, tmp_path / "packed", bits=4, group_size=32)
-    assert f"{tmp_path / 'packed'} is compressed already" in refused(tmp_path / "packed")
+    assert f"{tmp_path / 'packed'} is already compressed" in refused(tmp_path / "packed")
 
 
 def test_a_hub_id_without_network(refused: Refuse) -> None:
-    assert "no-one/no-model is no folder here" in refused("no-one/no-model")
+    assert "no-one/no-model is not a folder here" in refused("no-one/no-model")
 
 
 def test_no_such_folder(refused: Refuse, tmp_path: Path) -> None:
-    assert f"{tmp_path / 'nothing'} is no folder" in refused(tmp_path / "nothing")
+    assert f"{tmp_path / 'nothing'} is not a folder" in refused(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(not packed.LOADER_UNPACKS, reason="an older transformers is refused any asymmetric grid")
@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up(model: Path, refused: Refuse, tmp_path: Path, monk
     error = refused(model, out=out)
     assert "the disk is full" in error
     assert str(out.parent) in error
-    assert error.endswith("what is done of it is kept, and the same command goes on")
+    assert error.endswith("the finished part is kept, and the same command resumes")
     assert left_over(out.parent) == [".out.unfinished"]
 
 
@@ -308,14 +308,14 @@ def test_a_run_that_is_stopped_leaves_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hesse.compression import run
+    from hesse.jobs import compression
 
     if where == "solve":
         monkeypatch.setattr(LayerSolver, "solve", stop)
     else:
-        monkeypatch.setattr(run, "verify", stop)
+        monkeypatch.setattr(compression, "verify", stop)
     ran = run_into(hesse_command, model, tmp_path / "out")
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert (ran.code, ran.error) == (130, f"Interrupted: {tmp_path / 'out'} {kept}")
     assert left_over(tmp_path) == [".out.unfinished"]
 

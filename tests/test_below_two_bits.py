@@ -14,7 +14,7 @@ from hesse.curvature import CrossEntropy, Diagonal, Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.solvers import Nearest, RefitSalient, solve
 from hesse.testing import normal, seeds
-from hesse.training import HeldSigns, OneBit, Training, recover
+from hesse.training import HeldSigns, OneBit, Training, finetune
 
 DOUBLE = torch.float64
 
@@ -178,7 +178,9 @@ def test_a_step_of_one_bit_follows_its_formula() -> None:
     training = Training(
         steps=1, optimizer=lambda named: torch.optim.SGD(named, lr=rate), rate=lambda step, steps: 1.0, clip=None
     )
-    found = recover(model, batches, training, loss=CrossEntropy(), held={"0.weight": OneBit()}).free["0.weight"]
+    found = finetune(model, batches, training, loss_function=CrossEntropy(), held={"0.weight": OneBit()}).report.free[
+        "0.weight"
+    ]
     along = gradient * signs
     wanted = (weight - rate * gradient * torch.outer(a, b), a - rate * along @ b, b - rate * a @ along)
     torch.testing.assert_close(found, wanted)
@@ -189,13 +191,16 @@ def test_a_step_of_one_bit_follows_its_formula() -> None:
 @pytest.mark.parametrize("signs", ["held", "trained"])
 def test_training_wins_back_what_one_bit_lost(signs: str) -> None:
     dense = network()
-    recover(
-        dense, data(), Training(steps=150, optimizer=lambda named: torch.optim.Adam(named, 0.01)), loss=CrossEntropy()
+    finetune(
+        dense,
+        data(),
+        Training(steps=150, optimizer=lambda named: torch.optim.Adam(named, 0.01)),
+        loss_function=CrossEntropy(),
     )
     model = copy.deepcopy(dense)
     held = HeldSigns(model[0].weight.detach() >= 0) if signs == "held" else OneBit()
     training = Training(steps=100, optimizer=lambda named: torch.optim.Adam(named, 0.01), teacher=dense)
-    found = recover(model, data(), training, loss=CrossEntropy(), held={"0.weight": held})
+    found = finetune(model, data(), training, loss_function=CrossEntropy(), held={"0.weight": held}).report
     assert sum(found.losses[-4:]) < 0.5 * sum(found.losses[:4])
     weight = model[0].weight.detach()
     assert int(torch.linalg.matrix_rank(weight.abs())) == 1

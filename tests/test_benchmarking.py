@@ -9,25 +9,26 @@ import pytest
 import hesse
 import tiny_models
 from helpers import CommandLine, compress
-from hesse.benchmarking import Benchmark, Measured, Row, runtimes
-from hesse.benchmarking.benchmark import _agreement
 from hesse.errors import OptionError
+from hesse.runtimes import programs
+from hesse.runtimes.benchmark import _agreement
+from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, TimedRun
 
 FolderOf = Callable[[str], Path]
 SHORT = {"prompt": 8, "generate": 2, "threads": 1, "repeats": 1}
 
 
-def row(runtime: str, model: str, decode: float) -> Row:
-    measured = Measured.of([decode])
-    return Row(runtime, model, "1", "BF16", 1, measured, measured, measured, measured, None, None)
+def row(runtime: str, model: str, decode: float) -> BenchmarkRow:
+    measured = TimedRun.of([decode])
+    return BenchmarkRow(runtime, model, "1", "BF16", 1, measured, measured, measured, measured, None, None)
 
 
-def result(*rows: Row) -> Benchmark:
+def result(*rows: BenchmarkRow) -> Benchmark:
     return Benchmark("m", "d", 8, 2, 1, 1, "processor", 2, 0.0, {}, list(rows), [])
 
 
 def test_the_median_and_the_spread() -> None:
-    assert Measured.of([3.0, 1.0, 2.0]) == Measured(2.0, 1.0, 3.0)
+    assert TimedRun.of([3.0, 1.0, 2.0]) == TimedRun(2.0, 1.0, 3.0)
 
 
 def test_speed_is_compared_in_one_runtime_and_torchao_with_transformers() -> None:
@@ -52,6 +53,7 @@ def test_agreement_of_logits() -> None:
     assert _agreement(logits, other) == pytest.approx((0.5 * 0.25 * np.log(2), 0.5), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_transformers_dense_and_compressed(half_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
     source, out = half_folder("llama"), tmp_path / "out"
     compress(source, out, method="rtn", bits=4, group_size=32)
@@ -88,7 +90,7 @@ def test_each_runtime_agrees_with_transformers(name: str, package: str, half_fol
 def test_what_is_not_installed_is_listed(
     half_folder: FolderOf, hesse_command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
     ran = hesse_command("benchmark", half_folder("llama"), "--prompt", "8", "--generate", "2")
     assert ran.code == 0
     text = " ".join(ran.stdout.split())
@@ -100,7 +102,7 @@ def test_a_family_that_a_runtime_does_not_have_is_listed(
     half_folder: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setattr(runtimes.Runtime, "missing", lambda self: None)
+    monkeypatch.setattr(programs.Runtime, "missing", lambda self: None)
     found = hesse.benchmark(half_folder("gemma2"), runtimes=["llama.cpp"], **SHORT)
     assert found.rows == []
     (missing,) = found.missing
@@ -111,10 +113,10 @@ def test_bad_input(half_folder: FolderOf, hesse_command: CommandLine) -> None:
     folder = half_folder("llama")
     with pytest.raises(OptionError, match=r"there is no runtime 'vllm'; there are transformers, "):
         hesse.benchmark(folder, runtimes=["vllm"])
-    with pytest.raises(OptionError, match=r"need 193 positions, and .* has 128"):
+    with pytest.raises(OptionError, match=r"need 193 positions, but .* has 128"):
         hesse.benchmark(folder)
     with pytest.raises(OptionError, match="--repeats is 0"):
         hesse.benchmark(folder, repeats=0)
     assert tiny_models.POSITIONS == 128
     ran = hesse_command("benchmark", "./nothing")
-    assert (ran.code, "is no folder" in ran.error) == (1, True)
+    assert (ran.code, "is not a folder" in ran.error) == (1, True)

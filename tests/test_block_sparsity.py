@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 import hesse
-from hesse.compression.layers import check_products
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Grid, GridCode, Sparse
 from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.methods import METHODS, find_method
-from hesse.methods.method import Options
-from hesse.models.locate import DEFAULT_FOLDER
+from hesse.layerwise.layer_solver import check_products
+from hesse.methods import Options, find_method
 from hesse.solvers import ADMM, ErrorFeedback, GreedySurgeon, Nearest, Solver, solve
 from hesse.testing import normal
 
@@ -163,4 +162,3 @@ def test_pruning_rows_take_a_block(method: str) -> None:
     built = rule.constraint.build()
     assert isinstance(built, Sparse)
     assert built.block == 4
-    assert method in METHODS

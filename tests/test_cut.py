@@ -10,10 +10,10 @@ import torch
 
 import hesse
 from helpers import dense_tensors, left_over, write_ids
-from hesse.compression.cut import directions
 from hesse.curvature import Kronecker
 from hesse.errors import CheckpointError, OptionError
 from hesse.planning.problem import Problem
+from hesse.planning.singular_directions import directions
 from hesse.planning.slope import by_common_slope
 from hesse.solvers import WhitenedSVD
 
@@ -72,7 +72,7 @@ def test_any_size_is_cut_from_one_run(estimated: tuple[Path, Path], tmp_path: Pa
     dense, ranks, losses = dense_tensors(source), [], []
     for size in (40, 60, 80):
         out = tmp_path / str(size)
-        report = hesse.cut(source, statistics, out, size=f"{size}%")
+        report = hesse.cut(source, statistics, out, size=f"{size}%").report
         config = json.loads((out / "config.json").read_text())
         names = [layer for layer in dense if layer.endswith("_proj.weight")]
         held = dense_tensors(out)
@@ -86,7 +86,7 @@ def test_any_size_is_cut_from_one_run(estimated: tuple[Path, Path], tmp_path: Pa
             else:
                 assert torch.linalg.matrix_rank(held[name].double(), rtol=1e-5) == own
         ranks.append({n: min(dense[n].shape) if r is None else r for n, r in rank.items()})
-        losses.append(report.predicted_loss_increase)
+        losses.append(report.loss.predicted)
     for small, large in itertools.pairwise(ranks):
         assert all(small[name] <= large[name] for name in small)
     assert losses == sorted(losses, reverse=True)

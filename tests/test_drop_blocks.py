@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, change, dense_tensors, left_over, output, write_ids
-from hesse.compression import DropReport
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError
+from hesse.jobs.drop_report import DropReport
 
 DEPTH = 4
 COUNTS = {"gpt2": "n_layer"}
@@ -40,7 +40,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def drop(model: Path, out: Path, **options: Any) -> DropReport:
-    return hesse.drop_blocks(model, out, **{"data": IDS, **options})
+    return hesse.drop_blocks(model, out, **{"data": IDS, **options}).report
 
 
 def without(name: str, folder: Path, gone: Sequence[int]) -> nn.Module:
@@ -88,8 +88,8 @@ def test_blocks_go_by_measured_loss_one_at_a_time(name: str, deep: Any, tmp_path
         assert dropped.block == min(costs, key=costs.__getitem__)
         assert dropped.measured == dropped.score == pytest.approx(costs[dropped.block], rel=1e-3)
         gone.append(dropped.block)
-    assert report.measured == pytest.approx(report.dropped[-1].measured)  # ready tokens: none are held out
-    assert not report.held_out
+    assert report.loss.measured == pytest.approx(report.dropped[-1].measured)  # ready tokens: none are held out
+    assert not report.loss.held_out
 
 
 def test_as_many_go_as_a_loss_allows(deep: Any, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_block_that_is_another_with_its_outputs_scaled_is_found(deep: Any, tmp
     (dropped,) = report.dropped
     assert (dropped.block, dropped.donor) == (3, 1)
     assert dropped.relative_error == pytest.approx(0, abs=1e-6)
-    assert report.measured < 1e-6 < dropped.measured
+    assert report.loss.measured < 1e-6 < dropped.measured
     held = dense_tensors(tmp_path / "out")
     for name, tensor in dense_tensors(source).items():
         torch.testing.assert_close(held[name], tensor, rtol=1e-3, atol=1e-5)
@@ -166,7 +166,7 @@ def test_a_higher_rank_stands_in_better_and_little_is_as_good_as_none(deep: Any,
     found = {rank: drop(source, tmp_path / str(rank), blocks=2, share_rank=rank) for rank in (1, 8, 31)}
     errors = [max(d.relative_error or 0.0 for d in report.dropped) for report in found.values()]
     assert 1 > errors[0] > errors[1] > errors[2]
-    assert found[31].measured < found[8].measured < drop(source, tmp_path / "gone", blocks=2).measured
+    assert found[31].loss.measured < found[8].loss.measured < drop(source, tmp_path / "gone", blocks=2).loss.measured
     model = tiny_models.load("llama", tmp_path / "31")
     assert len(model.model.layers) == DEPTH
     assert output(model).isfinite().all()
@@ -195,7 +195,7 @@ def test_what_has_no_meaning_is_refused_by_name(options: dict[str, Any], said: s
 
 
 def test_blocks_that_are_what_they_are_by_their_numbers_are_refused(deep: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="has decoder_sparse_step: its blocks are of a kind by their"):
+    with pytest.raises(UnsupportedModelError, match="has decoder_sparse_step: the kinds of its blocks depend on their"):
         drop(deep("qwen2-moe", decoder_sparse_step=2), tmp_path / "out", blocks=1)
     (tmp_path / "by-place").mkdir()
     settings = {"n_layer": DEPTH, "scale_attn_by_inverse_layer_idx": True}
@@ -209,7 +209,7 @@ def test_blocks_that_are_what_they_are_by_their_numbers_are_refused(deep: Any, t
     with pytest.raises(VerificationError, match="the blocks of GPT2LMHeadModel do other things in other places"):
         drop(by_place, tmp_path / "out", blocks=1)
     hesse.compress(deep("llama"), tmp_path / "packed", method="rtn", data=IDS)
-    with pytest.raises(CheckpointError, match="is compressed already"):
+    with pytest.raises(CheckpointError, match="is already compressed"):
         drop(tmp_path / "packed", tmp_path / "out", blocks=1)
     assert left_over(tmp_path) == []
 
@@ -229,7 +229,7 @@ def test_the_command_line(deep: Any, hesse_command: CommandLine, tmp_path: Path)
     arguments = ("drop-blocks", deep("llama"), tmp_path / "out", "--blocks", "1", "--data", ids)
     ran = hesse_command(*arguments, "--json")
     report = json.loads(ran.stdout)
-    assert report == json.loads((tmp_path / "out" / "blocks.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     found = hesse.evaluate(tmp_path / "out", reference=deep("llama"), data=OTHER_IDS)
     assert found.kl is not None
     assert found.kl > 0

@@ -10,23 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hesse.compression.dense import output_factors
-from hesse.compression.weight_fisher import BLOCK_SIZE, FisherNeeds
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import BlockRankOneSum, CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
-from hesse.estimation import (
-    BackwardWalk,
-    GramAccumulator,
-    OutputMoments,
-    Sums,
-    estimate_curvatures,
-    gram,
-    layer_part,
-)
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import advance, start
+from hesse.estimation import GramAccumulator, OutputMoments, Sums, estimate_curvatures, gram
+from hesse.estimation.probe import backward_statistics
+from hesse.estimation.statistics.fisher import BLOCK_SIZE
+from hesse.networks.network import CheckpointNetwork, Network
+from hesse.passes.backward import BackwardPass, layer_part
+from hesse.passes.stream import advance, start
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -104,37 +97,39 @@ def test_labels_are_drawn_from_the_softmax() -> None:
     assert shares[2] == 0
 
 
-def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardWalk]:
+def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardPass]:
     """The network, and the walk back over its blocks."""
-    network = Network(Checkpoint(folder), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU)
     flows = start(network, IDS.split(batch))
     inputs = []
     for index, block in enumerate(network.blocks):
         inputs.append([flow.waiting for flow in flows])
         with network.loaded(block) as module:
             advance(flows, module, index)
-    return network, BackwardWalk(network, flows, inputs, SEED, apart)
+    return network, BackwardPass(network, flows, inputs, SEED, apart)
 
 
 def streamed(folder: Path, batch: int) -> tuple[Network, dict[str, Tensor]]:
     """The network, and E[g²] of its layers' outputs and E[(g xᵀ)²] of their weights by the walk over blocks."""
     network, walk = walked(folder, batch)
-    needs = FisherNeeds(diagonals=[layer.name for layer in network.layers])
-    return network, {name: factor for block in output_factors(walk, (), needs) for name, factor in block.items()}
+    needs = {layer.name: ("output diagonal", "fisher diagonal") for layer in network.layers}
+    found = {layer: own for block in backward_statistics(walk, needs) for layer, own in block.items()}
+    weights = {f"{layer}.weight": own["fisher diagonal"] for layer, own in found.items()}
+    return network, {layer: own["output diagonal"] for layer, own in found.items()} | weights
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_blocks_of_the_fisher_are_those_of_each_sample(name: str, family_folder: FolderOf) -> None:
     network, walk = walked(family_folder(name), batch=1, apart=True)
     layer = network.blocks[1].layers[-1]
-    needs = FisherNeeds(blocks=[layer.name])
-    found = {name: factor for block in output_factors(walk, (), needs) for name, factor in block.items()}
+    needs = {layer.name: ("fisher blocks",)}
+    found = next(own["fisher blocks"] for block in backward_statistics(walk, needs) for own in block.values())
     model = tiny_models.load(name, family_folder(name))
     weight = model.get_submodule(layer.name).weight
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         drawn = sampled_labels(model(input_ids=IDS).logits.flatten(0, 1), generator).view(IDS.shape)
-    total = torch.zeros_like(found[f"{layer.name}.weight"])
+    total = torch.zeros_like(found)
     for sample, labels in zip(IDS.split(1), drawn, strict=True):
         loss = nn.functional.cross_entropy(model(input_ids=sample).logits[0, :-1], labels[:-1], reduction="sum")
         (gradient,) = torch.autograd.grad(loss, [weight])
@@ -142,7 +137,7 @@ def test_blocks_of_the_fisher_are_those_of_each_sample(name: str, family_folder:
         rows = nn.functional.pad(flat, (0, -len(flat) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
         total += rows[:, :, None] * rows[:, None, :]
     expected = total / IDS[:, 1:].numel()
-    torch.testing.assert_close(found[f"{layer.name}.weight"], expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
     kept = gradients_of(name, family_folder)
     blocks = BlockRankOneSum.from_gradients(kept, BLOCK_SIZE).matrices
     torch.testing.assert_close(blocks, expected, rtol=2e-3, atol=1e-6 * float(expected.max()))
@@ -152,8 +147,8 @@ def gradients_of(name: str, family_folder: FolderOf) -> Tensor:
     """Those of each sample, scaled so that their mean g gᵀ is per token."""
     network, walk = walked(family_folder(name), batch=1, apart=True)
     layer = network.blocks[1].layers[-1]
-    needs = FisherNeeds(gradients=[layer.name])
-    return next(f for block in output_factors(walk, (), needs) for key, f in block.items() if key.endswith(".weight"))
+    needs = {layer.name: ("fisher gradients",)}
+    return next(own["fisher gradients"] for block in backward_statistics(walk, needs) for own in block.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt", "gpt-neox", "bert"])
@@ -263,15 +258,17 @@ def test_shares_of_the_samples_get_the_labels_that_they_get_together(name: str, 
     """Several processes walk with a share each; what they find adds up to what one process finds."""
 
     def sums(start_at: int, stop_at: int) -> dict[str, Tensor]:
-        network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+        network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
         flows = start(network, IDS[start_at:stop_at].split(1))
         inputs = []
         for index, block in enumerate(network.blocks):
             inputs.append([flow.waiting for flow in flows])
             with network.loaded(block) as module:
                 advance(flows, module, index)
-        walk = BackwardWalk(network, flows, inputs, SEED, earlier=list(IDS[:start_at].unsqueeze(1)))
-        return {layer: factor / walk.scale for block in output_factors(walk, ()) for layer, factor in block.items()}
+        walk = BackwardPass(network, flows, inputs, SEED, earlier=list(IDS[:start_at].unsqueeze(1)))
+        needs = {layer.name: ("output diagonal",) for layer in network.layers}
+        found = {layer: own for block in backward_statistics(walk, needs) for layer, own in block.items()}
+        return {layer: own["output diagonal"] / walk.scale for layer, own in found.items()}
 
     half = len(IDS) // 2
     whole, first, second = sums(0, len(IDS)), sums(0, half), sums(half, len(IDS))

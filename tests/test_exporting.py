@@ -15,11 +15,11 @@ import tiny_models
 from helpers import CommandLine, compress, dense_tensors, left_over, output, twin
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
-from hesse.exporting import export
-from hesse.exporting.gguf_blocks import block_type, to_blocks
-from hesse.exporting.gguf_families import rotary_factors
 from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
+from hesse.runtimes import export
+from hesse.runtimes.gguf_blocks import block_type, to_blocks
+from hesse.runtimes.gguf_families import rotary_factors
 
 FolderOf = Callable[[str], Path]
 IDS = tiny_models.random_ids(2, 12, seed=3)
@@ -183,7 +183,7 @@ class TestGguf:
         others = f"{{{rest}, constraint: {{grid: {{bits: 4, group_size: 16}}}}}}"
         recipe.write_text(f"rules: [{rows}, {others}]", encoding="utf-8")
         out = tmp_path / "out"
-        compress(half_folder("llama"), out, recipe=hesse.load_recipe(recipe))
+        compress(half_folder("llama"), out, recipe=hesse.methods.load_recipe(recipe))
         report = hesse.export(out, tmp_path / "out.gguf")
         assert report.stored == {"BF16": 12, "Q4_0": 2}
         assert any("12 layers of 4 bit, groups of 16, symmetric are stored as BF16" in note for note in report.notes)
@@ -329,7 +329,7 @@ class TestTorchao:
         family_folder: FolderOf,
         tmp_path: Path,
     ) -> None:
-        from hesse.exporting.torchao_folder import load_torchao
+        from hesse.runtimes.torchao_folder import load_torchao
 
         source = family_folder(family)
         folder = source if grid is None else rounded(source, tmp_path / "out", *grid)
@@ -348,7 +348,7 @@ class TestTorchao:
         assert any("zero points times scales are rounded" in note for note in report.notes)
 
     def test_a_folder_that_is_none_of_ours(self, tmp_path: Path) -> None:
-        from hesse.exporting.torchao_folder import load_torchao
+        from hesse.runtimes.torchao_folder import load_torchao
 
         with pytest.raises(CheckpointError, match=r"has no model\.pt"):
             load_torchao(tmp_path)
@@ -389,7 +389,7 @@ class TestBadInput:
     def test_a_grid_that_does_not_fit(self, half_folder: FolderOf, tmp_path: Path) -> None:
         pytest.importorskip("gguf")
         out = rounded(half_folder("llama"), tmp_path / "model", 4, 16)
-        with pytest.raises(OptionError, match=r"has 4 bit, groups of 16, symmetric.*multiples of 32"):
+        with pytest.raises(OptionError, match=r"multiples of 32.*has 4 bit, groups of 16, symmetric"):
             hesse.export(out, tmp_path / "out", to="gguf")
         assert left_over(tmp_path) == []
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import tiny_models
 from helpers import WEIGHTS, change, skipped_if_too_old
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint, packed
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 Rules = dict[str, Constraint]  # the first pattern found in a layer's name decides
@@ -208,7 +208,7 @@ class Written:
 
 def planned(source: Path, rules: Rules, requested: str = "auto") -> Format:
     """The format that is chosen for a model under `rules`."""
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     layers = [
         StoredLayer(
             layer.name,
@@ -301,12 +301,13 @@ def loaded(place: Path, written: Folders) -> dict[str, dict[str, Any]]:
         env={**environment, "HF_MODULES_CACHE": str(place / "modules")},
         stdin=subprocess.DEVNULL,
         check=True,
-        timeout=300,
+        timeout=600,
     )
     found: dict[str, dict[str, Any]] = json.loads((place / "results.json").read_text())
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_what_the_dense_twin_computes(
     name: str, written: Folders, loaded: dict[str, dict[str, Any]]
@@ -328,7 +329,7 @@ def test_reading_back_gives_the_decoded_weights(name: str, written: Folders) -> 
     for tensor, value in checkpoint.read(case.dense).items():
         assert value.shape == case.dense[tensor].shape
         assert torch.equal(value.to(case.dense[tensor].dtype), case.dense[tensor]), tensor
-    again = Network(checkpoint, torch.float32, torch.device("cpu"))
+    again = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu"))
     source = case.format.network
     assert type(again.model) is type(source.model)
     assert [layer.name for layer in again.layers] == [layer.name for layer in source.layers]
@@ -342,6 +343,7 @@ def test_stored_bits_are_those_on_disk(name: str, written: Folders) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if n.startswith("low-rank") and case.format == "auto"])
+@pytest.mark.slow
 def test_low_rank_fails_loudly_where_its_code_is_not_trusted(
     name: str, written: Folders, loaded: dict[str, dict[str, Any]]
 ) -> None:
@@ -353,6 +355,7 @@ def test_low_rank_fails_loudly_where_its_code_is_not_trusted(
 @pytest.mark.parametrize(
     "name", ["int4-llama-tied", "low-rank-int4-llama-tied", "int4-gpt2", "bare-names", "int4-opt", "int4-gemma3"]
 )
+@pytest.mark.slow
 def test_tied_embeddings_stay_tied(name: str, written: Folders, loaded: dict[str, dict[str, Any]]) -> None:
     assert written[name].out.exists()
     assert loaded[name]["tied"]
@@ -448,7 +451,7 @@ MIXED_EXPERTS: Rules = {"layers.0.*experts": INT4, EXPERTS: INT8}
         ("llama", {OTHERS: INT4}, "gguf", "no format 'gguf'; there are auto, pack-quantized, int-quantized, dense"),
         ("llama", {OTHERS: LowRank(rank=8)}, "pack-quantized", r"layers\.0\.self_attn\.q_proj.*LowRank.*--format"),
         ("llama", {OTHERS: Sparse(0.5)}, "pack-quantized", r"q_proj: .*not Sparse; use --format auto"),
-        ("llama", {OTHERS: INT4}, "low-rank", "there are none.*--format auto"),
+        ("llama", {OTHERS: INT4}, "low-rank", "no layer is factorised.*--format auto"),
         ("mixtral", {OTHERS: UNEVEN}, "auto", r"experts\.0\.w1: .*asymmetric experts.*--symmetric"),
         ("mixtral", MIXED_EXPERTS, "auto", r"experts\.0\.w1: .*share one scheme.*one rule.*--format dense"),
         ("olmoe", {"gate_proj": INT4, "up_proj": INT4, "down_proj": INT8}, "auto", "share one scheme"),
@@ -623,9 +626,9 @@ def test_what_cannot_be_read_is_named(
         (lambda own: own.pop("weight_shape"), "cannot be decoded"),
         (
             lambda own: own.update(weight_packed=own["weight_packed"][:, :3].contiguous()),
-            "3 words, where 4 bits need 8",
+            "3 words, but 4 bits need 8",
         ),
-        (lambda own: own.update(weight_packed=own["weight_packed"].repeat(1, 2)), "16 words, where 4 bits need 8"),
+        (lambda own: own.update(weight_packed=own["weight_packed"].repeat(1, 2)), "16 words, but 4 bits need 8"),
         (lambda own: own.update(weight_g_idx=torch.zeros(64, dtype=torch.int32)), "reordered columns"),
     ],
 )

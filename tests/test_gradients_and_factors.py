@@ -24,7 +24,7 @@ from hesse.curvature import (
 )
 from hesse.errors import ConditioningError, DataError, OptionError, UnsupportedModelError
 from hesse.estimation import eigen_kronecker, estimate_curvatures, per_sample_gradients
-from hesse.estimation.parts import seen_by
+from hesse.passes.parts import seen_by
 from hesse.testing import normal
 from small_nets import Attention, everything, make
 

@@ -11,26 +11,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Sparse
 from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.errors import HesseError, OptionError, OutputError
 from hesse.methods import Options
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.modules import compress_module
+from hesse.modules.gradual import GradualReport, prune_gradually
 from hesse.progress import Silence
 from hesse.testing import normal
 from hesse.training import (
     CompressionAware,
     Distillation,
-    Gradual,
     GradualSchedule,
     Movement,
     Training,
+    finetune,
     prunable_weights,
-    prune_gradually,
-    recover,
 )
 
 RATE = 0.3
@@ -85,7 +84,9 @@ def test_movement_follows_its_definition(pattern: Sparse) -> None:
                     parameter -= RATE * found[name]
     assert not torch.equal(masks[0].double(), masks[-1].double())
     held = {"0.weight": Movement(pattern, schedule)}
-    free = recover(model, data, Training(steps=steps, **PLAIN), loss=CrossEntropy(), held=held).free["0.weight"]
+    free = finetune(model, data, Training(steps=steps, **PLAIN), loss_function=CrossEntropy(), held=held).report.free[
+        "0.weight"
+    ]
     torch.testing.assert_close(free, (weight, scores))
     torch.testing.assert_close(model[2].weight, twin[2].weight)
     final = Sparse(1, 4) if pattern.of else pattern
@@ -116,7 +117,7 @@ def test_a_compression_aware_step_follows_its_formula(pattern: Sparse) -> None:
         name: parameter.detach() - RATE * (dense[name] + pruned[name]) for name, parameter in model.named_parameters()
     }
     rule = CompressionAware(("0.weight",), (pattern,), rho)
-    found = recover(model, [batch], Training(steps=1, **PLAIN), loss=CrossEntropy(), rule=rule)
+    found = finetune(model, [batch], Training(steps=1, **PLAIN), loss_function=CrossEntropy(), rule=rule).report
     torch.testing.assert_close(dict(model.named_parameters()), wanted, check_dtype=False)
     assert len(found.losses) == 1
 
@@ -137,7 +138,7 @@ def test_compression_aware_steps_draw_their_pattern_and_repeat_with_the_seed() -
     for seed in (0, 0, 1):
         model = network()
         training = Training(steps=30, seed=seed, **PLAIN)
-        recover(model, batches(), training, loss=CrossEntropy(), rule=Watched(("0.weight",), patterns))
+        finetune(model, batches(), training, loss_function=CrossEntropy(), rule=Watched(("0.weight",), patterns))
         found.append(model[0].weight.detach().clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -153,7 +154,7 @@ def test_a_compression_aware_rule_that_cannot_be_is_refused() -> None:
         (lambda: CompressionAware(("0.weight",), (Sparse(2, 5),)), "divisible by 5"),
     ]:
         with pytest.raises(OptionError, match=message):
-            recover(network(), batches(), Training(steps=1), loss=CrossEntropy(), rule=rule())
+            finetune(network(), batches(), Training(steps=1), loss_function=CrossEntropy(), rule=rule())
 
 
 # Cuts by rows of the table
@@ -187,8 +188,16 @@ def test_any_row_that_prunes_is_gradual(method: str) -> None:
     )
     options = Options(scope="layer") if method == "wanda" else None
     found = prune_gradually(
-        model, data, training, 0.75, loss=CrossEntropy(), method=method, options=options, cuts=4, progress=watch
-    )
+        model,
+        data,
+        training,
+        0.75,
+        loss_function=CrossEntropy(),
+        method=method,
+        options=options,
+        cuts=4,
+        progress=watch,
+    ).report
     schedule = GradualSchedule(0.75, 20, 4, first=0.7 * 0.75)
     assert [cut.step for cut in found.cuts] == list(schedule.cut_steps)
     for step, zeros in enumerate(watch.seen):
@@ -203,18 +212,20 @@ def test_one_cut_is_one_shot_and_recovery() -> None:
     training = Training(steps=10, optimizer=lambda named: torch.optim.Adam(named, lr=0.01))
     gradual, data = single()
     options = Options(damping=0.1)
-    prune_gradually(gradual, data, training, "2:4", loss=CrossEntropy(), method="sparsegpt", options=options, cuts=1)
+    prune_gradually(
+        gradual, data, training, "2:4", loss_function=CrossEntropy(), method="sparsegpt", options=options, cuts=1
+    )
     pattern = Options(sparsity="2:4", damping=0.1)
     pruned = compress_module(single()[0], data, method="sparsegpt", options=pattern, loss=CrossEntropy()).module
-    recover(pruned, data, training, loss=CrossEntropy())
+    finetune(pruned, data, training, loss_function=CrossEntropy())
     assert all(torch.equal(a, b) for a, b in zip(gradual.parameters(), pruned.parameters(), strict=True))
 
 
 def test_a_pattern_is_reached_by_way_of_others() -> None:
     model, data = single()
     found = prune_gradually(
-        model, data, Training(steps=12), "1:4", loss=CrossEntropy(), method="sparsegpt", cuts=5, first=0.0
-    )
+        model, data, Training(steps=12), "1:4", loss_function=CrossEntropy(), method="sparsegpt", cuts=5, first=0.0
+    ).report
     assert [cut.sparsity for cut in found.cuts] == ["3:4", "2:4", "1:4"]
     assert bool((model[0].weight.view(8, 2, 4) != 0).sum(2).eq(1).all())  # type: ignore[index, operator]
 
@@ -223,7 +234,7 @@ def test_a_pattern_is_reached_by_way_of_others() -> None:
 def test_a_killed_gradual_pruning_goes_on_to_the_same_weights(method: str, tmp_path: Path) -> None:
     training = Training(steps=16, optimizer=lambda named: torch.optim.Adam(named, lr=0.01))
 
-    def run(after: int, **kept: Any) -> tuple[nn.Module, Gradual]:
+    def run(after: int, **kept: Any) -> tuple[nn.Module, GradualReport]:
         model, pairs = single()
         samples = [pair for inputs, targets in pairs for pair in zip(inputs, targets, strict=True)]
         data = DataLoader(samples, 16, shuffle=True, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
@@ -232,12 +243,12 @@ def test_a_killed_gradual_pruning_goes_on_to_the_same_weights(method: str, tmp_p
             data,
             training,
             0.75,
-            loss=CrossEntropy(),
+            loss_function=CrossEntropy(),
             method=method,
             cuts=4,
             progress=Zeros(model, after),
             **kept,
-        )
+        ).report
         return model, found
 
     whole, wanted = run(100)
@@ -248,7 +259,7 @@ def test_a_killed_gradual_pruning_goes_on_to_the_same_weights(method: str, tmp_p
     assert found == wanted
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     with pytest.raises(OutputError, match="differs from this one in its method"):
-        prune_gradually(single()[0], batches(), training, 0.5, loss=CrossEntropy(), checkpoint=tmp_path)
+        prune_gradually(single()[0], batches(), training, 0.5, loss_function=CrossEntropy(), checkpoint=tmp_path)
 
 
 def test_what_does_not_fit_is_refused_before_any_step() -> None:
@@ -257,7 +268,7 @@ def test_what_does_not_fit_is_refused_before_any_step() -> None:
 
     def refused(message: str, sparsity: float | str = 0.5, **options: Any) -> None:
         with pytest.raises(HesseError, match=message):
-            prune_gradually(model, data, Training(steps=20), sparsity, loss=CrossEntropy(), **options)
+            prune_gradually(model, data, Training(steps=20), sparsity, loss_function=CrossEntropy(), **options)
         assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
     refused("the method rtn makes no zeros", method="rtn")
@@ -286,12 +297,13 @@ def test_a_classifier_survives_nine_zeros_of_ten_step_by_step_and_not_at_once(me
     at_once = compress_module(dense, data[:8], method=method, options=options, loss=CrossEntropy()).module
     model = copy.deepcopy(dense)
     training = Training(steps=120, teacher=dense, optimizer=lambda named: torch.optim.Adam(named, lr=4e-3))
-    prune_gradually(model, data, training, 0.9, loss=CrossEntropy(), method=method, cuts=4, calibration=8)
+    prune_gradually(model, data, training, 0.9, loss_function=CrossEntropy(), method=method, cuts=4, calibration=8)
     zeros = [int((parameter == 0).sum()) / parameter.numel() for parameter in model.parameters() if parameter.ndim > 1]
     assert zeros == pytest.approx([0.9] * len(zeros), abs=1e-3)
     assert digits.accuracy(model) > 0.9 > digits.accuracy(at_once)
 
 
+@pytest.mark.slow
 def test_the_default_language_model_is_pruned_gradually_and_recovers() -> None:
     """A few steps of 2:4 with a teacher, in bfloat16; KL to the dense model falls while zeros are held."""
     model = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False)
@@ -311,12 +323,12 @@ def test_the_default_language_model_is_pruned_gradually_and_recovers() -> None:
         data,
         training,
         "2:4",
-        loss=CrossEntropy(),
+        loss_function=CrossEntropy(),
         forward=lambda network, inputs: network(input_ids=inputs).logits,
         method="wanda",
         cuts=1,
         layers=("*.6.mlp.*",),
-    )
+    ).report
     assert [cut.sparsity for cut in found.cuts] == ["2:4"]
     assert sum(found.losses[-2:]) < 0.9 * sum(found.losses[:2])
     for name, parameter in model.named_parameters():

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import hesse
 from helpers import IDS, WEIGHTS, CommandLine, write_ids
-from hesse.compression.output import companion_notes, copy_companions
+from hesse.checkpoints.checkpoint import INDEX, Checkpoint
+from hesse.checkpoints.files import DEEPEST_JSON, belongs, read_json, unfinished_file
+from hesse.checkpoints.locate import DEFAULT_FOLDER, locate
+from hesse.checkpoints.output import companion_notes, copy_companions
 from hesse.errors import CheckpointError
 from hesse.estimation import Statistics, load_curvature
 from hesse.formats import open_checkpoint
-from hesse.models.checkpoint import INDEX, Checkpoint
-from hesse.models.files import DEEPEST_JSON, belongs, read_json, unfinished_file
-from hesse.models.locate import DEFAULT_FOLDER, locate
 
 FolderOf = Callable[[str], Path]
 
@@ -207,7 +207,7 @@ def test_json_is_read_from_files_only(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(CheckpointError, match="is missing"):
             read_json(path)
     (tmp_path / "large.json").write_text('{"a": 1}')
-    monkeypatch.setattr("hesse.models.files.LARGEST_JSON", 4)
+    monkeypatch.setattr("hesse.checkpoints.files.LARGEST_JSON", 4)
     with pytest.raises(CheckpointError, match="has more than 4 bytes"):
         read_json(tmp_path / "large.json")
 
@@ -282,7 +282,7 @@ def test_names_that_are_no_hub_ids(name: str, monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         locate(name)
 
 
@@ -292,5 +292,5 @@ def test_nothing_is_asked_of_the_network_when_offline(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="is no folder here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="is not a folder here, and the hub does not provide it"):
         locate("no-one/no-model")

@@ -11,12 +11,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from helpers import CommandLine, compress
-from hesse.benchmarking import Benchmark, Measured, Missing, Row
-from hesse.compression import CompressionReport
 from hesse.evaluation import Evaluation
-from hesse.exporting import ExportedLayer, ExportReport
 from hesse.inspection import SCHEMES, Inspection
 from hesse.inspection.layers import LayerInspection
+from hesse.jobs.report import CompressionReport
 from hesse.reporting import (
     compression_page,
     compression_summary,
@@ -27,6 +25,8 @@ from hesse.reporting import (
     write_page,
 )
 from hesse.reporting.runtimes import benchmark_summary, export_summary
+from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, MissingRun, TimedRun
+from hesse.runtimes.export_report import ExportedLayer, ExportReport
 
 FolderOf = Callable[[str], Path]
 ON_A_PAGE = (
@@ -121,9 +121,9 @@ def exports() -> ExportReport:
 
 
 def benchmark() -> Benchmark:
-    one = Measured.of([1.0])
-    row = Row("transformers", "dense", "1", "float32", 1, one, one, one, one, None, None)
-    return Benchmark("m", "d", 8, 2, 1, 1, "processor", 2, 0.0, {}, [row], [Missing("torchao", "not installed")])
+    one = TimedRun.of([1.0])
+    row = BenchmarkRow("transformers", "dense", "1", "float32", 1, one, one, one, one, None, None)
+    return Benchmark("m", "d", 8, 2, 1, 1, "processor", 2, 0.0, {}, [row], [MissingRun("torchao", "not installed")])
 
 
 def test_a_terminal(report: CompressionReport, inspection: Inspection) -> None:
@@ -150,4 +150,4 @@ def test_an_error_is_one_line(hesse_command: CommandLine, tmp_path: Path) -> Non
     assert ran.code == 1
     assert ran.error.startswith("Error: ")
     assert r"\x1b]0;a title\x07\x1b[2J\x9b31m[red][/blue]:smile:\u202ehidden\r" in ran.error
-    assert r"such\nmodel is no folder" in ran.error
+    assert r"such\nmodel is not a folder" in ran.error

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, compress, left_over, output, twin, write_ids
-from hesse.compression.input_rounding import rounding_cost
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
+from hesse.layerwise.input_rounding import rounding_cost
 from hesse.methods import Recipe
-from hesse.models.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 BYTES = {"bits": 8, "group_size": -1, "input_bits": 8}
@@ -103,9 +103,9 @@ def test_the_prediction_counts_inputs(setting: str, family_folder: FolderOf, tmp
     inputs = sum(layer.predicted_input_loss or 0.0 for layer in report.layers)
     weights = sum(layer.predicted_loss_increase or 0.0 for layer in report.layers)
     assert all(layer.input_bits == bits and layer.predicted_input_loss for layer in report.layers)
-    assert report.predicted_loss_increase == pytest.approx(weights + inputs)
-    assert 0.2 < inputs / report.predicted_loss_increase < 0.95
-    assert 0.7 < report.verification.measured / report.predicted_loss_increase < 1.4
+    assert report.loss.predicted == pytest.approx(weights + inputs)
+    assert 0.2 < inputs / report.loss.predicted < 0.95
+    assert 0.7 < report.loss.measured / report.loss.predicted < 1.4
 
 
 def test_bits_on_disk_are_those_that_are_said(family_folder: FolderOf, tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_layers_may_differ(half_folder: FolderOf, tmp_path: Path) -> None:
         ("llama", {"symmetric": False}, "asymmetric grids and the layers of GPT-2 and Falcon load as dense"),
         ("gpt2", {}, "asymmetric grids and the layers of GPT-2 and Falcon load as dense"),
         ("mixtral", {"ignore": ["self_attn"]}, "experts.* cannot be rounded: transformers keeps experts in one tensor"),
-        ("llama", {"target": "vllm"}, "vllm rounds inputs to 8 bits before weights of 8 bits with a scale a row only"),
-        ("llama", {"format": "int-quantized"}, "int-quantized stores 4 bits in 8"),
+        ("llama", {"target": "vllm"}, "vllm rounds inputs only to 8 bits, and only for weights of 8 bits"),
+        ("llama", {"format": "int-quantized"}, "int-quantized stores 4 bits in a whole byte"),
         ("llama", {"input_bits": 1}, "--input-bits is 1, but must be between 2 and 8"),
         ("llama", {"bits": None, "mean_bits": 3.5}, "a budget counts what weights cost, not their inputs"),
         ("llama", {"method": "quip"}, "--input-bits has no meaning for the method quip"),
@@ -197,7 +197,7 @@ def test_without_inputs_the_prediction_says_what_it_leaves_out(family_folder: Fo
     hesse.estimate(source, tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
     settings = {"method": "rtn", "curvature": tmp_path / "stats", "data": None, **BYTES}
     report = compress(source, tmp_path / "out", **settings)
-    notes = [note for note in report.fallbacks if "the prediction leaves out that its inputs are rounded" in note]
+    notes = [note for note in report.notes if "the prediction leaves out that its inputs are rounded" in note]
     assert len(notes) == len(report.layers)
 
 
@@ -210,8 +210,8 @@ def test_stored_scales_of_inputs_are_refused(change: dict[str, Any], family_fold
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(change)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="q_proj rounds its inputs with scales that are stored"):
-        Network(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="q_proj rounds its inputs with stored scales"):
+        CheckpointNetwork(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
 
 
 def test_the_command_line_has_it(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hesse
 import tiny_models
-from helpers import IDS, CommandLine, change, write_ids
+from helpers import IDS, CommandLine, change, fast_first, write_ids
 from hesse.constraints import Grid
 from hesse.curvature import Gram, Identity
 from hesse.errors import CheckpointError, OptionError, UnsupportedModelError
@@ -107,7 +107,7 @@ def test_the_spectrum_is_bounded_by_what_is_said(llama: tuple[Path, Inspection])
     assert found.at_a_minimum == (lows[0][0] >= -lows[0][1])
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", fast_first(["opt", "mixtral", "gemma3", "gpt2"]))
 def test_other_families(name: str, family_folder: FolderOf) -> None:
     found = hesse.inspect(family_folder(name), data=FEW)
     assert found.layers
@@ -119,7 +119,7 @@ def test_predictions_from_statistics(llama: tuple[Path, Inspection], tmp_path: P
     data = write_ids(tmp_path / "ids.jsonl", FEW)
     kinds = ("gram", "kronecker", "fisher")
     hesse.estimate(source, tmp_path / "statistics", data=data, curvatures=kinds)
-    found = hesse.inspect(source, data=data, curvature=tmp_path / "statistics")
+    found = hesse.inspect(source, data=data, statistics=tmp_path / "statistics")
     assert list(found.rank_correlations["4 bits"]) == ["identity", "gram", "fisher diagonal", "kronecker"]
     for ours, theirs in zip(found.layers, plain.layers, strict=True):
         assert ours.measured == theirs.measured
@@ -127,7 +127,7 @@ def test_predictions_from_statistics(llama: tuple[Path, Inspection], tmp_path: P
             assert value == pytest.approx(theirs.predicted["3 bits"][kind], rel=0.1)
     assert str(tmp_path / "statistics") in inspection_page(found)
     with pytest.raises(CheckpointError, match="is of another model"):
-        hesse.inspect("default", curvature=tmp_path / "statistics")
+        hesse.inspect("default", statistics=tmp_path / "statistics")
 
 
 @settings(max_examples=50, deadline=None)
@@ -183,22 +183,23 @@ def test_the_page_holds_everything_and_needs_no_network(llama: tuple[Path, Inspe
     assert "trust the" in page
 
 
+@pytest.mark.slow
 def test_a_page_on_the_command_line(
     family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, data, out = family_folder("llama"), write_ids(tmp_path / "ids.jsonl", FEW), tmp_path / "page.html"
-    ran = hesse_command("inspect", source, "--data", data, "--out", out)
+    ran = hesse_command("inspect", source, "--data", data, "--report", out)
     assert ran.code == 0
-    assert f"The page: {out}" in ran.stdout.replace("\n", "")
+    assert f"The report: {out}" in ran.stdout.replace("\n", "")
     assert "<svg" in out.read_text(encoding="utf-8")
-    refused = hesse_command("inspect", source, "--data", data, "--out", out)
+    refused = hesse_command("inspect", source, "--data", data, "--report", out)
     assert (refused.code, "exists: give another name, or --overwrite" in refused.error) == (1, True)
-    assert hesse_command("inspect", source, "--data", data, "--out", out, "--overwrite").code == 0
-    nowhere = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "no" / "page.html")
+    assert hesse_command("inspect", source, "--data", data, "--report", out, "--overwrite").code == 0
+    nowhere = hesse_command("inspect", source, "--data", data, "--report", tmp_path / "no" / "page.html")
     assert (nowhere.code, "make it first" in nowhere.error) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.jsonl", "page.html"]
     monkeypatch.setattr("hesse.reporting.page.find_spec", lambda _: None)
-    lacking = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "other.html")
+    lacking = hesse_command("inspect", source, "--data", data, "--report", tmp_path / "other.html")
     assert (lacking.code, "pip install 'hesse[report]'" in lacking.error) == (2, True)
 
 

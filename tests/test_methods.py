@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from hesse.compression.layers import check_products
 from hesse.constraints import (
     Codebook,
     EitherSide,
@@ -23,7 +22,10 @@ from hesse.constraints import (
     VectorCodebook,
 )
 from hesse.errors import OptionError
-from hesse.methods import METHODS, Options, Recipe, find_method
+from hesse.layerwise.layer_solver import check_products
+from hesse.methods import Options, Recipe, find_method, methods_of
+
+COMPRESSING = methods_of("compress")
 
 OPTION_VALUES = {
     "bits": Options(bits=3),
@@ -52,11 +54,11 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COMPRESSING)
 def test_every_method_builds_its_triple(name: str) -> None:
     (rule,) = find_method(name).recipe(Options()).rules
-    constraint, parts = rule.constraint.build(), METHODS[name].constraints
-    if METHODS[name].basis != "own":
+    constraint, parts = rule.constraint.build(), COMPRESSING[name].constraints
+    if COMPRESSING[name].basis != "own":
         assert isinstance(constraint, ScaledColumns | Rotated | EitherSide | MixedGrid)
         constraint = constraint.base
     assert isinstance(constraint, Plus if len(parts) == 2 else PARTS[parts[0]])
@@ -74,7 +76,7 @@ def entries(content: Any) -> Iterator[tuple[str, Any]]:
             yield from entries(value)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COMPRESSING)
 @pytest.mark.parametrize("option", OPTION_VALUES)
 def test_an_option_is_in_the_recipe_or_refused_by_name(name: str, option: str) -> None:
     refused = ""
@@ -84,7 +86,7 @@ def test_an_option_is_in_the_recipe_or_refused_by_name(name: str, option: str) -
         refused = str(error)
     if refused:
         assert f"--{option.replace('_', '-')} has no meaning for the method {name}" in refused
-        assert getattr(METHODS[name].defaults, option) is None
+        assert getattr(COMPRESSING[name].defaults, option) is None
     else:
         key, value = SAID_AS.get(option, (option, getattr(OPTION_VALUES[option], option)))
         assert (key, value) in list(entries(rules[0].model_dump()))
@@ -93,7 +95,7 @@ def test_an_option_is_in_the_recipe_or_refused_by_name(name: str, option: str) -
 @pytest.mark.parametrize("name", ["gptq", "magnitude", "wanda", "sparsegpt"])
 def test_sparsity_and_bits_together_are_solved_jointly(name: str) -> None:
     (rule,) = find_method(name).recipe(Options(bits=4, sparsity="2:4", group_size=64)).rules
-    headroom = METHODS[name].defaults.headroom or 0.0
+    headroom = COMPRESSING[name].defaults.headroom or 0.0
     assert rule.constraint.build() == SparseGrid(Sparse(2, 4), Grid(4, 64, headroom=headroom))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_ids
-from hesse.compression import feed_forward
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
-from hesse.models.experts import EXPERT_NAMES
+from hesse.networks import feed_forward
+from hesse.networks.families import EXPERT_LAYERS
 from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 from hesse.testing import normal
 
@@ -65,7 +65,7 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
 ) -> None:
     prefix, makers, reader, setting = PARTS[name]
     source, out = family_folder(name), tmp_path / "out"
-    report = hesse.narrow(source, out, keep=0.5, data=IDS)
+    report = hesse.narrow(source, out, keep=0.5, data=IDS).report
     assert report.width_after == report.width_before // 2
     assert json.loads((out / "config.json").read_text())[setting] == report.width_after
     narrow, dense = tiny_models.load(name, out), tiny_models.load(name, source)
@@ -96,8 +96,8 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
         full[:, units] = small
         layer.weight = nn.Parameter(full.T if transposed else full)
     torch.testing.assert_close(output(narrow), output(dense), rtol=1e-3, atol=1e-4)
-    assert report.measured > 0
-    assert all(block.relative_error and 0 < block.relative_error < 1 for block in report.blocks)
+    assert report.loss.measured > 0
+    assert all(block.relative_error and 0 < block.relative_error < 1 for block in report.layers)
 
 
 def row_of(matrix: Tensor, row: Tensor) -> int:
@@ -107,7 +107,7 @@ def row_of(matrix: Tensor, row: Tensor) -> int:
 def padded(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Tensor]:
     """The narrow tensors in the shapes of the dense ones, with zeros where units are gone."""
     found = dict(small)
-    for gate, up, down in EXPERT_NAMES:
+    for gate, up, down in EXPERT_LAYERS:
         for reader in [name for name in small if name.endswith(f".{down}.weight")]:
             names = [reader.replace(f".{down}.", f".{maker}.") for maker in (gate, up)]
             rows = [[row_of(large[each], own) for own in small[each]] for each in names]
@@ -126,7 +126,7 @@ def test_each_expert_keeps_units_of_its_own(
     name: str, data: list[list[int]], family_folder: FolderOf, tmp_path: Path
 ) -> None:
     source, out, whole = family_folder(name), tmp_path / "out", tmp_path / "whole"
-    report = hesse.narrow(source, out, keep=0.5, data=data)
+    report = hesse.narrow(source, out, keep=0.5, data=data).report
     assert report.width_after == report.width_before // 2
     narrow = tiny_models.load(name, out)
     assert sum(p.numel() for p in narrow.parameters()) == report.parameters_after
@@ -134,7 +134,7 @@ def test_each_expert_keeps_units_of_its_own(
     save_file(padded(dense_tensors(out), dense_tensors(source)), whole / "model.safetensors", {"format": "pt"})
     copyfile(source / "config.json", whole / "config.json")
     torch.testing.assert_close(output(narrow), output(tiny_models.load(name, whole)), rtol=1e-3, atol=1e-4)
-    unreached = [block.name for block in report.blocks if block.relative_error is None]
+    unreached = [block.name for block in report.layers if block.relative_error is None]
     assert [note.split(":")[0] for note in report.notes if "chosen by their weights" in note] == unreached
     assert (unreached != []) == (data != IDS)
 
@@ -149,7 +149,10 @@ def seen_by(model: nn.Module, layer: nn.Module) -> Tensor:
 
 
 def test_more_units_cost_less(family_folder: FolderOf, tmp_path: Path) -> None:
-    costs = [hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).measured for k in (0.25, 0.9)]
+    costs = [
+        hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).report.loss.measured
+        for k in (0.25, 0.9)
+    ]
     assert costs[1] < costs[0]
 
 
@@ -160,10 +163,10 @@ def test_what_cannot_be_narrowed_is_refused(family_folder: FolderOf, tmp_path: P
     with pytest.raises(OptionError, match="leaves 96, a multiple of 8: give less"):
         hesse.narrow(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_forward, "WIDTHS", ("hidden_size", "ffn_dim"))
+        patch.setattr(feed_forward, "CONFIG_WIDTHS", ("hidden_size", "ffn_dim"))
         with pytest.raises(UnsupportedModelError, match="no settings for the width of all feed-forward layers"):
             hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
-        patch.setattr(feed_forward, "EXPERT_NAMES", ())
+        patch.setattr(feed_forward, "EXPERT_LAYERS", ())
         with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no feed-forward layer of a known shape"):
             hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
     assert left_over(tmp_path) == []
@@ -173,7 +176,7 @@ def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, t
     ids = write_ids(tmp_path / "ids.jsonl")
     arguments = ("narrow", family_folder("llama"), tmp_path / "out", "--data", ids)
     report = json.loads(hesse_command(*arguments, "--json").stdout)
-    assert report == json.loads((tmp_path / "out" / "narrow.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     ran = hesse_command(*arguments, "--overwrite")
     assert ran.code == 0
     assert "72 of 96 hidden units a block" in ran.stdout

@@ -1,6 +1,7 @@
 """Attention with fewer dimensions a head: exact where fewer say all, else the best of their number."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,19 @@ from torch import Tensor, nn
 import hesse
 from hesse.curvature import SquaredError
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.partitions.attention import NarrowAttention
-from hesse.structured.narrow_heads import leading_directions, nearest_product, root
+from hesse.methods import METHODS
+from hesse.modules.head_dimensions import leading_directions, nearest_product, root
+from hesse.networks.narrow_attention import NarrowAttention
 from hesse.testing import normal
 
 WIDTH, HEADS, SIZE = 16, 2, 8
+
+
+def narrowed(model: nn.Module, data: Any, **options: Any) -> Any:
+    """The network with narrower heads by the row of the table, and the report."""
+    result = METHODS["modegpt-heads"].run(model, data=data, **options)
+    assert result.report.method == "modegpt-heads"
+    return result.model, result.report
 
 
 class Layer(nn.Module):
@@ -61,13 +70,13 @@ def test_what_uses_few_dimensions_is_the_same_with_few(cross: bool, bias: bool) 
     layer = Layer(cross, bias).double().eval()
     of_few_dimensions(layer, 4)
     before, batches = deepcopy(layer.state_dict()), data(layer)
-    narrow, report = hesse.narrow_heads(layer, batches, keep=0.5, loss=SquaredError())
+    narrow, report = narrowed(layer, batches, keep=0.5, loss_function=SquaredError())
     assert isinstance(narrow.attention, NarrowAttention)
     assert narrow.attention.in_proj_weight.shape == (3 * HEADS * 4, WIDTH)
     for inputs, outputs in batches:
         torch.testing.assert_close(narrow(inputs), outputs, atol=1e-8, rtol=1e-8)
-    assert report.parameters[1] < report.parameters[0]
-    assert report.flops[1] < report.flops[0]
+    assert report.parameters_after < report.parameters_before
+    assert report.flops_after < report.flops_before
     assert report.removed == {"dimensions of the heads of attention": (4, 8)}
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
@@ -75,7 +84,7 @@ def test_what_uses_few_dimensions_is_the_same_with_few(cross: bool, bias: bool) 
 def test_more_dimensions_cost_less_and_any_are_better_than_zeroed_ones() -> None:
     layer = Layer().double().eval()
     batches = data(layer)
-    losses = [hesse.narrow_heads(layer, batches, keep=k, loss=SquaredError())[1].loss[1] for k in (0.25, 0.5, 0.875)]
+    losses = [narrowed(layer, batches, keep=k, loss_function=SquaredError())[1].loss_after for k in (0.25, 0.5, 0.875)]
     assert losses == sorted(losses, reverse=True)
     zeroed = deepcopy(layer)
     with torch.no_grad():
@@ -119,9 +128,9 @@ def test_a_head_that_gives_nothing_makes_no_trouble() -> None:
         layer.attention.in_proj_weight[-SIZE:] = 0
         layer.attention.in_proj_bias[-SIZE:] = 0
     batches = data(layer)
-    narrow, report = hesse.narrow_heads(layer, batches, keep=0.875, loss=SquaredError())
+    narrow, report = narrowed(layer, batches, keep=0.875, loss_function=SquaredError())
     assert all(parameter.isfinite().all() for parameter in narrow.parameters())
-    assert report.loss[1] < 0.1 * float(torch.cat([outputs for _, outputs in batches]).square().mean())
+    assert report.loss_after < 0.1 * float(torch.cat([outputs for _, outputs in batches]).square().mean())
 
 
 def test_what_cannot_be_narrowed_is_refused() -> None:
@@ -129,12 +138,12 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
     batches = data(layer)
     for keep in (0.0, 1.0, 1.5):
         with pytest.raises(OptionError, match="must be a share of a head's dimensions"):
-            hesse.narrow_heads(layer, batches, keep=keep, loss=SquaredError())
+            narrowed(layer, batches, keep=keep, loss_function=SquaredError())
     with pytest.raises(OptionError, match=r"keep 0\.99 of 8 dimensions of attention leaves 8"):
-        hesse.narrow_heads(layer, batches, keep=0.99, loss=SquaredError())
+        narrowed(layer, batches, keep=0.99, loss_function=SquaredError())
     plain = nn.Sequential(nn.Linear(WIDTH, WIDTH)).double()
     with pytest.raises(UnsupportedModelError, match=r"Sequential has no nn\.MultiheadAttention"):
-        hesse.narrow_heads(plain, [(x, x) for x, _ in batches], loss=SquaredError())
+        narrowed(plain, [(x, x) for x, _ in batches], loss_function=SquaredError())
 
 
 def test_an_encoder_of_torch_runs_and_trains_on() -> None:
@@ -145,12 +154,12 @@ def test_an_encoder_of_torch_runs_and_trains_on() -> None:
     inputs = torch.randn(48, 7, WIDTH)
     with torch.no_grad():
         batches = list(zip(inputs.split(16), model(inputs).argmax(-1).split(16), strict=True))
-    narrow, report = hesse.narrow_heads(model, batches, keep=0.5)
+    narrow, report = narrowed(model, batches, keep=0.5)
     assert len(report.removed) == 2
     with torch.inference_mode():
         assert narrow(inputs).isfinite().all()
         padding = torch.zeros(48, 7, dtype=torch.bool)
         padding[:, 5:] = True
         assert narrow[0](inputs, src_key_padding_mask=padding).isfinite().all()
-    hesse.recover(narrow, batches, hesse.Training(steps=2), loss=nn.CrossEntropyLoss())
+    hesse.finetune(narrow, batches, hesse.Training(steps=2), loss_function=nn.CrossEntropyLoss())
     assert not narrow[2].bias.requires_grad

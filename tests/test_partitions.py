@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.partitions import (
     Group,
-    Partition,
-    check_partition,
+    TracedGroups,
+    check_groups,
     check_slicing,
     loading_problem,
     slice_groups,
@@ -53,7 +53,7 @@ def eager(model: Any) -> Any:
     return model.eval()
 
 
-def some_of(partition: Partition, kind: str, uneven: bool = False) -> list[Group]:
+def some_of(partition: TracedGroups, kind: str, uneven: bool = False) -> list[Group]:
     """A third of each site's groups of a kind, or from each site one more than from the site before."""
     chosen, pick = [], random.Random(0)
     for place, site in enumerate(partition.sites((kind,)).values()):
@@ -73,7 +73,7 @@ def test_zeroed_and_sliced_families_agree_and_load(name: str, tmp_path: Path) ->
     model = family(name)
     partition = trace_groups(model, IDS)
     before = outputs(model, IDS)
-    for kind in ("heads", "neurons", "experts"):
+    for kind in ("heads", "hidden", "experts"):
         groups = some_of(partition, kind)
         if not groups:
             assert kind == "experts" or name in WITHOUT_HEADS
@@ -91,7 +91,7 @@ def test_zeroed_and_sliced_families_agree_and_load(name: str, tmp_path: Path) ->
             assert torch.allclose(outputs(back, IDS), outputs(sliced, IDS), atol=PRECISE)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "neurons"), ("gpt2", "heads"), ("qwen2-moe", "neurons")])
+@pytest.mark.parametrize(("name", "kind"), [("llama", "hidden"), ("gpt2", "heads"), ("qwen2-moe", "hidden")])
 def test_uneven_widths_stay_in_memory(name: str, kind: str) -> None:
     model = family(name)
     sliced, difference = check_slicing(model, some_of(trace_groups(model, IDS), kind, uneven=True), IDS)
@@ -108,7 +108,7 @@ def test_heads_that_stay_have_a_reason(name: str) -> None:
     ]
     assert any(WITHOUT_HEADS[name] in why for why in reasons)
     with pytest.raises(OptionError, match="the network has no heads that can be taken out"):
-        partition.of(["heads"])
+        partition.of_kinds(["heads"])
 
 
 def test_a_head_of_grouped_attention_is_a_key_and_value_with_its_queries() -> None:
@@ -178,8 +178,8 @@ VISION: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "batch norm": (lambda: residual_net(nn.BatchNorm2d), ("channels",)),
     "group norm": (lambda: residual_net(lambda width: nn.GroupNorm(4, width)), ("channels",)),
     "grouped": (grouped_net, ("channels",)),
-    "plain vit": (PlainViT, ("heads", "neurons")),
-    "vit": (library_vit, ("heads", "neurons")),
+    "plain vit": (PlainViT, ("heads", "hidden")),
+    "vit": (library_vit, ("heads", "hidden")),
 }
 
 
@@ -205,7 +205,7 @@ def test_zeroed_and_sliced_vision_networks_agree(name: str, seed: int) -> None:
     partition = trace_groups(model, images)
     pick = random.Random(seed)
     sites = partition.sites()
-    assert {site.partition(" of ")[0] for site in sites} == set(kinds)
+    assert {groups[0].kind for groups in sites.values()} == set(kinds)
     groups = [group for site in sites.values() for group in pick.sample(site, pick.randint(1, len(site) - 1))]
     sliced, difference = check_slicing(model, groups, images)
     assert difference < PRECISE
@@ -279,10 +279,10 @@ def test_a_width_known_by_heart_is_refused_when_cut() -> None:
     model = chain(Shuffle())
     partition = trace_groups(model, VALUES)
     with pytest.raises(UnsupportedModelError, match=r"without 0\[0\] the model"):
-        check_partition(model, partition, VALUES, ["neurons"])
+        check_groups(model, partition, VALUES, ["hidden"])
 
 
-def test_neurons_that_are_not_zero_without_a_cause_stay() -> None:
+def test_hidden_units_that_are_not_zero_without_a_cause_stay() -> None:
     partition = trace_groups(chain(nn.Sigmoid()), VALUES)
     assert not partition.groups
     assert partition.fixed["0.weight, axis 0"] == "2 reads them where they are not zero without a cause"
@@ -314,4 +314,4 @@ def test_narrow_attention_is_attention_with_heads_at_zero(first: bool) -> None:
         def attend(module: nn.Module, values: Any, options: dict[str, Tensor] = options) -> Any:
             return module(*values, need_weights=False, **options)[0]
 
-        assert check_slicing(attention, partition.of(["heads"])[1:3], (inputs,) * 3, attend)[1] < PRECISE
+        assert check_slicing(attention, partition.of_kinds(["heads"])[1:3], (inputs,) * 3, attend)[1] < PRECISE

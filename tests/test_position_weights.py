@@ -1,6 +1,7 @@
 """Positions weighed by the attention that they receive: against eager attention, and RSQ against its definition."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,18 @@ from transformers import AutoModelForCausalLM
 
 import hesse
 from helpers import IDS, compress, dense_tensors, write_ids
-from hesse.compression import position_weights as weighing
-from hesse.compression.inputs import InputGrams
-from hesse.compression.position_weights import LEAST, in_range, position_weights
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram
 from hesse.errors import OptionError, UnsupportedModelError
+from hesse.estimation.calibrated import calibrated
+from hesse.estimation.statistics import weighted_inputs as weighing
+from hesse.estimation.statistics.weighted_inputs import LEAST, in_range, position_weights
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.models.attention import received
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import advance, advance_with_stops, start
-from hesse.progress import Clock
+from hesse.networks.attention import attention_per_key
+from hesse.networks.network import CheckpointNetwork
+from hesse.passes.stream import advance, start
 from hesse.solvers import ErrorFeedback, solve
 from hesse.testing import normal
 
@@ -41,7 +41,7 @@ def test_it_is_what_eager_attention_gives(name: str, family_folder: FolderOf) ->
     ids = torch.tensor(IDS)[:3]
     with torch.no_grad():
         wanted = model(ids, output_attentions=True).attentions
-    network = Network(Checkpoint(folder), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, torch.device("cpu"))
     flows = start(network, [ids[:2], ids[2:]])
     for index, block in enumerate(network.blocks):
         with network.loaded(block) as module:
@@ -55,14 +55,14 @@ def test_it_is_what_eager_attention_gives(name: str, family_folder: FolderOf) ->
 def test_masks_are_kept() -> None:
     query, key = normal(0, 2, 4, 5, 3).float(), normal(1, 2, 2, 5, 3).float()
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    found = received(query, key, None, None, True)
+    found = attention_per_key(query, key, None, None, True)
     added = torch.zeros(1, 1, 5, 5).masked_fill(~causal, -torch.inf)
     for mask in (causal[None, None], added, causal.expand(2, 4, 5, 5)):
-        torch.testing.assert_close(received(query, key, mask, None, True), found)
+        torch.testing.assert_close(attention_per_key(query, key, mask, None, True), found)
     shares = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 3**0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     torch.testing.assert_close(found, shares.sum((1, 2)))
     torch.testing.assert_close(found.sum(1), torch.full((2,), 4.0 * 5))  # each query of each head gives one in all
-    assert received(query, key, None, None, False).sum() == pytest.approx(40)
+    assert attention_per_key(query, key, None, None, False).sum() == pytest.approx(40)
 
 
 def test_weights_lie_in_their_range_sample_by_sample() -> None:
@@ -70,37 +70,38 @@ def test_weights_lie_in_their_range_sample_by_sample() -> None:
     torch.testing.assert_close(weights, torch.tensor([[LEAST, 1.0, (1 + LEAST) / 2], [1.0, 1.0, 1.0]]))
 
 
-def test_the_gram_is_of_weighted_positions(family_folder: FolderOf) -> None:
+def test_the_gram_is_of_weighted_positions(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's, with the weights of the flow that its inputs came with; a layer without inputs of its own too."""
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
-    block, seen = network.blocks[0], dict[str, list[Tensor]]()
+    block, seen, found = network.blocks[0], dict[str, list[Tensor]](), dict[str, tuple[Gram, Gram]]()
     weights = [normal(seed, *flow.ids.shape).square().float() for seed, flow in enumerate(flows)]
-    grams = InputGrams(Clock(), weights=weights)
+    monkeypatch.setattr(weighing, "position_weights", lambda batches, block, index: weights)
+    needs = {layer.name: ("inputs", "weighted inputs") for layer in block.layers}
 
-    def change(layer: object) -> None:
-        gram, rows = grams.gram(), torch.cat([each.flatten(0, -2) for each in list(seen.values())[-1]])
-        r = torch.cat([each.flatten() for each in weights])
+    def note(name: str, module: object, arguments: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(arguments[0])
+
+    for layer in block.layers:
+        layer.module.register_forward_pre_hook(partial(note, layer.name))
+    r = torch.cat([each.flatten() for each in weights])
+    for reached, layer, statistics in calibrated(network, flows, needs):
+        if reached is block:
+            found[layer.name] = (statistics.gram, statistics["weighted inputs"])
+    for name, (gram, weighted) in found.items():
+        rows = torch.cat([each.flatten(0, -2) for each in seen[name][: len(flows)]])
         torch.testing.assert_close(gram.second_moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-        assert grams.weighted is not None
         wanted = rows.T @ (r[:, None] * rows) / len(rows)
-        torch.testing.assert_close(grams.weighted.second_moment, wanted, rtol=1e-4, atol=1e-5)
-        assert grams.weighted.tokens == len(rows)
-
-    def collect(layer: object, inputs: Tensor) -> None:
-        seen.setdefault(layer.name, []).append(inputs)  # type: ignore[attr-defined]
-        grams.collect(layer, inputs)  # type: ignore[arg-type]
-
-    with network.loaded(block):
-        assert advance_with_stops(flows, block, 0, collect, change) == []
-    assert len(seen) == 4
+        torch.testing.assert_close(weighted.second_moment, wanted, rtol=1e-4, atol=1e-5)
+        assert weighted.tokens == len(rows)
+    assert len({id(gram) for gram, _ in found.values()}) == 4
 
 
 def test_the_layers_are_gptqs_under_the_weighted_gram(family_folder: FolderOf, tmp_path: Path) -> None:
     """The first layer of a model, whose inputs no change before it has touched."""
     source, name = family_folder("llama"), "model.layers.0.self_attn.q_proj"
     compress(source, tmp_path / "out", recipe=Recipe(rules=(RULE,)), data=IDS)
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)])
     with network.loaded(network.blocks[0]) as module:
         found = position_weights(flows, network.blocks[0], 0)
@@ -125,7 +126,7 @@ def test_equal_weights_are_gptq(family_folder: FolderOf, tmp_path: Path, monkeyp
 
 def test_positions_that_reach_an_expert_are_equals_and_it_is_said(half_folder: FolderOf, tmp_path: Path) -> None:
     report = compress(half_folder("mixtral"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
-    said = {note.split(":")[0] for note in report.fallbacks if "how much attention its positions receive" in note}
+    said = {note.split(":")[0] for note in report.notes if "how much attention its positions receive" in note}
     assert said == {layer.name for layer in report.layers if ".experts." in layer.name and layer.tokens}
 
 
@@ -133,8 +134,8 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     with pytest.raises(UnsupportedModelError, match="does not tell how much attention a position receives"):
         compress(half_folder("falcon-alibi"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
-    with pytest.raises(OptionError, match="--curvature has no weighted inputs"):
+    with pytest.raises(OptionError, match="--statistics holds no weighted inputs"):
         compress(
-            half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=(RULE,)), curvature=tmp_path / "statistics"
+            half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=(RULE,)), statistics=tmp_path / "statistics"
         )
     assert {path.name for path in tmp_path.iterdir()} == {"statistics", "ids.jsonl"}

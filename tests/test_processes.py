@@ -16,12 +16,13 @@ from torch import Tensor
 
 import hesse
 import tiny_models
-from helpers import compress, dense_tensors, left_over, sha256, write_ids
+from helpers import compress, dense_tensors, fast_first, left_over, sha256, write_ids
 from hesse.processes import Processes
 
 FolderOf = Callable[[str], Path]
 ROOT = str(Path(hesse.__file__).parents[1])
 IDS = tiny_models.random_ids(12, 32)
+LONG = 600  # seconds that a process may take on a busy machine
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -51,7 +52,7 @@ def start(count: int, *arguments: str | Path) -> list[subprocess.Popen[str]]:
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code and output of each."""
-    printed = [process.communicate(timeout=120) for process in processes]
+    printed = [process.communicate(timeout=LONG) for process in processes]
     return [(process.returncode, *both) for process, both in zip(processes, printed, strict=True)]
 
 
@@ -71,11 +72,13 @@ def equal_share(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "method", "options"),
-    [
-        ("llama", "kronecker", ("--bits", "4")),
-        ("mixtral", "gptq", ("--bits", "4")),
-        ("llama", "sparsegpt", ("--sparsity", "2:4")),
-    ],
+    fast_first(
+        [
+            ("llama", "kronecker", ("--bits", "4")),
+            ("mixtral", "gptq", ("--bits", "4")),
+            ("llama", "sparsegpt", ("--sparsity", "2:4")),
+        ]
+    ),
 )
 def test_torchrun_gives_what_one_process_gives(
     name: str, method: str, options: tuple[str, str], family_folder: FolderOf, tmp_path: Path
@@ -93,17 +96,18 @@ def test_torchrun_gives_what_one_process_gives(
     key, value = options[0].removeprefix("--"), options[1]
     own = {key: int(value) if key == "bits" else value, **({"group_size": 32} if key == "bits" else {})}
     alone = compress(family_folder(name), tmp_path / "alone", data=data, method=method, **own)
-    assert report["predicted_loss_increase"] == pytest.approx(alone.predicted_loss_increase, rel=0.02)
+    assert report["loss"]["predicted"] == pytest.approx(alone.loss.predicted, rel=0.02)
     assert [layer["tokens"] for layer in report["layers"]] == [layer.tokens for layer in alone.layers]
     assert equal_share(dense_tensors(tmp_path / "out"), dense_tensors(tmp_path / "alone")) > 0.98
     assert left_over(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_one_that_dies_ends_all_and_the_run_goes_on(half_folder: FolderOf, tmp_path: Path) -> None:
     data = write_ids(tmp_path / "ids.jsonl", tiny_models.random_ids(96, 64))
     arguments = ("compress", half_folder("llama"), tmp_path / "out", "--data", data, "--batch-size", "1", "--json")
     first = start(2, *arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONG
     while not list(tmp_path.glob(".out.unfinished/journal-1/*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -120,6 +124,7 @@ def test_one_that_dies_ends_all_and_the_run_goes_on(half_folder: FolderOf, tmp_p
     assert left_over(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_more_processes_than_samples_are_refused(family_folder: FolderOf, tmp_path: Path) -> None:
     data = write_ids(tmp_path / "ids.jsonl", IDS[:1])
     results = ended(start(2, "compress", family_folder("llama"), tmp_path / "out", "--data", data, "--json"))
@@ -131,5 +136,5 @@ def test_one_process_shares_with_nobody() -> None:
     alone, tensor = Processes(), torch.ones(3)
     alone.add(tensor)
     alone.wait()
-    assert torch.equal(alone.joined(tensor), torch.ones(3))
-    assert (alone.total(3), alone.least(3), alone.leads) == (3, 3, True)
+    assert torch.equal(alone.all_gather(tensor), torch.ones(3))
+    assert (alone.all_reduce_sum(3), alone.all_reduce_min(3), alone.is_main) == (3, 3, True)

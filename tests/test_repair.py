@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, CommandLine, change, compress, dense_tensors, left_over, output, twin, write_ids
-from hesse.compression import RepairReport
 from hesse.errors import CheckpointError, HesseError, OptionError
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
+from hesse.jobs.repair_report import RepairReport
 
 FolderOf = Callable[[str], Path]
 RANK = 6
@@ -44,7 +44,7 @@ def compressed(family_folder: FolderOf, tmp_path_factory: pytest.TempPathFactory
 
 
 def repair(dense: Path, compressed: Path, out: Path, **options: Any) -> RepairReport:
-    return hesse.repair(dense, compressed, out, **{"data": IDS, "rank": RANK, **options})
+    return hesse.repair(dense, compressed, out, **{"data": IDS, "rank": RANK, **options}).report
 
 
 def products(adapter: Path) -> dict[str, Tensor]:
@@ -104,8 +104,8 @@ def test_each_product_is_eoras_on_the_inputs_of_the_repaired_model(
         left = (inputs @ (error - expected).T).square().sum() / outputs
         assert layer.output_error_after == pytest.approx(float(left), rel=1e-2)
         assert layer.output_error_after < layer.output_error_before
-    assert report.measured_after < report.measured_before
-    assert report.predicted_after < report.predicted_before
+    assert report.loss.measured < report.loss_before.measured
+    assert report.loss.predicted < report.loss_before.predicted
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert"])
@@ -119,13 +119,13 @@ def test_the_adapter_beside_the_compressed_model_is_the_dense_result(
     ordinary = tiny_models.load(family, tmp_path / "dense")
     torch.testing.assert_close(output(beside), output(ordinary), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(output(ordinary), output(tiny_models.load(family, tmp_path / "twin")), atol=1e-2)
-    assert merged.measured_after == pytest.approx(report.measured_after, rel=1e-3)
+    assert merged.loss.measured == pytest.approx(report.loss.measured, rel=1e-3)
     found = hesse.evaluate(base, adapter=tmp_path / "adapter", reference=source, data=OTHER_IDS)
     again = hesse.evaluate(tmp_path / "dense", reference=source, data=OTHER_IDS)
     distances = [x.hidden_error if x.kl is None else x.kl for x in (found, again)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-3)
     weights = (tmp_path / "adapter" / WEIGHTS).stat().st_size
-    assert found.bytes == report.bytes_compressed + report.bytes_added == open_checkpoint(base).file_bytes + weights
+    assert found.bytes == report.bytes_before + report.bytes_added == open_checkpoint(base).file_bytes + weights
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, RANK, "LORA")
     assert config["fan_in_fan_out"] == (family == "gpt2")
@@ -135,8 +135,8 @@ def test_the_adapter_beside_the_compressed_model_is_the_dense_result(
 def test_nearly_a_full_rank_gives_the_model_back(compressed: FolderOf, family_folder: FolderOf, tmp_path: Path) -> None:
     source = family_folder("opt")
     report = repair(source, compressed("opt"), tmp_path / "out", rank=63, format="dense")
-    assert report.measured_before > 1e-3
-    assert report.measured_after < 1e-5
+    assert report.loss_before.measured > 1e-3
+    assert report.loss.measured < 1e-5
     held = dense_tensors(tmp_path / "out")
     for name, tensor in dense_tensors(source).items():
         torch.testing.assert_close(held[name], tensor, rtol=1e-2, atol=1e-2)
@@ -152,7 +152,7 @@ def test_identity_is_the_plain_svd_of_the_error_and_kronecker_lowers_the_end_los
     left, values, right = torch.linalg.svd(error)
     plain = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
     torch.testing.assert_close(products(tmp_path / "identity")[name], plain, rtol=1e-3, atol=1e-5)
-    assert found["kronecker"].predicted_after < found["gram"].predicted_after < found["identity"].predicted_after
+    assert found["kronecker"].loss.predicted < found["gram"].loss.predicted < found["identity"].loss.predicted
 
 
 def test_layers_that_are_ignored_or_lack_nothing_stay_as_they_are(family_folder: FolderOf, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_experts_are_repaired_in_a_dense_result_and_refused_in_an_adapter(
         repair(source, tmp_path / "base", tmp_path / "out")
     report = repair(source, tmp_path / "base", tmp_path / "out", format="dense")
     assert any(".experts." in layer.name for layer in report.layers)
-    assert report.measured_after < report.measured_before
+    assert report.loss.measured < report.loss_before.measured
     model = tiny_models.load("mixtral", tmp_path / "out")
     dense = output(tiny_models.load("mixtral", source))
     before = output(tiny_models.load("mixtral", twin(tmp_path / "base", tmp_path / "twin", source)))
@@ -191,7 +191,7 @@ def test_weights_in_bfloat16_are_read_back_as_they_were_solved(half_folder: Fold
     compress(source, tmp_path / "base", method="gptq", bits=3, group_size=32)
     for format in ("adapter", "dense"):
         report = repair(source, tmp_path / "base", tmp_path / format, format=format)
-        assert report.measured_after < report.measured_before
+        assert report.loss.measured < report.loss_before.measured
     assert {x.dtype for x in load_file(tmp_path / "adapter" / WEIGHTS).values()} == {torch.bfloat16}
     assert {x.dtype for x in dense_tensors(tmp_path / "dense").values()} == {torch.bfloat16}
 
@@ -228,7 +228,7 @@ def test_models_that_are_no_pair_are_refused(compressed: FolderOf, family_folder
     source, base = family_folder("llama"), compressed("packed")
     with pytest.raises(OptionError, match=r"is a LlamaForCausalLM and .* a Qwen2ForCausalLM"):
         repair(source, family_folder("qwen2"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is compressed already: start from the dense model"):
+    with pytest.raises(CheckpointError, match="is already compressed: start from the dense model"):
         repair(base, source, tmp_path / "out")
     with pytest.raises(OptionError, match="is both the dense and the compressed model"):
         repair(source, source, tmp_path / "out")
@@ -251,9 +251,9 @@ def test_models_that_are_no_pair_are_refused(compressed: FolderOf, family_folder
     [
         ({"use_dora": True}, None, "has use_dora, which Hesse does not read"),
         ({"peft_type": "IA3"}, None, "has the peft_type IA3"),
-        ({"r": None}, None, "gives no rank r and lora_alpha"),
-        ({}, {"base_model.model.elsewhere.lora_A.weight": torch.zeros(2, 2)}, "elsewhere.lora_A.weight, of which"),
-        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "do not fit"),
+        ({"r": None}, None, "lacks the rank r or lora_alpha"),
+        ({}, {"base_model.model.elsewhere.lora_A.weight": torch.zeros(2, 2)}, "elsewhere.lora_A.weight, but"),
+        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "belongs to another model"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(
@@ -297,8 +297,8 @@ def test_the_command_line(
     ran = hesse_command(*arguments, "--json")
     assert ran.code == 0
     report = json.loads(ran.stdout)
-    assert report["measured_after"] < report["measured_before"]
-    assert report == {**json.loads((out / "repair.json").read_text()), "out": str(out)}
+    assert report["loss"]["measured"] < report["loss_before"]["measured"]
+    assert report == {**json.loads((out / "hesse-report.json").read_text()), "out": str(out)}
     assert hesse_command(*arguments).error == (
         f"Error: OUT {out} exists: give another name, or --overwrite to replace it"
     )
@@ -306,5 +306,5 @@ def test_the_command_line(
     assert ran.code == 0
     assert "rank 6 added" in ran.stdout
     assert "PeftModel.from_pretrained" in ran.stdout
-    ran = hesse_command("evaluate", compressed("packed"), "--adapter", out, "--data", ids, "--json")
-    assert json.loads(ran.stdout)["bytes"] == report["bytes_compressed"] + report["bytes_added"]
+    ran = hesse_command("evaluate", compressed("packed"), "--merge-adapter", out, "--data", ids, "--json")
+    assert json.loads(ran.stdout)["bytes"] == report["bytes_before"] + report["bytes_added"]

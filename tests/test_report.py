@@ -15,12 +15,13 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, CommandLine, change, compress, dense_tensors, sha256, write_ids
-from hesse.compression import CompressionReport, Measured, Measurements, continuations
-from hesse.compression.measurements import BAND, LAYER_BAND, leaves
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
 from hesse.errors import OptionError
+from hesse.evaluation import continuations
+from hesse.evaluation.measurements import BAND, LAYER_BAND, MeasuredMean, Measurements, outside_band
+from hesse.jobs.report import CompressionReport
 from hesse.methods import Recipe
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.reporting import compression_page
 from hesse.reporting.compression import repeat_command
 from hesse.reporting.terminal import number
@@ -62,7 +63,9 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_text(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> CompressionReport:
     """The tiny model compressed on a text, of which a part is held out."""
     out, options = tmp_path_factory.mktemp("written") / "out", hesse.Options(bits=3, group_size=32)
-    return hesse.compress(writer, out, options=options, data=writer / "text.txt", samples=4, length=64, measure=True)
+    return hesse.compress(
+        writer, out, options=options, data=writer / "text.txt", samples=4, length=64, measure=True
+    ).report
 
 
 def cost(name: str, source: Path, moved: dict[str, Tensor]) -> tuple[float, float]:
@@ -111,13 +114,13 @@ def test_the_line_between_both(
         value, error = cost(name, source, moved)
         assert point.measured.value == pytest.approx(value, rel=1e-3)
         assert point.measured.standard_error == pytest.approx(error, rel=1e-2)
-        assert point.predicted == pytest.approx(point.share**2 * report.predicted_loss_increase)
+        assert point.predicted == pytest.approx(point.share**2 * report.loss.predicted)
 
 
 def test_the_whole_change_is_what_verification_measured(of_family: Callable[[str], CompressionReport]) -> None:
     for name in ("llama-tied", "gpt2", "bert", "mixtral"):
         report = of_family(name)
-        assert measured(report).whole.measured.value == pytest.approx(report.verification.measured, rel=1e-9)
+        assert measured(report).whole.measured.value == pytest.approx(report.loss.measured, rel=1e-9)
         assert measured(report).check.divergence == measured(report).whole.measured
 
 
@@ -171,7 +174,7 @@ def test_without_calibration_nothing_was_seen(
     data, chosen = writer / "text.txt", hesse.Options(**options)
     report = hesse.compress(
         writer, tmp_path / "out", method=method, options=chosen, data=data, samples=4, length=64, measure=True
-    )
+    ).report
     assert measured(report).seen is None
     assert "Nothing could be fitted too closely." in compression_page(report)
     assert all(layer.rank == options.get("rank") for layer in report.layers)
@@ -213,12 +216,12 @@ def test_no_continuations_without_memory(
 
 
 def test_the_band() -> None:
-    assert not leaves(BAND, Measured(1.0, 0.01), 1.0)
-    assert leaves(BAND, Measured(2.1, 0.01), 1.0)
-    assert not leaves(BAND, Measured(2.1, 0.1), 1.0)  # as far as can be seen
-    assert leaves(BAND, Measured(0.4, 0.01), 1.0)
-    assert leaves(BAND, Measured(float("nan"), 0.0), 1.0)
-    assert not leaves(BAND, Measured(1.0, 0.0), None)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(2.1, 0.01), 1.0)
+    assert not outside_band(BAND, MeasuredMean(2.1, 0.1), 1.0)  # as far as can be seen
+    assert outside_band(BAND, MeasuredMean(0.4, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(float("nan"), 0.0), 1.0)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.0), None)
 
 
 # The page
@@ -274,7 +277,7 @@ def test_the_page_says_what_the_report_says(name: str, of_family: Callable[[str]
     assert "No alternatives were planned" in text
     for layer in report.layers:
         assert f"{layer.tokens:,}" in text
-    assert all(note in text for note in report.fallbacks)
+    assert all(note in text for note in report.notes)
     assert json.dumps(report.to_dict()["measurements"])
 
 
@@ -291,14 +294,14 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
     found = measured(report)
     # Costs that are ten times as large, but for the smallest shares, and much smaller on text that was calibrated on.
     line = [
-        replace(point, measured=Measured(10 * point.predicted, 0.0)) if point.share > 0.5 else point
+        replace(point, measured=MeasuredMean(10 * point.predicted, 0.0)) if point.share > 0.5 else point
         for point in found.line
     ]
     layers = [
-        replace(found.layers[0], measured=Measured(10 * (found.layers[0].predicted or 0.0), 0.0)),
+        replace(found.layers[0], measured=MeasuredMean(10 * (found.layers[0].predicted or 0.0), 0.0)),
         *found.layers[1:],
     ]
-    seen = replace(found.check, divergence=Measured(found.check.divergence.value / 2, 1e-6))
+    seen = replace(found.check, divergence=MeasuredMean(found.check.divergence.value / 2, 1e-6))
     worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), fallbacks=["a fallback"])
     assert measured(worse).holds_up_to == 0.5
     text = Reader(compression_page(worse)).text
@@ -315,7 +318,7 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
 def test_cheap_layers_outside_of_the_band_are_no_warning(of_family: Callable[[str], CompressionReport]) -> None:
     report = of_family("llama-tied")
     found = measured(report)
-    cheap = replace(found.layers[0], predicted=1e-9, measured=Measured(1e-8, 0.0))
+    cheap = replace(found.layers[0], predicted=1e-9, measured=MeasuredMean(1e-8, 0.0))
     layers = [cheap, *(replace(group, predicted=group.measured.value) for group in found.layers[1:])]
     text = Reader(compression_page(replace(report, measurements=replace(found, layers=layers)))).text
     assert "All layers that matter cost what was predicted. 1 of 14 layers, changed alone, are outside" in text
@@ -326,7 +329,8 @@ def test_a_page_without_predictions(of_family: Callable[[str], CompressionReport
     found = measured(report)
     line = [replace(point, predicted=0.0) for point in found.line]
     layers = [replace(group, predicted=None) for group in found.layers]
-    unknown = replace(report, predicted_loss_increase=0.0, measurements=replace(found, line=line, layers=layers))
+    loss = replace(report.loss, predicted=0.0)
+    unknown = replace(report, loss=loss, measurements=replace(found, line=line, layers=layers))
     text = Reader(compression_page(unknown)).text
     assert "Nothing was predicted." in text
     assert "The quadratic model" not in text
@@ -394,7 +398,7 @@ def test_on_the_command_line(
     assert ran.code == 0
     assert f"The report: {page}" in ran.stdout.replace("\n", "")
     assert f"--report '{page}'" in Reader(page.read_text(encoding="utf-8")).text
-    stored = json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
+    stored = json.loads((tmp_path / "out" / "hesse-report.json").read_text(encoding="utf-8"))
     assert len(stored["measurements"]["layers"]) == 14
     refused = hesse_command("compress", source, tmp_path / "other", *options)
     assert (refused.code, "exists: give another name, or --overwrite" in refused.error) == (1, True)

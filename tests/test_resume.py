@@ -16,14 +16,13 @@ import pytest
 import torch
 
 import tiny_models
-from helpers import IDS, CommandLine, change, compress, left_over, write_ids
-from hesse.compression import unfinished
-from hesse.compression.journal import Journal
+from helpers import IDS, CommandLine, change, compress, fast_first, left_over, write_ids
+from hesse.checkpoints import tensor_store, work_folder
+from hesse.checkpoints.journal import Journal
 from hesse.errors import OptionError, OutputError
-from hesse.models import shelf
 
 FolderOf = Callable[[str], Path]
-# Everything but where its time went, which is told in compression.json.
+# Everything but where its time went, which is told in hesse-report.json.
 METHODS: dict[str, dict[str, Any]] = {
     "kronecker": {"bits": 4, "group_size": 32},
     "gptq": {"bits": 3, "group_size": 32},
@@ -38,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "planned": {"mean_bits": 3.5},
 }
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["helpers", "hesse.compression"])
+PROCESSES.set_forkserver_preload(["helpers", "hesse.jobs.compress"])
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -47,10 +46,10 @@ def settings(name: str) -> dict[str, Any]:
 
 def files(out: Path) -> dict[str, bytes]:
     """What a loader reads, and the account of the run without its seconds and its memory."""
-    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "compression.json"}
-    report = json.loads((out / "compression.json").read_text())
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "hesse-report.json"}
+    report = json.loads((out / "hesse-report.json").read_text())
     kept = {key: value for key, value in report.items() if key not in ("seconds", "peak_rss_bytes", "out")}
-    return {**found, "compression.json": json.dumps(kept).encode()}
+    return {**found, "hesse-report.json": json.dumps(kept).encode()}
 
 
 def in_a_process(source: Path, out: Path, name: str, die_after: int | None) -> None:
@@ -83,11 +82,11 @@ def run(source: Path, out: Path, name: str, die_after: int | None = None, second
 
 def newest(folder: Path) -> Path:
     """The file that was written last, but for the lock."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != unfinished.LOCK]
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != work_folder.LOCK]
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-@pytest.mark.parametrize("name", ["kronecker", "planned"])
+@pytest.mark.parametrize("name", fast_first(["kronecker", "planned"]))
 def test_a_killed_run_goes_on_to_the_same_bytes(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     """Killed after a few noted steps each time; every other time the newest file is cut, as by a power failure."""
     source, generator = family_folder("llama"), random.Random(name)
@@ -106,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(name: str, family_folder: Folder
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("kronecker", "planned")])
-@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("blocks", fast_first([1, 0]))
 def test_every_method_goes_on(
     name: str, blocks: int, family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +125,7 @@ def test_every_method_goes_on(
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_at_any_moment(half_folder: FolderOf, tmp_path: Path) -> None:
     source, generator = half_folder("llama"), random.Random(0)
     compress(source, tmp_path / "undisturbed", **settings("kronecker"))
@@ -149,16 +149,16 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     source = family_folder("llama")
     compress(source, tmp_path / "undisturbed", **settings("gptq"))
-    append, calls = shelf.TensorFile.append, [0]
+    append, calls = tensor_store.TensorFile.append, [0]
 
-    def full(self: shelf.TensorFile, tensor: torch.Tensor) -> int:
+    def full(self: tensor_store.TensorFile, tensor: torch.Tensor) -> int:
         calls[0] += 1
         if calls[0] == 6:
             raise OutputError("the disk is full")
         return append(self, tensor)
 
-    monkeypatch.setattr(shelf.TensorFile, "append", full)
-    with pytest.raises(OutputError, match="the disk is full; what is done of it is kept, and the same command goes on"):
+    monkeypatch.setattr(tensor_store.TensorFile, "append", full)
+    with pytest.raises(OutputError, match="the disk is full; the finished part is kept, and the same command resumes"):
         compress(source, tmp_path / "out", **settings("gptq"))
     assert left_over(tmp_path) == [".out.unfinished"]
     compress(source, tmp_path / "out", **settings("gptq"))
@@ -183,7 +183,7 @@ def cut_short(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **option
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.run.Run._note", stop)
+        patch.setattr("hesse.jobs.job.BlockSteps.note", stop)
         with pytest.raises(KeyboardInterrupt, match="kept"):
             compress(source, out, **{**settings("gptq"), **options})
 
@@ -231,7 +231,7 @@ def test_changed_data_and_versions_are_refused(
     with pytest.raises(OutputError, match="in its data: give --restart"):
         compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
     write_ids(data)
-    monkeypatch.setattr("hesse.compression.compress.versions", lambda _: {"torch": "9.9"})
+    monkeypatch.setattr("hesse.jobs.identity.versions", lambda: {"torch": "9.9"})
     with pytest.raises(OutputError, match="in its versions of Hesse and its libraries: give --restart"):
         compress(family_folder("llama"), tmp_path / "out", **{**settings("gptq"), "data": data})
 
@@ -254,7 +254,7 @@ def test_a_mistake_when_a_run_is_taken_up_loses_nothing(
 
 
 def test_two_runs_do_not_write_one_folder(family_folder: FolderOf, tmp_path: Path) -> None:
-    with unfinished.unfinished(tmp_path / "out") as work:
+    with work_folder.work_folder(tmp_path / "out") as work:
         work.begin({}, 0, restart=False)
         with pytest.raises(OutputError, match="another run is writing"):
             compress(family_folder("llama"), tmp_path / "out", **settings("rtn"))
@@ -287,10 +287,10 @@ def test_the_command_line_says_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hesse.compression.run.Run._note", stop)
+        patch.setattr("hesse.jobs.job.BlockSteps.note", stop)
         ran = hesse_command(*arguments)
     assert ran.code == 130
-    kept = "was not written; what is done of it is kept, and the same command goes on."
+    kept = "was not written; the finished part is kept, and the same command resumes."
     assert ran.error == f"Interrupted: {tmp_path / 'out'} {kept}"
     assert hesse_command(*arguments).code == 0
     assert left_over(tmp_path) == ["out"]

@@ -13,14 +13,19 @@ import hesse
 from hesse.curvature import CrossEntropy, Kronecker, Objective, RankOneSum
 from hesse.errors import HesseError
 from hesse.estimation import estimate_curvatures
-from hesse.methods import TABLE
-from hesse.modules import SCORES, Attack
-from hesse.modules.scores import ScoreOptions, weights_of
+from hesse.methods import METHODS, methods_of
+from hesse.modules.prune import build_strategy
+from hesse.partitions import Tiles
+from hesse.scores import SCORES, Attack, LossEvidence, find_score
 from hesse.testing import normal
 
 BATCHES = [(normal(0, 5, 6), torch.tensor([0, 1, 2, 1, 0])), (normal(1, 3, 6), torch.tensor([2, 2, 0]))]
 ATTACK = Attack(0.2, 3)
-EMPIRICAL = ScoreOptions(kind="empirical", attack=ATTACK)
+OF_WEIGHTS = [score.name for score in SCORES.values() if "weights" in score.parts]
+
+
+def prune(model: nn.Module, data: Any, **options: Any) -> Any:
+    return hesse.prune(model, data=data, what="weights", **options)
 
 
 def net() -> nn.Module:
@@ -30,6 +35,19 @@ def net() -> nn.Module:
 
 def objective(model: nn.Module | None = None) -> Objective:
     return Objective.of(net() if model is None else model, CrossEntropy(), BATCHES, ["0.weight", "2.weight"])
+
+
+def weights_of(objective: Objective) -> Tensor:
+    return objective.join([parameter.detach() for parameter in objective.parameters])
+
+
+def costs(
+    name: str, of: Objective | None = None, tile: tuple[int | None, int | None] = (1, 1), **options: Any
+) -> Tensor:
+    """The costs of all tiles by a score, with the Fisher of the data's own labels."""
+    of = objective() if of is None else of
+    evidence = LossEvidence(of, **{"kind": "empirical", "attack": ATTACK, **options})
+    return find_score(name).costs(evidence, Tiles({name: weight.shape for name, weight in of.named.items()}, tile))
 
 
 def loss(flat: Tensor, inputs: Tensor, targets: Tensor, model: nn.Module) -> Tensor:
@@ -53,7 +71,7 @@ def sample_gradients() -> Tensor:
 def test_apoptosis_is_a_weights_row_of_the_second_order_term() -> None:
     flat, (inputs, targets) = weights_of(objective()), everything()
     hessian = torch.autograd.functional.hessian(lambda w: loss(w, inputs, targets, net()), flat)
-    found = SCORES["oba"](objective(), EMPIRICAL).scores
+    found = costs("oba")
     torch.testing.assert_close(found, (flat * (hessian @ flat)).abs(), rtol=1e-9, atol=1e-12)
 
 
@@ -65,29 +83,30 @@ def test_gradient_and_magnitude_and_damage() -> None:
         "obd": 0.5 * flat.square() * gradients.square().mean(0),
     }
     for name, scores in expected.items():
-        torch.testing.assert_close(SCORES[name](objective(), EMPIRICAL).scores, scores, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(costs(name), scores, rtol=1e-9, atol=1e-12)
 
 
 def test_random_is_the_seeds() -> None:
-    scores = [SCORES["random"](objective(), ScoreOptions(seed=seed)).scores for seed in (0, 0, 1)]
+    scores = [costs("random", seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
 
 
 def test_matrix_free_pruning_is_that_of_the_dense_inverse() -> None:
     flat, gradients = weights_of(objective()), sample_gradients()
-    judged = SCORES["m-fac-network"](objective(), EMPIRICAL)
-    assert isinstance(judged.curvature, RankOneSum)
-    damped = gradients.T @ gradients / 8 + judged.curvature.damping * torch.eye(36).double()
+    evidence, scores = LossEvidence(objective(), "empirical"), costs("m-fac-network")
+    curvature = find_score("m-fac-network").curvature(evidence)
+    assert isinstance(curvature, RankOneSum)
+    damped = gradients.T @ gradients / 8 + curvature.damping * torch.eye(36).double()
     inverse = torch.linalg.inv(damped)
-    torch.testing.assert_close(judged.scores, flat.square() / (2 * inverse.diagonal()), rtol=1e-6, atol=1e-12)
-    report = hesse.prune_module(net(), BATCHES, score="m-fac-network", sparsity=0.5, kind="empirical")
-    gone = torch.zeros(36, dtype=torch.bool).index_fill(0, judged.scores.argsort()[:18], True)
+    torch.testing.assert_close(scores, flat.square() / (2 * inverse.diagonal()), rtol=1e-6, atol=1e-12)
+    pruned = prune(net(), BATCHES, method="m-fac-network", sparsity=0.5, kind="empirical").model
+    gone = torch.zeros(36, dtype=torch.bool).index_fill(0, scores.argsort()[:18], True)
     moved = flat - inverse[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], flat[gone])
-    found = torch.cat([report.module.get_parameter(f"{k}.weight").flatten() for k in (0, 2)])
+    found = torch.cat([pruned.get_parameter(f"{k}.weight").flatten() for k in (0, 2)])
     torch.testing.assert_close(found.detach(), torch.where(gone, 0, moved), rtol=1e-6, atol=1e-8)
-    masked = hesse.prune_module(net(), BATCHES, score="m-fac-network", kind="empirical", update=False)
-    found = torch.cat([masked.module.get_parameter(f"{k}.weight").flatten() for k in (0, 2)])
+    masked = prune(net(), BATCHES, method="m-fac-network", kind="empirical", refit="none").model
+    found = torch.cat([masked.get_parameter(f"{k}.weight").flatten() for k in (0, 2)])
     torch.testing.assert_close(found.detach(), torch.where(gone, 0, flat))
 
 
@@ -130,23 +149,24 @@ def test_masking_adversarial_damage() -> None:
         weight, factor = layer.weight.detach(), inputs.T @ inputs / 8
         for i in range(len(weight)):
             expected.append(0.5 * weight[i] * slope[:, i].square().mean() * (factor @ weight[i]))
-    found = SCORES["mad"](objective(), EMPIRICAL).scores
+    found = costs("mad")
     torch.testing.assert_close(found, torch.cat(expected).abs().detach(), rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("scope", ["network", "layer"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("scope", ["network", "site"])
+@pytest.mark.parametrize("score", OF_WEIGHTS)
 def test_exactly_the_share_goes_and_in_steps_what_is_gone_stays_gone(score: str, scope: Any) -> None:
     model, gone = net(), list[Tensor]()
     before = deepcopy(model.state_dict())
     for steps in (1, 3):
-        report = hesse.prune_module(model, BATCHES, score=score, sparsity=0.7, scope=scope, steps=steps, attack=ATTACK)
-        pieces = [report.module.get_parameter(f"{k}.weight").flatten() == 0 for k in (0, 2)]
+        result = prune(model, BATCHES, method=score, sparsity=0.7, scope=scope, steps=steps, attack=ATTACK)
+        report = result.report
+        pieces = [result.model.get_parameter(f"{k}.weight").flatten() == 0 for k in (0, 2)]
         gone.append(torch.cat(pieces))
-        if scope == "layer":
+        if scope == "site":
             assert [int(piece.sum()) for piece in pieces] == [round(0.7 * 24), round(0.7 * 12)]
         assert int(gone[-1].sum()) == 25
-        assert report.predicted_loss_increase > 0
+        assert report.loss.predicted > 0
         assert [layer.name for layer in report.layers] == ["0", "2"]
     if score in ("magnitude", "random"):
         assert torch.equal(*gone)
@@ -154,7 +174,7 @@ def test_exactly_the_share_goes_and_in_steps_what_is_gone_stays_gone(score: str,
 
 
 def test_the_prediction_is_of_the_exact_gauss_newton_matrix() -> None:
-    report = hesse.prune_module(net(), BATCHES, score="obd", sparsity=0.3)
+    result = prune(net(), BATCHES, method="obd", sparsity=0.3)
     inputs, _ = everything()
     flat = weights_of(objective())
 
@@ -163,17 +183,17 @@ def test_the_prediction_is_of_the_exact_gauss_newton_matrix() -> None:
         return functional_call(net(), pieces, (inputs,))
 
     jacobian = torch.autograd.functional.jacobian(outputs, flat)
-    changed = torch.cat([report.module.get_parameter(f"{k}.weight").flatten() for k in (0, 2)]).detach()
+    changed = torch.cat([result.model.get_parameter(f"{k}.weight").flatten() for k in (0, 2)]).detach()
     moved = jacobian @ (changed - flat)
     shares = outputs(flat).softmax(-1)
     variance = (shares * moved.square()).sum(-1) - (shares * moved).sum(-1).square()
-    assert report.predicted_loss_increase == pytest.approx(0.5 * variance.mean().item(), rel=1e-6)
+    assert result.report.loss.predicted == pytest.approx(0.5 * variance.mean().item(), rel=1e-6)
 
 
 def test_second_order_scores_beat_chance_on_trained_digits() -> None:
     model, data = digits.trained("conv"), digits.batches(samples=256)
     found = {
-        score: hesse.prune_module(model, data, score=score, sparsity=0.5, layers=("block*",)).measured_loss_increase
+        score: prune(model, data, method=score, sparsity=0.5, layers=("block*",)).report.loss.measured
         for score in ("random", "magnitude", "obd", "m-fac-network")
     }
     assert all(found[score] < 0.2 * found["random"] for score in ("magnitude", "obd"))
@@ -201,18 +221,27 @@ def test_layers_with_one_input_and_different_patches_have_factors_of_their_own()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "best"}, "there is no score 'best'; there are random, magnitude, gradient, oba, obd"),
+        ({"method": "best"}, "there is no method 'best' that prunes weights; there are random, gradient, oba"),
         ({"sparsity": 1.0}, "sparsity is 1.0"),
-        ({"scope": "model"}, "the scope is 'network' or 'layer'"),
+        ({"scope": "model"}, "the scope is 'network' or 'site'"),
         ({"steps": 0}, "steps are 1 or more"),
-        ({"score": "mad"}, "give attack=hesse.modules.Attack"),
+        ({"method": "mad"}, "give attack=hesse.scores.Attack"),
+        ({"method": "obs"}, "the score obs judges a group by what reads it, not weights: choose one of random"),
+        ({"method": "hawq"}, "the score hawq judges changes, not weights"),
+        ({"refit": "all"}, "refit is 'least-squares' or 'none'"),
+        ({"refit": "least-squares"}, "the score oba has no curvature to refit weights under"),
+        ({"block": 3, "method": "m-fac-network"}, "the score m-fac-network judges weights, not tiles"),
+        ({"block": 5}, "zeros in blocks of 5 need a width divisible by 5"),
+        ({"sparsity": "2:4"}, "needs a width divisible by 4"),
+        ({"sparsity": "1:2", "steps": 2}, "is reached in one step"),
+        ({"keep": 0.5}, "the method oba has no option 'keep'; it has sparsity, scope"),
         ({"layers": ("3",)}, "the pattern '3' matches no layer"),
         ({"ignore": ("*",)}, "no layer is left to prune"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(HesseError, match=message):
-        hesse.prune_module(net(), BATCHES, **options)
+        prune(net(), BATCHES, **options)
 
 
 def test_an_attack_is_on_floating_point_inputs() -> None:
@@ -221,9 +250,65 @@ def test_an_attack_is_on_floating_point_inputs() -> None:
     ids = [(torch.tensor([[0, 1]]), torch.tensor([0]))]
     model = nn.Sequential(nn.Embedding(3, 4), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(HesseError, match="an attack moves inputs that are one tensor of floating-point numbers"):
-        hesse.prune_module(model, ids, score="mad", attack=ATTACK)
+        prune(model, ids, method="mad", attack=ATTACK)
 
 
-def test_rows_name_scores_that_there_are() -> None:
-    ours = [row for row in TABLE if row.run.startswith("hesse.prune_module")]
-    assert {row.name for row in ours} == SCORES.keys() - {"magnitude", "obd"}
+@pytest.mark.parametrize("name", [name for name, row in methods_of("prune").items() if row.partition == "weights"])
+def test_every_row_runs_from_its_entry(name: str) -> None:
+    row = METHODS[name]
+    result = row.run(net(), data=BATCHES, **({"attack": ATTACK} if name == "mad" else {}))
+    assert result.report.method == row.score == name
+    assert row.curvature == SCORES[name].uses
+    assert result.report.removed == {"0": (18 - result.report.removed["2"][0], 24), "2": result.report.removed["2"]}
+    assert {option.name for option in row.options()} == {*result.report.settings, "attack"} - {"score"}
+    assert type(build_strategy("weights", name, {})).__name__ == "WeightRanking"
+
+
+def test_blocks_and_patterns_are_zero_together() -> None:
+    blocks = prune(net(), BATCHES, method="magnitude", sparsity=0.5, block=2, ignore=("2",)).model
+    zero = (blocks.get_parameter("0.weight").view(4, 3, 2) == 0).sum(-1)
+    assert sorted(zero.flatten().tolist()) == [0] * 6 + [2] * 6
+    norms = net().get_parameter("0.weight").view(4, 3, 2).square().sum(-1)
+    assert norms[zero == 2].max() <= norms[zero == 0].min()
+    pattern = prune(net(), BATCHES, method="obd", sparsity="1:3", ignore=("2",)).model
+    assert ((pattern.get_parameter("0.weight").view(4, 2, 3) != 0).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("tile", [(1, None), (None, 1), (2, 3), (None, None)])
+def test_costs_of_tiles_are_their_definitions(tile: tuple[int | None, int | None]) -> None:
+    of = objective(nn.Sequential(nn.Linear(6, 4), nn.SiLU(), nn.Linear(4, 3)).double())
+    of = Objective.of(of.model, CrossEntropy(), BATCHES, ["0.weight"])
+    weight, parts = of.named["0.weight"].detach(), Tiles({"0.weight": torch.Size((4, 6))}, tile)
+    inputs, targets = everything()
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(
+                nn.functional.cross_entropy(of.model(inputs[k : k + 1]), targets[k : k + 1]), [*of.parameters]
+            )[0]
+            for k in range(8)
+        ]
+    )
+    along = torch.stack([parts.sums({"0.weight": gradient * weight}) for gradient in gradients])
+    expected = {
+        "magnitude": parts.sums({"0.weight": weight.square()}),
+        "gradient": along.mean(0).abs(),
+        "fisher": along.square().mean(0) / 2,
+        "obd": parts.sums({"0.weight": 0.5 * weight.square() * gradients.square().mean(0)}),
+    }
+    for name, wanted in expected.items():
+        torch.testing.assert_close(costs(name, of, tile), wanted, rtol=1e-8, atol=1e-12)
+    measured = costs("loss", of, tile)
+    for part, mask in ((part, parts.masks([part])["0.weight"]) for part in range(parts.count)):
+        copy = deepcopy(of.model)
+        copy.get_parameter("0.weight").data[mask] = 0
+        rise = Objective.of(copy, CrossEntropy(), BATCHES).value() - of.value()
+        assert float(measured[part]) == pytest.approx(rise, abs=1e-12)
+
+
+def test_every_score_says_its_definition_and_source() -> None:
+    assert len(SCORES) >= 20
+    for name, score in SCORES.items():
+        assert score.name == name
+        assert score.source
+        assert len(score.help) > 20
+        assert score.parts

@@ -14,10 +14,10 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, OTHER_IDS, WEIGHTS, CommandLine, change, compress, dense_tensors, left_over, write_ids
+from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, OptionError, OutputError
 from hesse.estimation import Statistics
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def estimated(half_folder: FolderOf, tmp_path: Path) -> Callable[..., tuple[Path
 def test_grams_are_of_the_dense_models_inputs(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
     source, folder = estimated(name)
     model, statistics = tiny_models.load(name, source), Statistics(folder)
-    network = Network(Checkpoint(source), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     seen: dict[str, list[Tensor]] = {}
     for layer in network.layers:
         try:
@@ -71,22 +71,22 @@ def test_layers_with_one_input_share_one_gram(estimated: Callable[..., tuple[Pat
 def test_sensitivities_are_those_of_a_whole_run(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, folder = estimated()
     whole = compress(source, tmp_path / "whole", bits=4, group_size=32)
-    quick = compress(source, tmp_path / "quick", bits=4, group_size=32, curvature=folder, data=None)
+    quick = compress(source, tmp_path / "quick", bits=4, group_size=32, statistics=folder, data=None)
     first = "model.layers.0.self_attn.q_proj"  # its inputs are the dense model's in both runs
     ours, theirs = (next(x for x in r.layers if x.name == first) for r in (quick, whole))
     assert ours == theirs
     weights = (dense_tensors(tmp_path / run)[f"{first}.weight"] for run in ("quick", "whole"))
     assert torch.equal(*weights)
     assert "calibrate" not in quick.seconds
-    assert 1 / 3 < quick.predicted_loss_increase / quick.verification.measured < 3
-    assert quick.verification.measured < 1.5 * whole.verification.measured
+    assert 1 / 3 < quick.loss.predicted / quick.loss.measured < 3
+    assert quick.loss.measured < 1.5 * whole.loss.measured
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral", "bert"])
 def test_other_families(name: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, folder = estimated(name)
-    report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
-    assert 1 / 4 < report.predicted_loss_increase / report.verification.measured < 3
+    report = compress(source, tmp_path / "out", bits=4, group_size=32, statistics=folder, data=None)
+    assert 1 / 4 < report.loss.predicted / report.loss.measured < 3
 
 
 @pytest.mark.parametrize("method", ["rtn", "wanda", "sparsegpt", "activation-svd"])
@@ -95,22 +95,26 @@ def test_every_scheme_from_one_estimate(
 ) -> None:
     source, folder = estimated()
     options = {"rank": 8} if method == "activation-svd" else {}
-    report = compress(source, tmp_path / "out", method=method, curvature=folder, data=None, **options)
-    assert report.verification.measured > 0
+    report = compress(source, tmp_path / "out", method=method, statistics=folder, data=None, **options)
+    assert report.loss.measured > 0
 
 
 def test_text_is_held_out_for_the_check(tmp_path: Path) -> None:
     hesse.estimate("default", tmp_path / "statistics", samples=4, length=64)
     options = hesse.Options(bits=4, group_size=64)
-    curvature = tmp_path / "statistics"
-    report = hesse.compress("default", tmp_path / "out", options=options, curvature=curvature, samples=99, seed=5)
-    assert report.verification.held_out
+    statistics = tmp_path / "statistics"
+    report = hesse.compress(
+        "default", tmp_path / "out", options=options, statistics=statistics, samples=99, seed=5
+    ).report
+    assert report.loss.held_out
     assert report.calibration["seed"] == 0
     other = tmp_path / "other.txt"
     other.write_text("def f(x):\n    return x\n" * 2000)
-    report = hesse.compress("default", tmp_path / "again", options=options, curvature=curvature, data=other, length=64)
+    report = hesse.compress(
+        "default", tmp_path / "again", options=options, statistics=statistics, data=other, length=64
+    ).report
     assert report.calibration["source"] == str(other)
-    assert report.verification.held_out
+    assert report.loss.held_out
 
 
 def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data)
     assert ran.code == 0
     assert "gram of 14 layers from 256 tokens" in ran.stdout
-    assert "--curvature" in ran.stdout
+    assert "--statistics" in ran.stdout
     ran = hesse_command("estimate", source, tmp_path / "statistics", "--data", data, "--overwrite", "--json")
     content = json.loads(ran.stdout)
     assert content == json.loads((tmp_path / "statistics" / "statistics.json").read_text())
@@ -127,7 +131,7 @@ def test_on_the_command_line(half_folder: FolderOf, hesse_command: CommandLine, 
         "compress",
         source,
         tmp_path / "out",
-        "--curvature",
+        "--statistics",
         tmp_path / "statistics",
         "--bits",
         "4",
@@ -142,7 +146,7 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
     estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     source, folder = estimated(curvatures=("gram", "kronecker", "fisher"))
-    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    statistics, network = Statistics(folder), CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     for layer in network.layers:
         kronecker, fisher = statistics.kronecker(layer.name, CPU), statistics.fisher(layer.name, CPU)
         assert kronecker is not None
@@ -152,8 +156,8 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
         assert str(fisher.origin) == "sampled Fisher per sample in nats per token"
         assert 1 / 5 < kronecker.trace() / fisher.trace() < 5  # positions are not independent
         torch.testing.assert_close(kronecker.output_factor.diagonal(), statistics.sensitivities[layer.name])
-    report = compress(source, tmp_path / "out", bits=4, group_size=32, curvature=folder, data=None)
-    assert 1 / 4 < report.predicted_loss_increase / report.verification.measured < 3
+    report = compress(source, tmp_path / "out", bits=4, group_size=32, statistics=folder, data=None)
+    assert 1 / 4 < report.loss.predicted / report.loss.measured < 3
 
 
 @pytest.mark.parametrize("kind", ["gram", "kronecker", "fisher"])
@@ -166,7 +170,7 @@ def test_one_kind_alone(kind: str, estimated: Callable[..., tuple[Path, Path]]) 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
 def test_kronecker_and_fisher_of_other_families(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
     source, folder = estimated(name, curvatures=("kronecker", "fisher"))
-    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    statistics, network = Statistics(folder), CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     for layer in network.layers:
         kronecker = statistics.kronecker(layer.name, CPU)
         assert kronecker is not None
@@ -181,7 +185,7 @@ def test_statistics_without_a_gram_are_refused_by_name(
     with pytest.raises(
         CheckpointError, match="holds fisher but no gram: estimate it again with --curvature fisher,gram"
     ):
-        compress(source, tmp_path / "out", curvature=folder, data=None)
+        compress(source, tmp_path / "out", statistics=folder, data=None)
     with pytest.raises(OptionError, match="no curvature 'hessian' to estimate: use gram, kronecker, fisher"):
         hesse.estimate(source, tmp_path / "other", data=tmp_path / "ids.jsonl", curvatures=["hessian"])
 
@@ -194,14 +198,14 @@ def test_another_model_is_refused_by_name(
 ) -> None:
     source, folder = estimated()
     with pytest.raises(CheckpointError, match=r"is of another model than .*: config\.json differs"):
-        compress(family_folder("mistral"), tmp_path / "out", curvature=folder, data=None)
+        compress(family_folder("mistral"), tmp_path / "out", statistics=folder, data=None)
 
     def nudge(tensors: dict[str, Tensor]) -> None:
         tensors["model.norm.weight"][0] += 1
 
     changed = change(Path(shutil.copytree(source, tmp_path / "changed")), nudge)
     with pytest.raises(CheckpointError, match=r"model\.safetensors differs; estimate it again"):
-        compress(changed, tmp_path / "out", curvature=folder, data=None)
+        compress(changed, tmp_path / "out", statistics=folder, data=None)
     assert left_over(tmp_path) == []
 
 
@@ -209,22 +213,22 @@ def test_data_that_changed_is_refused(estimated: Callable[..., tuple[Path, Path]
     source, folder = estimated()
     write_ids(tmp_path / "ids.jsonl", OTHER_IDS)
     with pytest.raises(DataError, match=r"ids\.jsonl has changed since"):
-        compress(source, tmp_path / "out", curvature=folder, data=None)
-    compress(source, tmp_path / "out", curvature=folder, data=OTHER_IDS, bits=4, group_size=32)
+        compress(source, tmp_path / "out", statistics=folder, data=None)
+    compress(source, tmp_path / "out", statistics=folder, data=OTHER_IDS, bits=4, group_size=32)
 
 
 def test_damaged_statistics_are_refused(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, folder = estimated()
     with pytest.raises(CheckpointError, match=r"has no statistics\.json"):
-        compress(source, tmp_path / "out", curvature=tmp_path, data=None)
+        compress(source, tmp_path / "out", statistics=tmp_path, data=None)
     whole = (folder / "gram-00003.safetensors").read_bytes()
     (folder / "gram-00003.safetensors").write_bytes(whole[:-10])
     with pytest.raises(CheckpointError, match=r"gram-00003\.safetensors cannot be read"):
-        compress(source, tmp_path / "out", curvature=folder, data=None)
+        compress(source, tmp_path / "out", statistics=folder, data=None)
     (folder / "gram-00003.safetensors").write_bytes(whole)
     (folder / "sensitivities.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"sensitivities\.safetensors cannot be read"):
-        compress(source, tmp_path / "out", curvature=folder, data=None)
+        compress(source, tmp_path / "out", statistics=folder, data=None)
     assert left_over(tmp_path) == []
 
 
@@ -255,10 +259,10 @@ def test_damage_is_reckoned_with_the_fisher_that_was_estimated(
     name: str, estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     source, folder = estimated(name, curvatures=("gram", "fisher"))
-    compress(source, tmp_path / "out", method="obd", curvature=folder, data=None, sparsity=0.3, scope="layer")
+    compress(source, tmp_path / "out", method="obd", statistics=folder, data=None, sparsity=0.3, scope="layer")
     statistics = Statistics(folder)
     before, after = dense_tensors(source), dense_tensors(tmp_path / "out")
-    for layer in Network(Checkpoint(source), torch.float32, CPU).layers:
+    for layer in CheckpointNetwork(Checkpoint(source), torch.float32, CPU).layers:
         fisher = statistics.fisher(layer.name, CPU)
         assert fisher is not None
         weight, pruned = before[f"{layer.name}.weight"], after[f"{layer.name}.weight"]
@@ -269,7 +273,7 @@ def test_damage_is_reckoned_with_the_fisher_that_was_estimated(
 def test_statistics_without_the_fisher_are_refused(estimated: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, folder = estimated(curvatures=("gram",))
     with pytest.raises(CheckpointError, match="holds gram but no fisher"):
-        compress(source, tmp_path / "out", method="obd", curvature=folder, data=None)
-    with pytest.raises(OptionError, match="--curvature has no blocks or gradients of the Fisher"):
-        compress(source, tmp_path / "out", method="obert", curvature=folder, data=None)
+        compress(source, tmp_path / "out", method="obd", statistics=folder, data=None)
+    with pytest.raises(OptionError, match="--statistics holds no fisher blocks"):
+        compress(source, tmp_path / "out", method="obert", statistics=folder, data=None)
     assert left_over(tmp_path) == []

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import hesse
+from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Constraint, Grid, Sparse
 from hesse.curvature import BlockRankOneSum, Curvature, Gram, RankOneSum
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.models.locate import DEFAULT_FOLDER
 from hesse.solvers import GreedySurgeon, StepwiseSurgeon, SummedSurgeon, solve
 from hesse.testing import normal
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import hesse
 from hesse.errors import OptionError
 from hesse.methods import find_method
-from hesse.modules.attention import SplitAttention, split_attentions
-from hesse.partitions.attention import NarrowAttention, outputs_called
+from hesse.networks.narrow_attention import NarrowAttention, outputs_called
+from hesse.networks.torch_attention import SplitAttention, split_attentions
 from hesse.testing import normal
 from hesse.training import Training, prunable_weights
 
@@ -158,7 +158,7 @@ def test_zeros_in_projections_are_found_and_held_while_training(
     chosen = prunable_weights(encoder, "2:4")
     assert "encoder.layers.0.self_attn.in_proj_weight" in chosen
     assert type(encoder.encoder.layers[0].self_attn) is nn.MultiheadAttention
-    hesse.prune_gradually(encoder, batches, Training(steps=6), "2:4", loss=nn.CrossEntropyLoss(), cuts=2)
+    hesse.prune_gradually(encoder, batches, Training(steps=6), "2:4", loss_function=nn.CrossEntropyLoss(), cuts=2)
     for name in chosen:
         weight = encoder.get_parameter(name)
         assert (weight.view(len(weight), -1, 4) != 0).sum(-1).max() == 2, name
@@ -168,17 +168,24 @@ def test_zeros_in_projections_are_found_and_held_while_training(
 def test_scores_over_the_network_see_the_projections(
     encoder: Encoder, batches: list[tuple[Tensor, Tensor]], score: str
 ) -> None:
-    report = hesse.prune_module(encoder, batches, score=score, sparsity=0.5)
-    assert {layer.name.rpartition(".")[2] for layer in report.layers} >= {"q_proj", "k_proj", "v_proj", "out_proj"}
-    assert float((report.module.encoder.layers[0].self_attn.in_proj_weight == 0).float().mean()) > 0.05
+    result = hesse.prune(encoder, data=batches, what="weights", method=score, sparsity=0.5)
+    assert result.model is not None
+    assert {layer.name.rpartition(".")[2] for layer in result.report.layers} >= {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+    }
+    assert float((result.model.encoder.layers[0].self_attn.in_proj_weight == 0).float().mean()) > 0.05
 
 
 @pytest.mark.parametrize("method", ["obs", "heapr"])
 def test_heads_are_judged_by_what_reads_them(
     encoder: Encoder, batches: list[tuple[Tensor, Tensor]], method: str
 ) -> None:
-    smaller, report = hesse.prune_groups(encoder, batches, method=method, amount=0.5)
-    assert report.difference < 1e-4
+    result = hesse.prune(encoder, data=batches, what="groups", method=method, keep=0.5)
+    smaller: Any = result.model
+    assert result.report.difference < 1e-4
     assert [layer.self_attn.num_heads for layer in smaller.encoder.layers] == [2, 2]
     (ids, _), *_ = batches
     padding = torch.zeros(ids.shape, dtype=torch.bool)

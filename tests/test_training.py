@@ -19,14 +19,14 @@ from hesse.progress import Silence
 from hesse.testing import normal
 from hesse.training import (
     Distillation,
+    FinetuneReport,
     GradualSchedule,
     HeldCodes,
     HeldZeros,
-    Recovery,
     StraightThrough,
     Training,
+    finetune,
     held_zeros,
-    recover,
 )
 
 CLASSES = 3
@@ -78,7 +78,7 @@ def pruned(constraint: Constraint, model: nn.Module) -> nn.Module:
     return model
 
 
-def learned(found: Recovery) -> bool:
+def learned(found: FinetuneReport) -> bool:
     """Whether the loss over all batches fell by a good part."""
     return sum(found.losses[-4:]) < 0.8 * sum(found.losses[:4])
 
@@ -95,7 +95,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def test_zeros_stay_zero_and_all_else_learns(constraint: Sparse, optimizer: Callable[[Any], Any]) -> None:
     model = pruned(constraint, network())
     before = weights(model)
-    found = recover(model, batches(), Training(steps=40, optimizer=optimizer), loss=CrossEntropy())
+    found = finetune(model, batches(), Training(steps=40, optimizer=optimizer), loss_function=CrossEntropy()).report
     for name, now in weights(model).items():
         held = (before[name] == 0) & (before[name].ndim > 1)
         assert bool((now[held] == 0).all())
@@ -107,7 +107,7 @@ def test_a_step_with_zeros_held_is_a_masked_step() -> None:
     """Each weight moves by -lr · mask ⊙ dL/dw, by plain autograd."""
     model, data = pruned(Sparse(0.5), network()), batches((16,))
     before, (inputs, targets) = copy.deepcopy(model), data[0]
-    recover(model, data, Training(steps=1, optimizer=sgd, rate=constant, clip=None), loss=CrossEntropy())
+    finetune(model, data, Training(steps=1, optimizer=sgd, rate=constant, clip=None), loss_function=CrossEntropy())
     nn.functional.cross_entropy(before(inputs), targets).backward()
     for old, new in zip(before.parameters(), model.parameters(), strict=True):
         assert old.grad is not None
@@ -122,7 +122,9 @@ def test_codes_stay_while_their_scales_learn() -> None:
     with torch.no_grad():
         layer.weight.copy_(grid.decode(code))
     held = HeldCodes(grid, code)
-    found = recover(model, batches(), Training(steps=40, optimizer=adam), loss=CrossEntropy(), held={"3.weight": held})
+    found = finetune(
+        model, batches(), Training(steps=40, optimizer=adam), loss_function=CrossEntropy(), held={"3.weight": held}
+    ).report
     (factor,) = found.free["3.weight"]
     assert bool((factor != 1).all())
     trained = held.trained(factor)
@@ -137,7 +139,9 @@ def test_codes_stay_while_their_scales_learn() -> None:
 def test_straight_through_weights_are_members_at_the_end_and_learn(constraint: Constraint) -> None:
     model = network()
     training = Training(steps=40, optimizer=adam)
-    found = recover(model, batches(), training, loss=CrossEntropy(), held={"3.weight": StraightThrough(constraint)})
+    found = finetune(
+        model, batches(), training, loss_function=CrossEntropy(), held={"3.weight": StraightThrough(constraint)}
+    ).report
     (latent,) = found.free["3.weight"]
     assert torch.equal(model[3].weight.detach(), constraint.nearest(latent))
     assert not torch.equal(model[3].weight.detach(), constraint.nearest(network()[3].weight.detach()))
@@ -152,7 +156,9 @@ def test_a_straight_through_step_gives_the_free_weight_the_gradient_at_the_membe
         twin[3].weight.copy_(grid.nearest(start))
     nn.functional.cross_entropy(twin(inputs), targets).backward()
     training = Training(steps=1, optimizer=sgd, rate=constant, clip=None)
-    found = recover(model, data, training, loss=CrossEntropy(), held={"3.weight": StraightThrough(grid)})
+    found = finetune(
+        model, data, training, loss_function=CrossEntropy(), held={"3.weight": StraightThrough(grid)}
+    ).report
     assert twin[3].weight.grad is not None
     torch.testing.assert_close(found.free["3.weight"][0], start - 0.1 * twin[3].weight.grad)
 
@@ -184,7 +190,7 @@ def test_accumulated_batches_are_one_large_batch(teacher: bool, reduction: Any) 
         training = Training(
             steps=6, optimizer=adam, accumulation=accumulation, clip=0.1, teacher=dense if teacher else None
         )
-        recover(model, data, training, loss=CrossEntropy(reduction=reduction))
+        finetune(model, data, training, loss_function=CrossEntropy(reduction=reduction))
         found.append(weights(model))
     torch.testing.assert_close(*found)
 
@@ -197,7 +203,7 @@ def test_the_loss_learns_from_the_teacher_by_its_definition() -> None:
     training = Training(steps=1, optimizer=sgd, rate=constant, clip=None, teacher=dense, distillation=how)
     twin, (inputs, targets) = copy.deepcopy(model), data[0]
     before = weights(dense)
-    found = recover(model, data, training, loss=CrossEntropy())
+    found = finetune(model, data, training, loss_function=CrossEntropy()).report
     student, teacher = twin(inputs), dense(inputs).detach()
     task = nn.functional.cross_entropy(student, targets)
     divergence = nn.functional.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean")
@@ -215,7 +221,7 @@ def test_a_teacher_of_numbers_counts_by_squared_differences() -> None:
     inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
     training = Training(steps=1, teacher=dense, distillation=Distillation(share=0.25))
     wanted = 0.75 * (model(inputs) - targets).square().mean() + 0.25 * (model(inputs) - dense(inputs)).square().mean()
-    found = recover(model, [(inputs, targets)], training, loss=SquaredError())
+    found = finetune(model, [(inputs, targets)], training, loss_function=SquaredError()).report
     assert found.losses == pytest.approx([wanted.item()])
 
 
@@ -225,7 +231,7 @@ def test_the_model_may_compute_in_half_precision_and_keeps_its_own() -> None:
     model[3].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     data = [(inputs.float(), targets) for inputs, targets in batches()]
     training = Training(steps=40, optimizer=adam, precision=torch.bfloat16)
-    found = recover(model, data, training, loss=CrossEntropy())
+    found = finetune(model, data, training, loss_function=CrossEntropy()).report
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert learned(found)
@@ -235,7 +241,7 @@ def test_gradients_are_clipped_over_all_weights() -> None:
     model = network()
     before = weights(model)
     training = Training(steps=1, optimizer=sgd, rate=constant, clip=1e-3)
-    recover(model, batches(), training, loss=CrossEntropy())
+    finetune(model, batches(), training, loss_function=CrossEntropy())
     moved = sum(float((now - before[name]).square().sum()) for name, now in weights(model).items()) ** 0.5
     assert moved == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
@@ -247,7 +253,7 @@ def test_weights_that_take_no_gradient_and_random_numbers_of_others_stay() -> No
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    recover(model, batches(), Training(steps=3), loss=CrossEntropy())
+    finetune(model, batches(), Training(steps=3), loss_function=CrossEntropy())
     assert torch.equal(torch.rand(3), wanted)
     assert torch.equal(before["3.weight"], model[3].weight)
     assert not torch.equal(before["0.weight"], model[0].weight)
@@ -296,16 +302,18 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 
     training = Training(steps=17, optimizer=adam, accumulation=accumulation, teacher=model(), seed=4)
     whole = model()
-    wanted = recover(whole, data(), training, loss=CrossEntropy())
+    wanted = finetune(whole, data(), training, loss_function=CrossEntropy()).report
     for after in (7, 3, 6):
         with pytest.raises(KeyboardInterrupt):
-            recover(
-                model(), data(), training, loss=CrossEntropy(), checkpoint=tmp_path, checkpoint_every=2,
+            finetune(
+                model(), data(), training, loss_function=CrossEntropy(), checkpoint=tmp_path, checkpoint_every=2,
                 progress=Killed(after),
             )  # fmt: skip
     for _ in range(2):  # the second time it is finished already
         last = model()
-        found = recover(last, data(), training, loss=CrossEntropy(), checkpoint=tmp_path, checkpoint_every=2)
+        found = finetune(
+            last, data(), training, loss_function=CrossEntropy(), checkpoint=tmp_path, checkpoint_every=2
+        ).report
         assert found.losses == wanted.losses
         assert all(
             torch.equal(a, b) for a, b in zip(whole.state_dict().values(), last.state_dict().values(), strict=True)
@@ -319,17 +327,19 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 )
 def test_another_training_is_refused(changed: dict[str, Any], what: str, tmp_path: Path) -> None:
     model, settings = network(), {"steps": 2}
-    recover(model, batches(), Training(**settings), loss=CrossEntropy(), checkpoint=tmp_path)  # type: ignore[arg-type]
+    finetune(model, batches(), Training(**settings), loss_function=CrossEntropy(), checkpoint=tmp_path)  # type: ignore[arg-type]
     again = model if changed.pop("weights", 0) else network()
     with pytest.raises(OutputError, match=f"differs from this one in its {what}: give another folder"):
-        recover(again, batches(), Training(**{**settings, **changed}), loss=CrossEntropy(), checkpoint=tmp_path)
+        finetune(
+            again, batches(), Training(**{**settings, **changed}), loss_function=CrossEntropy(), checkpoint=tmp_path
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x80\x02cos\nsystem\n."])
 def test_a_damaged_checkpoint_is_refused_and_runs_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "training.pt").write_bytes(content)
     with pytest.raises(OutputError, match="cannot be read"):
-        recover(network(), batches(), Training(steps=1), loss=CrossEntropy(), checkpoint=tmp_path)
+        finetune(network(), batches(), Training(steps=1), loss_function=CrossEntropy(), checkpoint=tmp_path)
 
 
 # Bad input
@@ -356,7 +366,7 @@ def test_what_does_not_fit_is_refused_before_any_step() -> None:
 
     def refused(message: str, training: Training = train, loss: Any = CrossEntropy(), **options: Any) -> None:  # noqa: B008
         with pytest.raises(HesseError, match=message):
-            recover(model, options.pop("data", batches()), training, loss=loss, **options)
+            finetune(model, options.pop("data", batches()), training, loss_function=loss, **options)
         assert all(torch.equal(before[name], now) for name, now in weights(model).items())
 
     refused("no parameter '9.weight' to hold", held={"9.weight": StraightThrough(Grid())})
@@ -377,7 +387,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm() -> None:
     model, data = network(), batches()
     data[2] = (data[2][0] * torch.inf, data[2][1])
     with pytest.raises(DataError, match="loss of step 2 is not finite"):
-        recover(model, data, Training(steps=5), loss=CrossEntropy())
+        finetune(model, data, Training(steps=5), loss_function=CrossEntropy())
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hesse.models import writer
-from hesse.models.checkpoint import INDEX, SINGLE
+from hesse.checkpoints import writer
+from hesse.checkpoints.checkpoint import INDEX, SINGLE
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.bool]
 shapes = st.sampled_from([(), (0,), (1,), (3,), (5, 7), (2, 3, 4)])

@@ -25,81 +25,81 @@ class Processes:
     """This process and the others of its job. Every process makes the same calls in the same order."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this process does what is done once."""
+    def is_main(self) -> bool:
+        """True for rank 0, which does what is done once."""
         return self.rank == 0
 
     def writer(self, number: int) -> int:
-        """Which process writes file number `number`."""
-        return number % self.count
+        """Return the rank that writes file number `number`."""
+        return number % self.world_size
 
-    def share(self, number: int) -> range:
-        """Which of `number` things in a row are this process's; sizes differ by at most one."""
-        return range(self.rank * number // self.count, (self.rank + 1) * number // self.count)
+    def shard_of(self, number: int) -> range:
+        """Return the range of this rank among `number` items in a row; sizes differ by at most one."""
+        return range(self.rank * number // self.world_size, (self.rank + 1) * number // self.world_size)
 
-    def portion(self, batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Batches before this process's share of them, and the share.
+    def shard(self, batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the batches before this rank's shard, and the shard.
 
         Raises:
             OptionError: there are more processes than batches.
         """
-        if len(batches) < self.count:
+        if len(batches) < self.world_size:
             raise OptionError(
-                f"{self.count} processes cannot share {len(batches)} batches of samples: start fewer, or give more "
-                "samples"
+                f"{self.world_size} processes cannot share {len(batches)} batches of samples: start fewer, or give "
+                "more samples"
             )
-        share = self.share(len(batches))
+        share = self.shard_of(len(batches))
         return batches[: share.start], batches[share.start : share.stop]
 
-    def add(self, tensor: Tensor) -> None:
-        """Add up a tensor over all processes, in place in each.
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over all ranks, in place.
 
         Raises:
             ProcessError: another process has ended.
         """
-        if self.count > 1:
+        if self.world_size > 1:
             with _together():
                 distributed.all_reduce(tensor)
 
-    def total(self, number: int) -> int:
-        """The sum of a number over all processes."""
+    def all_reduce_sum(self, number: int) -> int:
+        """Return the sum of a number over all ranks."""
         return self._reduced(number, distributed.ReduceOp.SUM)
 
-    def least(self, number: int) -> int:
-        """The least of a number over all processes."""
+    def all_reduce_min(self, number: int) -> int:
+        """Return the minimum of a number over all ranks."""
         return self._reduced(number, distributed.ReduceOp.MIN)
 
-    def joined(self, own: Tensor) -> Tensor:
-        """The tensors of all processes one after another, along their first dimension, the only one that may differ."""
-        if self.count == 1:
+    def all_gather(self, own: Tensor) -> Tensor:
+        """Concatenate the tensors of all ranks along their first dimension, the only one that may differ."""
+        if self.world_size == 1:
             return own
-        lengths = torch.zeros(self.count, dtype=torch.int64)
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
         lengths[self.rank] = len(own)
-        self.add(lengths)
+        self.all_reduce(lengths)
         parts = [own.new_empty((int(length), *own.shape[1:])) for length in lengths]
         parts[self.rank].copy_(own)
-        return torch.cat([self.first(part, rank) for rank, part in enumerate(parts)])
+        return torch.cat([self.broadcast(part, rank) for rank, part in enumerate(parts)])
 
-    def first(self, tensor: Tensor, rank: int = 0) -> Tensor:
-        """The tensor of the first process, or of process number `rank`, in all; it has the same shape in all."""
-        if self.count > 1:
+    def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """Return the tensor of rank `rank` in every rank; its shape is the same in all."""
+        if self.world_size > 1:
             tensor = tensor.contiguous()
             with _together():
                 # Collectives know no booleans, and of some types not all backends know.
                 distributed.broadcast(tensor.view(torch.uint8) if tensor.ndim else tensor, rank)
         return tensor
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until every rank has arrived."""
+        if self.world_size > 1:
             with _together():
                 distributed.barrier()
 
     def _reduced(self, number: int, operation: Any) -> int:
-        if self.count == 1:
+        if self.world_size == 1:
             return number
         tensor = torch.tensor([number], dtype=torch.int64)
         with _together():
@@ -110,13 +110,13 @@ class Processes:
 ALONE = Processes()
 
 
-def is_first() -> bool:
-    """Whether this process is the first of those that torchrun started, or the only one; before they are joined."""
+def is_main_process() -> bool:
+    """Return True for rank 0 or without torchrun, before the process group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def joined(device: torch.device) -> Processes:
-    """All processes that torchrun started; this one alone, if it did not.
+def join_process_group(device: torch.device) -> Processes:
+    """Join the process group that torchrun started; without torchrun, return a group of one.
 
     Raises:
         ProcessError: the others cannot be reached.

@@ -6,8 +6,8 @@ from typing import get_args
 from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.estimates import Estimates, Name, Sums
-from hesse.estimation.passage import Per
-from hesse.estimation.walk import BUDGET, Kind, Walk
+from hesse.passes.per_sample import BUDGET, GradientPass, Kind
+from hesse.passes.recorded_batch import Per
 
 
 def estimate_curvatures(
@@ -50,7 +50,7 @@ def estimate_curvatures(
         raise OptionError(f"factors are per 'position' or per 'sample', not {per!r}")
     kept = objective.size * objective.parameters[0].element_size() if "rank-one" in curvatures else 0
     apart = per == "sample" or not set(curvatures) <= {"gram", "kronecker"}
-    walk = Walk(objective, kind, seed=seed, budget=budget, extra=kept, apart=apart)
+    walk = GradientPass(objective, kind, seed=seed, budget=budget, extra=kept, apart=apart)
     sums = Sums(walk.parts, objective.named, curvatures, per, block_size)
     for passage in walk:
         sums.add(passage)

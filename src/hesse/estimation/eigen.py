@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hesse.curvature import Curvature, EigenKronecker, Kronecker, Objective
 from hesse.errors import OptionError
-from hesse.estimation.parts import Part
-from hesse.estimation.passage import Passage, Per, Rows
-from hesse.estimation.walk import BUDGET, Kind, Walk
+from hesse.passes.parts import Part
+from hesse.passes.per_sample import BUDGET, GradientPass, Kind
+from hesse.passes.recorded_batch import Per, RecordedBatch, Rows
 
 TOGETHER = 1 << 26  # bytes of rotated gradients at once
 
@@ -36,7 +36,7 @@ def eigen_kronecker(
     kind: Kind = "empirical" if origin.matrix == "empirical Fisher" else "sampled"
     per: Per = "position" if origin.per == "position" else "sample"
     part_of = Objective(objective.model, objective.loss, objective.data, tuple(factors), objective.forward)
-    walk = Walk(part_of, kind, seed=seed, budget=budget, apart=per == "sample")
+    walk = GradientPass(part_of, kind, seed=seed, budget=budget, apart=per == "sample")
     sums = _Eigenvalues({name: walk.parts[name][0] for name in factors}, factors, per)
     for passage in walk:
         sums.add(passage)
@@ -71,7 +71,7 @@ class _Eigenvalues:
                 sides.append(known[id(factor)])
             self.vectors[name] = (sides[0], sides[1])
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         rotated: dict[object, Tensor] = {}  # inputs that several layers share
         for name, part in self.parts.items():

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Kronecker, Origin, RankOneSum, Sum
 from hesse.errors import DataError
-from hesse.estimation.parts import Part
-from hesse.estimation.passage import Passage, Per
 from hesse.estimation.sums import FlatGradients, GradientBlocks, GradientSquares, InputMoments, OutputMoments
 from hesse.finite import all_finite
+from hesse.passes.parts import Part
+from hesse.passes.recorded_batch import Per, RecordedBatch
 
 Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
 
@@ -20,7 +20,7 @@ Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
 class Adds(Protocol):
     """Anything that is summed up as a pass goes on."""
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
 
 
@@ -68,7 +68,7 @@ class Sums:
         }
         self._wanted = list({id(s): s for name in needs if name in asked for s in needs[name]}.values())
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         for statistic in self._wanted:
             statistic.add(passage)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from hesse.curvature import Objective
 from hesse.errors import DataError
-from hesse.estimation.sample_gradients import flat_gradients
-from hesse.estimation.walk import BUDGET, Kind, Walk
 from hesse.finite import all_finite
+from hesse.passes.per_sample import BUDGET, GradientPass, Kind
+from hesse.passes.sample_gradients import flat_gradients
 
 
 def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, budget: int = BUDGET) -> Iterator[Tensor]:
@@ -22,7 +22,7 @@ def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, bud
         OptionError: the budget is smaller than one gradient.
     """
     size = objective.size * objective.parameters[0].element_size()
-    walk = Walk(objective, kind, seed=seed, budget=budget, extra=size)
+    walk = GradientPass(objective, kind, seed=seed, budget=budget, extra=size)
     for passage in walk:
         flat = flat_gradients(passage, walk.parts, objective.named)
         if not all_finite(flat):

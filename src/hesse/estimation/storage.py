@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hesse.checkpoints.writer import write_tensors
 from hesse.curvature import Curvature, Origin
 from hesse.errors import CheckpointError, UnsupportedProduct, reason
-from hesse.models.files import unfinished_file
 from hesse.version import __version__
 
 KEY = "hesse_curvature"
@@ -26,8 +25,8 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     described = _describe(curvature, "", tensors)
     header = {KEY: json.dumps(described), "version": __version__, "format": "pt"}
-    with unfinished_file(Path(path)) as unfinished:
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, unfinished, header)
+    # safetensors refuses tensors that share memory.
+    write_tensors(Path(path), {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, header)
 
 
 def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:

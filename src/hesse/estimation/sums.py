@@ -9,10 +9,10 @@ from torch import Tensor
 from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSum
 from hesse.curvature.symmetric import add_upper, mirror, multiplies_exactly
 from hesse.errors import DataError
-from hesse.estimation.parts import Part
-from hesse.estimation.passage import Passage, Per, Rows
-from hesse.estimation.sample_gradients import flat_gradients, sample_gradients
 from hesse.finite import all_finite
+from hesse.passes.parts import Part
+from hesse.passes.recorded_batch import Per, RecordedBatch, Rows
+from hesse.passes.sample_gradients import flat_gradients, sample_gradients
 
 Key = tuple[str, ...]  # the modules of a part
 
@@ -72,7 +72,7 @@ class InputMoments:
         self.per = per
         self.sums: dict[Key, Moment] = {}
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         groups: dict[object, dict[Key, Rows]] = {}
         for part in self.parts:
@@ -106,7 +106,7 @@ class OutputMoments:
         self.per, self.diagonal = per, diagonal
         self.sums: dict[Key, Moment] = {}
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         for part in self.parts:
             rows = passage.rows(part)
@@ -126,7 +126,7 @@ class GradientSquares:
         self.sums: dict[str, Tensor] = {}
         self.norms: dict[str, list[Tensor]] = {name: [] for name in parameters}  # per sample only
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         for name, parameter in self.parameters.items():
             for square in self._squares(passage, name, parameter):
@@ -136,7 +136,7 @@ class GradientSquares:
         """‖g‖² of each sample's gradient of each parameter (samples,)."""
         return {name: torch.cat(norms) for name, norms in self.norms.items()}
 
-    def _squares(self, passage: Passage, name: str, parameter: Tensor) -> list[Tensor]:
+    def _squares(self, passage: RecordedBatch, name: str, parameter: Tensor) -> list[Tensor]:
         """Those of one parameter for some samples."""
         found = [(part, rows) for part in self.parts[name] if (rows := passage.rows(part)) is not None]
         if self.per == "position":
@@ -184,7 +184,7 @@ class GradientBlocks:
             for name, parameter in parameters.items()
         }
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         for name, parameter in self.parameters.items():
             for gradients in sample_gradients(passage, name, self.parts[name], parameter):
@@ -205,7 +205,7 @@ class FlatGradients:
         self.parts, self.parameters = parts, parameters
         self.rows: list[Tensor] = []
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: RecordedBatch) -> None:
         """Add what a pass shows of some samples."""
         self.rows.append(flat_gradients(passage, self.parts, self.parameters))
 

@@ -1,28 +1,35 @@
-"""What a checkpoint predicts, streamed from disk a block at a time, beside the dense model it came from."""
+"""Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesse.errors import DataError, OptionError
-from hesse.evaluation.metrics import HiddenTotals, Totals
-from hesse.models.checkpoint import Checkpoint
-from hesse.models.network import Network
-from hesse.models.stream import Flow, advance, finish, start
-from hesse.progress import Progress
-
-# Logits of one batch: at most so many numbers, 128 MB in float32.
-LOGITS_LIMIT = 1 << 25
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.locate import locate
+from hesse.data import read_samples
+from hesse.data.selection import Data, sample_length
+from hesse.errors import OptionError, check_at_least
+from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
+from hesse.formats import open_checkpoint
+from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
+from hesse.networks.device import find_device
+from hesse.networks.network import CheckpointNetwork
+from hesse.networks.vocabulary import check_ids, vocabulary
+from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.stream import StreamBatch, advance, finish, start
+from hesse.progress import Progress, Silence
+from hesse.result import LossChange
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality and size of a checkpoint; what needs a reference, or a language model, is None without it.
+    """Quality and size of a checkpoint; fields that need a reference or a language model are None without it.
 
-    Losses and divergences are nats per token, over all tokens but the first of each sample.
+    Losses and divergences are in nats per token, over all tokens except the first of each sample.
     """
 
     kind: str
@@ -49,14 +56,77 @@ class Evaluation:
 
     @property
     def difference(self) -> float:
-        """How far the model is from its reference: `kl`, or `hidden_error` for an encoder."""
-        found = self.hidden_error if self.kl is None else self.kl
-        assert found is not None, "evaluated without a reference"
-        return found
+        """Return the divergence from the reference: `kl`, or `hidden_error` for an encoder."""
+        difference = self.hidden_error if self.kl is None else self.kl
+        assert difference is not None, "evaluated without a reference"
+        return difference
 
     def difference_name(self, changed: str) -> str:
-        """What `difference` is, for a model that people call `changed`."""
+        """Return the name of `difference`, with `changed` as the model's name."""
         return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
+
+    def loss_change(self, changed: str, held_out: bool, predicted: float | None = None) -> LossChange:
+        """Return `difference` as reports hold it, with `changed` as the model's name."""
+        return LossChange(
+            name=self.difference_name(changed),
+            predicted=predicted,
+            measured=self.difference,
+            standard_error=self.kl_standard_error,
+            samples=self.samples,
+            held_out=held_out,
+        )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    adapter: str | Path | None = None,
+    data: Data = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure the loss, perplexity and size of a model on disk, and its divergence from a reference.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
+        reference: the dense model to compare with.
+        adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
+        data: as for `compress`; None for the shipped held-out text.
+        samples: number of windows, from the start of the text; None for all.
+        length: tokens per window; None for 2048 or the model's positions, whichever is less.
+        batch_size: number of windows per batch.
+        device: `auto`, `cpu`, or `cuda`.
+        progress: receives each phase and step.
+
+    Raises:
+        HesseError: the subclass and message say what is wrong and what to do.
+    """
+    check_at_least("--samples", samples, 1)
+    check_at_least("--length", length, 2)
+    check_at_least("--batch-size", batch_size, 1)
+    place = find_device(device)
+    folder = locate(model)
+    checkpoint = open_checkpoint(folder)
+    network = CheckpointNetwork(checkpoint, torch.float32, place)
+    if adapter is not None:
+        checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
+    tokens = sample_length(network, length)
+    chosen, _ = read_samples(
+        data,
+        folder,
+        count=samples,
+        length=tokens,
+        seed=0,
+        purpose="evaluation",
+        limit=network.input_limit,
+    )
+    batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
+    dense = None if reference is None else open_checkpoint(locate(reference))
+    return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
 
 
 def evaluate_checkpoint(
@@ -72,10 +142,10 @@ def evaluate_checkpoint(
         DataError: a token is outside the vocabulary, or an encoder is evaluated without a reference.
         OptionError: model and reference are of different kinds or vocabularies.
     """
-    network = Network(checkpoint, torch.float32, device)
+    network = CheckpointNetwork(checkpoint, torch.float32, device)
     if network.kind == "encoder" and reference is None:
         raise OptionError("an encoder has no loss of its own: give --reference, the dense model to compare with")
-    other = None if reference is None else Network(reference, torch.float32, device)
+    other = None if reference is None else CheckpointNetwork(reference, torch.float32, device)
     if other is not None and (other.kind != network.kind or vocabulary(other) != vocabulary(network)):
         raise OptionError("model and reference have different kinds or vocabularies, so they cannot be compared")
     check_ids(network, batches)
@@ -84,8 +154,10 @@ def evaluate_checkpoint(
     return compare(network, flows, other, dense, progress)
 
 
-def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[Flow]:
-    """Take all batches through all blocks.
+def pass_through(
+    network: CheckpointNetwork, batches: list[Tensor], progress: Progress, phase: str
+) -> list[StreamBatch]:
+    """Run all batches through all blocks.
 
     Raises:
         DataError: a block's output is not finite.
@@ -100,10 +172,14 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
 
 
 def compare(
-    network: Network, flows: list[Flow], other: Network | None, dense: list[Flow] | None, progress: Progress
+    network: CheckpointNetwork,
+    flows: list[StreamBatch],
+    other: CheckpointNetwork | None,
+    dense: list[StreamBatch] | None,
+    progress: Progress,
 ) -> Evaluation:
-    """The evaluation of `flows` that have passed all blocks of `network`, beside `dense` ones of `other`."""
-    totals, hidden = Totals(), HiddenTotals()
+    """Evaluate `flows`, which have passed all blocks of `network`, against the flows `dense` of the network `other`."""
+    totals, hidden = PredictionTotals(), HiddenTotals()
     progress.begin("compare", len(flows))
     with network.surroundings() as model, torch.no_grad():
         if other is None or dense is None:
@@ -113,11 +189,11 @@ def compare(
         else:
             with other.surroundings() as reference_model:
                 for flow, dense_flow in zip(flows, dense, strict=True):
-                    result, wanted = finish(network, model, flow), finish(other, reference_model, dense_flow)
+                    result, expected = finish(network, model, flow), finish(other, reference_model, dense_flow)
                     if network.kind == "encoder":
-                        hidden.add(result, wanted)
+                        hidden.add(result, expected)
                     else:
-                        totals.add(result, flow.ids, wanted)
+                        totals.add(result, flow.ids, expected)
                     progress.advance()
     samples = sum(len(flow.ids) for flow in flows)
     length = max(flow.ids.shape[1] for flow in flows)
@@ -125,7 +201,12 @@ def compare(
 
 
 def _evaluation(
-    network: Network, samples: int, length: int, totals: Totals, hidden: HiddenTotals, compared: bool
+    network: CheckpointNetwork,
+    samples: int,
+    length: int,
+    totals: PredictionTotals,
+    hidden: HiddenTotals,
+    compared: bool,
 ) -> Evaluation:
     checkpoint = network.checkpoint
     parameters = sum(p.numel() for p in network.model.parameters())
@@ -153,25 +234,3 @@ def _evaluation(
         bytes=checkpoint.file_bytes,
         bits_per_weight=8 * checkpoint.stored_bytes / parameters,
     )
-
-
-def vocabulary(network: Network) -> int:
-    """The number of token ids the network knows."""
-    weight = network.model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def check_ids(network: Network, batches: list[Tensor]) -> None:
-    """Raise DataError for a token id that the network does not know."""
-    largest = max(int(ids.max()) for ids in batches)
-    if largest >= vocabulary(network):
-        raise DataError(
-            f"the data holds the token id {largest}, but the model knows {vocabulary(network)}: "
-            "the tokens were made by another tokenizer"
-        )
-
-
-def evaluation_batch(network: Network, length: int) -> int:
-    """Samples of `length` tokens a batch such that their logits stay within `LOGITS_LIMIT`."""
-    return max(LOGITS_LIMIT // (vocabulary(network) * length), 1)

@@ -1,11 +1,17 @@
-"""Constraints as a recipe says them: how their parts are joined."""
+"""Constraints as a recipe names them: how their parts are joined."""
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, field_validator, model_validator
 
 from hesse.constraints import Constraint, EitherSide, Grid, MixedGrid, Rotated, ScaledColumns
 from hesse.errors import OptionError
 from hesse.methods.constraint_parts import (
+    PARTS,
     CodebookOptions,
+    ConstraintPart,
     GridOptions,
     LowRankOptions,
     OutlierOptions,
@@ -16,16 +22,38 @@ from hesse.methods.constraint_parts import (
     VectorCodebookOptions,
 )
 from hesse.methods.strict import Strict
+from hesse.registry import Registry
 
-Basis = Literal["own", "scaled", "rotated", "either-side", "mixed"]
+
+@dataclass(frozen=True)
+class Basis:
+    """The basis, or the grouping, in which a weight is in a constraint."""
+
+    name: str
+    wrap: Callable[[Any], Constraint]
+    grids_only: bool = False
+
+
+BASES: Registry[Basis] = Registry("basis")
+for _basis in (
+    Basis("own", lambda constraint: constraint),
+    Basis("scaled", ScaledColumns),
+    Basis("rotated", Rotated),
+    Basis("either-side", EitherSide, grids_only=True),
+    Basis("mixed", MixedGrid, grids_only=True),
+):
+    BASES.register(_basis.name, _basis)
 
 
 class ConstraintOptions(Strict):
     """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
 
     Outliers may be added to a grid, a codebook or a table. A grid may be of the weight with its columns scaled,
-    in a rotated basis, with its groups along either side, or with bits mixed over groups (`basis`).
+    in a rotated basis, with its groups along either side, or with bits mixed over groups (`basis`). Other keys are
+    constraints that another package has registered.
     """
+
+    model_config = ConfigDict(extra="allow")
 
     grid: GridOptions | None = None
     codebook: CodebookOptions | None = None
@@ -36,7 +64,33 @@ class ConstraintOptions(Strict):
     outliers: OutlierOptions | None = None
     sign_rank_one: SignRankOneOptions | None = None
     salient: SalientOptions | None = None
-    basis: Basis = "own"
+    basis: str = "own"
+
+    @field_validator("basis")
+    @classmethod
+    def _known_basis(cls, name: str) -> str:
+        if name not in BASES:
+            raise ValueError(f"there is no basis {name!r}; there are {', '.join(BASES)}")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _registered(cls, content: Any) -> Any:
+        """Read the parts that other packages have registered, and refuse all other unknown keys."""
+        if not isinstance(content, dict):
+            return content
+        others = {key: value for key, value in content.items() if key not in cls.model_fields}
+        for key in others:
+            if key not in PARTS:
+                raise ValueError(f"{key!r} is not a known key; there are {', '.join((*PARTS, 'basis'))}")
+        return {**content, **{key: PARTS[key].model_validate(value) for key, value in others.items()}}
+
+    @property
+    def parts(self) -> dict[str, ConstraintPart]:
+        """The parts that are given, those that are added to others last."""
+        names = [*(name for name in type(self).model_fields if name != "basis"), *(self.model_extra or {})]
+        given = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return dict(sorted(given.items(), key=lambda entry: entry[1].added))
 
     def build(self) -> Constraint:
         """The constraint.
@@ -44,33 +98,30 @@ class ConstraintOptions(Strict):
         Raises:
             OptionError: there is none, they cannot be joined, or a value has no meaning.
         """
-        names = [name for name in type(self).model_fields if name != "basis"]
-        given = [name for name in names if getattr(self, name) is not None]
-        parts: dict[str, Constraint] = {name: getattr(self, name).build() for name in given}
-        if not parts:
-            raise OptionError(f"a constraint needs one of {', '.join(names)}")
+        given = list(self.parts)
+        built = {name: part.build() for name, part in self.parts.items()}
+        if not given:
+            raise OptionError(f"a constraint needs one of {', '.join(PARTS)}")
         if given == ["outliers"]:
             raise OptionError("outliers are what stays as it is beside a grid, codebook or table: give one of these")
-        if len(parts) == 1:
-            return _in_basis(parts[given[0]], self.basis)
+        if len(given) == 1:
+            return _in_basis(built[given[0]], self.basis)
         if self.basis != "own":
-            raise OptionError(f"a {self.basis} basis is for one constraint alone, and there are {' and '.join(parts)}")
+            raise OptionError(f"a {self.basis} basis is for one constraint alone, and there are {' and '.join(given)}")
         *first, last = given
-        base = self.sparse.build() & self.grid.build() if self.grid and self.sparse else parts[first[0]]
+        base = self.sparse.build() & self.grid.build() if self.grid and self.sparse else built[first[0]]
         if given == ["grid", "sparse"]:
             return base
-        if last == "low_rank" and (first == ["grid", "sparse"] or len(first) == 1):
-            return base + parts[last]
-        if last == "outliers" and len(first) == 1 and first[0] in ("grid", "codebook", "table"):
-            return base + parts[last]
-        raise OptionError(f"{' and '.join(parts)} cannot be joined in one layer")
+        base_part = self.parts[first[0]]
+        if last == "low_rank" and (first == ["grid", "sparse"] or (len(first) == 1 and base_part.extensible)):
+            return base + built[last]
+        if last == "outliers" and len(first) == 1 and base_part.takes_outliers:
+            return base + built[last]
+        raise OptionError(f"{' and '.join(given)} cannot be joined in one layer")
 
 
-def _in_basis(constraint: Constraint, basis: Basis) -> Constraint:
-    if basis in ("either-side", "mixed"):
-        if not isinstance(constraint, Grid):
-            raise OptionError(f"only a grid has groups of {basis} kind, not a {type(constraint).__name__}")
-        return EitherSide(constraint) if basis == "either-side" else MixedGrid(constraint)
-    if basis == "own":
-        return constraint
-    return ScaledColumns(constraint) if basis == "scaled" else Rotated(constraint)
+def _in_basis(constraint: Constraint, basis: str) -> Constraint:
+    entry = BASES[basis]
+    if entry.grids_only and not isinstance(constraint, Grid):
+        raise OptionError(f"only a grid has groups of {basis} kind, not a {type(constraint).__name__}")
+    return entry.wrap(constraint)

@@ -1,10 +1,11 @@
 """The parts of a constraint as a recipe says them, and which options of a method are theirs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from typing_extensions import Self
 
 from hesse.constraints import (
@@ -20,17 +21,22 @@ from hesse.constraints import (
 )
 from hesse.errors import OptionError
 from hesse.methods.strict import Strict, Whole
+from hesse.options import KNOWN, Option, known_option, type_text
+from hesse.registry import Registry
 
 Scope = Literal["layer", "row", "global", "lamp"]
 
 
-class Part(Strict, ABC):
+class ConstraintPart(Strict, ABC):
     """One part of a constraint.
 
-    `takes` says which of a method's options its fields are; the first is the one that asks for the part.
+    `takes` maps fields of the part to options of a method; the first option is the one that asks for the part.
     """
 
     takes: ClassVar[dict[str, str]] = {}
+    extensible: ClassVar[bool] = False  # a low rank may be added
+    takes_outliers: ClassVar[bool] = False  # outliers may be added
+    added: ClassVar[bool] = False  # is itself added to another part
 
     @classmethod
     def asked_by(cls) -> str | None:
@@ -40,17 +46,37 @@ class Part(Strict, ABC):
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
         """The part with a method's options where they are given."""
-        return cls(**{own: options[name] for own, name in cls.takes.items() if options[name] is not None})
+        given = {own: options[name] for own, name in cls.takes.items() if name in options}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise OptionError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+
+    @classmethod
+    def options(cls, present: bool) -> list[Option]:
+        """Return the options of a method that the part takes; without defaults where it is not always present."""
+        made = []
+        for own, name in cls.takes.items():
+            entry = cls.model_fields[own]
+            default = entry.default if present else None
+            if name in {option.name for option in KNOWN}:
+                made.append(known_option(name, default))
+            else:
+                made.append(Option(name, type_text(entry.annotation), default, entry.description or name))
+        return made
 
     @abstractmethod
     def build(self) -> Constraint:
         """The constraint."""
 
 
-class GridOptions(Part):
+class GridOptions(ConstraintPart):
     """Options of a Grid."""
 
     takes: ClassVar[dict[str, str]] = {name: name for name in ("bits", "group_size", "symmetric", "headroom", "signed")}
+    extensible = True
+    takes_outliers = True
 
     bits: Whole = 4
     group_size: Whole = 128
@@ -62,7 +88,7 @@ class GridOptions(Part):
         return Grid(**self.model_dump())
 
 
-class SparseOptions(Part):
+class SparseOptions(ConstraintPart):
     """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
 
     `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
@@ -70,6 +96,7 @@ class SparseOptions(Part):
     """
 
     takes: ClassVar[dict[str, str]] = {"amount": "sparsity", "scope": "scope", "block": "block"}
+    extensible = True
 
     amount: float | str = 0.5
     scope: Scope = "layer"
@@ -77,7 +104,7 @@ class SparseOptions(Part):
 
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
-        if options["scope"] is not None and options["scope"] not in get_args(Scope):
+        if options.get("scope", "layer") not in get_args(Scope):
             raise OptionError(f"there is no scope {options['scope']!r}; there are {', '.join(get_args(Scope))}")
         return super().chosen(options)
 
@@ -91,10 +118,11 @@ class SparseOptions(Part):
         return Sparse(parsed.amount, scope="row" if self.scope == "row" else "layer", block=self.block)
 
 
-class LowRankOptions(Part):
+class LowRankOptions(ConstraintPart):
     """Options of a LowRank."""
 
     takes: ClassVar[dict[str, str]] = {"rank": "rank"}
+    added = True
 
     rank: Whole = 64
 
@@ -102,10 +130,12 @@ class LowRankOptions(Part):
         return LowRank(self.rank)
 
 
-class TableOptions(Part):
+class TableOptions(ConstraintPart):
     """Options of a Table."""
 
     takes: ClassVar[dict[str, str]] = {"name": "table", "group_size": "group_size"}
+    extensible = True
+    takes_outliers = True
 
     name: str = "fp4"
     group_size: Whole = 128
@@ -114,10 +144,11 @@ class TableOptions(Part):
         return Table(self.name, self.group_size)
 
 
-class OutlierOptions(Part):
+class OutlierOptions(ConstraintPart):
     """The share of weights that stay as they are beside a grid or a codebook."""
 
     takes: ClassVar[dict[str, str]] = {"share": "outliers"}
+    added = True
 
     share: float = Field(default=0.005, gt=0, lt=1)
 
@@ -125,10 +156,12 @@ class OutlierOptions(Part):
         return Sparse(1 - self.share)
 
 
-class CodebookOptions(Part):
+class CodebookOptions(ConstraintPart):
     """Options of a Codebook."""
 
     takes: ClassVar[dict[str, str]] = {"bits": "bits"}
+    extensible = True
+    takes_outliers = True
 
     bits: Whole = 4
 
@@ -136,14 +169,14 @@ class CodebookOptions(Part):
         return Codebook(self.bits)
 
 
-class SignRankOneOptions(Part):
+class SignRankOneOptions(ConstraintPart):
     """A SignRankOne has no options."""
 
     def build(self) -> SignRankOne:
         return SignRankOne()
 
 
-class SalientOptions(Part):
+class SalientOptions(ConstraintPart):
     """Options of SalientColumns: which share of columns, and the grid that they are on."""
 
     share: float = 0.2
@@ -153,10 +186,11 @@ class SalientOptions(Part):
         return SalientColumns(self.share, self.grid.build())
 
 
-class VectorCodebookOptions(Part):
+class VectorCodebookOptions(ConstraintPart):
     """Options of a VectorCodebook."""
 
     takes: ClassVar[dict[str, str]] = {"bits": "bits", "length": "vector_length", "books": "books"}
+    extensible = True
 
     bits: Whole = 2
     length: Whole = 4
@@ -166,17 +200,37 @@ class VectorCodebookOptions(Part):
         return VectorCodebook(self.bits, self.length, self.books)
 
 
-PARTS: dict[str, type[Part]] = {
-    "grid": GridOptions,
-    "codebook": CodebookOptions,
-    "vector_codebook": VectorCodebookOptions,
-    "table": TableOptions,
-    "sparse": SparseOptions,
-    "low_rank": LowRankOptions,
-    "outliers": OutlierOptions,
-    "sign_rank_one": SignRankOneOptions,
-    "salient": SalientOptions,
-}
+PARTS: Registry[type[ConstraintPart]] = Registry("constraint")
+for _name, _part in (
+    ("grid", GridOptions),
+    ("codebook", CodebookOptions),
+    ("vector_codebook", VectorCodebookOptions),
+    ("table", TableOptions),
+    ("sparse", SparseOptions),
+    ("low_rank", LowRankOptions),
+    ("outliers", OutlierOptions),
+    ("sign_rank_one", SignRankOneOptions),
+    ("salient", SalientOptions),
+):
+    PARTS.register(_name, _part)
+
+
+def constraint(name: str) -> Callable[[type[ConstraintPart]], type[ConstraintPart]]:
+    """Register a `ConstraintPart` that methods and recipes can name.
+
+    Example:
+        >>> @hesse.methods.constraint("coarse")
+        ... class CoarseOptions(hesse.methods.ConstraintPart):
+        ...     takes = {"group_size": "group_size"}
+        ...     group_size: int = 64
+        ...
+        ...     def build(self):
+        ...         return hesse.Grid(2, self.group_size)
+
+    Raises:
+        OptionError: the name is taken.
+    """
+    return partial(PARTS.register, name)
 
 
 def parse_sparsity(text: str | float) -> Sparse:

@@ -1,9 +1,10 @@
 """Methods that factorise weights into two thin ones."""
 
-from hesse.methods.method import Method, Options
-from hesse.methods.row import Row
+from hesse.methods.method import Method
+from hesse.methods.table import register
+from hesse.options import Option, Options
 
-METHODS = (
+register(
     Method(
         name="svd",
         curvature="identity",
@@ -77,24 +78,30 @@ METHODS = (
         needs="calibration text; stored dense, since no loader adds the factors",
         defaults=Options(sparsity=0.6, rank=32, damping=0.01),
     ),
-)
-ROWS = (
-    Row(
+    Method(
         name="repair",
-        curvature="gram, kronecker or identity",
-        constraint=("what a model holds", "low_rank"),
+        curvature="gram",
+        other_curvatures=("kronecker", "identity"),
+        constraints=("low_rank",),
         solver="whitened_svd",
         source="EoRA (Liu et al., 2024, arXiv:2410.21271), LoRC (Yao et al., 2023, arXiv:2303.08302)",
         needs="a dense model, what any program compressed it to, and calibration text",
-        run="hesse repair DENSE COMPRESSED OUT",
+        defaults=Options(rank=32, damping=0.01),
+        verb="repair",
+        settings=(
+            Option("curvature", "str", "gram", "Metric of the low rank: gram, kronecker or identity."),
+            Option("format", "str", "adapter", "What is written: adapter, a LoRA folder of PEFT, or dense."),
+        ),
     ),
-    Row(
+    Method(
         name="acip",
         curvature="kronecker",
-        constraint=("low_rank",),
+        constraints=("low_rank",),
         solver="whitened_svd",
         source="one ranking for any size, after Genzel et al., 2025, arXiv:2502.01717, by predicted loss",
         needs="what `hesse estimate --curvature gram,kronecker` wrote, once",
-        run="hesse cut MODEL STATISTICS OUT --size 60%",
+        defaults=Options(rank=64, damping=0.01),
+        verb="cut",
     ),
+    family="low-rank",
 )

@@ -1,67 +1,159 @@
 """A method of the literature: a named triple curvature × constraint × solver with its usual options."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from hesse.errors import OptionError
-from hesse.methods.constraint_options import Basis, ConstraintOptions
+from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
+from hesse.methods.curvatures import CURVATURES
+from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.methods.recipe import Recipe, Rewrite, Rule
-from hesse.methods.row import Row
-from hesse.methods.solver_options import ORDERED, UNDAMPED, SolverOptions
+from hesse.methods.solver_options import SOLVERS, SolverOptions
+from hesse.methods.verbs import VERBS
+from hesse.options import KNOWN, Option, Options, flag, known_option
 
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line can change about a method; None leaves the method's own choice."""
-
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    headroom: float | None = None
-    signed: bool | None = None
-    sparsity: str | float | None = None
-    scope: str | None = None
-    block: int | None = None
-    rank: int | None = None
-    outliers: float | None = None
-    table: str | None = None
-    vector_length: int | None = None
-    books: int | None = None
-    act_order: bool | None = None
-    damping: float | None = None
-    input_bits: int | None = None
-
-    def over(self, defaults: "Options") -> "Options":
-        """These options where given, `defaults` elsewhere."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return replace(defaults, **given)
+Use = Literal["project", "evaluate", "solve"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table of methods.
+    """A row of the table of methods: names of registered objects, from which its verb builds what it runs.
 
-    `constraints` are those the method always has, `optional` those an option may add (so that GPTQ with a sparsity is
-    joint pruning and quantisation). `rewrite` is done to the model before, and leaves its function as it is.
+    - `curvature` is a name of `CURVATURES`; None for a method that judges by something else, such as its `score`.
+    - `constraints` are names of `PARTS` that the method always has, `optional` those that an option may add (so that
+      GPTQ with a sparsity is joint pruning and quantization); `basis` is a name of `BASES`.
+    - `solver` is a name in the verb's table of solvers: `SOLVERS` for verbs that solve layers.
+    - `partition` says which weights are changed together; `score` is a name in that verb's table of scores.
+    - `schedule` is a name of training's `SCHEDULES`, for methods that change a network little by little.
+    - `rewrite` is done to the model before, and leaves its function as it is.
+    - `defaults` are the method's own choice of the options of its constraints and solver, `settings` its other options.
     """
 
     name: str
-    curvature: str
+    curvature: str | None
     constraints: tuple[str, ...]
     solver: str
     source: str
     needs: str
-    defaults: Options = Options()
+    defaults: Options = field(default_factory=Options)
     optional: tuple[str, ...] = ()
-    basis: Basis = "own"
+    basis: str = "own"
     rewrite: Rewrite | None = None
+    verb: str = "compress"
+    use: Use = "project"
+    partition: str = "weights"
+    score: str | None = None
+    schedule: str | None = None
+    other_curvatures: tuple[str, ...] = ()
+    settings: tuple[Option, ...] = ()
+    family: str = "own"
+
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        """Run the method by its verb: `METHODS["gmp"].run(model, ...)` is `hesse.prune_gradually(model, ...)`."""
+        return VERBS[self.verb].run(self.name, *arguments, **options)
 
     @property
-    def row(self) -> Row:
-        """What the table says of it."""
-        run = f"hesse compress MODEL OUT --method {self.name}"
-        triple = (self.curvature, self.constraints, self.solver)
-        return Row(self.name, *triple, self.source, self.needs, run, self.optional, self.basis, self.rewrite)
+    def curvatures(self) -> tuple[str, ...]:
+        """All curvatures that the method can use, its usual one first."""
+        return (*((self.curvature,) if self.curvature else ()), *self.other_curvatures)
+
+    @property
+    def example(self) -> str:
+        """A command or call that runs the method."""
+        return VERBS[self.verb].example.format(name=self.name, what=self.partition)
+
+    @property
+    def triple(self) -> tuple[str, str, str]:
+        """Curvature, constraint and solver as the table prints them."""
+        curvature = self.curvature or "none"
+        if self.other_curvatures:
+            curvature += f" (or {', '.join(self.other_curvatures)})"
+        if self.score is not None:
+            curvature = self.score if self.curvature is None else f"{self.score} of {curvature}"
+        constraint = " + ".join(self.constraints) + "".join(f" (& {name})" for name in self.optional)
+        if self.basis != "own":
+            constraint = f"{self.basis} {constraint}"
+        if self.partition != "weights":
+            constraint += f" of {self.partition}"
+        return curvature, constraint, self.solver if self.schedule is None else f"{self.solver}, {self.schedule}"
+
+    def constraint(self, options: Options) -> ConstraintOptions:
+        """Return the method's constraint with `options` in place of its defaults.
+
+        Raises:
+            OptionError: a value has no meaning.
+        """
+        return self._constraint(options.over(self.defaults))
+
+    def options(self) -> tuple[Option, ...]:
+        """Return what a call can change about the method, with defaults and help."""
+        return (*self._options_of_parts(), *self.settings)
+
+    def check_options(self, options: Options) -> None:
+        """Refuse options that the method does not take.
+
+        Raises:
+            OptionError: an option would have no effect.
+        """
+        takes = [option.name for option in self.options()]
+        for name in options.given():
+            if name not in takes:
+                has = f"it has {', '.join(takes)}" if takes else "it has none"
+                raise OptionError(f"the method {self.name} has no option {name!r}: {has}")
+
+    def setting(self, name: str) -> Any:
+        """Return the default of one of the `settings`.
+
+        Raises:
+            OptionError: the method has no such setting.
+        """
+        for option in self.settings:
+            if option.name == name:
+                return option.default
+        raise OptionError(f"the method {self.name} has no setting {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON can hold it."""
+        return {
+            "method": self.name,
+            "family": self.family,
+            "verb": self.verb,
+            "use": self.use,
+            "curvature": self.curvature,
+            "constraint": list(self.constraints),
+            "optional": list(self.optional),
+            "basis": self.basis,
+            "partition": self.partition,
+            "solver": self.solver,
+            "score": self.score,
+            "schedule": self.schedule,
+            "rewrite": self.rewrite,
+            "needs": self.needs,
+            "source": self.source,
+            "run": self.example,
+            "options": [vars(option) for option in self.options()],
+        }
+
+    def check(self) -> None:
+        """Refuse names that no table has.
+
+        Raises:
+            OptionError: a name is not registered.
+        """
+        VERBS.find(self.verb).solver(self.solver)
+        for curvature in self.curvatures:
+            if curvature not in LOSS_CURVATURES:
+                CURVATURES.find(curvature)
+        for part in (*self.constraints, *self.optional):
+            PARTS.find(part)
+        if self.verb == "compress":
+            self.recipe(Options())
+
+    @property
+    def solves_layers(self) -> bool:
+        """True if the method is a rule for single layers, which `recipe` gives."""
+        return self.curvature is not None and self.partition == "weights" and self.solver in SOLVERS
 
     def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
         """The recipe that applies this method with `options` to every layer that is not ignored.
@@ -69,6 +161,8 @@ class Method:
         Raises:
             OptionError: the method does not have one of the options, or a value has no meaning.
         """
+        if self.curvature is None or not self.solves_layers:
+            raise OptionError(f"the method {self.name} is no rule for single layers; it runs by: {self.example}")
         self._refuse_foreign(options)
         chosen = options.over(self.defaults)
         sparse = parse_sparsity(chosen.sparsity) if chosen.sparsity is not None else None
@@ -84,6 +178,7 @@ class Method:
             name=self.solver,
             order="descending" if descending else "given",
             **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
+            own=self._settings_of_solver(chosen),
         )
         if chosen.input_bits is not None and not 2 <= chosen.input_bits <= 8:
             raise OptionError(f"--input-bits is {chosen.input_bits}, but must be between 2 and 8")
@@ -92,14 +187,39 @@ class Method:
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
         """The parts that the method has, always or because an option asks for them."""
-        options = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
-        parts = {name: PARTS[name].chosen(options) for name in self._parts(chosen)}
-        return ConstraintOptions(**parts, basis=self.basis)  # type: ignore[arg-type]
+        parts = {name: PARTS[name].chosen(chosen.given()) for name in self._parts(chosen)}
+        return ConstraintOptions.model_validate({**parts, "basis": self.basis})
 
     def _parts(self, chosen: Options) -> list[str]:
         """Of the parts that the method can have, those that are there with such options."""
-        asked = {name: PARTS[name].asked_by() for name in (*self.constraints, *self.optional)}
-        return [name for name, option in asked.items() if option is None or getattr(chosen, option) is not None]
+        asked = {name: PARTS[name].asked_by() for name in self.optional}
+        return [
+            *self.constraints,
+            *(name for name, option in asked.items() if option in chosen.given()),
+        ]
+
+    def _settings_of_solver(self, chosen: Options) -> dict[str, Any] | None:
+        """The options that are the solver's own, where some are given."""
+        names = [option.name for option in SOLVERS[self.solver].settings if option.name in chosen.own]
+        return {name: chosen.own[name] for name in names} or None
+
+    def _options_of_parts(self) -> tuple[Option, ...]:
+        """The options of the method's constraints and solver."""
+        entry = VERBS[self.verb].solver(self.solver)
+        if not (self.solves_layers or getattr(entry, "takes_parts", False)):
+            return ()
+        always = self._parts(self.defaults)
+        known: dict[str, Option] = {}
+        for name in (*self.constraints, *self.optional):
+            for option in PARTS[name].options(name in always):
+                known.setdefault(option.name, option)
+        usual = {"damping": SolverOptions.model_fields["damping"].default, "act_order": False, "input_bits": None}
+        for name in (name for name, has in self._of_solver(always).items() if has):
+            known[name] = known_option(name, usual[name])
+        known |= {option.name: option for option in getattr(entry, "settings", ())}
+        chosen = {**{name: option.default for name, option in known.items()}, **self.defaults.given()}
+        order = [option.name for option in KNOWN if option.name in known]
+        return tuple(replace(known[name], default=chosen[name]) for name in dict.fromkeys((*order, *known)))
 
     def _refuse_foreign(self, options: Options) -> None:
         """Raise OptionError for an option that would have no effect in this method."""
@@ -111,24 +231,23 @@ class Method:
         }
         allowed = {option for name in there for option in PARTS[name].takes.values()}
         allowed |= {name for name, has in self._of_solver(there).items() if has}
-        for field in fields(options):
-            if getattr(options, field.name) is not None and field.name not in allowed:
-                asked = PARTS[possible[field.name]].asked_by() if field.name in possible else None
-                reason = "" if asked is None else f"without {_flag(asked)}"
-                meant = f"{_flag(field.name)} has no meaning for the method {self.name} {reason}".rstrip()
+        allowed |= {option.name for option in SOLVERS[self.solver].settings}
+        for name in options.given():
+            if name not in allowed:
+                asked = PARTS[possible[name]].asked_by() if name in possible else None
+                reason = "" if asked is None else f"without {flag(asked)}"
+                meant = f"{flag(name)} has no meaning for the method {self.name} {reason}".rstrip()
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
     def _of_solver(self, there: list[str]) -> dict[str, bool]:
         """Whether the options that are no part's have a meaning."""
+        if not self.solves_layers:
+            return {}
         return {
-            "act_order": self.solver in ORDERED,
-            "damping": self.solver not in UNDAMPED,
+            "act_order": SOLVERS[self.solver].ordered,
+            "damping": SOLVERS[self.solver].damped,
             "input_bits": "grid" in there and self.basis == "own",
         }
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
 
 
 def _damping(value: float) -> float:

@@ -1,8 +1,10 @@
 """Methods that set weights to zero."""
 
-from hesse.methods.method import Method, Options
+from hesse.methods.method import Method
+from hesse.methods.table import register
+from hesse.options import Options
 
-METHODS = (
+register(
     Method(
         name="magnitude",
         curvature="identity",
@@ -97,4 +99,5 @@ METHODS = (
         needs="calibration text; 32 times a layer's memory, and as much disk for the whole model",
         defaults=Options(sparsity=0.5, damping=1.0),  # at less, what is kept fits the gradients of a few samples
     ),
+    family="pruning",
 )

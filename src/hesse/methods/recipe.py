@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.curvatures import CURVATURES, ON_WEIGHTS, CurvatureKind
+from hesse.methods.curvatures import CURVATURES, CurvatureKind
 from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
@@ -38,16 +38,6 @@ class Rule(Strict):
     def kind(self) -> CurvatureKind:
         """Its curvature."""
         return CURVATURES[self.curvature]
-
-    @property
-    def needs_output_factor(self) -> bool:
-        """Whether its curvature is made of all of E[ggᵀ] at a layer's outputs, and not of inputs alone."""
-        return "output factor" in self.kind.needs
-
-    @property
-    def needs_fisher(self) -> bool:
-        """Whether its curvature is made of the Fisher on a layer's weight: its diagonal, blocks or gradients."""
-        return bool(self.kind.needs & ON_WEIGHTS)
 
 
 class Recipe(Strict):

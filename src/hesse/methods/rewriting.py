@@ -1,11 +1,13 @@
 """Methods that rewrite the model before they put it on a grid."""
 
-from hesse.methods.method import Method, Options
+from hesse.methods.method import Method
+from hesse.methods.table import register
+from hesse.options import Options
 
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3 or Gemma"
 WIDER = "Llama, Mistral, Qwen2, Qwen3 or Gemma 1 to 3"
 
-METHODS = (
+register(
     Method(
         name="quarot",
         rewrite="hadamard",
@@ -68,4 +70,5 @@ METHODS = (
             bits=4, group_size=128, symmetric=True, headroom=0.25, act_order=True, damping=0.01, input_bits=8
         ),
     ),
+    family="rewriting",
 )

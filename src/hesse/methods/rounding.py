@@ -1,8 +1,10 @@
 """Methods that put weights on a grid."""
 
-from hesse.methods.method import Method, Options
+from hesse.methods.method import Method
+from hesse.methods.table import register
+from hesse.options import Options
 
-METHODS = (
+register(
     Method(
         name="rtn",
         curvature="identity",
@@ -28,7 +30,8 @@ METHODS = (
         constraints=("grid",),
         optional=("sparse",),
         solver="two_sided_feedback",
-        source="GPTQ's update on K-FAC's curvature (Martens and Grosse, 2015, arXiv:1503.05671)",
+        source="YAQA (Tseng et al., 2025, arXiv:2505.22988), with an order, signed scales, refits and descent; "
+        "output-side Fisher: OAC (arXiv:2405.15025), GuidedQuant (arXiv:2505.07004)",
         needs="calibration text",
         defaults=Options(bits=4, group_size=128, symmetric=True, headroom=1.0, signed=True, damping=0.01),
     ),
@@ -189,4 +192,5 @@ METHODS = (
         source="Xu et al., 2024, arXiv:2402.11295: what its training begins with",
         needs="no data, and then training; stored dense",
     ),
+    family="rounding",
 )

@@ -8,26 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.compression.inputs import InputGrams
-from hesse.compression.layer_report import layer_report
-from hesse.compression.layers import LayerProblem, LayerSolver
-from hesse.compression.loss_factors import LossFactors
-from hesse.compression.report import LayerReport
-from hesse.compression.rules import attention_outputs, fisher_needs, rules_for, whole_factors
-from hesse.compression.weight_fisher import name_of
 from hesse.constraints import LowRankCode
-from hesse.curvature import Gram, Loss, Objective
+from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation import Walk
-from hesse.estimation.walk import Kind
+from hesse.estimation.calibrated import InputCollection
+from hesse.estimation.statistics import BackwardCollection, by_statistic, needs_samples
+from hesse.layerwise.layer_report import layer_report
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
+from hesse.layerwise.report import LayerReport
+from hesse.layerwise.rules import rules_for, statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
-from hesse.models.network import Block, Layer
-from hesse.models.pausing import PausedInMemory
-from hesse.models.stops import stop_at_layers
-from hesse.modules.factored import factored, replace_module
 from hesse.modules.preparation import copied, objective_of
 from hesse.modules.report import ModuleReport
+from hesse.networks.factored import factored, replace_module
+from hesse.networks.network import Block, Layer
+from hesse.passes.activation_offload import KeepInMemory
+from hesse.passes.layer_stops import layer_stops
+from hesse.passes.per_sample import GradientPass, Kind
 from hesse.progress import Clock
 
 
@@ -62,7 +60,7 @@ def compress_module(
         model: it is copied, and the copy is run in eval mode.
         batches: (inputs, targets) pairs, such as a DataLoader or a list; walked once and kept.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
         layers: patterns of the names of layers to change, as `model.named_modules()` has them.
@@ -87,7 +85,7 @@ def compress_module(
         shapes = {layer.name: layer.weight.shape for layer in found}
         weights = {layer.name: partial(_weight, layer) for layer in found}
         rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
-        if attention_outputs(rules):
+        if by_statistic(statistics_needed(rules)).keys() & {"attention factor", "weighted inputs"}:
             raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
         chosen = [layer for layer in found if rules[layer.name] is not None]
         with objective_of(copy, chosen, batches, loss, forward) as objective:
@@ -101,7 +99,7 @@ def _recipe(
         if options is not None or ignore or tuple(layers) != ("*",):
             raise OptionError("a recipe says everything itself: leave out options, layers and ignore")
         return recipe
-    made = find_method(method).recipe(options or Options(), tuple(ignore))
+    made = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
     rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in made.rules)
     return made.model_copy(update={"rules": rules})
 
@@ -117,7 +115,7 @@ class _Run:
         self, objective: Objective, layers: list[Layer], rules: dict[str, Rule | None], notes: list[str]
     ) -> None:
         self.objective, self.layers, self.rules, self.notes = objective, layers, rules, notes
-        self.factors: dict[str, Tensor] = {}
+        self.known: dict[str, dict[str, Tensor]] = {}
         self.reports: list[LayerReport] = []
         self.encoded: dict[str, Any] = {}
         self.solver = LayerSolver()
@@ -168,44 +166,44 @@ class _Run:
 
     def _probe(self, kind: Kind, seed: int) -> None:
         """What the loss feels of the dense model's layers."""
-        needs = fisher_needs(self.rules)
-        walk = Walk(self.objective, kind, seed=seed, apart=needs.of_samples)
-        sums = LossFactors(self.layers, whole_factors(self.rules), needs)
+        needs = statistics_needed(self.rules)
+        walk = GradientPass(self.objective, kind, seed=seed, apart=needs_samples(needs))
+        sums = BackwardCollection(self.layers, needs)
         for passage in walk:
             sums.add(passage)
         for name in walk.others:
-            layer = next(layer for layer in self.layers if name_of(layer) == name)
+            layer = next(layer for layer in self.layers if layer.weight_name == name)
             self.layers.remove(layer)
             self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
-        self.factors = sums.found(walk.scale)
+        self.known = sums.values(walk.scale)
 
     def _walk(self) -> None:
         """Take all batches through the model, and solve each layer where it is reached."""
-        objective, grams = self.objective, InputGrams(Clock())
+        objective = self.objective
 
         def forward(inputs: Any) -> None:
             objective.outputs_once(inputs)
 
-        def change(layer: Layer) -> None:
-            self._solve(layer, grams.gram())
-
         runs = [partial(forward, inputs) for inputs, _ in objective.batches()]
         name = type(objective.model).__name__
         block = Block(name, objective.model, tuple(self.layers))
+        collection = InputCollection(list(by_statistic(statistics_needed(self.rules))), [], block, 0, Clock())
         with torch.no_grad():
-            missed = stop_at_layers(runs, block, grams.collect, change, PausedInMemory())
-        self.notes += [f"{layer.name}: left as it is: it is never called" for layer in missed]
+            for layer, collected_at in layer_stops(runs, block, collection.collect, KeepInMemory(), torch.no_grad):
+                self._solve(layer, collection.values(collected_at))
+        solved = {report.name for report in self.reports}
+        missed = [layer.name for layer in self.layers if layer.name not in solved]
+        self.notes += [f"{name}: left as it is: it is never called" for name in missed]
         if not self.reports:
             raise UnsupportedModelError(f"{name} calls none of its layers: nothing was compressed")
 
-    def _solve(self, layer: Layer, gram: Gram) -> None:
+    def _solve(self, layer: Layer, values: dict[str, Any]) -> None:
         rule = self.rules[layer.name]
         assert rule is not None
         weight, dtype = layer.weight.detach().float(), layer.parameter.dtype
         constraint = rule.constraint.build().stored_as(torch.float32 if dtype == torch.float64 else dtype)
-        fisher = self.factors.get(name_of(layer)) if rule.needs_fisher else None
-        outputs = self.factors.get(layer.name)
-        problem = LayerProblem(layer.name, weight, gram, outputs, rule, constraint, fisher)
+        statistics = {**values, **self.known.get(layer.name, {})}
+        problem = LayerProblem(layer.name, weight, statistics, rule, constraint)
         solved = self.solver.solve(problem)
         stored = solved.solution.weight.to(dtype)
         layer.replace(stored)

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hesse.compression.weight_fisher import name_of
 from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.models.network import Layer
-from hesse.modules.attention import split_attentions
-from hesse.modules.layers import layers_of
+from hesse.networks.module_layers import layers_of
+from hesse.networks.network import Layer
+from hesse.networks.torch_attention import split_attentions
 
 
 @contextmanager
@@ -48,7 +47,7 @@ def objective_of(
     model.requires_grad_(False)
     for layer in layers:
         layer.parameter.requires_grad_()
-    names = [name_of(layer) for layer in layers]
+    names = [layer.weight_name for layer in layers]
     try:
         yield Objective.of(model, CrossEntropy() if loss is None else loss, _pairs(batches), names, forward)
     finally:

@@ -1,153 +1,247 @@
-"""All weights of a network judged together by a score, and the lowest removed."""
+"""Pruning of a network in memory: single weights, groups that are cut out, dimensions of heads."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hesse.compression.report import LayerReport
-from hesse.compression.rules import check_patterns
 from hesse.constraints import Sparse
-from hesse.curvature import GaussNewton, Loss, Objective
+from hesse.curvature import Loss
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
-from hesse.estimation.walk import Kind
+from hesse.layerwise.rules import check_patterns
+from hesse.methods import methods_of
 from hesse.methods.recipe import matches
-from hesse.models.network import Layer
-from hesse.modules.attack import Attack
-from hesse.modules.preparation import copied, objective_of
-from hesse.modules.report import ModuleReport
-from hesse.modules.scores import SCORES, Judgement, ScoreOptions, weights_of
-from hesse.solvers.refit import best_values, kept_part
+from hesse.modules import preparation
+from hesse.modules.group_ranking import GroupRanking
+from hesse.modules.head_dimensions import HeadDimensions
+from hesse.modules.hierarchy import Hierarchy
+from hesse.modules.only_train_once import OnlyTrainOnce
+from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
+from hesse.modules.sites import GroupStrategy, Sites, freeze_as, objective_of
+from hesse.modules.tolerance import SiteTolerance
+from hesse.modules.weight_ranking import WeightRanking
+from hesse.networks.network import Layer
+from hesse.options import settings_of
+from hesse.partitions import GROUP_KINDS, loading_problem
+from hesse.registry import Registry
+from hesse.result import LossChange, Result
+from hesse.scores import SCORES
 
-Scope = Literal["network", "layer"]
+MEASURED = "loss on the data"
+IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
+# The ways to choose what is removed, as rows of the table name them in `solver`; their fields are the rows' options.
+STRATEGIES: Registry[Callable[..., Any]] = Registry("strategy")
+STRATEGIES.register("weight_ranking", WeightRanking)
+STRATEGIES.register("group_ranking", GroupRanking)
+STRATEGIES.register("site_tolerance", SiteTolerance)
+STRATEGIES.register("hierarchy", Hierarchy)
+STRATEGIES.register("only_train_once", OnlyTrainOnce)
+STRATEGIES.register("head_dimensions", HeadDimensions)
+DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
 
 
-def prune_module(
+def prune(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: Iterable[Batch],
     *,
-    score: str = "oba",
-    sparsity: float = 0.5,
-    scope: Scope = "network",
-    steps: int = 1,
-    update: bool = True,
-    loss: Loss | nn.Module | None = None,
+    what: str | Sequence[str] | None = None,
+    method: str | None = None,
+    loss_function: Loss | nn.Module | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    seed: int = 0,
     layers: Sequence[str] = ("*",),
     ignore: Sequence[str] = (),
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    kind: Kind = "sampled",
-    attack: Attack | None = None,
-    seed: int = 0,
-) -> ModuleReport:
-    """Set the weights of any `torch.nn.Module` that a score ranks lowest to zero; `model` itself is left as it is.
-
-    Scores look at the whole network, and move no weight but with "m-fac-network", whose curvature says how those
-    that stay make the loss good, jointly for all that go. For methods that solve one layer after another, see
-    `compress_module`, whose arguments those not named here are.
-
-    Args:
-        model: it is copied, and the copy is run in eval mode.
-        batches: (inputs, targets) pairs.
-        score: a name in `hesse.modules.SCORES`.
-        sparsity: the share of the layers' weights to remove.
-        scope: where the share is counted: over all layers together, or in each.
-        steps: how often scores are computed anew, on what is left; each step leaves the same share of it.
-        update: whether weights that stay move, where the score has a curvature for that.
-        loss: as in `compress_module`.
-        layers: as in `compress_module`.
-        ignore: as in `compress_module`.
-        forward: as in `compress_module`.
-        kind: of the Fisher in "obd" and "m-fac-network".
-        attack: what moves the inputs that "mad" looks at.
-        seed: of sampled labels, and of "random".
-
-    Returns:
-        The changed copy and its account. The prediction is ½ dᵀGd with the exact Gauss-Newton matrix G of the dense
-        network, whatever the score is.
+    **options: Any,
+) -> Result[PruneReport]:
+    """Prune a copy of a network in memory; the arguments are those of `hesse.prune`.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do.
+        HesseError: one of its kinds names what is wrong. Options are checked before the network is run; before groups
+            are scored, the network is traced, and one group of each site is cut out to see that it runs so.
     """
-    if score not in SCORES:
-        raise OptionError(f"there is no score {score!r}; there are {', '.join(SCORES)}")
-    if scope not in ("network", "layer") or steps < 1:
-        raise OptionError(f"the scope is 'network' or 'layer' and steps are 1 or more, not {scope!r} and {steps}")
-    Sparse(sparsity)
-    with copied(model) as (copy, found, notes):
+    kinds = _kinds(what, method)
+    family = "groups" if kinds[0] in GROUP_KINDS else kinds[0]
+    method = method or DEFAULTS[family]
+    strategy = build_strategy(family, method, options)
+    if family == "weights":
+        return _prune_weights(model, data, strategy, loss_function, forward, seed, layers, ignore)
+    if tuple(layers) != ("*",) or ignore:
+        raise OptionError("layers and ignore choose weights: leave them out, or prune what='weights'")
+    if family == "head-dimensions":
+        return _prune_head_dimensions(model, data, strategy, loss_function, forward)
+    chosen = () if kinds == ("groups",) else kinds
+    return _prune_groups(model, data, method, strategy, chosen, loss_function, forward, seed)
+
+
+def _kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[str, ...]:
+    """The kinds of parts to prune; without any, those of the method's row.
+
+    Raises:
+        OptionError: there is no such kind, or it is not for networks in memory.
+    """
+    if what is None:
+        rows = methods_of("prune")
+        what = rows[method].partition if method in rows else "weights"
+    kinds = (what,) if isinstance(what, str) else tuple(what)
+    if unknown := [kind for kind in kinds if kind not in IN_MEMORY]:
+        place = ": blocks are pruned on disk, give a model folder and OUT" if unknown[0] == "blocks" else ""
+        raise OptionError(f"there are no {unknown[0]} to prune in a module{place}; there are {', '.join(IN_MEMORY)}")
+    if not kinds or (len(kinds) > 1 and not set(kinds) <= set(GROUP_KINDS)):
+        raise OptionError(f"{kinds} cannot be pruned in one call: only {', '.join(GROUP_KINDS)} can")
+    return kinds
+
+
+def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
+    """Build the strategy of a method from its row and its options.
+
+    `method` is the name of a row for parts of this family, with or without "-groups", or of a score, also of one that
+    has no row.
+
+    Raises:
+        OptionError: there is no such method, or it has no such option.
+    """
+    rows = {name: row for name, row in methods_of("prune").items() if row.partition == family}
+    row = rows.get(method) or rows.get(f"{method}-groups")
+    if row is not None:
+        solver, score = row.solver, row.score
+    elif method in SCORES:
+        solver, score = "weight_ranking" if family == "weights" else "group_ranking", method
+    else:
+        kinds = {"weights"} if family == "weights" else {*GROUP_KINDS, "groups"}
+        known = [name.removesuffix("-groups") for name in rows]
+        known += [score.name for score in SCORES.values() if kinds & set(score.parts) and score.name not in known]
+        raise OptionError(f"there is no method {method!r} that prunes {family}; there are {', '.join(known)}")
+    strategy = STRATEGIES.find(solver)
+    takes = [option.name for option in settings_of(strategy)]  # type: ignore[arg-type]
+    if unknown := [name for name in options if name not in takes]:
+        raise OptionError(f"the method {method} has no option {unknown[0]!r}; it has {', '.join(takes)}")
+    return strategy(**options) if score is None else strategy(score, **options)
+
+
+def _prune_groups(
+    model: nn.Module,
+    data: Iterable[Batch],
+    method: str,
+    strategy: GroupStrategy,
+    kinds: Sequence[str],
+    loss_function: Loss | nn.Module | None,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+    seed: int,
+) -> Result[PruneReport]:
+    """Cut groups out of a copy of the model."""
+    strategy.check(kinds)
+    training = model.training
+    objective = objective_of(deepcopy(model), data, loss_function, forward)
+    sites = Sites.trace(objective, kinds, training, seed)
+    parameters, flops, before = parameters_of(objective.model), flops_of(objective), objective.value()
+    removal = strategy.choose(sites)
+    smaller, difference = sites.without(removal.removed)
+    strategy.finish(sites, removal, smaller)
+    after = objective_of(smaller, objective.data, objective.loss, forward)
+    report = PruneReport(
+        model=type(model).__name__,
+        method=method,
+        what=", ".join(kinds or sorted({groups[0].kind for groups in sites.groups.values()})),
+        settings=_settings(strategy),
+        removed={site: (len(removal.removed[site]), len(groups)) for site, groups in sites.groups.items()},
+        parameters_before=parameters,
+        parameters_after=parameters_of(smaller),
+        flops_before=flops,
+        flops_after=flops_of(after),
+        loss_before=before,
+        loss_after=(value := after.value()),
+        loss=LossChange(name=MEASURED, predicted=removal.predicted, measured=value - before, held_out=False),
+        difference=difference,
+        loading=loading_problem(smaller),
+    )
+    freeze_as(model, smaller)
+    return Result(report, smaller)
+
+
+def _prune_head_dimensions(
+    model: nn.Module,
+    data: Iterable[Batch],
+    strategy: HeadDimensions,
+    loss_function: Loss | nn.Module | None,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+) -> Result[PruneReport]:
+    """Narrow the heads of a copy of the model."""
+    strategy.check()
+    objective = objective_of(deepcopy(model), data, loss_function, forward)
+    narrow = objective.model
+    parameters, flops, before = parameters_of(narrow), flops_of(objective), objective.value()
+    removed = strategy.prune(objective)
+    after = objective_of(narrow, objective.data, objective.loss, forward)
+    report = PruneReport(
+        model=type(model).__name__,
+        method="modegpt-heads",
+        what="head-dimensions",
+        settings=_settings(strategy),
+        removed=removed,
+        parameters_before=parameters,
+        parameters_after=parameters_of(narrow),
+        flops_before=flops,
+        flops_after=flops_of(after),
+        loss_before=before,
+        loss_after=(value := after.value()),
+        loss=LossChange(name=MEASURED, measured=value - before, held_out=False),
+        difference=0.0,
+        loading="its heads do not fill the width of an nn.MultiheadAttention",
+    )
+    freeze_as(model, narrow)
+    return Result(report, narrow)
+
+
+def _prune_weights(
+    model: nn.Module,
+    data: Iterable[Batch],
+    ranking: WeightRanking,
+    loss_function: Loss | nn.Module | None,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+    seed: int,
+    layers: Sequence[str],
+    ignore: Sequence[str],
+) -> Result[PruneReport]:
+    """Set weights of a copy of the model to zero."""
+    ranking.check([])
+    with preparation.copied(model) as (copy, found, notes):
         names = [layer.name for layer in found]
         check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
         chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
         if not chosen:
             raise OptionError("no layer is left to prune: ignore fewer")
-        options = ScoreOptions(kind, seed, attack)
-        with objective_of(copy, chosen, batches, loss, forward) as objective:
-            before, dense = objective.value(), weights_of(objective)
-            kept = torch.ones_like(dense, dtype=torch.bool)
-            for step in range(1, steps + 1):
-                judged = SCORES[score](objective, options)
-                share = 1 - (1 - sparsity) ** (step / steps)
-                stays = _stay(objective, torch.where(kept, judged.scores, -torch.inf), share, scope)
-                _put(objective, _values(judged, weights_of(objective), kept, stays, update))
-                kept = stays
-            after, change = objective.value(), weights_of(objective) - dense
-            _put(objective, dense)
-            predicted = GaussNewton(objective=objective).quadratic(change)
-            _put(objective, dense + change)
-            reports = [_report(layer, score) for layer in chosen]
+        ranking.check(chosen)
+        with preparation.objective_of(copy, chosen, data, loss_function, forward) as objective:
+            pruned, size = ranking.prune(objective, seed), objective.size
+            reports = [ranking.report(layer) for layer in chosen]
+        zeros = {layer.name: int((layer.weight == 0).sum()) for layer in chosen}
         notes += [f"{report.name}: all of its weights were removed" for report in reports if report.sparsity == 1]
-        return ModuleReport(
-            module=copy,
-            method=score,
-            loss_before=before,
-            loss_after=after,
-            predicted_loss_increase=predicted,
-            bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / len(dense),
+        report = PruneReport(
+            model=type(model).__name__,
+            method=ranking.score,
+            what="weights",
+            settings=ranking.settings,
+            removed={layer.name: (zeros[layer.name], layer.weight.numel()) for layer in chosen},
+            loss_before=pruned.before,
+            loss_after=pruned.after,
+            loss=LossChange(
+                name=MEASURED, predicted=pruned.predicted, measured=pruned.after - pruned.before, held_out=False
+            ),
+            bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / size,
             layers=reports,
             notes=notes,
-            recipe={"score": score, "sparsity": sparsity, "scope": scope, "steps": steps, "update": update},
             encoded={layer.name: Sparse().encode_masked(layer.weight, layer.weight != 0) for layer in chosen},
         )
+    return Result(report, copy)
+
+
+def _settings(strategy: Any) -> dict[str, Any]:
+    """The options of a strategy by name."""
+    return {each.name: getattr(strategy, each.name) for each in fields(strategy)}
 
 
 def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
     return any(matches(layer.name, pattern) for pattern in patterns)
-
-
-def _stay(objective: Objective, scores: Tensor, share: float, scope: Scope) -> Tensor:
-    """Which weights of all (size,) stay."""
-    rows = [piece.flatten() for piece in objective.split(scores)] if scope == "layer" else [scores]
-    return torch.cat([Sparse(share).mask(row[None])[0] for row in rows])
-
-
-def _values(judged: Judgement, weights: Tensor, kept: Tensor, stays: Tensor, update: bool) -> Tensor:
-    """The weights (size,) after those are removed that do not stay, of those that were `kept`."""
-    if judged.curvature is None or not update:
-        return weights * stays
-    alive = kept_part(judged.curvature, kept)
-    return best_values(alive, kept_part(alive, stays), weights, stays)
-
-
-@torch.no_grad()
-def _put(objective: Objective, weights: Tensor) -> None:
-    for parameter, piece in zip(objective.parameters, objective.split(weights), strict=True):
-        parameter.copy_(piece)
-
-
-def _report(layer: Layer, score: str) -> LayerReport:
-    weight = layer.weight.detach()
-    share = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-    stored = Sparse(min(share, 1 - 1 / weight.numel()), dtype=weight.dtype)
-    return LayerReport(
-        name=layer.name,
-        shape=(weight.shape[0], weight.shape[1]),
-        method=f"{score} × Sparse",
-        tokens=0,
-        damping=0.0,
-        bits_per_weight=stored.bits_per_weight(weight.shape),
-        sparsity=share,
-        rank=None,
-        predicted_loss_increase=None,
-        relative_output_error=None,
-    )

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from hesse.compression.report import LayerReport
-from hesse.modules.layers import some_of
+from hesse.layerwise.report import LayerReport
+from hesse.networks.module_layers import some_of
 
 NOT_WRITTEN = ("module", "encoded")
 

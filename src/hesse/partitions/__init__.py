@@ -1,19 +1,27 @@
-"""Which weights live and go together: groups of a network's parameters, and networks without some of them."""
+"""Partitions: which weights of a network live and go together, and networks without some of the parts."""
 
-from hesse.partitions.checking import check_partition, check_slicing, zero_groups, zeroed_outputs
+from hesse.partitions.checking import check_groups, check_slicing, zero_groups, zeroed_outputs
+from hesse.partitions.group_parts import GroupParts
+from hesse.partitions.groups import GROUP_KINDS, Group, Slice, TracedGroups
 from hesse.partitions.loading import loading_problem
-from hesse.partitions.partition import KINDS, Group, Partition, Slice
+from hesse.partitions.parameter_sets import ParameterSets
+from hesse.partitions.partition import Partition
 from hesse.partitions.slicing import slice_groups
+from hesse.partitions.tiles import Tiles
 from hesse.partitions.tracing import Forward, call_with, trace_groups
 
 __all__ = [
-    "KINDS",
+    "GROUP_KINDS",
     "Forward",
     "Group",
+    "GroupParts",
+    "ParameterSets",
     "Partition",
     "Slice",
+    "Tiles",
+    "TracedGroups",
     "call_with",
-    "check_partition",
+    "check_groups",
     "check_slicing",
     "loading_problem",
     "slice_groups",

@@ -8,23 +8,9 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from hesse.partitions.attention import NarrowAttention, without_nested_tensors
-from hesse.partitions.partition import Group
-
-# What attention modules call their numbers of heads, and the widths that are multiples of it.
-HEADS = (
-    "num_heads",
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "nhead",
-    "heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-)
-HEAD_WIDTHS = ("all_head_size", "split_size", "inner_dim")
-WIDTHS = ("intermediate_size", "intermediate_dim")
+from hesse.networks.families import HEAD_COUNTS, HEAD_MULTIPLES, MODULE_WIDTHS
+from hesse.networks.narrow_attention import NarrowAttention, without_nested_tensors
+from hesse.partitions.groups import Group
 
 
 def resize_layers(old: nn.Module, new: nn.Module) -> None:
@@ -68,7 +54,7 @@ def resize_widths(old: nn.Module, new: nn.Module) -> None:
         for key, tensor in module.named_parameters():
             was = dict(before[name].named_parameters()).get(key) if name in before and key.count(".") < 2 else None
             for size, left in zip(was.shape, tensor.shape, strict=True) if was is not None else ():
-                for attribute in (*WIDTHS, "num_experts", "num_local_experts"):
+                for attribute in (*MODULE_WIDTHS, "num_experts", "num_local_experts"):
                     if size != left and getattr(before[name], attribute, None) == size:
                         setattr(module, attribute, left)
 
@@ -82,11 +68,11 @@ def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> Non
             if isinstance(module, nn.MultiheadAttention):
                 NarrowAttention.narrowed(module, _scaled(module.num_heads, share))
                 continue
-            for attribute in (*HEADS, *HEAD_WIDTHS):
+            for attribute in (*HEAD_COUNTS, *HEAD_MULTIPLES):
                 _scale(module, attribute, share)
-            if any(hasattr(getattr(module, "config", None), attribute) for attribute in HEADS):
+            if any(hasattr(getattr(module, "config", None), attribute) for attribute in HEAD_COUNTS):
                 module.config = deepcopy(module.config)
-                for attribute in HEADS:
+                for attribute in HEAD_COUNTS:
                     _scale(module.config, attribute, share)
     without_nested_tensors(new)
 

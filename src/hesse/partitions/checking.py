@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hesse.errors import HesseError, UnsupportedModelError, reason
-from hesse.partitions.partition import Group, Partition
+from hesse.partitions.groups import Group, TracedGroups
 from hesse.partitions.propagation import tensors
 from hesse.partitions.slicing import slice_groups
 from hesse.partitions.tracing import Forward, call_with
 
-ALIGNED = 8  # neurons of fused experts: the rows of their products have a multiple of 16 bytes
+ALIGNED = 8  # hidden units of fused experts: the rows of their products have a multiple of 16 bytes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output; 0.1 for smaller types
 
 
@@ -97,20 +97,20 @@ def _difference(found: Tensor, want: Tensor) -> float:
     return float((found - want).abs().max() / scale)
 
 
-def check_partition(
-    model: nn.Module, partition: Partition, inputs: Any, kinds: Sequence[str], forward: Forward | None = None
+def check_groups(
+    model: nn.Module, traced: TracedGroups, inputs: Any, kinds: Sequence[str], forward: Forward | None = None
 ) -> float:
     """Cut out one group of each site, or eight of fused experts, together: the difference from zeroing them.
 
-    Fused products of experts take rows of 16 bytes, so that eight neurons fewer still fit and one fewer might not.
+    Fused products of experts take rows of 16 bytes, so that eight units fewer still fit and one fewer might not.
 
     Raises:
         UnsupportedModelError: as `check_slicing`.
     """
-    partition.of(kinds)
+    traced.of_kinds(kinds)
     tried = [
         group
-        for site in partition.sites(kinds).values()
+        for site in traced.sites(kinds).values()
         for group in site[: 1 if site[0].produced[0].stack is None else min(ALIGNED, len(site) - 1)]
     ]
     return check_slicing(model, tried, inputs, forward)[1]

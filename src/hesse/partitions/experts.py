@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hesse.models.experts import EXPERT_NAMES, LinearExperts, is_fused
-from hesse.partitions.partition import Group, Slice
+from hesse.networks.experts import LinearExperts, is_fused
+from hesse.networks.families import EXPERT_LAYERS
+from hesse.partitions.groups import Group, Slice
 from hesse.partitions.planes import Plane
 from hesse.partitions.propagation import DATA, Propagation
 from hesse.partitions.units import Axis
@@ -102,7 +103,7 @@ def chosen_experts(block: nn.Module) -> int:
 
 
 def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
-    """Make linear layers of fused experts that keep unequal numbers of neurons; the parameters that are then gone."""
+    """Make linear layers of fused experts that keep unequal numbers of units; return the replaced parameters."""
     done = set()
     for name, module in list(model.named_modules()):
         cuts = removed.get(f"{name}.down_proj", {})
@@ -121,17 +122,17 @@ def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
     return done
 
 
-def _linear_experts(fused: nn.Module, kept: list[int], neurons: list[list[int]]) -> LinearExperts:
+def _linear_experts(fused: nn.Module, kept: list[int], units: list[list[int]]) -> LinearExperts:
     gate_up, down = fused.gate_up_proj, fused.down_proj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    result, inner = LinearExperts(fused, EXPERT_NAMES[0]), down.shape[2]
+    result, inner = LinearExperts(fused, EXPERT_LAYERS[0]), down.shape[2]
     for place in range(len(kept), result.count):
         delattr(result, str(place))
     result.count = len(kept)
-    for place, (expert, chosen) in enumerate(zip(kept, neurons, strict=True)):
+    for place, (expert, chosen) in enumerate(zip(kept, units, strict=True)):
         rows = torch.tensor(chosen, device=down.device)
         gate, up, back = gate_up[expert][rows], gate_up[expert][rows + inner], down[expert][:, rows]
-        for key, weight in zip(EXPERT_NAMES[0], (gate, up, back), strict=True):
+        for key, weight in zip(EXPERT_LAYERS[0], (gate, up, back), strict=True):
             layer = result.get_submodule(f"{place}.{key}")
             assert isinstance(layer, nn.Linear)
             layer.weight = nn.Parameter(weight.detach().clone())

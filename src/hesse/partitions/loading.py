@@ -8,21 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesse.partitions.attributes import HEADS, head_shares
-from hesse.partitions.partition import Group
-
-# What configurations call the widths of feed-forward blocks and experts, and the number of experts.
-WIDTHS = (
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "word_embed_proj_dim",
-    "pooler_output_size",
-)
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+from hesse.networks.families import EXPERT_COUNTS, HEAD_COUNTS, SLICED_WIDTHS
+from hesse.partitions.attributes import head_shares
+from hesse.partitions.groups import Group
 
 
 def loading_problem(model: nn.Module) -> str | None:
@@ -69,13 +57,13 @@ def _say_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
     (share,) = shares
     if getattr(config, "head_dim", None) is None and getattr(config, "hidden_size", None):
         config.head_dim = config.hidden_size // config.num_attention_heads
-    for attribute in HEADS:
+    for attribute in HEAD_COUNTS:
         if attribute in config.to_dict() and isinstance(getattr(config, attribute), int):
             setattr(config, attribute, int(getattr(config, attribute) * share))
 
 
 def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
-    """Set what the configuration calls a number of neurons or experts that has become another one everywhere."""
+    """Set what the configuration calls a number of hidden units or experts that has become another one everywhere."""
     tensors = dict(old.named_parameters())
     lost: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
@@ -85,7 +73,7 @@ def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
         first = gone[0].produced[0]
         size = tensors[first.parameter].shape[first.axis] // len(first.indices)
         changes[kind, size].add(size - len(gone))
-    for kind, attribute in [("neurons", name) for name in WIDTHS] + [("experts", name) for name in EXPERTS]:
+    for kind, attribute in [("hidden", name) for name in SLICED_WIDTHS] + [("experts", name) for name in EXPERT_COUNTS]:
         value = getattr(config, attribute, None)
         if attribute == "n_inner" and value is None and hasattr(config, "n_inner"):
             value = 4 * config.hidden_size

@@ -1,125 +1,99 @@
-"""How a network's parameters are cut into groups that can be taken out whole."""
+"""The protocol of a partition: which entries of a network's parameters live or change together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesse.errors import OptionError
 
-Kind = Literal["heads", "neurons", "channels", "experts"]
-KINDS: tuple[Kind, ...] = ("heads", "neurons", "channels", "experts")
+Shapes = Mapping[str, torch.Size]  # by parameter
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Some indices of an axis of a parameter, or of the matrix that it holds at `stack` of its first axis."""
+class Partition(ABC):
+    """Parts of named parameters of a network, numbered from 0.
 
-    parameter: str
-    axis: int
-    indices: tuple[int, ...]
-    stack: int | None = None
+    Two products say everything about the parts: `sums_of_samples` adds up the entries of each part, and `spread` puts
+    a number of each part at all of its entries. The parts are disjoint; `check` tests that. `hesse.testing` has the
+    laws (`PartitionLaws`) that each class inherits.
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """These entries of the parameter, a copy."""
-        matrix = tensor if self.stack is None else tensor[self.stack]
-        return matrix.index_select(self.axis - (self.stack is not None), self.places(tensor))
-
-    def fill(self, tensor: Tensor, value: float) -> None:
-        """Set these entries of the parameter."""
-        matrix = tensor if self.stack is None else tensor[self.stack]
-        matrix.index_fill_(self.axis - (self.stack is not None), self.places(tensor), value)
-
-    def places(self, tensor: Tensor) -> Tensor:
-        """The indices, on the device of a tensor."""
-        return torch.tensor(self.indices, device=tensor.device)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Everything that makes one head, neuron, channel or expert, and everything that reads it.
-
-    Without its `produced` slices (weights, biases, norms) nothing but exact zeros goes out of it, so that these and the
-    `read` slices of the layers that follow can be cut off with the outputs unchanged. For an expert that holds with
-    its row of the router masked: others are chosen in its place.
-
-    `site` is what it is one of, after the first parameter that makes it; `index` counts there.
+    `kind` names what a part is: "weights", "rows", "heads", "layers", "blocks" and so on. Sums are taken in
+    `precision`; None leaves tensors in the type that they have.
     """
 
-    kind: Kind
-    site: str
-    index: int
-    produced: tuple[Slice, ...]
-    read: tuple[Slice, ...]
+    precision: torch.dtype | None = None
 
     @property
-    def name(self) -> str:
-        """Such as `model.layers.0.mlp.gate_proj[17]`."""
-        return f"{self.site}[{self.index}]"
+    @abstractmethod
+    def kind(self) -> str:
+        """What a part is called, in the plural."""
 
     @property
-    def slices(self) -> tuple[Slice, ...]:
-        """All that goes with it."""
-        return self.produced + self.read
+    @abstractmethod
+    def count(self) -> int:
+        """Number of parts."""
 
-    def parameters(self, model: nn.Module) -> int:
-        """Entries of the model's parameters that go with it, overlaps within a parameter counted once."""
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        masks: dict[str, Tensor] = {}
-        for part in self.slices:
-            if part.parameter in shapes:
-                mask = masks.setdefault(part.parameter, torch.zeros(shapes[part.parameter], dtype=torch.bool))
-                part.fill(mask, True)
-        return sum(int(mask.sum()) for mask in masks.values())
+    @property
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """Shapes of the parameters that some part has entries of."""
 
+    @abstractmethod
+    def sums_of_samples(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return sums over each part's entries (samples, parts) of tensors (samples, *shape) of some parameters."""
 
-@dataclass(frozen=True)
-class Partition:
-    """The groups of a network, and why the other axes stay as they are: {"parameter, axis": reason}.
+    @abstractmethod
+    def spread(self, values: Tensor, like: Mapping[str, Tensor], other: float = 0.0) -> dict[str, Tensor]:
+        """Return tensors with each part's value, of `values` (parts,), at its entries and `other` at all others.
 
-    Groups of one kind and site are disjoint; an expert's neurons lie inside of it.
-    """
+        `like` gives the type and the device of each parameter's result.
+        """
 
-    groups: tuple[Group, ...]
-    fixed: dict[str, str]
+    def restricted(self, role: str) -> "Partition":
+        """Return the same parts with the entries of one role alone: "produced", "outgoing" or "everything".
 
-    def sites(self, kinds: Sequence[str] = KINDS) -> dict[str, list[Group]]:
-        """The groups of some kinds by what they are groups of."""
-        found: dict[str, list[Group]] = {}
-        for group in self.groups:
-            if group.kind in kinds:
-                found.setdefault(f"{group.kind} of {group.site}", []).append(group)
-        return found
+        A partition whose parts have no roles is the same for each.
+        """
+        return self
 
-    def of(self, kinds: Sequence[str]) -> list[Group]:
-        """The groups of some kinds.
+    def sums(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return sums over each part's entries (parts,) of tensors of some parameters' shapes."""
+        return self.sums_of_samples({name: tensor.unsqueeze(0) for name, tensor in tensors.items()})[0]
+
+    def exact(self, tensor: Tensor) -> Tensor:
+        """Return the tensor in the precision that this partition's sums are taken in."""
+        return tensor if self.precision is None else tensor.to(self.precision)
+
+    def sizes(self) -> Tensor:
+        """Return the number of entries of each part (parts,), in float64."""
+        return self.sums({name: torch.ones(shape, dtype=torch.float64) for name, shape in self.shapes.items()})
+
+    def masks(self, parts: Sequence[int]) -> dict[str, Tensor]:
+        """Return for each parameter a mask that is true at the entries of some parts."""
+        chosen = torch.zeros(self.count)
+        chosen[list(parts)] = 1
+        like = {name: torch.empty(shape) for name, shape in self.shapes.items()}
+        return {name: mask > 0 for name, mask in self.spread(chosen, like).items()}
+
+    def check(self, covers: Sequence[str] = ()) -> None:
+        """Check that the parts are disjoint, and that they cover the parameters `covers` whole.
+
+        Numbers of the parts are spread over their entries and summed again: the sum is the number times the size if and
+        only if no entry is in a second part.
 
         Raises:
-            OptionError: there is no such kind, or the network has none of them.
+            OptionError: an entry is in two parts, or in none of them.
         """
-        if unknown := set(kinds) - set(KINDS):
-            raise OptionError(f"there are no groups called {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-        found = [group for group in self.groups if group.kind in kinds]
-        if not found:
-            why = "; ".join(sorted(set(self.fixed.values()))[:3])
-            raise OptionError(f"the network has no {' or '.join(kinds)} that can be taken out: {why or 'it has none'}")
-        return found
-
-    def check(self, model: nn.Module) -> None:
-        """Check that no index is in two groups of one kind, and that indices are of the model.
-
-        Raises:
-            OptionError: the partition is of another model.
-        """
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        seen: set[tuple[str, str, int, int | None, int]] = set()
-        for group in self.groups:
-            for part in group.slices:
-                tensor = tensors.get(part.parameter)
-                if tensor is None or max(part.indices) >= tensor.shape[part.axis]:
-                    raise OptionError(f"{group.name} is a group of another model: there is no such {part.parameter}")
-                entries = {(group.kind, part.parameter, part.axis, part.stack, index) for index in part.indices}
-                assert not entries & seen, f"{group.name} shares {part.parameter} with another group"
-                seen |= entries
+        like = {name: torch.empty(shape, dtype=torch.float64) for name, shape in self.shapes.items()}
+        numbers = torch.arange(1, self.count + 1, dtype=torch.float64)
+        spread, sizes = self.spread(numbers, like), self.sizes()
+        wrong = (self.sums(spread) != numbers * sizes).nonzero().flatten().tolist()
+        if wrong:
+            raise OptionError(f"part {wrong[0]} of the {self.kind} shares entries with another part")
+        for name in covers:
+            if name not in spread or bool((spread[name] == 0).any()):
+                raise OptionError(f"the {self.kind} do not cover {name}")
+        if float(sizes.sum()) > sum(prod(shape) for shape in self.shapes.values()):
+            raise OptionError(f"the {self.kind} have more entries than their parameters")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hesse.errors import OptionError
 from hesse.partitions.attributes import resize_heads, resize_layers, resize_widths
 from hesse.partitions.experts import ragged_experts
+from hesse.partitions.groups import Group
 from hesse.partitions.loading import describe_in_config
-from hesse.partitions.partition import Group
 
 Removed = dict[tuple[int, int | None], set[int]]  # by (axis, stack)
 
@@ -21,8 +21,8 @@ def slice_groups(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
 
     What transformers' configuration of the model can say (one width for all layers, and so on) is said there, so that
     `save_pretrained` and `from_pretrained` work as before; `loading_problem` tells where it cannot, and the result
-    lives in memory, or in torch.save, alone. Experts of one mixture that keep unequal numbers of neurons become linear
-    layers of their own.
+    lives in memory, or in torch.save, alone. Experts of one mixture that keep unequal numbers of hidden units become
+    linear layers of their own.
 
     Raises:
         OptionError: a group is not of this model, or nothing would be left of a layer.

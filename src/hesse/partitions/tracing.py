@@ -9,7 +9,7 @@ from torch import nn
 
 from hesse.curvature.objective import differentiable_twice, layer_by_layer
 from hesse.partitions.experts import expert_groups, followed_experts
-from hesse.partitions.partition import Group, Kind, Partition, Slice
+from hesse.partitions.groups import Group, GroupKind, Slice, TracedGroups
 from hesse.partitions.planes import pinned
 from hesse.partitions.propagation import DATA, INTEGERS, Propagation, named_modules, tensors
 from hesse.partitions.rules import RULES, elementwise
@@ -25,7 +25,7 @@ def call_with(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None = None) -> Partition:
+def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None = None) -> TracedGroups:
     """The groups of `model` that can be taken out with the outputs unchanged, once they are zero.
 
     One forward pass of a batch, of any size, is watched op by op. What the network does must not depend on the values
@@ -61,7 +61,7 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
     return _partition(model, run.units)
 
 
-def _partition(model: nn.Module, units: Units) -> Partition:
+def _partition(model: nn.Module, units: Units) -> TracedGroups:
     """Sets of indices as groups, or as axes that are fixed."""
     numbers = torch.arange(len(units.parents))
     roots = units.find(numbers).tolist()
@@ -92,7 +92,7 @@ def _partition(model: nn.Module, units: Units) -> Partition:
         if problem is not None:
             why |= {f"{p.parameter}, axis {p.axis}": problem for p in (*produced, *read) if p.parameter}
             continue
-        kind: Kind = "heads" if root in heads else "channels" if root in channels else "neurons"
+        kind: GroupKind = "heads" if root in heads else "channels" if root in channels else "hidden"
         key = (kind, *((p.parameter, p.axis, p.stack) for p in (*produced, *read)))
         site = produced[0].parameter.rpartition(".")[0] + ("" if produced[0].stack is None else f".{produced[0].stack}")
         groups[key].append(Group(kind, site, len(groups[key]), tuple(produced), tuple(read)))
@@ -103,6 +103,6 @@ def _partition(model: nn.Module, units: Units) -> Partition:
         for name, p in model.named_parameters(remove_duplicate=False)
         if name not in met
     }
-    partition = Partition((*found, *expert_groups(model)), why | unused)
-    partition.check(model)
-    return partition
+    traced = TracedGroups((*found, *expert_groups(model)), why | unused)
+    traced.check(model)
+    return traced

@@ -5,12 +5,10 @@ from hesse.planning.block_sparsity import TilePlan, plan_tiles
 from hesse.planning.front import FrontPoint, size_loss_front
 from hesse.planning.pricing import Member, Pricing, allocate, grid_menu, price, use
 from hesse.planning.problem import Candidate, Choice, Group, Problem
-from hesse.planning.sensitivities import SENSITIVITIES, predicted_costs
 from hesse.planning.slope import by_common_slope
 from hesse.planning.solve import cheapest_within, smallest_within
 
 __all__ = [
-    "SENSITIVITIES",
     "Candidate",
     "Choice",
     "FrontPoint",
@@ -24,7 +22,6 @@ __all__ = [
     "cheapest_within",
     "grid_menu",
     "plan_tiles",
-    "predicted_costs",
     "price",
     "size_loss_front",
     "smallest_accepted",

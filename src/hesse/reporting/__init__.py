@@ -6,7 +6,7 @@ from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
 from hesse.reporting.page import check_page, write_page
 from hesse.reporting.repair import repair_summary
-from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table
+from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table, options_table
 
 __all__ = [
     "blocks_summary",
@@ -19,6 +19,7 @@ __all__ = [
     "inspection_summary",
     "methods_table",
     "narrow_summary",
+    "options_table",
     "repair_summary",
     "write_page",
 ]

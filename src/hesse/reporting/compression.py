@@ -16,7 +16,8 @@ from hesse.reporting.plots import svg
 from hesse.reporting.terminal import number, size
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, Measured, Measurements, TextMeasurement
+    from hesse.evaluation.measurements import MeasuredMean, Measurements, TextMeasurement
+    from hesse.jobs.report import CompressionReport
 
 SHIPPED = "default calibration text"
 
@@ -67,10 +68,10 @@ def unit(measured: "Measurements") -> str:
 
 def _cost(report: "CompressionReport", measured: "Measurements") -> str:
     """What the cost is, and what it is in."""
-    return f"{report.verification.loss_name}, {unit(measured).removeprefix('half squared error ')}"
+    return f"{report.loss.name}, {unit(measured).removeprefix('half squared error ')}"
 
 
-def with_error(measured: "Measured") -> str:
+def with_error(measured: "MeasuredMean") -> str:
     """A mean with its standard error."""
     return f"{number(measured.value, 3)} ± {number(measured.standard_error, 1)}"
 
@@ -88,8 +89,8 @@ def repeat_command(report: "CompressionReport") -> str:
         words += ["--data", "IDS.jsonl"]
     elif calibration["source"] != SHIPPED:
         words += ["--data", calibration["source"]]
-    if calibration["curvature"] is not None:
-        words += ["--curvature", calibration["curvature"]]
+    if calibration["statistics"] is not None:
+        words += ["--statistics", calibration["statistics"]]
     else:
         words += ["--samples", str(calibration["samples"]), "--length", str(calibration["length"])]
     words += ["--seed", str(calibration["seed"]), "--format", report.format]

@@ -8,7 +8,8 @@ from hesse.reporting.plots import BAND_GREY, BLUE, GREY, ORANGE, figure, name_ro
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hesse.compression import CompressionReport, LayerMeasurement, Measurements
+    from hesse.evaluation.measurements import LayerMeasurement, Measurements
+    from hesse.jobs.report import CompressionReport
 
 COSTLIEST = 30  # layers that are drawn by name
 
@@ -109,14 +110,14 @@ def alternatives(report: "CompressionReport") -> "Figure":
             others.sort(key=lambda plan: plan["bytes"])
             sizes, costs = [plan["bytes"] / 1e6 for plan in others], [plan["predicted"] for plan in others]
             axis.plot(sizes, costs, style, color=GREY, markersize=4, linewidth=0.8, label=label)
-    after, check = report.bytes_after / 1e6, report.verification
+    after, check = report.bytes_after / 1e6, report.loss
     chosen = [plan for plan in report.front or [] if plan["kind"] == "chosen"]
-    predicted = chosen[0]["predicted"] if chosen else report.predicted_loss_increase
-    if predicted > 0:
+    predicted = chosen[0]["predicted"] if chosen else report.loss.predicted
+    if predicted is not None and predicted > 0:
         axis.plot(
             [after], [predicted], "o", markersize=8, markerfacecolor="white", color=ORANGE, label="chosen, predicted"
         )
-    if check.measured > 0:
+    if check.measured is not None and check.measured > 0:
         axis.plot([after], [check.measured], "o", markersize=6, color=BLUE, label="chosen, measured")
     axis.axvline(report.bytes_before / 1e6, color=GREY, linestyle="--", linewidth=0.8, label="the dense model: no cost")
     axis.set_yscale("log")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from hesse.reporting.terminal import number
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, LayerMeasurement, LayerReport, Measurements
+    from hesse.evaluation.measurements import LayerMeasurement, Measurements
+    from hesse.jobs.report import CompressionReport
+    from hesse.layerwise.report import LayerReport
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 

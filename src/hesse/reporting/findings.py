@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hesse.reporting.terminal import number
 
 if TYPE_CHECKING:
-    from hesse.compression import CompressionReport, Measurements, TextMeasurement
+    from hesse.evaluation.measurements import Measurements, TextMeasurement
+    from hesse.jobs.report import CompressionReport
 
 MATTERS = 0.02  # share of the cost below which it is no matter what was predicted
 ROUTERS = (
@@ -31,7 +32,7 @@ UNKNOWN = Finding("Nothing was predicted.", "No sample that probed the loss reac
 
 def findings(report: "CompressionReport", measured: "Measurements") -> list[Finding]:
     """What a reader should know first."""
-    predicted = [_whole(measured), _layers(measured), _line(measured)] if report.predicted_loss_increase else [UNKNOWN]
+    predicted = [_whole(measured), _layers(measured), _line(measured)] if report.loss.predicted else [UNKNOWN]
     return [*predicted, _fit(report, measured), *_fallbacks(report)]
 
 
@@ -104,7 +105,7 @@ def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
     """Whether calibration was fitted too closely to its text."""
     check, seen = measured.check, measured.seen
     if seen is None:
-        if report.verification.held_out:
+        if report.loss.held_out:
             return Finding("Nothing could be fitted too closely.", "No sample of this text was calibrated on.", False)
         return Finding(
             "Nothing was held out.",
@@ -134,7 +135,7 @@ def _difference(check: "TextMeasurement", seen: "TextMeasurement") -> tuple[floa
 
 def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
     """Departures from what was asked."""
-    count = len(report.fallbacks)
+    count = len(report.notes)
     if count:
         what = "There was one departure" if count == 1 else f"There were {count} departures"
         yield Finding("Not everything was done as asked.", f"{what}: see the fallbacks below.", True)

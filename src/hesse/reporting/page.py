@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from hesse.checkpoints.files import unfinished_file
 from hesse.errors import OptionError, OutputError, reason
-from hesse.models.files import unfinished_file
 from hesse.reporting.terminal import number, size
 from hesse.version import __version__
 

@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hesse.reporting.terminal import fallback_lines, number, shown
+from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
-    from hesse.compression import RepairReport
+    from hesse.jobs.repair_report import RepairReport
 
 
 def repair_summary(report: "RepairReport") -> RenderableType:
@@ -19,21 +20,18 @@ def repair_summary(report: "RepairReport") -> RenderableType:
     table.title_justify = "left"
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
-    after = report.bytes_compressed + report.bytes_added
-    table.add_row("bytes", f"{report.bytes_compressed:,}", f"{after:,}")
-    predicted = number(report.predicted_before), number(report.predicted_after)
-    table.add_row("loss increase predicted, nats per token", *predicted)
-    where = "held-out" if report.held_out else "calibration"
-    errors = report.standard_error_before, report.standard_error_after
-    measured = report.measured_before, report.measured_after
+    before, after = report.loss_before, report.loss
+    table.add_row("bytes", f"{report.bytes_before:,}", f"{report.bytes_before + report.bytes_added:,}")
+    table.add_row("loss increase predicted, nats per token", number(before.predicted), number(after.predicted))
+    where = "held-out" if after.held_out else "calibration"
     table.add_row(
-        f"{report.loss_name}, {report.samples} {where} samples",
+        f"{after.name}, {after.samples} {where} samples",
         *(
-            number(value) + ("" if error is None else f" ± {error:.1g}")
-            for value, error in zip(measured, errors, strict=True)
+            number(loss.measured) + ("" if loss.standard_error is None else f" ± {loss.standard_error:.1g}")
+            for loss in (before, after)
         ),
     )
-    parts: list[RenderableType] = [table, *fallback_lines(report.fallbacks, "repair.json")]
+    parts: list[RenderableType] = [table, *fallback_lines(report.notes, REPORT_FILE)]
     parts.append(Text(f"{len(report.layers)} layers repaired in {report.seconds['total']:.1f} s"))
     parts.append(shown(f"written to {report.out}", "bold"))
     if report.format == "adapter":

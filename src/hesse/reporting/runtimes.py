@@ -10,8 +10,8 @@ from rich.text import Text
 from hesse.reporting.terminal import number, shown, size
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
-    from hesse.benchmarking import Benchmark, Measured, Row
-    from hesse.exporting import ExportReport
+    from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, TimedRun
+    from hesse.runtimes.export_report import ExportReport
 
 
 def export_summary(report: "ExportReport") -> RenderableType:
@@ -58,7 +58,7 @@ def benchmark_summary(result: "Benchmark") -> RenderableType:
     return Group(*parts)
 
 
-def _cells(result: "Benchmark", row: "Row") -> "list[str | Text]":
+def _cells(result: "Benchmark", row: "BenchmarkRow") -> "list[str | Text]":
     ratio = result.speed_up(row.runtime) if row.model == "compressed" else None
     return [
         *(shown(text) for text in (row.runtime, row.model, row.stored)),
@@ -72,5 +72,5 @@ def _cells(result: "Benchmark", row: "Row") -> "list[str | Text]":
     ]
 
 
-def _with_spread(measured: "Measured") -> str:
+def _with_spread(measured: "TimedRun") -> str:
     return f"{measured.median:.4g} ± {(measured.highest - measured.lowest) / 2:.2g}"

@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hesse.errors import printable
-from hesse.methods import Row
+from hesse.methods import Method
+from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
-    from hesse.compression import CompressionReport
     from hesse.evaluation import Evaluation
+    from hesse.jobs.report import CompressionReport
 
 
 def shown(text: str, style: str = "") -> Text:
@@ -53,12 +54,12 @@ def cost_table(report: "CompressionReport", before: "Evaluation | None", after: 
     table.add_row("peak memory", "-", size(report.peak_rss_bytes))
     for row in _quality_rows(before, after):
         table.add_row(*row)
-    check = report.verification
+    loss = report.loss
     table.add_section()
-    table.add_row("loss increase predicted, nats per token", "-", number(report.predicted_loss_increase))
-    where = "held-out" if check.held_out else "calibration"
-    measured = number(check.measured) + ("" if check.standard_error is None else f" ± {check.standard_error:.1g}")
-    table.add_row(shown(f"{check.loss_name}, {check.samples} {where} samples"), "-", measured)
+    table.add_row("loss increase predicted, nats per token", "-", number(loss.predicted))
+    where = "held-out" if loss.held_out else "calibration"
+    measured = number(loss.measured) + ("" if loss.standard_error is None else f" ± {loss.standard_error:.1g}")
+    table.add_row(shown(f"{loss.name}, {loss.samples} {where} samples"), "-", measured)
     if after is not None and after.loss_increase is not None:
         table.add_row("loss increase measured on the evaluation text", "-", number(after.loss_increase))
     return table
@@ -80,13 +81,13 @@ def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> li
 def compression_summary(report: "CompressionReport") -> RenderableType:
     """The table of costs, what departed from the recipe, and where the prediction lies."""
     parts: list[RenderableType] = [cost_table(report, None, None)]
-    parts += fallback_lines(report.fallbacks, "compression.json")
+    parts += fallback_lines(report.notes, REPORT_FILE)
     worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
     names = ", ".join(f"{layer.name} ({number(layer.predicted_loss_increase, 2)})" for layer in worst)
     parts.append(shown(f"most of the predicted increase: {names}"))
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items() if phase != "total")
     parts.append(Text(f"seconds: {seconds}"))
-    parts.append(Text(f"read back: {report.verification.tensors_equal} tensors equal what was solved or copied"))
+    parts.append(Text(f"read back: {report.tensors_equal} tensors equal what was solved or copied"))
     parts.append(shown(f"written to {report.out}", "bold"))
     return Group(*parts)
 
@@ -129,23 +130,32 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
     return table
 
 
-def methods_table(families: Mapping[str, Sequence[Row]]) -> Table:
+def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
     """Methods as triples, family by family, with what each needs and its source below."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("curvature × constraint × solver")
-    for family, rows in families.items():
+    for family, methods in families.items():
         table.add_section()
         table.add_row(f"[bold]{family}[/bold]")
-        for row in rows:
-            table.add_row(row.name, _triple(row))
+        for method in methods:
+            table.add_row(method.name, _triple(method))
     return table
 
 
-def _triple(row: Row) -> str:
-    basis = "" if row.basis == "own" else f"{row.basis} "
-    constraint = basis + " + ".join(row.constraint) + "".join(f" (& {name})" for name in row.optional)
-    run = "" if row.run.startswith("hesse compress") else f"; {escape(row.run)}"
-    before = "" if row.rewrite is None else f"{row.rewrite}, then "
-    below = f"[dim]{row.source}; needs {row.needs}{run}[/dim]"
-    return f"{before}{row.curvature} × {constraint} × {row.solver}\n{below}"
+def options_table(method: Method) -> Table:
+    """The options of a method, with defaults and help."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"options of {method.name}", title_justify="left")
+    table.add_column("option", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("")
+    for option in method.options():
+        table.add_row(escape(option.name), escape(option.default_text), escape(option.help))
+    return table
+
+
+def _triple(method: Method) -> str:
+    run = "" if method.verb == "compress" else f"; {escape(method.example)}"
+    before = "" if method.rewrite is None else f"{method.rewrite}, then "
+    below = f"[dim]{escape(method.source)}; needs {escape(method.needs)}{run}[/dim]"
+    return f"{before}{' × '.join(method.triple)}\n{below}"

@@ -1,23 +1,20 @@
 """Methods that need training: one loop over a user's model and data, in which what is held stays held."""
 
 from hesse.training.compression_aware import CompressionAware
-from hesse.training.cutting import Cut
 from hesse.training.distillation import Distillation
-from hesse.training.gradual import Gradual, prune_gradually
+from hesse.training.finetune import FinetuneReport, finetune
 from hesse.training.held import Held, HeldCodes, HeldZeros, StraightThrough, held_zeros
 from hesse.training.loop import Loop, PlainStep, StepRule
 from hesse.training.movement import Movement
 from hesse.training.one_bit import HeldSigns, OneBit
 from hesse.training.prunable import prunable_weights
-from hesse.training.recover import Recovery, recover
 from hesse.training.schedules import GradualSchedule
 from hesse.training.training import Training, adam, linear_decay
 
 __all__ = [
     "CompressionAware",
-    "Cut",
     "Distillation",
-    "Gradual",
+    "FinetuneReport",
     "GradualSchedule",
     "Held",
     "HeldCodes",
@@ -27,14 +24,12 @@ __all__ = [
     "Movement",
     "OneBit",
     "PlainStep",
-    "Recovery",
     "StepRule",
     "StraightThrough",
     "Training",
     "adam",
+    "finetune",
     "held_zeros",
     "linear_decay",
     "prunable_weights",
-    "prune_gradually",
-    "recover",
 ]

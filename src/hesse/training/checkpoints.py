@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from hesse.checkpoints.files import unfinished_file
+from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError, reason
-from hesse.models.files import unfinished_file
-from hesse.models.writer import writing
 from hesse.progress import Progress
 from hesse.training.loop import Loop
 

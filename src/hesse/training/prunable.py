@@ -10,7 +10,7 @@ from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods import Options, Recipe, find_method
 
 if TYPE_CHECKING:  # which needs transformers, and seconds
-    from hesse.models.network import Layer
+    from hesse.networks.network import Layer
 
 
 def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore: Sequence[str]) -> Recipe:
@@ -19,9 +19,10 @@ def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore:
     Raises:
         OptionError: it makes no zeros, or an option has no meaning for it.
     """
-    if "sparse" not in find_method(method).constraints:
+    row = find_method(method, "compress", "prune_gradually")
+    if "sparse" not in row.constraints:
         raise OptionError(f"the method {method} makes no zeros: `hesse methods` shows which have Sparse")
-    recipe = find_method(method).recipe(options, tuple(ignore))
+    recipe = row.recipe(options, tuple(ignore))
     rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in recipe.rules)
     return recipe.model_copy(update={"rules": rules})
 
@@ -34,10 +35,9 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
     Raises:
         HesseError: the model has none, a pattern matches none, or the recipe does not fit one of them.
     """
-    from hesse.compression.rules import rules_for
-    from hesse.compression.weight_fisher import name_of
-    from hesse.modules.attention import split_attentions, stored_as
-    from hesse.modules.layers import layers_of
+    from hesse.layerwise.rules import rules_for
+    from hesse.networks.module_layers import layers_of
+    from hesse.networks.torch_attention import split_attentions, stored_as
 
     with split_attentions(model):
         found, _ = layers_of(model)
@@ -46,7 +46,7 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
         shapes = {layer.name: layer.weight.shape for layer in found}
         weights = {layer.name: partial(_weight, layer) for layer in found}
         rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
-        return {stored_as(model, name_of(layer)): layer for layer in found if rules[layer.name] is not None}
+        return {stored_as(model, layer.weight_name): layer for layer in found if rules[layer.name] is not None}
 
 
 def prunable_weights(

@@ -1,0 +1,253 @@
+"""Forward calibration: batches stop at each layer, where its statistics are known and its weight can be changed."""
+
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hesse.curvature import Gram
+from hesse.estimation.statistics import STATISTICS, BlockStatistic, InputStatistic, Needs
+from hesse.estimation.statistics.base import InputAccumulator
+from hesse.estimation.statistics.inputs import input_gram
+from hesse.estimation.statistics_folder import Statistics
+from hesse.networks.network import Block, Blocks, Layer
+from hesse.passes.activation_offload import offload_to
+from hesse.passes.layer_stops import layer_stops
+from hesse.passes.loading import each_loaded
+from hesse.passes.parts import seen_by
+from hesse.passes.stream import CalibrationBatch
+from hesse.processes import ALONE, Processes
+from hesse.progress import Clock
+
+Known = Mapping[str, Mapping[str, Any]]  # statistics that are known before, by layer and name
+
+
+class LayerStatistics(Mapping[str, Any]):
+    """The statistics of one layer by name; those that are not known are absent.
+
+    `called` is False for a layer that the batches never called; its "inputs" are then a Gram of no tokens. Those of
+    `known`, which were collected before, are read from where they are whenever they are asked for.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({}), called: bool = True
+    ) -> None:
+        self._values = {name: value for name, value in values.items() if value is not None}
+        self._known, self.called = known, called
+
+    @property
+    def gram(self) -> Gram:
+        """The Gram of the layer's inputs: one object for all layers with the same inputs."""
+        gram: Gram = self._values["inputs"]
+        return gram
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name] if name in self._values else self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._values
+        yield from (name for name in self._known if name not in self._values)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+Layers = Generator[tuple[Layer, LayerStatistics], None, None]
+
+
+def calibrated_blocks(
+    network: Blocks,
+    batches: Sequence[CalibrationBatch],
+    needs: Needs,
+    *,
+    known: Known = MappingProxyType({}),
+    first: int = 0,
+    clock: Clock | None = None,
+    processes: Processes = ALONE,
+    offload: Path | None = None,
+) -> Iterator[tuple[Block, Layers]]:
+    """Take `batches` through a network; yield each block, its weights in memory, and its layers with their statistics.
+
+    At each layer all batches wait, so that the consumer may replace its weight before it asks for the next one: the
+    batches go on through the changed layer, and later layers' statistics are of what it gives. Layers come in the order
+    in which the block calls them, and then those that it never called. After the last one the batches have passed the
+    block; layers that the consumer does not ask for are passed unchanged. A layer's statistics are those that any layer
+    of its block needs, and layers with the same inputs share them; a block whose layers need none is only run.
+
+    Args:
+        network: the blocks, in the type that the batches are in.
+        batches: hidden states before block number `first`; afterwards, behind the last block.
+        needs: the statistics of each layer that needs some; backward statistics among them are not collected here.
+        known: statistics that were collected before, such as those of `probe`.
+        first: the number of the first block.
+        clock: charged with "read", "calibrate" (forward) and "estimate" (statistics).
+        processes: each takes batches of its own; the statistics are of the batches of all.
+        offload: a folder for the activations of batches that wait inside a block; None keeps them in memory.
+
+    Raises:
+        UnsupportedModelError: the batches differ in the order in which they call a block's layers.
+        DataError: a layer's inputs hold NaN or infinity.
+    """
+    clock = Clock() if clock is None else clock
+    with clock.phase("read"):
+        for index, block in each_loaded(network, range(first, len(network.blocks))):
+            wanted = sorted({name for layer in block.layers for name in needs.get(layer.name, ())})
+            layers = _layers(network, batches, index, block, wanted, known, clock, processes, offload)
+            with clock.phase("calibrate"), closing(layers):
+                yield block, layers
+                for _ in layers:
+                    pass
+
+
+def stored_blocks(
+    network: Blocks, folder: Statistics, needs: Needs, *, first: int = 0, clock: Clock | None = None
+) -> Iterator[tuple[Block, Layers]]:
+    """As `calibrated_blocks`, with statistics from a folder in place of batches: those of the unchanged model.
+
+    Only layers that need some are yielded, in the order of the block; those that no sample reached come last.
+    """
+    clock = Clock() if clock is None else clock
+    with clock.phase("read"):
+        for _, block in each_loaded(network, range(first, len(network.blocks))):
+            layers = _stored_layers([layer for layer in block.layers if layer.name in needs], folder, needs, clock)
+            with closing(layers):
+                yield block, layers
+
+
+def calibrated(
+    network: Blocks, batches: Sequence[CalibrationBatch], needs: Needs, **settings: Any
+) -> Iterator[tuple[Block, Layer, LayerStatistics]]:
+    """Yield the layers of `calibrated_blocks`, whose arguments it takes, one after another with their blocks."""
+    for block, layers in calibrated_blocks(network, batches, needs, **settings):
+        for layer, statistics in layers:
+            yield block, layer, statistics
+
+
+def no_inputs(layer: Layer) -> Gram:
+    """Return the Gram of a layer that no sample reached."""
+    return input_gram(layer).gram()
+
+
+def _layers(
+    network: Blocks,
+    batches: Sequence[CalibrationBatch],
+    index: int,
+    block: Block,
+    wanted: Collection[str],
+    known: Known,
+    clock: Clock,
+    processes: Processes,
+    offload: Path | None,
+) -> Layers:
+    """Take batches through one loaded block; yield its layers with the statistics in `wanted`."""
+
+    def run(batch: CalibrationBatch) -> None:
+        batch.pass_block(block.module, index)
+
+    def shared() -> Iterator[Tensor]:
+        yield from (*block.module.parameters(), *block.module.buffers())
+        yield from (
+            leaf for batch in batches for leaf in tree_leaves(batch.arguments(index)) if isinstance(leaf, Tensor)
+        )
+
+    collection = InputCollection(wanted, batches, block, index, clock, processes)
+    with clock.phase("estimate"):
+        of_block = {
+            name: statistic.values(batches, block, index, processes)
+            for name in wanted
+            if isinstance(statistic := STATISTICS[name], BlockStatistic)
+        }
+    called: set[Layer] = set()
+    runs = [partial(run, batch) for batch in batches]
+    stopping = layer_stops(runs, block, collection.collect, offload_to(offload, shared), network.gradients_off)
+    with closing(stopping) as stops:
+        for layer, collected_at in stops:
+            called.add(layer)
+            own = {name: values.get(layer.name) for name, values in of_block.items()}
+            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name, {}))
+    for layer in block.layers:
+        if layer not in called:
+            own = {name: values.get(layer.name) for name, values in of_block.items()}
+            values = {"inputs": no_inputs(layer), **own}
+            yield layer, LayerStatistics(values, known.get(layer.name, {}), called=False)
+
+
+def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, clock: Clock) -> Layers:
+    missing = []
+    for layer in layers:
+        stored = FolderStatistics(folder, layer, needs[layer.name])
+        with clock.phase("estimate"):
+            gram = stored.get("inputs")
+        if gram is None:
+            missing.append((layer, stored))
+        else:
+            yield layer, LayerStatistics({"inputs": gram}, stored)
+    for layer, stored in missing:
+        yield layer, LayerStatistics({"inputs": no_inputs(layer)}, stored, called=False)
+
+
+class FolderStatistics(Mapping[str, Any]):
+    """The statistics of one layer in a folder of `hesse estimate`, read whenever they are asked for."""
+
+    def __init__(self, folder: Statistics, layer: Layer, names: Collection[str]) -> None:
+        self._folder, self._layer, self._names = folder, layer, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._names:
+            value = STATISTICS[name].load(self._folder, self._layer, self._layer.weight.device)
+            if value is not None:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if self.get(name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class InputCollection:
+    """The statistics of the inputs that a block's layers get, in memory from a layer's first batch on.
+
+    `values` finishes the sums of a layer, and keeps what it returns until inputs are collected at another one.
+    """
+
+    def __init__(
+        self,
+        wanted: Collection[str],
+        batches: Sequence[CalibrationBatch],
+        block: Block,
+        index: int,
+        clock: Clock,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._statistics = [s for name in wanted if isinstance(s := STATISTICS[name], InputStatistic)]
+        self._clock, self._processes = clock, processes
+        with clock.phase("estimate"):
+            self._prepared = {s.name: s.prepare(batches, block, index) for s in self._statistics}
+        self._sums: dict[Layer, dict[str, InputAccumulator]] = {}
+        self._values: dict[Layer, dict[str, Any]] = {}
+
+    def collect(self, layer: Layer, number: int, inputs: Tensor) -> None:
+        """Add the inputs that batch `number` has for a layer."""
+        with self._clock.phase("estimate"):
+            if layer not in self._sums:
+                self._values.clear()
+                made = {s.name: s.accumulator(layer, self._prepared[s.name]) for s in self._statistics}
+                self._sums[layer] = {name: sums for name, sums in made.items() if sums is not None}
+            rows = seen_by(layer.module, inputs)
+            for sums in self._sums[layer].values():
+                sums.add(rows, number)
+
+    def values(self, layer: Layer) -> dict[str, Any]:
+        """Return the statistics of the inputs that were collected at a layer."""
+        if layer not in self._values:
+            with self._clock.phase("estimate"):
+                sums = self._sums.pop(layer)
+                self._values[layer] = {name: each.value(self._processes) for name, each in sums.items()}
+        return self._values[layer]

@@ -1,0 +1,159 @@
+"""Passes of the unchanged model: its backward statistics, and the check samples' hidden states."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.data import Samples
+from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
+from hesse.estimation.stored_statistics import StoredStatistics
+from hesse.networks.network import Network
+from hesse.passes.backward import BackwardPass, BackwardState
+from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.stream import StreamBatch, advance, calibration_batch, start, take_up
+from hesse.processes import ALONE, Processes
+from hesse.progress import Clock
+
+
+def check_pass(
+    network: Network, check: list[Tensor], clock: Clock, step: Callable[[], None], journal: Journal | None = None
+) -> list[StreamBatch]:
+    """The batches `check` (samples, tokens) after all blocks of the unchanged model; `step` after each block."""
+    if not check:
+        return []
+    with clock.phase("probe"):
+        flows = start(network, check, None if journal is None else TensorStore(journal.folder, "check", lasting=True))
+    forward_walk(network, flows, [], clock, step, journal)
+    return flows
+
+
+def probe(
+    network: Network,
+    samples: Samples,
+    needs: Needs,
+    folder: Path,
+    seed: int,
+    clock: Clock,
+    step: Callable[[], None],
+    journal: Journal | None = None,
+    processes: Processes = ALONE,
+) -> StoredStatistics:
+    """Collect the backward statistics that layers need, by layer and name, in nats per token; `step` after each block.
+
+    The samples go through the unchanged model and back. The statistics are kept below `folder`, and so are meanwhile
+    the hidden states that reach each block. With a `journal`, which is then of that folder, the pass continues where it
+    was cut short. Each of several `processes` takes its share of the samples, in a folder of its own, and has the sums
+    over all of them.
+    """
+    of_samples = needs_samples(needs)
+    size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
+    size = min(size, max(len(samples.ids) // processes.world_size, 1))
+    size = 1 if of_samples else size  # since experts mix the samples of a batch
+    lasting = journal is not None
+    earlier, batches = processes.shard(samples.batches(size))
+    with clock.phase("probe"):
+        flows = start(network, batches, TensorStore(folder, "probe", lasting))
+    inputs = forward_walk(network, flows, flows, clock, step, journal)
+    stored = StoredStatistics(folder)
+    with clock.phase("probe"):
+        state = None if journal is None else _recalled(journal, network, stored, processes)
+        shelf = TensorStore(folder, "gradient", lasting)
+        walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
+        for _ in range(1 + len(network.blocks) - walk.state.reached):
+            step()
+        for values in backward_statistics(walk, needs):
+            files = {
+                layer: {name: stored.keep(layer, name, value) for name, value in own.items()}
+                for layer, own in values.items()
+            }
+            if journal is not None:
+                _note(journal, walk, files)
+            step()
+    return stored
+
+
+def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]]) -> None:
+    """Note that a backward pass is through with a block, whose statistics are in `files`."""
+    reached = walk.state.reached
+    names = {layer: {name: path.name for name, path in own.items()} for layer, own in files.items()}
+    paths = [path for own in files.values() for path in own.values()]
+    journal.record(f"statistics-{reached}", {"files": names}, paths)
+    journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
+    journal.forget(f"gradient-{reached + 2}")
+
+
+def _recalled(
+    journal: Journal, network: Network, stored: StoredStatistics, processes: Processes
+) -> BackwardState | None:
+    """Return how far a backward pass had come in all processes, its statistics in `stored`; None if nowhere."""
+    last = len(network.blocks)
+    reached, notes = last, list[dict[str, Any]]()
+    while reached and (note := journal.recall(f"statistics-{reached - 1}")) is not None:
+        notes.append(note)
+        reached -= 1
+    kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
+    reached = next((number for number in range(reached, last) if kept[number] is not None), last)
+    reached = last - processes.all_reduce_min(last - reached)
+    recalled = kept.get(reached)
+    if not processes.all_reduce_min(recalled is not None) or recalled is None:
+        return None
+    for note in notes[: last - reached]:
+        for layer, own in note["files"].items():
+            for name, file in own.items():
+                stored.add(layer, name, journal.folder / file, network.device)
+    return BackwardState(reached, recalled[1]["scale"], recalled[0])
+
+
+def forward_walk(
+    network: Network,
+    flows: list[StreamBatch],
+    kept: list[StreamBatch],
+    clock: Clock,
+    step: Callable[[], None],
+    journal: Journal | None = None,
+) -> list[list[StoredTensor]]:
+    """Take `flows` through all blocks; what reached each block of those in `kept`.
+
+    With a `journal` they go on from the last block that they passed before.
+    """
+    name, inputs = flows[0].shelf.name, []
+    passed = {} if journal is None else _passed(journal, name, network, every=bool(kept))
+    for index, block in enumerate(network.blocks):
+        inputs.append([flow.waiting for flow in kept])
+        if index + 1 in passed:
+            take_up(flows, passed[index + 1], index + 1)
+        elif index >= max(passed, default=0):
+            with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
+                advance(flows, module, index, block.name)
+            if journal is not None:
+                journal.record_tensors(f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
+                if not kept:
+                    journal.forget(f"{name}-{index - 1}")
+        step()
+    return inputs
+
+
+def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[int, list[StoredTensor]]:
+    """What flows were after the blocks that they passed before, by the number of these; of `every` one, or the last."""
+    found: dict[int, list[StoredTensor]] = {}
+    numbers = range(1, len(network.blocks) + 1)
+    for number in numbers if every else reversed(numbers):
+        recalled = journal.recall_tensors(f"{name}-{number}", network.device)
+        if recalled is not None:
+            found[number] = recalled[0]
+        if (recalled is None) == every:
+            break
+    return found
+
+
+def backward_statistics(walk: BackwardPass, needs: Needs) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Yield for each block, from the last to the first, the backward statistics of its layers, by layer and name."""
+    for block, recorded in walk:
+        collection = BackwardCollection(block.layers, needs)
+        for each in recorded:
+            collection.add(each)
+        yield collection.values(walk.scale, walk.processes)

@@ -1,0 +1,47 @@
+"""What a run's result depends on, so that a run never resumes the work of another."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import file_digest
+from hesse.data.selection import Calibration
+from hesse.version import versions
+
+
+def identity(
+    command: str,
+    checkpoints: Sequence[Checkpoint],
+    calibration: Calibration,
+    request: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return a fingerprint of each thing that the result depends on, by the name that a refusal gives it.
+
+    `request` is text by such a name. The weights of all checkpoints are read whole.
+    """
+    return {
+        "command": command,
+        "model": _digest([checkpoint.digests for checkpoint in checkpoints]),
+        "data": _digest([_data(calibration.data), *astuple(replace(calibration, data=None))]),
+        **{name: _digest(text) for name, text in request.items()},
+        "settings": _digest({**settings, "threads": torch.get_num_threads()}),
+        "versions of Hesse and its libraries": _digest(versions()),
+    }
+
+
+def _data(data: str | Path | list[list[int]] | None) -> Any:
+    """Return the data's digest where the data is a local file, else the ids or the name."""
+    if isinstance(data, str | Path) and Path(data).is_file():
+        return file_digest(Path(data))
+    return data if data is None or isinstance(data, list) else str(data)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

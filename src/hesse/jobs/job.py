@@ -1,0 +1,299 @@
+"""One command from a model folder to a new folder: everything that all commands that write one have in common."""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
+from hesse.checkpoints.tensor_store import memory_of
+from hesse.checkpoints.work_folder import WorkFolder, work_folder
+from hesse.checkpoints.writer import Part, assemble, write_part, write_text
+from hesse.data import Samples
+from hesse.data.selection import Calibration
+from hesse.errors import OptionError, VerificationError
+from hesse.evaluation.evaluate import Evaluation, compare, pass_through
+from hesse.jobs.identity import identity
+from hesse.jobs.options import RunOptions
+from hesse.networks.network import CheckpointNetwork
+from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.stream import StreamBatch, take_up
+from hesse.processes import join_process_group
+from hesse.progress import Clock, Silence
+from hesse.result import REPORT_FILE, LossChange, Report
+from hesse.version import versions
+
+
+class Job:
+    """A command that reads the model folders `sources` and writes the folder `out`.
+
+    A command checks what was asked, calls `begin`, works block by block with `steps`, calls `assemble` and `finish`.
+    Whatever it notes in the `journal` outlives the process: a run that was killed resumes behind the last note, and
+    comes to the same bytes. Until `finish` nothing has the name `out`.
+
+        with Job("narrow", name, [folder], out, calibration, run) as job:
+            job.begin([checkpoint], {"options": repr(request)}, needed_bytes)
+            steps = job.steps("narrow", network, flows)
+            ...
+            job.assemble(config)
+            return job.finish(Report(**job.head(...)))
+
+    Raises:
+        OutputError: `out` exists and may not be replaced, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        name: str,  # of the model, as the user gave it
+        sources: Sequence[Path],
+        out: Path,
+        calibration: Calibration,
+        run: RunOptions,
+        mark: str = "config.json",  # the file that a folder must have to be replaced
+    ) -> None:
+        self.command, self.name, self.sources, self.out = command, name, sources, out
+        self.calibration, self.run = calibration, run
+        self.clock, self.processes = Clock(), join_process_group(run.device)
+        self.progress = run.progress if self.processes.is_main else Silence()
+        self.notes: list[str] = []
+        self.parts: list[Part] = []
+        self._digests: dict[str, int] = {}  # CRC-32 of each tensor that this rank knows the bytes of
+        self._earlier: dict[str, float] = {}  # seconds by phase of processes that were killed
+        self._stack = ExitStack()
+        if self.processes.is_main:
+            restore_replaced(out)
+            for source in sources:
+                check_output(out, source, run.overwrite, mark)
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+    def check_alone(self) -> None:
+        """Raise OptionError if several processes were started for a command that one process runs."""
+        if self.processes.world_size > 1:
+            raise OptionError(f"`hesse {self.command}` runs in one process: start it without torchrun")
+
+    def begin(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        request: Mapping[str, str],
+        needed_bytes: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Lock the work folder, and make it or resume what the same command left there.
+
+        `request` and `settings` are what the result depends on besides the checkpoints and the calibration.
+
+        Raises:
+            OutputError: another process works there, another command was interrupted there, or the disk has less than
+                `needed_bytes` free.
+        """
+        settings = {"device": self.run.device.type, "processes": self.processes.world_size, **(settings or {})}
+        fingerprints = dict[str, str]()
+        if self.processes.is_main:  # the only rank that compares them; the whole model is read for it
+            with self.clock.phase("read"):
+                fingerprints = identity(self.command, checkpoints, self.calibration, request, settings)
+        self.work: WorkFolder = self._stack.enter_context(work_folder(self.out, self.processes))
+        self.work.begin(fingerprints, needed_bytes, self.run.restart)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that becomes `out`."""
+        return self.work.result
+
+    @property
+    def journal(self) -> Journal:
+        """This rank's notes; files beside them are kept as long as the run."""
+        return self.work.own
+
+    def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `compute` returns, noted as `step`: a run that is resumed recalls it. JSON must hold it."""
+        content = self.journal.recall(step)
+        if content is None:
+            content = compute()
+            self.journal.record(step, {**content, "seconds": self.phases()})
+        else:
+            self.resume_clock(content["seconds"])
+        return content
+
+    def steps(self, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> "BlockSteps":
+        """Return the blocks of `network` as steps named `name`, with `flows` behind the last one that was noted.
+
+        The hidden states of `flows` wait in a lasting TensorStore in the journal's folder; there may be no flows.
+        """
+        return BlockSteps(self, name, network, flows)
+
+    def write(self, tensors: dict[str, Tensor], number: int | None = None) -> Part:
+        """Write tensors of the result, as part `number`; of several ranks one writes."""
+        number = len(self.parts) if number is None else number
+        path = self.part_path(number)
+        if self.processes.writer(number) == self.processes.rank:
+            part = write_part(path, tensors)
+        else:
+            part = Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
+        self.parts.append(part)
+        return part
+
+    def write_rest(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write those of `names` that no part has yet, one by one, as `read` gives them."""
+        done = {name for part in self.parts for name in part.names}
+        for name in names:
+            if name not in done:
+                path = self.journal.folder / f"part-{len(self.parts)}.safetensors"
+                tensors = read([name])
+                self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
+                self.parts.append(write_part(path, tensors))
+
+    def part_path(self, number: int) -> Path:
+        """Return the file of part `number`, in the folder of the rank that writes it."""
+        return self.work.journals(self.processes.writer(number)) / f"part-{number}.safetensors"
+
+    def assemble(self, config: Mapping[str, Any], files: Mapping[str, str] | None = None) -> list[str]:
+        """Make the result of all parts, config.json, other `files` by name, and what a loader needs besides.
+
+        Returns the notes on files of the model folder that were not copied, or are code.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+            VerificationError: a tensor reads back different from what was written.
+        """
+        assemble(self.parts, self.folder)
+        self._compare()
+        notes = copy_companions(self.sources[-1], self.folder)
+        for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **(files or {})}.items():
+            write_text(self.folder / name, text)
+        return notes
+
+    def _compare(self) -> None:
+        """Compare every tensor that this rank knows with the file that it is in now."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    if name in self._digests and _digest(file.get_tensor(name)) != self._digests[name]:
+                        raise VerificationError(
+                            f"{name} reads back different from what was written: nothing was put in place; check the "
+                            "disk, and report it if it happens again"
+                        )
+
+    def compare(self, result: CheckpointNetwork, dense: CheckpointNetwork, check: Samples) -> Evaluation:
+        """Evaluate the result beside the dense model on the samples `check`, a block of each in memory at a time."""
+        batches = check.batches(evaluation_batch(dense, check.longest))
+        with self.clock.phase("verify"):
+            passes = [
+                pass_through(network, batches, self.progress, phase)
+                for network, phase in ((result, "verify"), (dense, "dense model"))
+            ]
+            return compare(result, passes[0], dense, passes[1], self.progress)
+
+    def phases(self) -> dict[str, float]:
+        """Return the seconds by phase, those of processes that were killed included."""
+        now = self.clock.seconds
+        return {phase: self._earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self._earlier}}
+
+    def resume_clock(self, seconds: dict[str, float]) -> None:
+        """Count the seconds by phase that a note of an earlier process holds."""
+        self._earlier = seconds
+
+    def head(self, bytes_before: int, bytes_after: int, loss: LossChange | None) -> dict[str, Any]:
+        """Return the fields that all reports have."""
+        return {
+            "verb": self.command,
+            "model": self.name,
+            "out": str(self.out),
+            "bytes_before": bytes_before,
+            "bytes_after": bytes_after,
+            "loss": loss,
+            "seconds": {"total": self.clock.total + sum(self._earlier.values()), **self.phases()},
+            "notes": self.notes,
+            "versions": versions(),
+        }
+
+    def finish(self, report: Report, file: str = REPORT_FILE) -> None:
+        """Write the report into the result, and give the result its name."""
+        if self.processes.is_main:
+            write_text(self.folder / file, json.dumps(report.to_dict(), indent=2) + "\n")
+        self.work.finish()
+
+
+class BlockSteps:
+    """The blocks of a network as steps of a job: each is noted with its tensors and with where the samples are.
+
+    `done` holds the contents of the notes of blocks that an earlier process finished; the parts of these are the job's
+    already, and the flows are behind them.
+    """
+
+    def __init__(self, job: Job, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> None:
+        self._job, self._name, self._flows = job, name, flows
+        self.done = self._recall(network)
+
+    def _recall(self, network: CheckpointNetwork) -> list[dict[str, Any]]:
+        job, journal, notes = self._job, self._job.journal, list[dict[str, Any]]()
+        while len(notes) < len(network.blocks):
+            note = journal.recall(f"{self._name}-{len(notes)}")
+            if note is None:
+                break
+            notes.append(note)
+        count = job.processes.all_reduce_min(len(notes))
+        while count and self._flows:
+            hidden = journal.recall_tensors(self._hidden(count), network.device)
+            if job.processes.all_reduce_min(hidden is not None) and hidden is not None:
+                take_up(self._flows, hidden[0], count)
+                break
+            count -= 1
+        for number, note in enumerate(notes[:count]):
+            if note["part"] is not None:
+                names, size = note["part"]
+                job.parts.append(Part(job.part_path(number), names, size))
+                job._digests |= note["digests"]
+            job.resume_clock(note["seconds"])
+        return [note["content"] for note in notes[:count]]
+
+    def note(
+        self,
+        index: int,
+        content: dict[str, Any],
+        tensors: dict[str, Tensor] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        """Note that block number `index` is done: `content` in JSON, and the result's `tensors` if it has any.
+
+        `files` in the journal's folder belong to the note.
+        """
+        job, journal = self._job, self._job.journal
+        with job.clock.phase("write"):
+            part = None if tensors is None else job.write(tensors, index)
+            if self._flows:
+                journal.record_tensors(self._hidden(index + 1), [flow.waiting for flow in self._flows], {})
+            own = part is not None and job.processes.writer(index) == job.processes.rank
+            record = {
+                "content": content,
+                "part": None if part is None else [part.names, part.bytes],
+                "digests": {name: job._digests[name] for name in tensors or {}},
+                "seconds": job.phases(),
+            }
+            paths = [part.path, *files] if own and part is not None else files
+            journal.record(f"{self._name}-{index}", record, paths)
+            journal.forget(self._hidden(index - 1))
+
+    def _hidden(self, number: int) -> str:
+        return f"{self._name}-hidden-{number}"
+
+
+def _digest(tensor: Tensor) -> int:
+    values = tensor.detach().cpu().contiguous()
+    return zlib.crc32(memory_of(values)) if values.nbytes else 0

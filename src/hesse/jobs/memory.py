@@ -1,0 +1,228 @@
+"""How much memory a run will take at most, and how it is kept within a limit."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hesse.data.selection import PROBE_TOKENS
+from hesse.errors import OptionError
+from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic, InputStatistic
+from hesse.estimation.statistics.attention_factor import layers_of_attention
+from hesse.jobs.plan import Plan
+from hesse.layerwise.rules import statistics_needed
+from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.networks.vocabulary import vocabulary
+from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.stream import calibration_batch
+from hesse.planning.sizes import read_size
+
+LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
+# How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
+# most demanding one they are of, and held against measurement in bench/memory.py.
+OF_WEIGHT, OF_INPUTS, OF_OUTPUTS = 14, 9, 8
+OF_BLOCKS = 7  # of a layer's blocks of the Fisher, in float32, while it is pruned by them
+OF_GRADIENTS = 4  # of the gradients of a layer's weight, one a sample
+OF_LOGITS = 6  # as many while two models are compared
+OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
+USED_OF_FREE = 0.8
+SHARE_FREE = 0.05  # of what is freed that the allocator keeps
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run does to stay within its memory, and how much that is."""
+
+    bound: int  # bytes
+    batch_size: int  # samples that are calibrated on together
+    paused_on_disk: bool  # whether what a block holds for waiting samples is in files
+    largest: str  # when the most is needed
+
+    def sentence(self) -> str:
+        """What a person is told before the run."""
+        where = "on disk" if self.paused_on_disk else "in memory"
+        samples = "1 sample" if self.batch_size == 1 else f"{self.batch_size} samples"
+        return (
+            f"at most {_shown(self.bound)} of memory, needed to {self.largest}; {samples} at a time, "
+            f"activations inside a block {where}"
+        )
+
+
+def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) -> MemoryPlan:
+    """The fastest way to run `plan` in at most `limit` bytes; without a limit, in what is free now if that will do.
+
+    A `batch_size` is kept to.
+
+    Raises:
+        OptionError: there is none; the message says how much is enough.
+    """
+    usual = batch_size or plan.calibration.batch_size or calibration_batch(plan.length)
+    usual = min(usual, len(plan.samples.ids))
+    choices = [(usual, False), (usual, True), *([] if batch_size else [(1, True)])]
+    found = [_bound(plan, size, paused) for size, paused in choices]
+    for choice in found:
+        if choice.bound <= (_free() if limit is None else limit):
+            return choice
+    least = min(choice.bound for choice in found)
+    if limit is None and any("fisher gradients" in needs for needs in statistics_needed(plan.rules).values()):
+        raise OptionError(
+            f"{len(plan.probes.ids)} gradients of each weight take {_shown(least)} of memory, more than is free: take "
+            "fewer --samples, leave layers out with --ignore, or use woodfisher"
+        )
+    if limit is None:
+        return found[-1]
+    raise OptionError(
+        f"--memory {_shown(limit)} is not enough for this model and method: {_shown(least)} are, needed to "
+        f"{found[-1].largest}"
+    )
+
+
+def waiting_bytes(plan: Plan) -> int:
+    """What a run has on disk at once besides its result, at most: hidden states of three steps, inputs, factors."""
+    width = int(plan.network.model.config.get_text_config().hidden_size) * plan.network.dtype.itemsize
+    tokens = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.samples.ids)
+    probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
+    factors = sum(sum(_backward(plan, layer).values()) for layer in plan.network.layers)
+    return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes from what a person writes, such as 8GiB.
+
+    Raises:
+        OptionError: it is no such thing.
+    """
+    found = read_size(text)
+    if found is None:
+        raise OptionError(f"--memory is {text!r}: give bytes such as 8GiB or 500MB")
+    return int(found)
+
+
+def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
+    network, dense = plan.network, plan.dense
+    base = psutil.Process().memory_info().rss + LATER + (0 if plan.rewriting is None else plan.rewriting.working_bytes)
+    flows = 0 if plan.statistics is not None else -(-len(plan.samples.ids) // batch_size)
+    tokens = batch_size * plan.length
+    checked = evaluation_batch(dense, plan.length) * plan.length
+    checked = min(checked, max(PROBE_TOKENS, 2 * plan.length))
+    outside = _outside(dense)
+    logits = 4 * checked * vocabulary(dense) if dense.kind == "causal-lm" else 0
+    phases = {
+        "compare the result with the dense model": 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
+    }
+    for block in network.blocks:
+        elements = sum(parameter.numel() for parameter in block.module.parameters())
+        passing = _activations(network, block, checked, 4)
+        phases[f"run {block.name} in float32"] = _loaded(dense, elements) + passing
+        if plan.statistics is None:
+            probing = min(batch_size, calibration_batch(plan.length)) * plan.length
+            each = [_backward(plan, layer) for layer in block.layers]
+            moments = sum(sum(sizes.values()) for sizes in each)
+            moments += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
+            widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
+            gradients = OF_ACTIVATIONS * _activations(network, block, probing, network.dtype.itemsize)
+            phases[f"take gradients through {block.name}"] = (
+                _loaded(network, elements) + moments + gradients + 4 * probing * widest + 4 * widest**2
+            )
+        waiting = _activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
+        written = elements * _stored(network)
+        solving = max((_solving(plan, layer, tokens) for layer in block.layers), default=0)
+        sides = _attention_factors(plan, block)
+        if sides:
+            passed = OF_ACTIVATIONS * _activations(network, block, tokens, network.dtype.itemsize)
+            phases[f"take gradients through the attention of {block.name}"] = (
+                network.dtype.itemsize * elements + passed + 2 * sides
+            )
+        phases[f"solve {block.name}"] = network.dtype.itemsize * elements + written + waiting + solving + sides
+    largest = max(phases, key=phases.__getitem__)
+    return MemoryPlan(base + int(phases[largest] * (1 + SHARE_FREE)), batch_size, paused, largest)
+
+
+def _attention_factors(plan: Plan, block: Block) -> int:
+    """Bytes of the statistics that a pass over a block gives before its layers are solved."""
+    needs = statistics_needed(plan.rules)
+    wanted = {name for layer in block.layers for name in needs.get(layer.name, ())}
+    return sum(
+        statistic.bytes(layer.weight.shape, len(plan.samples.ids))
+        for name in wanted
+        if isinstance(statistic := STATISTICS[name], BlockStatistic)
+        for layer in layers_of_attention(block)
+    )
+
+
+def _free() -> int:
+    """What this process may take in all, of what the system and its control group have left."""
+    free = int(psutil.virtual_memory().available)
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            free = min(free, int(text))
+    return int(psutil.Process().memory_info().rss) + int(USED_OF_FREE * free)
+
+
+def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
+    rule = plan.rules.get(layer.name)
+    rows, columns = layer.weight.shape
+    gram = 0 if rule is not None and not rule.kind.needs else OF_INPUTS * columns**2 + tokens * columns
+    if rule is None:
+        return 4 * gram
+    outputs = OF_OUTPUTS * rows**2 if rule.kind.couples_rows else 0
+    others = 0
+    for name in rule.kind.needs:
+        statistic = STATISTICS[name]
+        kept = statistic.bytes((rows, columns), len(plan.probes.ids))
+        if isinstance(statistic, InputStatistic) and name != "inputs":
+            others += kept + statistic.working_bytes((rows, columns), tokens, plan.length)
+        elif statistic.of_weights and plan.statistics is None:
+            others += (OF_GRADIENTS if name == "fisher gradients" else OF_BLOCKS) * kept
+    return 4 * (OF_WEIGHT * rows * columns + gram + outputs) + others
+
+
+def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
+    """Bytes of the backward statistics that are kept of a layer, by name."""
+    if plan.statistics is not None:
+        return {}
+    return {
+        name: statistic.bytes(layer.weight.shape, len(plan.probes.ids))
+        for name in statistics_needed(plan.rules).get(layer.name, ())
+        if isinstance(statistic := STATISTICS[name], BackwardStatistic)
+    }
+
+
+def _activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
+    """Bytes that a block makes for so many tokens, at most: what goes into and comes out of its layers.
+
+    A token reaches some of a block's experts only.
+    """
+    experts = {layer.name for layer in block.layers if ".experts." in layer.name}
+    chosen, number = 1, 1
+    if experts:
+        config = network.model.config.get_text_config()
+        chosen = getattr(config, "num_experts_per_tok", None) or 1
+        number = len({re.sub(r".*\.experts\.(\d+)\..*", r"\1", name) for name in experts})
+    total = 0.0
+    for layer in block.layers:
+        share = min(chosen / number, 1.0) if layer.name in experts else 1.0
+        total += share * sum(layer.weight.shape)
+    return int(itemsize * tokens * total)
+
+
+def _loaded(network: CheckpointNetwork, elements: int) -> int:
+    """Bytes while `elements` weights are read and brought into the network's type."""
+    stored, own = _stored(network), network.dtype.itemsize
+    return elements * (own if stored == own else own + stored)
+
+
+def _stored(network: CheckpointNetwork) -> int:
+    """Bytes a weight in the checkpoint."""
+    return network.checkpoint.dtype(f"{network.layers[0].name}.weight").itemsize
+
+
+def _outside(network: CheckpointNetwork) -> int:
+    """Parameters outside the blocks."""
+    inside = {id(parameter) for block in network.blocks for parameter in block.module.parameters()}
+    return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f}GiB" if size >= 1 << 30 else f"{-(-size // 2**20)}MiB"

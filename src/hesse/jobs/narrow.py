@@ -1,0 +1,210 @@
+"""`hesse narrow`: keep a share of the hidden units of feed-forward layers, and refit the layers that read them."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesse.checkpoints.locate import locate
+from hesse.checkpoints.tensor_store import TensorStore
+from hesse.curvature import Gram
+from hesse.data.selection import Calibration, Data, Selection, select_samples
+from hesse.errors import DataError, OptionError
+from hesse.estimation.calibrated import Layers, calibrated_blocks
+from hesse.formats import open_checkpoint
+from hesse.formats.opening import open_networks
+from hesse.jobs.job import Job
+from hesse.jobs.options import run_options
+from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
+from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.passes.stream import calibration_batch, start
+from hesse.progress import Progress
+from hesse.result import Report, Result
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
+
+MULTIPLE = 8  # of hidden units, which kernels want
+
+
+@dataclass(frozen=True)
+class NarrowedBlock:
+    """A feed-forward layer of a block."""
+
+    name: str  # of the layer that reads the hidden units
+    relative_error: float | None  # E‖W z - W' z_S‖² / E‖W z‖², of the outputs; None where no sample reached it
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowReport(Report):
+    """A model with fewer hidden units; `layers` are NarrowedBlocks."""
+
+    width_before: int  # hidden units of a block, all of its experts together
+    width_after: int
+
+
+def narrow(
+    model: str | Path,
+    out: str | Path,
+    *,
+    keep: float = 0.75,
+    data: Data = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Result[NarrowReport]:
+    """Make a model's feed-forward layers narrower; transformers loads the result, which is smaller and faster.
+
+    Of each feed-forward layer those units stay that have the highest ridge leverage scores on the samples, and the
+    layer that reads them is the least-squares fit to what it gave before: the Nyström step of MoDeGPT (Lin et al.,
+    2024). The samples go through the narrowed model; layers of one width get one, so that config.json can say it.
+
+    Args:
+        model: a model folder, `default`, or a hub id; dense.
+        out: the folder to write; it must not exist unless `overwrite`.
+        keep: share of the hidden units that stay, the same for every block.
+        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        samples: calibration samples.
+        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        seed: seed of the choice of samples.
+        batch_size: samples that go through the model together.
+        device: `auto`, `cpu`, or `cuda`.
+        overwrite: replace a model folder at `out`.
+        restart: discard what an interrupted run to `out` has done, rather than resume it.
+        progress: told how far the run is.
+
+    Returns:
+        Each block's error, and what the change costs on samples that were held out, in nats per token.
+
+    Raises:
+        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+    """
+    if not 0 < keep < 1:
+        raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
+    calibration = Calibration(data, samples, length, seed, batch_size)
+    run = run_options(device, None, overwrite, restart, progress=progress)
+    source = locate(model)
+    with Job("narrow", str(model), [source], Path(out), calibration, run) as job:
+        job.check_alone()
+        with job.clock.phase("read"):
+            _, network, _ = open_networks(source, run.device)
+            narrowing = _Narrowing(job, network, keep, select_samples(source, calibration, network))
+        job.begin([network.checkpoint], {"options": f"keep {keep}"}, 2 * network.checkpoint.file_bytes)
+        narrowing.narrow_blocks()
+        report = narrowing.report()
+        job.finish(report)
+    return Result(report)
+
+
+class _Narrowing:
+    """One run: each block narrowed where the samples arrive at it, then written and measured."""
+
+    def __init__(self, job: Job, network: CheckpointNetwork, keep: float, selected: Selection) -> None:
+        self.job, self.network, self.selected = job, network, selected
+        self.parts = [feed_forwards(block) for block in network.blocks]
+        every = [part for parts in self.parts for part in parts]
+        self.widths = {part.width: max(round(keep * part.width / MULTIPLE), 1) * MULTIPLE for part in every}
+        for before, after in self.widths.items():
+            if after >= before:
+                raise OptionError(
+                    f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less"
+                )
+        self.settings = width_settings(network, every, self.widths)
+        self.layers: list[NarrowedBlock] = []
+        self.notes: list[str] = []
+
+    def narrow_blocks(self) -> None:
+        """Narrow, write and note one block after another."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        job.progress.begin("narrow", len(network.blocks))
+        size = job.calibration.batch_size or calibration_batch(samples.longest)
+        with job.clock.phase("calibrate"):
+            store = TensorStore(job.journal.folder, "narrow", lasting=True)
+            batches = start(network, samples.batches(size), store)
+        steps = job.steps("block", network, batches)
+        for content in steps.done:
+            self._add([NarrowedBlock(**layer) for layer in content["layers"]], content["notes"])
+        needs = {part.reader.name: ("inputs",) for parts in self.parts for part in parts}
+        blocks = calibrated_blocks(network, batches, needs, first=len(steps.done), clock=job.clock)
+        for index, (block, layers) in enumerate(blocks, len(steps.done)):
+            narrowed, notes, tensors = self._narrow_block(block, self.parts[index], layers)
+            steps.note(index, {"layers": [asdict(layer) for layer in narrowed], "notes": notes}, tensors)
+            self._add(narrowed, notes)
+
+    def _add(self, narrowed: list[NarrowedBlock], notes: list[str]) -> None:
+        self.layers += narrowed
+        self.notes += notes
+        self.job.progress.advance()
+
+    def _narrow_block(
+        self, block: Block, parts: list[FeedForward], layers: Layers
+    ) -> tuple[list[NarrowedBlock], list[str], dict[str, Tensor]]:
+        """Refit the layers of a block that read hidden units; return what became of them, and the block's tensors."""
+        readers = {part.reader for part in parts}
+        narrowed, notes = list[NarrowedBlock](), list[str]()
+        kept: dict[Layer, tuple[Tensor, Tensor]] = {}
+        for layer, statistics in layers:
+            if layer not in readers:
+                continue
+            if not statistics.called:
+                raise DataError(f"{layer.name}: no sample reached it")
+            with self.job.clock.phase("solve"):
+                units, weight, error = self._refit(layer, statistics.gram)
+            kept[layer] = units.cpu(), weight.cpu()
+            narrowed.append(NarrowedBlock(layer.name, error))
+            if error is None:
+                notes.append(f"{layer.name}: no sample reached it; its units are chosen by their weights")
+        return narrowed, notes, self._tensors(block, parts, kept)
+
+    def _refit(self, layer: Layer, gram: Gram) -> tuple[Tensor, Tensor, float | None]:
+        """Return the units that stay and the layer's weight on these, which it has from now on, and the error."""
+        weight = layer.weight.float()
+        count = self.widths[weight.shape[1]]
+        if gram.tokens:
+            units = kept_units(gram.second_moment, count)
+            fitted = nystroem_weight(weight, gram.second_moment, units)
+        else:  # an expert that no token reached
+            units = weight.square().sum(0).topk(count).indices.sort().values
+            fitted = weight[:, units]
+        whole = torch.zeros_like(weight)
+        whole[:, units] = fitted.to(self.network.checkpoint.dtype(f"{layer.name}.weight")).float()
+        layer.replace(whole)
+        error = gram.quadratic(whole - weight) / gram.quadratic(weight) if gram.tokens else None
+        return units, fitted, error
+
+    def _tensors(
+        self, block: Block, parts: list[FeedForward], kept: dict[Layer, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return a block's tensors as the files hold them, without the removed units."""
+        tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
+        for part in parts:
+            units, fitted = kept[part.reader]
+            for layer in part.writers:
+                weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
+                tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
+                if bias in tensors:
+                    tensors[bias] = tensors[bias][rows]
+            weight = f"{part.reader.name}.weight"
+            tensors[weight] = (fitted.T if part.reader.transposed else fitted).to(tensors[weight].dtype)
+        return tensors
+
+    def report(self) -> NarrowReport:
+        """Write the other tensors, read the result back, and measure it."""
+        network, checkpoint, job = self.network, self.network.checkpoint, self.job
+        job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
+        job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
+        evaluation = job.compare(result, network, self.selected.check)
+        loss = evaluation.loss_change("narrow", self.selected.held_out)
+        return NarrowReport(
+            **job.head(checkpoint.file_bytes, evaluation.bytes, loss),
+            parameters_before=sum(p.numel() for p in network.model.parameters()),
+            parameters_after=evaluation.parameters,
+            layers=self.layers,
+            width_before=max(sum(part.width for part in parts) for parts in self.parts),
+            width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
+        )

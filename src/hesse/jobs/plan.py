@@ -1,0 +1,164 @@
+"""What a run is going to do, settled and checked before anything is computed."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.output import companion_notes
+from hesse.data import Samples
+from hesse.data.selection import Calibration, sample_length, select_samples
+from hesse.errors import OptionError
+from hesse.estimation import Statistics
+from hesse.estimation.statistics import STATISTICS, by_statistic, probe_tokens
+from hesse.formats import Format, StoredLayer, choose_format
+from hesse.formats.opening import open_networks
+from hesse.formats.targets import check_inputs, check_served
+from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
+from hesse.methods.recipe import Recipe, Rule
+from hesse.networks.network import CheckpointNetwork, Layer
+from hesse.rewriting import Rewriting
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The model, each layer's rule, how the result is stored, and the samples."""
+
+    model: Path
+    recipe: Recipe
+    calibration: Calibration
+    statistics: Statistics | None  # curvature that was estimated before, in place of `samples`
+    checkpoint: Checkpoint
+    original: CheckpointNetwork  # of the model as it is on disk, in float32
+    rewriting: Rewriting | None  # what is done to it first; `checkpoint` is then what comes of that
+    dense: CheckpointNetwork  # of `checkpoint`, in float32
+    network: CheckpointNetwork  # the same modules, in the type that calibration runs in
+    rules: dict[str, Rule | None]  # by layer; None for those left as they are
+    format: Format
+    samples: Samples  # to calibrate on
+    probes: Samples  # some of them, for the sensitivities
+    check: Samples  # to measure the result with
+    held_out: bool  # whether `check` is no part of `samples`
+    seen: Samples | None  # as many as `check` that layers are solved for; None if nothing is held out, or calibrated
+    notes: list[str]  # departures from what was asked
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return self.samples.longest
+
+
+def make_plan(
+    model: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    statistics: Statistics | None,
+    format_name: str,
+    device: torch.device,
+    target: str | None = None,
+) -> Plan:
+    """Open the model folder `model` and settle everything.
+
+    With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data
+    of their own they are those of the statistics.
+
+    Raises:
+        HesseError: something is wrong with the model, the data, the statistics or the options.
+    """
+    checkpoint, original, network = open_networks(model, device)
+    rewriting, dense = None, original
+    if recipe.rewrite is not None:
+        if statistics is not None:
+            raise OptionError(
+                f"--statistics is of {model} before it is rewritten ({recipe.rewrite}): leave it out, or use `hesse "
+                "rotate` first, estimate on what it writes, and compress that"
+            )
+        if any((sparse := rule.constraint.sparse) and sparse.scope in ("global", "lamp") for rule in recipe.rules):
+            raise OptionError(
+                f"shares over all layers are counted before a model is rewritten ({recipe.rewrite}): use the scope "
+                "layer or row, or `hesse rotate` first"
+            )
+        rewriting = Rewriting(recipe.rewrite, original)
+        checkpoint = rewriting.checkpoint
+        dense = CheckpointNetwork(checkpoint, torch.float32, device)
+        network = dense.in_dtype(network.dtype)
+    rules = _rules(network, recipe)
+    format = _format(format_name, network, rules)
+    if target is not None:
+        check_served(target, network, {layer.name: format.constraint(layer.name) for layer in network.layers})
+        for name, layer in format.layers.items():
+            check_inputs(target, name, layer.constraint, layer.input_bits)
+    if statistics is not None:
+        statistics.check_model(checkpoint)
+        calibration = statistics_calibration(statistics, calibration)
+    needs = statistics_needed(rules)
+    for name, layers in by_statistic(needs).items():
+        if statistics is not None:
+            STATISTICS[name].check_folder(statistics)
+        else:
+            STATISTICS[name].check_network(network, layers)
+    calibration_tokens = calibration.samples * sample_length(network, calibration.length)
+    probed = probe_tokens(needs, network.layers, calibration_tokens)
+    selected = select_samples(model, calibration, network, probed)
+    samples = selected.samples
+    calibrated = reads_inputs(rules) or (rewriting is not None and rewriting.learns)
+    if statistics is not None:
+        same = calibration == statistics_calibration(statistics, replace(calibration, data=None))
+        if same:
+            statistics.check_samples(samples)
+        calibrated = calibrated and same
+    if statistics is not None or not calibrated:
+        samples = selected.probes  # only the prediction looks at them
+    seen = samples.first(len(selected.check.ids))
+    return Plan(
+        model=model,
+        recipe=recipe,
+        calibration=calibration,
+        statistics=statistics,
+        checkpoint=checkpoint,
+        original=original,
+        rewriting=rewriting,
+        dense=dense,
+        network=network,
+        rules=rules,
+        format=format,
+        samples=samples,
+        probes=selected.probes,
+        check=selected.check,
+        held_out=selected.held_out,
+        seen=seen if selected.held_out and calibrated else None,
+        notes=[*format.notes, *selected.notes, *companion_notes(model)],
+    )
+
+
+def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
+    """What to check the result with: `asked`, or without data the samples that the statistics are of."""
+    if asked.data is not None:
+        return replace(asked, samples=1)
+    return Calibration(batch_size=asked.batch_size, **statistics.content["samples"])
+
+
+def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]:
+    """The rule of each linear layer of the blocks; None for those left as they are."""
+
+    def read(layer: Layer) -> Tensor:
+        stored = network.checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+        return stored.T if layer.transposed else stored
+
+    shapes = {layer.name: layer.weight.shape for layer in network.layers}
+    weights = {layer.name: partial(read, layer) for layer in network.layers}
+    return rules_for(recipe, weights, shapes, (name for name, _ in network.model.named_modules()))
+
+
+def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> Format:
+    """The format that stores every layer as its rule has it."""
+    stored = []
+    for layer in network.layers:
+        constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
+        rule = rules[layer.name]
+        inputs = None if rule is None else rule.input_bits
+        stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed, inputs))
+    return choose_format(name, network, stored)

@@ -1,0 +1,1 @@
+"""One layer: from its rule and its statistics to a solution."""

@@ -1,0 +1,201 @@
+"""One layer: from its rule and the Gram of its inputs to a solution, with every departure from the rule by name."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint
+from hesse.curvature import Curvature, Gram
+from hesse.errors import ConditioningError, ConditioningWarning, UnsupportedProduct, naming
+from hesse.estimation.statistics import STATISTICS
+from hesse.layerwise.shared_solve import solve_shared
+from hesse.methods.curvatures import CURVATURES
+from hesse.methods.recipe import Rule
+from hesse.processes import ALONE, Processes
+from hesse.solvers import Nearest, Solution, Solver
+
+DRY_SIZE = 8  # of a matrix that a rule is tried on
+DAMPING_STEPS = (10.0, 100.0, 1000.0)  # what a damping is multiplied by when the Gram cannot be factorised
+
+
+@dataclass
+class Solved:
+    """A solution and how it came about."""
+
+    solution: Solution
+    method: str  # curvature × constraint × solver
+    damping: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One layer's weight, its statistics, and what is asked for."""
+
+    name: str
+    weight: Tensor  # (out, in)
+    statistics: Mapping[str, Any]  # by name; "inputs" is always known
+    rule: Rule
+    constraint: Constraint
+
+    @property
+    def gram(self) -> Gram:
+        """E[xxᵀ] of its inputs."""
+        gram: Gram = self.statistics["inputs"]
+        return gram
+
+
+class _State(NamedTuple):
+    """A curvature, the statistics that it was made of, and the solver's state for it."""
+
+    statistics: tuple[Any, ...]
+    curvature: Curvature
+    state: Any
+
+    def is_of(self, statistics: tuple[Any, ...]) -> bool:
+        """Return True if the curvature was made of these very objects."""
+        return all(one is other for one, other in zip(self.statistics, statistics, strict=True))
+
+
+class LayerSolver:
+    """Solve one layer after another; layers with the same inputs share a factored curvature.
+
+    A curvature is built and factored again only if one of its statistics is another object than before; what belongs to
+    other inputs than the last layer's is dropped. Several `processes` solve the same layers together.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
+        self._inputs: Gram | None = None  # those that `_states` are of
+        self._states: dict[tuple[str, Solver, float, int], _State] = {}
+
+    def solve(self, problem: LayerProblem) -> Solved:
+        """The solution for a layer.
+
+        Raises:
+            HesseError: the layer cannot be solved; the message begins with its name.
+        """
+        name, gram, rule = problem.name, problem.gram, problem.rule
+        if gram is not self._inputs:
+            self._inputs, self._states = gram, {}
+        notes: list[str] = []
+        with naming(name):
+            if not rule.kind.needs:
+                return self._solved(problem, rule.solver.build(), 0.0, notes)
+            if gram.tokens == 0:
+                notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
+                identity = rule.model_copy(update={"curvature": "identity"})
+                return self._solved(replace(problem, rule=identity), Nearest(), 0.0, notes)
+            notes += _gaps(problem)
+            solver = rule.solver.build()
+            damping = 0.0 if rule.solver.name == "nearest" else rule.solver.damping
+            for attempt in (damping, *(max(damping, 1e-4) * step for step in DAMPING_STEPS)):
+                if attempt > damping:
+                    notes.append(f"{name}: the Gram could not be factorised; damping was raised to {attempt:g}")
+                try:
+                    return self._solved(problem, solver, attempt, notes)
+                except ConditioningError:
+                    continue
+            raise ConditioningError("the Gram could not be factorised at any damping: use more calibration tokens")
+
+    def _solved(self, problem: LayerProblem, solver: Solver, damping: float, notes: list[str]) -> Solved:
+        rule = problem.rule
+        key = (rule.curvature, solver, damping, len(problem.weight) if rule.kind.couples_rows else 0)
+        used = tuple(problem.statistics.get(name) for name in sorted(rule.kind.needs))
+        if key not in self._states or not self._states[key].is_of(used):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConditioningWarning)
+                curvature = rule.kind.build(problem, rule.solver, damping)
+            notes += [f"{problem.name}: {warning.message}" for warning in caught]
+            self._states[key] = _State(used, curvature, solver.init(curvature))
+        _, curvature, state = self._states[key]
+        whole = rule.kind.couples_rows or any(STATISTICS[name].of_weights for name in rule.kind.needs)
+        parts = (problem.weight, curvature, problem.constraint, solver, state)
+        solution = solve_shared(*parts, not whole, self._processes)
+        method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
+        return Solved(solution, method, damping, notes)
+
+
+def check_products(rule: Rule) -> None:
+    """Refuse a rule whose curvature lacks a product that its solver asks for, before any work is done.
+
+    Raises:
+        UnsupportedProduct: the message names the rule's layers, and the curvatures that have the product.
+    """
+    try:
+        _dry_run(rule)
+    except UnsupportedProduct as error:
+        usable = [kind for kind in CURVATURES if _runs(rule.model_copy(update={"curvature": kind}))]
+        use = f"use curvature {' or '.join(usable)}" if usable else "no curvature will do"
+        raise UnsupportedProduct(
+            f"the rule for {', '.join(rule.layers[:3])}: {error}; with this solver and constraint {use}"
+        ) from None
+
+
+def _runs(rule: Rule) -> bool:
+    try:
+        _dry_run(rule)
+    except UnsupportedProduct:
+        return False
+    return True
+
+
+def _dry_run(rule: Rule) -> None:
+    """Solve a small matrix by a rule."""
+    constraint, solver = rule.constraint.build(), rule.solver.build()
+    weight = torch.eye(DRY_SIZE * constraint.together)
+    problem = LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
+    solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
+
+
+def _gaps(problem: LayerProblem) -> list[str]:
+    """What the curvature does not know, and what that means for the solution."""
+    notes = []
+    name, gram, rule = problem.name, problem.gram, problem.rule
+    width = gram.shape[0]
+    dead = int((gram.diagonal() == 0).sum())
+    if dead:
+        given = rule.constraint
+        codes = (given.grid, given.codebook, given.vector_codebook, given.table)
+        effect = "rounded to nearest" if given.sparse is None and any(codes) else "judged to cost nothing"
+        notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
+    if rule.kind.inverts_gram and gram.tokens < width:
+        notes.append(
+            f"{name}: saw {gram.tokens} tokens for {width} inputs; in directions without data the solution depends on "
+            "the damping"
+        )
+    for statistic in (STATISTICS[needed] for needed in sorted(rule.kind.needs)):
+        if statistic.missing is not None and not statistic.is_known(problem.statistics.get(statistic.name)):
+            notes.append(f"{name}: {statistic.missing}")
+    return notes
+
+
+class Effect(NamedTuple):
+    """What a change d (out, in) of a layer's weight does."""
+
+    squared_error: float  # E‖d x‖² of a token's outputs
+    loss_increase: float | None  # ½ dᵀ(G ⊗ E[xxᵀ])d, in nats per token; None without G
+
+
+def effect(change: Tensor, gram: Gram, output_factor: Tensor | None) -> Effect:
+    """Return the effect of `change` (out, in), with the output factor G = E[ggᵀ] (out, out) or its diagonal (out,)."""
+    if output_factor is not None and output_factor.ndim == 2:
+        image = gram.matvec(change)
+        return Effect(_inner(change, image), 0.5 * _inner(output_factor.to(change) @ change, image))
+    rows = gram.row_quadratics(change).double()
+    return Effect(2 * float(rows.sum()), None if output_factor is None else float(output_factor.to(rows) @ rows))
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float(torch.linalg.vecdot(left, right).double().sum())
+
+
+def digest(weight: Tensor) -> str:
+    """A fingerprint of a weight's exact float32 values, for comparing with what is read back from disk."""
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

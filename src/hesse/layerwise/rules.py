@@ -1,0 +1,86 @@
+"""Which rule each layer gets, settled and checked before anything is computed."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import Constraint
+from hesse.errors import OptionError, naming
+from hesse.estimation.statistics import STATISTICS, BackwardStatistic
+from hesse.layerwise.layer_solver import check_products
+from hesse.layerwise.shared_sparsity import with_own_shares
+from hesse.methods.recipe import Recipe, Rule, matches
+
+Rules = Mapping[str, Rule | None]  # by layer; None for those left as they are
+
+
+def rules_for(
+    recipe: Recipe, weights: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, torch.Size], known: Iterable[str]
+) -> dict[str, Rule | None]:
+    """The rule of each layer of `shapes` (out, in), whose `weights` are read where shares depend on them.
+
+    `known` are further names that a pattern may match.
+
+    Raises:
+        OptionError: a pattern matches nothing, nothing is left to compress, or a constraint does not fit a layer.
+        UnsupportedProduct: a rule's curvature lacks what its solver asks for.
+    """
+    check_patterns(shapes, known, (*recipe.ignore, *(p for rule in recipe.rules for p in rule.layers)))
+    rules = {name: recipe.rule_for(name) for name in shapes}
+    if not any(rules.values()):
+        raise OptionError("no layer is left to compress: ignore fewer, or widen the patterns of the layers to compress")
+    for rule in recipe.rules:
+        check_products(rule)
+    for name, shape in shapes.items():
+        fitting(rules[name], name, shape)
+    return with_own_shares(weights, shapes, rules)
+
+
+def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | None:
+    """The constraint of a layer's rule, seen to fit its weight (out, in); None for a layer that is left as it is.
+
+    Raises:
+        OptionError: it does not fit; the message names the layer.
+    """
+    if rule is None:
+        return None
+    constraint = rule.constraint.build()
+    with naming(name):
+        constraint.check(shape)
+    return constraint
+
+
+def check_patterns(names: Iterable[str], known: Iterable[str], patterns: Iterable[str]) -> None:
+    """Raise OptionError for a pattern that matches neither one of the layers' `names` nor one that is `known`."""
+    layers = list(names)
+    every = [*layers, *known]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in every):
+            raise OptionError(f"the pattern {pattern!r} matches no layer of this model; a layer's name is {layers[0]}")
+
+
+def statistics_needed(rules: Rules) -> dict[str, frozenset[str]]:
+    """Return the names of the statistics that each layer with a rule needs: its curvature's, and a prediction's.
+
+    A change is predicted from the Gram of the inputs and the output factor, or its diagonal. One rule that rounds
+    inputs makes all layers need the peaks of theirs.
+
+    Raises:
+        OptionError: a curvature needs a statistic that does not exist.
+    """
+    peaks = frozenset({"input peaks"} if any(rule is not None and rule.input_bits for rule in rules.values()) else ())
+    needs = {}
+    for layer, rule in rules.items():
+        if rule is not None:
+            own = rule.kind.needs
+            for name in own:
+                STATISTICS.find(name)
+            needs[layer] = own | peaks | {"inputs"} | ({"output diagonal"} if "output factor" not in own else set())
+    return needs
+
+
+def reads_inputs(rules: Rules) -> bool:
+    """Return True if the curvature of a rule is made of more than what a backward pass gives."""
+    kinds = {rule.curvature: rule.kind for rule in rules.values() if rule is not None}.values()
+    return any(not isinstance(STATISTICS[name], BackwardStatistic) for kind in kinds for name in kind.needs)

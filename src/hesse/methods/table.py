@@ -1,0 +1,86 @@
+"""The table of methods: every row, whichever floor of the house it stands on."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from hesse.errors import OptionError
+from hesse.methods.method import Method
+from hesse.registry import Registry
+
+DEFAULT_METHOD = "kronecker"
+# The pages of the documentation, in the order of the table; methods of other packages come after them.
+FAMILIES = (
+    "rounding",
+    "rewriting",
+    "pruning",
+    "low-rank",
+    "allocation",
+    "blocks",
+    "networks",
+    "structured",
+    "training",
+)
+METHODS: Registry[Method] = Registry(
+    "method",
+    modules=(
+        "hesse.methods.rounding",
+        "hesse.methods.rewriting",
+        "hesse.methods.pruning",
+        "hesse.methods.low_rank",
+        "hesse.planning.rows",
+        "hesse.methods.blocks",
+        "hesse.modules.rows",
+        "hesse.training.rows",
+    ),
+)
+
+
+def register(*methods: Method, family: str = "own") -> None:
+    """Add methods to the table, to `hesse methods`, and to the verbs that run them.
+
+    Raises:
+        OptionError: a name is taken, or a method names a curvature, constraint or solver that is not registered.
+    """
+    for method in methods:
+        if family not in FAMILIES:
+            method.check()
+        METHODS.register(method.name, replace(method, family=family))
+
+
+def methods_of(verb: str) -> dict[str, Method]:
+    """Return the methods that a verb runs."""
+    return {name: method for name, method in METHODS.items() if method.verb == verb}
+
+
+def find_method(name: str, *verbs: str) -> Method:
+    """Return the method of that name, which one of `verbs` must run if any is given.
+
+    Raises:
+        OptionError: there is none, or it runs otherwise.
+    """
+    if name not in METHODS:
+        known = [method.name for method in METHODS.values() if not verbs or method.verb in verbs]
+        raise OptionError(f"there is no method {name!r}; there are {', '.join(known)} (see `hesse methods`)")
+    method = METHODS[name]
+    if verbs and method.verb not in verbs:
+        raise OptionError(f"the method {name} does not run by {' or '.join(verbs)}: it runs by {method.example}")
+    return method
+
+
+def find_methods(names: Iterable[str]) -> dict[str, tuple[Method, ...]]:
+    """Return the rows that `names` of families and of methods choose, by family; all of them for no name.
+
+    Raises:
+        OptionError: a name is neither.
+    """
+    names = set(names)
+    families: dict[str, list[Method]] = {family: [] for family in FAMILIES}
+    for method in METHODS.values():
+        families.setdefault(method.family, []).append(method)
+    if unknown := sorted(names - {*families, *METHODS}):
+        raise OptionError(f"there is no method or family {unknown[0]!r}; families are {', '.join(families)}")
+    chosen = {
+        family: tuple(method for method in methods if not names or family in names or method.name in names)
+        for family, methods in families.items()
+    }
+    return {family: methods for family, methods in chosen.items() if methods}

@@ -1,1 +1,0 @@
-"""A network as a stream of blocks, and checkpoints on disk."""

@@ -1,0 +1,103 @@
+"""Gradual pruning: any row of the table that prunes in one shot, a little at a time, with training in between."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesse.curvature import Loss, Objective
+from hesse.curvature.objective import Batch
+from hesse.errors import OptionError
+from hesse.methods import Options, Recipe, find_method
+from hesse.methods.constraint_parts import parse_sparsity
+from hesse.modules.pruning_steps import Cut, Cutting
+from hesse.progress import Progress, Silence
+from hesse.result import Report, Result
+from hesse.training.checkpoints import Checkpoints, after_each_step
+from hesse.training.held import HeldZeros
+from hesse.training.loop import Loop
+from hesse.training.movement import share_of
+from hesse.training.prunable import prunable, pruning_recipe
+from hesse.training.schedules import SCHEDULES
+from hesse.training.training import Training
+
+FIRST = 0.7  # of the final sparsity, at the first cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradualReport(Report):
+    """What a gradual method did; `losses` are of each training step's batches, before the step."""
+
+    verb: str = "prune_gradually"
+    losses: tuple[float, ...]
+    cuts: tuple[Cut, ...]
+
+
+def prune_gradually(
+    model: nn.Module,
+    data: Iterable[Batch],
+    training: Training,
+    sparsity: float | str,
+    *,
+    loss_function: Loss | nn.Module,
+    method: str = "gmp",
+    options: Options | None = None,
+    cuts: int = 10,
+    first: float | None = None,
+    rest: float = 0.3,
+    layers: Sequence[str] = ("*",),
+    ignore: Sequence[str] = (),
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    calibration: int = 16,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: Progress | None = None,
+) -> Result[GradualReport]:
+    """Prune the layers of `model`, in place, in several cuts with training between and after them.
+
+    `method` is any row of `hesse methods` that makes zeros, with its `options`: at each cut its curvature is estimated
+    anew on the first `calibration` batches, and its solver finds masks and weights; then the masks are held. With a
+    teacher "gmp" is GMP* (Kurtic and Alistarh, 2022, arXiv:2210.06384), "gradual-obert" is gradual oBERT (Kurtic et
+    al., 2022, arXiv:2203.07259). A row that prunes in one shot is run by the cubic schedule of both.
+
+    There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
+    one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
+    reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
+    `ignore` are patterns of layers' names, as in `compress_module`; checkpoints are as in `finetune`.
+
+    Raises:
+        HesseError: as `compress_module` and `finetune`; what does not fit is refused before any work is done.
+    """
+    pattern, options = parse_sparsity(sparsity), Options() if options is None else options
+    share = share_of(pattern)
+    kind = SCHEDULES.find(find_method(method, "compress", "prune_gradually").schedule or "cubic")
+    schedule = kind(share, training.steps, cuts, FIRST * share if first is None else first, rest)
+    rate = schedule.rate if training.rate is None else training.rate
+
+    def recipe(amount: float | str) -> Recipe:
+        return pruning_recipe(method, replace(options, sparsity=amount), layers, ignore)
+
+    chosen = prunable(model, recipe(sparsity))
+    objective = Objective.of(model, loss_function, data, forward=forward)
+    for name in chosen:
+        if name not in objective.named:
+            raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")
+    whole = {name: HeldZeros(torch.ones_like(objective.named[name], dtype=torch.bool)) for name in chosen}
+    loop = Loop(objective, replace(training, rate=rate), whole)
+    cutting = Cutting(loop, schedule, pattern, recipe, calibration)
+    progress = Silence() if progress is None else progress
+    settings = f"{method} {sparsity} {options} {schedule} {layers} {ignore} {calibration}"
+    kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop, settings, cutting.note)
+    if kept is not None and (note := kept.resume()):
+        cutting.go_to(note)
+    progress.begin("prune gradually", training.steps - loop.step)
+    cutting.run(after_each_step(progress, kept))
+    if kept is not None:
+        kept.save()
+    report = GradualReport(
+        model=type(model).__name__, method=method, losses=tuple(loop.losses), cuts=tuple(cutting.cuts)
+    )
+    return Result(report, model)

@@ -1,0 +1,1 @@
+"""Networks as lists of blocks of linear layers, and the tables of architectures."""

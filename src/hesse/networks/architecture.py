@@ -1,0 +1,78 @@
+"""Build transformers' modules from config.json, without weights; code in the model folder is never run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hesse.checkpoints.checkpoint import Checkpoint, tensor_bytes
+from hesse.checkpoints.config_limits import IMPLEMENTATIONS
+from hesse.errors import HesseError, UnsupportedModelError, reason
+
+LARGEST_BUFFERS = 1 << 30  # bytes of computed buffers (masks, frequencies) that a model may have beyond its weights
+# Settings of config.json that do not describe the architecture: packed weights, code, and implementations.
+LEFT_OUT = ("quantization_config", "auto_map", *IMPLEMENTATIONS)
+
+
+def build(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the architecture that config.json names, with parameters on the meta device and real computed buffers.
+
+    Raises:
+        UnsupportedModelError: transformers does not have the architecture, or cannot build it with these settings.
+    """
+    settings = {key: value for key, value in checkpoint.config.items() if key not in LEFT_OUT}
+    place, model_type = f"{checkpoint.folder}/config.json", settings.get("model_type")
+    if not model_type or not isinstance(model_type, str):
+        raise UnsupportedModelError(f"{place} names no model_type: it is not a transformers model")
+    try:
+        config = AutoConfig.for_model(**settings)
+        factory = find_architecture(checkpoint.folder, settings)
+        with torch.device("meta"):
+            attention = "sdpa" if factory._supports_sdpa else None
+            model: PreTrainedModel = factory._from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
+        model.eval()  # type: ignore[no-untyped-call]
+        _compute_buffers(model, LARGEST_BUFFERS + checkpoint.stored_bytes)
+    except HesseError:
+        raise
+    except Exception as error:  # transformers and torch raise many kinds for settings that make no sense
+        raise UnsupportedModelError(f"{place} cannot be used: {reason(error)}") from error
+    return model
+
+
+def find_architecture(folder: Path, config: dict[str, Any]) -> type[PreTrainedModel]:
+    """Return the class of transformers that the config of the model in `folder` names.
+
+    Raises:
+        UnsupportedModelError: transformers does not have the class.
+    """
+    names = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))]
+    name = names[0] if isinstance(names, list) else None
+    factory = getattr(transformers, str(name), None)
+    if not (isinstance(factory, type) and issubclass(factory, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{folder}/config.json names the architecture {name}, which transformers {transformers.__version__} does "
+            "not have: a newer transformers may"
+        )
+    return factory
+
+
+def _compute_buffers(model: PreTrainedModel, most: int) -> None:
+    """Compute the buffers that checkpoints do not store; raise if they need more than `most` bytes."""
+    computed = {
+        module: {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+        for module in model.modules()
+    }
+    needed = sum(tensor_bytes(b.shape, b.dtype) for buffers in computed.values() for b in buffers.values())
+    if needed > most:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} as config.json describes it computes buffers of {needed:,} bytes, far more than "
+            "its weights: correct its sizes, such as the number of positions"
+        )
+    for module, buffers in computed.items():
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
+            model._init_weights(module)  # type: ignore[no-untyped-call]

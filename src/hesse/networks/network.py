@@ -1,0 +1,346 @@
+"""A network as a list of blocks, with no weights in memory until a block is loaded."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.read_ahead import ReadAhead
+from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.finite import all_finite
+from hesse.networks.allocator import give_back_memory
+from hesse.networks.architecture import build
+from hesse.networks.experts import unfuse
+from hesse.networks.families import ROUTER_LAYERS, family_of
+from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
+from hesse.networks.limits import bounded_modules
+
+TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer inside a block; `name` is what its tensors are called in the checkpoint, without `.weight`.
+
+    A convolution is the matrix that its patches are multiplied by, (out, in · kernel).
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weight is kept as (in, out), as in GPT-2."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as the module keeps it."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (out, in)."""
+        return self.parameter.T if self.transposed else self.parameter.flatten(1)
+
+    def replace(self, weight: Tensor) -> None:
+        """Put `weight` (out, in) in the place of the present one, in its type."""
+        changed = (weight.T if self.transposed else weight.view(self.parameter.shape)).to(self.parameter)
+        self.module.weight = nn.Parameter(changed.contiguous(), requires_grad=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One of the repeated blocks of a network."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+
+
+class Blocks(Protocol):
+    """Blocks of layers, one after another: all that calibration needs of a network."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks in order."""
+
+    @property
+    def gradients_off(self) -> Callable[[], AbstractContextManager[object]]:
+        """What calibration runs the blocks in: `torch.inference_mode` or `torch.no_grad`."""
+
+    def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the block's weights are in memory."""
+
+
+class Network(Protocol):
+    """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
+
+    model: PreTrainedModel
+    kind: Kind
+    dtype: torch.dtype
+    device: torch.device
+    blocks: list[Block]
+    blocks_return_tuples: bool | None  # settled when the first batch is recorded
+    gradients_off: Callable[[], AbstractContextManager[object]]  # what calibration runs its blocks in
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers of all blocks."""
+
+    @property
+    def input_limit(self) -> int | None:
+        """The most tokens that a sample may have; None without a limit."""
+
+    def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the block's weights are in memory."""
+
+    def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
+        """Return a context in which everything but the blocks is in memory."""
+
+
+class CheckpointNetwork:
+    """A model's modules on the meta device, its blocks in order, and where each parameter lies in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: the architecture is unknown to transformers, or not a list of blocks of linear layers.
+        CheckpointError: the checkpoint lacks tensors that the architecture needs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self._reader = ReadAhead(checkpoint, device)
+        self._passed = -1  # the block that was loaded last
+        self._holders: list[CheckpointNetwork] = []  # those of the same modules that have weights in memory now
+        stored = checkpoint.names()
+        with bounded_modules(checkpoint.folder, len(stored)):
+            self.model = build(checkpoint)
+            unfuse(self.model, set(stored))
+        self.kind: Kind = kind_of(self.model)
+        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode  # faster than no_grad
+        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
+        self.sources = sources_of(self.model, stored)
+        name, blocks = find_blocks(self.model)
+        self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+        self._check_complete(name)
+        self._round_inputs()
+
+    def _round_inputs(self) -> None:
+        """Have linear layers round their inputs where the checkpoint says that a loader does."""
+        for name, module in self.model.named_modules():
+            source = self.sources.get(f"{name}.weight", "")
+            rounding = self.checkpoint.input_rounding(source.removesuffix(".weight"))
+            if rounding is not None and isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(partial(_rounded, rounding))
+
+    def in_dtype(self, dtype: torch.dtype) -> "CheckpointNetwork":
+        """Return a network of the same modules whose weights are loaded as `dtype`.
+
+        Only one of the two may have weights in memory at a time: `loaded` and `surroundings` refuse the other.
+        """
+        other = copy(self)
+        other.dtype = dtype
+        return other
+
+    def _block(self, name: str, module: nn.Module) -> Block:
+        layers = [
+            Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
+            for child, linear in module.named_modules()
+            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTER_LAYERS
+        ]
+        return Block(name, module, tuple(layers))
+
+    def _check_complete(self, blocks: str) -> None:
+        for name, parameter in self.model.named_parameters():
+            source = self.sources.get(name)
+            stored = None if source is None else self.checkpoint.dense_shape(source)
+            if stored is not None:
+                _check_shape(str(source), stored, parameter.shape)
+            if source is None and name.startswith(f"{blocks}."):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
+                    "incomplete, or transformers converts this architecture in a way that Hesse does not know"
+                )
+
+    def stored_in(self, block: Block) -> list[str]:
+        """The checkpoint's names of the tensors of a block."""
+        return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All linear layers of all blocks."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def input_limit(self) -> int | None:
+        """The most tokens that a sample may have; None without a limit.
+
+        Raises:
+            UnsupportedModelError: config.json gives no whole number of them.
+        """
+        return input_limit(self.model, f"{self.checkpoint.folder}/config.json")
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[nn.Module]:
+        """The block with its weights in memory; they are forgotten afterwards.
+
+        The next one is read from disk meanwhile: blocks are taken one after another, in either direction.
+        """
+        with self._holding_weights(block.name):
+            self._fill(block.module, block.name)
+            self._announce_next(block)
+            size = sum(parameter.nbytes for parameter in block.module.parameters())
+            try:
+                yield block.module
+            finally:
+                _forget(block.module)
+                if size >= TRIMMED_BYTES:
+                    give_back_memory()
+
+    @contextmanager
+    def _holding_weights(self, what: str) -> Iterator[None]:
+        """Refuse to hold weights in the shared modules while a network of another type holds some.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        if other := next((holder for holder in self._holders if holder is not self), None):
+            raise RuntimeError(
+                f"{what} cannot be loaded as {self.dtype} while the same modules hold weights as {other.dtype}: leave "
+                "the `with` block of that network first"
+            )
+        self._holders.append(self)
+        try:
+            yield
+        finally:
+            self._holders.pop()
+
+    @contextmanager
+    def surroundings(self) -> Iterator[PreTrainedModel]:
+        """The model with everything but its blocks in memory: embeddings, last norm, head."""
+        inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+        outside = self.model if self.kind == "causal-lm" else self.model.base_model
+        prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
+        with self._holding_weights("the embeddings and the head"):
+            self._fill(outside, prefix, leave=inside)
+            try:
+                yield self.model
+            finally:
+                _forget(outside)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all its weights in memory, for what cannot be done a block at a time."""
+        with ExitStack() as stack:
+            model = stack.enter_context(self.surroundings())
+            for block in self.blocks:
+                stack.enter_context(self.loaded(block))
+            yield model
+
+    def _announce_next(self, block: Block) -> None:
+        index = self.blocks.index(block)
+        following = index + (1 if index >= self._passed else -1)
+        self._passed = index
+        if 0 <= following < len(self.blocks):
+            coming = self.blocks[following]
+            places = self._places(coming.module, coming.name)
+            self._reader.announce(dict.fromkeys(self.sources[full] for full in places))
+
+    def _places(
+        self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()
+    ) -> dict[str, tuple[nn.Module, str]]:
+        """The parameters and buffers below `module` that the checkpoint has, by their full names."""
+        places: dict[str, tuple[nn.Module, str]] = {}
+        for path, child in module.named_modules(remove_duplicate=False):
+            for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+                full = ".".join(part for part in (prefix, path, name) if part)
+                if tensor is not None and id(tensor) not in leave and full in self.sources:
+                    places[full] = (child, name)
+        return places
+
+    def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
+        """Give the parameters and buffers below `module` their values from the checkpoint."""
+        places = self._places(module, prefix, leave)
+        tensors = self._reader.read(dict.fromkeys(self.sources[full] for full in places))
+        shared: dict[str, nn.Parameter] = {}
+        for full, (child, name) in places.items():
+            source = self.sources[full]
+            value = tensors[source]
+            present = getattr(child, name)
+            assert isinstance(present, Tensor)
+            _check_shape(source, value.shape, present.shape)
+            value = value.to(self.device, non_blocking=True)
+            if value.is_floating_point():
+                if not all_finite(value):
+                    raise DataError(f"the weight {source} holds NaN or infinity: the model is damaged")
+                value = value.to(self.dtype)
+            if name in child._buffers:
+                child._buffers[name] = value
+            else:
+                child._parameters[name] = shared.setdefault(source, nn.Parameter(value, requires_grad=False))
+        for path, child in module.named_modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None and parameter.is_meta and id(parameter) not in leave:
+                    full = ".".join(part for part in (prefix, path, name) if part)
+                    raise CheckpointError(f"{self.checkpoint.folder} has no tensor for {full}: copy the folder again")
+            for name, buffer in child._buffers.items():
+                if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
+                    child._buffers[name] = buffer.to(self.device)
+
+
+def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
+    """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
+
+    Raises:
+        UnsupportedModelError: the config, which is in `config_file`, gives no whole number of positions.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is not None and not isinstance(limit, int):
+        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is no whole number: correct it")
+    if limit and family_of(config.model_type).positions_after_padding:
+        limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
+    return limit
+
+
+def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
+            "config and weights do not belong together"
+        )
+
+
+def _rounded(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+    return rounding(arguments[0])
+
+
+def _forget(module: nn.Module) -> None:
+    """Drop the weights below `module`, tied ones staying tied; buffers, which are small and may be computed, stay."""
+    empty: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                without = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                child._parameters[name] = empty.setdefault(id(parameter), without)
+
+
+def _prefix_of(model: nn.Module, child: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is child), "")

@@ -1,0 +1,47 @@
+"""Parts that are whole parameters: layers with their biases, blocks."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hesse.partitions.partition import Partition, Shapes
+
+
+class ParameterSets(Partition):
+    """Parts that are made of whole parameters: `sets` has the names of each part's.
+
+    The blocks of a network are such parts, as are its layers with their biases.
+    """
+
+    def __init__(self, shapes: Shapes, sets: Sequence[Sequence[str]], kind: str = "blocks") -> None:
+        self._kind, self.sets = kind, [tuple(names) for names in sets]
+        self._shapes = {name: torch.Size(shapes[name]) for names in self.sets for name in names}
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+    @property
+    def count(self) -> int:
+        return len(self.sets)
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._shapes
+
+    def sums_of_samples(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        first = next(iter(tensors.values()))
+        total = first.new_zeros(len(first), self.count)
+        for number, names in enumerate(self.sets):
+            for name in names:
+                if name in tensors:
+                    total[:, number] += tensors[name].flatten(1).sum(1).to(total)
+        return total
+
+    def spread(self, values: Tensor, like: Mapping[str, Tensor], other: float = 0.0) -> dict[str, Tensor]:
+        return {
+            name: torch.full_like(like[name], float(values[number]))
+            for number, names in enumerate(self.sets)
+            for name in names
+        }

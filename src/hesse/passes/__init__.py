@@ -1,0 +1,1 @@
+"""Data through a network: forward, stopping at layers, backward, per-sample gradients."""

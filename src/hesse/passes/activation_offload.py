@@ -1,0 +1,110 @@
+"""Batches that wait inside a block, with their activations in memory or on disk."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hesse.checkpoints.tensor_store import memory_of
+from hesse.checkpoints.writer import writing
+
+
+class Offload(Protocol):
+    """Where the activations of a greenlet are while it waits."""
+
+    def resume(self, runner: greenlet) -> Any:
+        """Bring its activations back, switch to it, and return what it says when it next waits; None at its end."""
+
+    def put_away(self, runner: greenlet) -> None:
+        """Put the activations of a greenlet away that now waits, or has ended."""
+
+
+class KeepInMemory:
+    """Leave the activations where they are."""
+
+    def resume(self, runner: greenlet) -> Any:
+        """Switch to the greenlet."""
+        return runner.switch()
+
+    def put_away(self, runner: greenlet) -> None:
+        """Do nothing."""
+
+
+class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Write the activations of waiting greenlets to files, one a greenlet, below `folder`.
+
+    The tensors that a greenlet makes while it runs are noted; while it waits their storages are empty. Tensors of
+    `shared()` are left alone, whatever views of them a greenlet makes: weights, masks, positions.
+    """
+
+    def __init__(self, folder: Path, shared: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.folder, self.shared = folder, shared
+        self._made: dict[greenlet, list[weakref.ref[Tensor]]] = {}
+        self._away: dict[greenlet, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._numbers: dict[greenlet, int] = {}
+
+    def resume(self, runner: greenlet) -> Any:
+        """Bring the activations back, and note the tensors that the greenlet makes until it waits again."""
+        self._bring_back(runner)
+        with self:
+            return runner.switch()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        runner = getcurrent()
+        if runner.parent is not None:
+            made = self._made.setdefault(runner, [])
+            made += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+    def put_away(self, runner: greenlet) -> None:
+        """Write the tensors of a waiting greenlet to its file and empty them; remove the file of one that has ended."""
+        alive = [(made, tensor) for made in self._made.pop(runner, []) if (tensor := made()) is not None]
+        if runner.dead:
+            self._path(runner).unlink(missing_ok=True)
+            return
+        self._made[runner] = [made for made, _ in alive]
+        shared = {tensor.untyped_storage().data_ptr() for tensor in self.shared()}
+        storages = {}
+        for _, tensor in alive:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in shared and storage.resizable() and storage.nbytes():
+                storages[storage.data_ptr()] = storage
+        self._away[runner] = [(storage, storage.nbytes()) for storage in storages.values()]
+        with writing(self.folder), self._path(runner).open("wb") as file:
+            for storage, _ in self._away[runner]:
+                file.write(memory_of(_bytes(storage).cpu()))
+                storage.resize_(0)
+
+    def _bring_back(self, runner: greenlet) -> None:
+        """Fill the emptied tensors of a greenlet from its file."""
+        if runner not in self._away:
+            return
+        with writing(self.folder), self._path(runner).open("rb") as file:
+            for storage, size in self._away.pop(runner):
+                storage.resize_(size)
+                room = torch.empty(size, dtype=torch.uint8)
+                if file.readinto(memory_of(room)) != size:
+                    raise OSError("it is shorter than what was written to it")
+                _bytes(storage).copy_(room)
+
+    def _path(self, runner: greenlet) -> Path:
+        return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
+
+
+def offload_to(folder: Path | None, shared: Callable[[], Iterable[Tensor]]) -> Offload:
+    """Return an offload to files below `folder`, or without a folder one that keeps activations in memory."""
+    return KeepInMemory() if folder is None else OffloadToDisk(folder, shared)
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,161 @@
+"""What one pass of some samples through a network shows of each layer: every input and gradient, seen once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hesse.errors import UnsupportedModelError
+from hesse.passes.layer_stops import patching
+from hesse.passes.parts import Part, as_rows, fits
+
+Per = Literal["position", "sample"]
+Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients (m, out)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Inputs that reached a layer, and the gradient of each sample's summed loss at its outputs."""
+
+    inputs: Tensor  # (samples, positions, in), or token ids (samples, positions)
+    gradients: Tensor  # (samples, positions, out)
+    source: tuple[object, ...]  # the same for layers that got the same rows of the same tensors as inputs
+    vocabulary: int = 0  # how many token ids there are
+
+    @cached_property
+    def live(self) -> Tensor:
+        """Which positions (samples, positions) have a gradient: padding has none, and counts nowhere."""
+        live: Tensor = (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
+        return live
+
+    @cached_property
+    def positions(self) -> Flat:
+        """The live positions' inputs, and all gradients: those that are zero add nothing."""
+        inputs = self.inputs.flatten(0, 1) if bool(self.live.all()) else self.inputs[self.live]
+        return inputs, self.gradients.flatten(0, 1)
+
+    @cached_property
+    def samples(self) -> Flat:
+        """The samples with a live position: their mean input over these, and their summed gradient."""
+        number = self.live.sum(1)
+        some = number > 0
+        mask = self.live.to(self.gradients)
+        if self.vocabulary:
+            summed = mask.new_zeros(len(mask), self.vocabulary).scatter_add_(1, self.inputs, mask)
+        else:
+            summed = (self.inputs * mask[..., None]).sum(1)
+        return (summed / number.clamp(min=1)[:, None])[some], self.gradients.sum(1)[some]
+
+    def per(self, per: Per) -> Flat:
+        """`positions` or `samples`."""
+        return self.positions if per == "position" else self.samples
+
+
+class RecordedBatch:
+    """Some samples' calls of every layer, and gradients (samples, *shape) of parameters that belong to none."""
+
+    def __init__(self, rows: dict[str, Rows], samples: int) -> None:
+        self.samples = samples
+        self.others: dict[str, Tensor] = {}
+        self._rows: dict[tuple[str, ...], Rows] = {(name,): found for name, found in rows.items()}
+
+    def rows(self, part: Part) -> Rows | None:
+        """The rows of a part; its modules' calls are further positions. None if none was called."""
+        if part.modules not in self._rows:
+            found = [self._rows[name,] for name in part.modules if (name,) in self._rows]
+            if not found:
+                return None
+            self._rows[part.modules] = joined(found)
+        return self._rows[part.modules]
+
+
+def joined(several: list[Rows]) -> Rows:
+    """Calls of one layer as one."""
+    if len(several) == 1:
+        return several[0]
+    return Rows(
+        torch.cat([rows.inputs for rows in several], dim=1),
+        torch.cat([rows.gradients for rows in several], dim=1),
+        tuple(place for rows in several for place in rows.source),
+        several[0].vocabulary,
+    )
+
+
+class Recorder:
+    """Notes what reaches each call of the given modules, and what they give, while it is open.
+
+    The network goes on with a copy of the outputs of the modules in `copied`: those that it changes in place.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], copied: Iterable[str] = ()) -> None:
+        self.calls: list[tuple[str, Tensor, Tensor]] = []  # name, input, output
+        self._versions: list[int] = []
+        self._modules, self._copied = modules, set(copied)
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Recorder":
+        for name, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(
+        self, name: str, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Any:
+        received = positional[0] if positional else next(iter(named.values()), None)
+        if not (isinstance(received, Tensor) and isinstance(output, Tensor) and fits(module, output)):
+            return output
+        if not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"{name} is called without gradients inside the model: with gradient checkpointing give "
+                "use_reentrant=False, else leave its parameters out"
+            )
+        if not output.requires_grad:  # all before it is frozen, and so is it
+            output = output.detach().requires_grad_()
+        self.calls.append((name, received.detach(), output))
+        self._versions.append(output._version)
+        return output.clone() if name in self._copied else output
+
+    @property
+    def changed(self) -> set[str]:
+        """Modules whose outputs were changed in place, so that gradients at them are not to be had."""
+        calls = zip(self.calls, self._versions, strict=True)
+        return {name for (name, _, output), version in calls if output._version != version}
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The outputs of all calls."""
+        return [output for _, _, output in self.calls]
+
+    def leading(self, samples: int, dimensions: int) -> bool:
+        """Whether every call has the samples as its first dimension, and not all their positions."""
+        return all(len(o) == samples and not (o.ndim == 2 < dimensions) for o in self.outputs)
+
+    def rows(self, gradients: Iterable[Tensor | None], flat: bool) -> dict[str, Rows]:
+        """The rows of each module, with the gradients at `outputs`; `flat` takes all rows as one sample's."""
+        calls: dict[str, list[Rows]] = {}
+        with torch.no_grad():
+            for (name, received, output), gradient in zip(self.calls, gradients, strict=True):
+                place: tuple[object, ...] = (received.data_ptr(), received.shape, received.stride(), received._version)
+                place = (*place, patching(self._modules[name]))
+                slope = torch.zeros_like(output) if gradient is None else gradient
+                inputs, outputs = as_rows(self._modules[name], received, slope, flat)
+                rows = Rows(inputs, outputs, (place,), getattr(self._modules[name], "num_embeddings", 0))
+                calls.setdefault(name, []).append(rows)
+        return {name: joined(several) for name, several in calls.items()}
+
+
+def backward(loss: Tensor, recorder: Recorder, parameters: Iterable[Tensor] = ()) -> tuple[Any, Any]:
+    """Gradients of `loss` at the recorded outputs, and at `parameters`; None where it does not depend on them."""
+    outputs, parameters = recorder.outputs, list(parameters)
+    if not loss.requires_grad or not (outputs or parameters):
+        return [None] * len(outputs), [None] * len(parameters)
+    found = torch.autograd.grad(loss, [*outputs, *parameters], allow_unused=True)
+    return found[: len(outputs)], found[len(outputs) :]

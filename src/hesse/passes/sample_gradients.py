@@ -1,0 +1,58 @@
+"""Gradients of single samples, from what a pass shows of the layers."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hesse.passes.parts import Part
+from hesse.passes.recorded_batch import RecordedBatch, Rows
+
+TOGETHER = 1 << 26  # bytes of one parameter's gradients at once
+
+
+def sample_gradients(passage: RecordedBatch, name: str, parts: list[Part], parameter: Tensor) -> Iterator[Tensor]:
+    """The gradients of a parameter, (samples, *shape), a few samples at a time; none where no sample reached it."""
+    if name in passage.others:
+        yield passage.others[name]
+        return
+    found = [(part, rows) for part in parts if (rows := passage.rows(part)) is not None]
+    if not found:
+        return
+    samples, step = len(found[0][1].gradients), max(TOGETHER // (parameter.numel() * parameter.element_size()), 1)
+    for start in range(0, samples, step):
+        some = slice(start, start + step)
+        flat = torch.stack([_gradients(part, rows, some, parameter).flatten(1) for part, rows in found]).sum(0)
+        yield flat.view(-1, *parameter.shape)
+
+
+def flat_gradients(passage: RecordedBatch, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> Tensor:
+    """The gradients of all parameters, one after another, as (samples, entries)."""
+    flat = []
+    for name, parameter in parameters.items():
+        found = [gradients.flatten(1) for gradients in sample_gradients(passage, name, parts[name], parameter)]
+        flat.append(torch.cat(found) if found else parameter.new_zeros(passage.samples, parameter.numel()))
+    return torch.cat(flat, dim=1)
+
+
+def summed_gradient(passage: RecordedBatch, parts: list[Part], parameter: Tensor) -> Tensor:
+    """The gradient of all samples (*shape)."""
+    total = torch.zeros_like(parameter)
+    for gradients in sample_gradients(passage, "", parts, parameter):
+        total += gradients.sum(0)
+    return total
+
+
+def _gradients(part: Part, rows: Rows, some: slice, parameter: Tensor) -> Tensor:
+    """The share of one part in the gradients of some samples."""
+    inputs, gradients = rows.inputs[some], rows.gradients[some]
+    if part.role == "offset":
+        return gradients.sum(1)
+    if part.role == "scale":
+        return (inputs * gradients).sum(1)
+    if inputs.is_floating_point():
+        sides = (inputs, gradients) if part.transposed else (gradients, inputs)
+        return sides[0].transpose(1, 2) @ sides[1]
+    result = gradients.new_zeros(len(gradients), *parameter.shape)  # an embedding's
+    place = inputs.unsqueeze(-1).expand(gradients.shape)
+    return result.scatter_add_(1, place, gradients)

@@ -1,0 +1,215 @@
+"""Calibration data as it flows through a network, block after block."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.errors import DataError, UnsupportedModelError
+from hesse.finite import all_finite
+from hesse.networks.network import Network
+
+BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
+
+
+class CalibrationBatch(Protocol):
+    """One batch of samples that calibration takes through a network's blocks."""
+
+    def pass_block(self, module: nn.Module, index: int) -> None:
+        """Run block number `index`, which is `module`, on the hidden states; keep its output for the next block."""
+
+    def arguments(self, index: int) -> Any:
+        """Return the other arguments of block number `index`, whose tensors several batches may share."""
+
+
+@dataclass(eq=False)
+class StreamBatch:
+    """One batch of samples on its way: token ids, hidden states, and what else each block is called with."""
+
+    ids: Tensor  # (samples, tokens)
+    waiting: StoredTensor  # the hidden states
+    calls: list[dict[str, Any]]  # keyword arguments, one dictionary a block
+    shelf: TensorStore  # where hidden states wait between two blocks
+    step: int = 0  # how often they changed
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states (samples, tokens, width), from where they wait."""
+        return self.waiting.tensor()
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self.step += 1
+        self.waiting = self.shelf.keep(hidden, self.step)
+
+    def pass_block(self, module: nn.Module, index: int) -> None:
+        """Run block number `index`, which is `module`, on the hidden states, and keep its output for the next."""
+        self.hidden = self.through(module, index)
+
+    def arguments(self, index: int) -> Any:
+        """Return the other arguments of block number `index`."""
+        return self.calls[index]
+
+    def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
+        """The output (samples, tokens, width) of block number `index`, which is `module`, for its hidden states."""
+        result = module(self.hidden if hidden is None else hidden, **self.calls[index])
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+
+def calibration_batch(length: int) -> int:
+    """Samples of `length` tokens that go through the network together."""
+    return max(BATCH_TOKENS // length, 1)
+
+
+def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
+    """What reaches the first block for each batch of token ids (samples, tokens), and the blocks' other arguments.
+
+    Hidden states wait on `shelf`, or in memory.
+    """
+    flows: list[StreamBatch] = []
+    shelf = TensorStore() if shelf is None else shelf
+    with network.surroundings() as model, torch.no_grad():
+        for ids in batches:
+            flow = _record(network, model, ids.to(network.device), shelf)
+            if flows:
+                flow.calls = [_reuse(new, old) for new, old in zip(flow.calls, flows[-1].calls, strict=True)]
+            flows.append(flow)
+    return flows
+
+
+def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor | None = None) -> Tensor:
+    """What the model makes of a flow's hidden states, or of `hidden`, that have passed all blocks, by its own forward.
+
+    Logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width). `model` is what
+    `network.surroundings()` gave.
+    """
+    passed = flow.hidden if hidden is None else hidden
+
+    def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        return passed if index == 0 else hidden
+
+    with _replaced(network, inject):
+        if network.kind == "encoder":
+            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
+        else:
+            result = model(input_ids=flow.ids, use_cache=False).logits
+    assert isinstance(result, Tensor)
+    return result
+
+
+def advance(flows: Iterable[StreamBatch], module: nn.Module, index: int, block: str | None = None) -> None:
+    """Take all flows through block number `index`; with its name `block`, see to it that what comes out is finite.
+
+    Raises:
+        DataError: it is not.
+    """
+    with torch.no_grad():
+        for flow in flows:
+            hidden = flow.through(module, index)
+            if block is not None and not all_finite(hidden):
+                raise DataError(
+                    f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights "
+                    "are damaged"
+                )
+            flow.hidden = hidden
+
+
+def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step: int) -> None:
+    """Put flows where they were after so many blocks, with what waits of them."""
+    for flow, hidden in zip(flows, waiting, strict=True):
+        flow.waiting, flow.step = hidden, step
+
+
+def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
+    """Run the model with each block returning its input, and note the arguments that each block is called with."""
+    if network.blocks_return_tuples is None:
+        network.blocks_return_tuples = _takes_first_elements(network, model, ids[:1])
+    calls: list[dict[str, Any]] = []
+    first: list[Tensor] = []
+
+    def note(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        if index == 0:
+            calls.clear()
+            first[:] = [hidden]
+        elif hidden.shape != first[0].shape:
+            raise UnsupportedModelError(f"the blocks of {type(model).__name__} change the shape of their input")
+        calls.append(call)
+        return hidden
+
+    with _replaced(network, note):
+        _run_blocks(network, model, ids)
+    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+
+
+def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
+    """Run all of the model but its head."""
+    base = model.base_model
+    assert isinstance(base, nn.Module)
+    base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+
+
+class _Output(Tensor):
+    """A block's output that notes if the model takes its first element, as it does of a tuple."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # gives plain tensors
+    first_taken: list[bool]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key == 0:
+            self.first_taken.append(True)
+            return self.as_subclass(Tensor)
+        return super().__getitem__(key)
+
+
+def _takes_first_elements(network: Network, model: nn.Module, ids: Tensor) -> bool:
+    """True if the model takes the first element of what a block returns, so that its blocks have to return tuples."""
+    first_taken: list[bool] = []
+
+    def output(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
+        result = hidden.as_subclass(_Output)
+        result.first_taken = first_taken
+        return result
+
+    with _replaced(network, output):
+        _run_blocks(network, model, ids)
+    return bool(first_taken)
+
+
+@contextmanager
+def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+    """Run `forward(index, hidden, keyword arguments)` in place of each block; the modules keep their attributes."""
+
+    def call_instead(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
+        call = {**dict(zip(names, positional, strict=False)), **call}
+        hidden = call.pop(names[0])
+        result = forward(index, hidden, call)
+        return (result,) if network.blocks_return_tuples else result
+
+    for index, block in enumerate(network.blocks):
+        names = list(inspect.signature(type(block.module).forward).parameters)[1:]
+        block.module.forward = partial(call_instead, index, names)
+    try:
+        yield
+    finally:
+        for block in network.blocks:
+            del block.module.forward
+
+
+def _reuse(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the values of `old` in place of equal ones, so that masks and rotations are kept once."""
+    return {key: old[key] if key in old and _equal(value, old[key]) else value for key, value in new.items()}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a is b

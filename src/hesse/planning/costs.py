@@ -1,0 +1,147 @@
+"""What each offer of a menu would cost: every layer solved alone, on what the dense model gives it."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hesse.constraints import Constraint, Grid
+from hesse.curvature import Gram, Kronecker
+from hesse.data import Samples
+from hesse.data.selection import Calibration, Selection
+from hesse.estimation import Statistics
+from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.probe import probe
+from hesse.estimation.statistics.output_factor import output_factor
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
+from hesse.networks.network import Block, Layer, Network
+from hesse.passes.stream import calibration_batch, start
+from hesse.planning.menu import LayerGroup
+from hesse.progress import Clock, Progress
+from hesse.scores.sensitivities import Sensitivity
+
+MOST_SAMPLES = 32  # to calibrate on: which layer costs more is settled sooner than what its weights should be
+SOLVED_BITS = 4  # finer grids are not solved: their loss follows from this one's, as the square of the step
+
+
+class CostMeter:
+    """Nats per token that each offer costs alone, summed over its group's layers as these come by.
+
+    A layer's cost is ½ dᵀ(G ⊗ E[xxᵀ])d of the change d that the offer's rule makes of it, with the Gram E[xxᵀ] of its
+    inputs and the output factor G of the dense model. With a `sensitivity` nothing is solved: d is what rounding to the
+    nearest member does, and all that counts of G ⊗ E[xxᵀ] is one number. Layers that no token reached cost nothing, and
+    are noted.
+    """
+
+    def __init__(self, menu: list[LayerGroup], sensitivity: Sensitivity | None = None) -> None:
+        self.sensitivity = sensitivity
+        self.costs = {group.name: [0.0] * len(group.offers) for group in menu}
+        self.notes: list[str] = []
+        self._group_of = {layer.name: group for group in menu for layer in group.layers}
+        self._solver = LayerSolver()
+
+    def measure(
+        self,
+        network: Network,
+        selected: Selection,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> None:
+        """Take samples through the model, in the type that calibration runs in.
+
+        Raises:
+            HesseError: the data cannot be used, or a layer cannot be solved.
+        """
+        progress.begin("probe the loss", 2 * len(network.blocks) + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            probes, seed, step = selected.probes, calibration.seed, progress.advance
+            factors = probe(network, probes, self.needs, Path(folder), seed, Clock(), step)
+            samples = selected.samples.first(MOST_SAMPLES)
+            self._solve_all(network, samples, calibration, factors, progress)
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The statistics of each layer: the Gram of its inputs, and the output factor or its diagonal."""
+        return {
+            name: ("inputs", "output factor" if self._whole_factor(group) else "output diagonal")
+            for name, group in self._group_of.items()
+        }
+
+    def _whole_factor(self, group: LayerGroup) -> bool:
+        return group.needs_output_factor if self.sensitivity is None else self.sensitivity.eigenvalues
+
+    def _solve_all(
+        self,
+        network: Network,
+        samples: Samples,
+        calibration: Calibration,
+        factors: Known,
+        progress: Progress,
+    ) -> None:
+        """Solve each layer for every offer, on the inputs that it has in the dense model."""
+        progress.begin("solve for each choice", len(network.blocks))
+        length = samples.longest
+        batches = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
+        self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors), progress)
+
+    def read(self, network: Network, folder: Statistics, progress: Progress) -> None:
+        """Take Grams and output factors from a folder of `hesse estimate` in place of samples.
+
+        Raises:
+            HesseError: the statistics cannot be read, or a layer cannot be solved.
+        """
+        progress.begin("solve for each choice", len(network.blocks))
+        self._add_blocks(stored_blocks(network, folder, self.needs), progress)
+
+    def _add_blocks(self, blocks: Iterator[tuple[Block, Layers]], progress: Progress) -> None:
+        for _, layers in blocks:
+            for layer, statistics in layers:
+                if layer.name in self._group_of:
+                    self._add(layer, statistics.gram, output_factor(statistics))
+            progress.advance()
+
+    def _add(self, layer: Layer, gram: Gram, output_factor: Tensor | None) -> None:
+        group = self._group_of[layer.name]
+        if not gram.tokens or output_factor is None:
+            self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
+            return
+        if self.sensitivity is not None:
+            self._add_ranked(group, layer, gram, output_factor, self.sensitivity)
+            return
+        weight = layer.weight.float()
+        statistics = {"inputs": gram, "output factor" if output_factor.ndim == 2 else "output diagonal": output_factor}
+        found: dict[Constraint, float] = {}  # of this layer
+        for place, offer in enumerate(group.offers):
+            constraint = offer.constraints[layer.name]
+            if offer.rule is None or constraint is None:
+                continue
+            solved, share = _coarser(constraint)
+            if solved not in found:
+                problem = LayerProblem(layer.name, weight, statistics, offer.rule, solved)
+                solution = self._solver.solve(problem).solution
+                change = solution.weight - weight
+                increase = effect(change, gram, output_factor).loss_increase
+                found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
+            self.costs[group.name][place] += share * found[solved]
+
+    def _add_ranked(
+        self, group: LayerGroup, layer: Layer, gram: Gram, output_factor: Tensor, sensitivity: Sensitivity
+    ) -> None:
+        weight = layer.weight.float()
+        kronecker = Kronecker(output_factor=output_factor.float(), input_factor=gram.second_moment.float())
+        half = 0.5 * sensitivity.coefficient([kronecker])
+        for place, offer in enumerate(group.offers):
+            constraint = offer.constraints[layer.name]
+            if constraint is not None:
+                change = constraint.nearest(weight) - weight
+                self.costs[group.name][place] += half * float(change.double().square().sum())
+
+
+def _coarser(constraint: Constraint) -> tuple[Constraint, float]:
+    """The grid that is solved in place of a finer one, and the finer one's loss as a share of its loss."""
+    if not isinstance(constraint, Grid) or constraint.bits <= SOLVED_BITS:
+        return constraint, 1.0
+    coarse = replace(constraint, bits=SOLVED_BITS)
+    return coarse, (coarse.levels / constraint.levels) ** 2

@@ -1,0 +1,108 @@
+"""One ranking of the singular directions of all layers, from which a model of any size is cut."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesse.constraints import LowRank
+from hesse.errors import OptionError, naming
+from hesse.estimation import Statistics
+from hesse.formats.opening import open_networks
+from hesse.layerwise.layer_solver import LayerProblem
+from hesse.layerwise.rules import check_patterns
+from hesse.methods import METHODS, Options, Recipe
+from hesse.methods.recipe import matches
+from hesse.networks.network import Layer
+from hesse.planning.problem import Candidate, Group, Problem
+from hesse.planning.sizes import read_size
+from hesse.planning.slope import by_common_slope
+from hesse.progress import Progress
+from hesse.solvers import WhitenedSVD
+
+METHOD = "kronecker-svd"  # whose metric the directions are ranked in, and which makes the factors
+
+
+def cut_recipe(
+    model: Path, statistics: Path, size: str | int, ignore: tuple[str, ...], device: torch.device, progress: Progress
+) -> Recipe:
+    """The rank of each layer of the model folder `model` within a `size` of its linear layers, such as "60%" or bytes.
+
+    Of a layer the k-th singular value σ_k of C_Gᵀ W C_A saves ½ σ_k² nats per token and costs its rows and columns; the
+    step to the dense weight saves all that is left. The ranking is by what a byte saves, and the recipe its longest
+    beginning that fits, so that a smaller model's directions are among a larger one's. A layer keeps one direction at
+    least. Ranking of all layers from one run: after ACIP (Genzel et al., 2025, arXiv:2502.01717), which learns it.
+
+    Raises:
+        HesseError: the statistics are of another model or lack factors, or the size cannot be reached.
+    """
+    estimated = Statistics(statistics)
+    checkpoint, network, _ = open_networks(model, device)
+    estimated.check_model(checkpoint)
+    for kind in ("gram", "kronecker"):
+        estimated.check_holds(kind)
+    check_patterns([layer.name for layer in network.layers], (), ignore)
+    layers = [layer for layer in network.layers if not any(matches(layer.name, pattern) for pattern in ignore)]
+    expert = next((layer.name for layer in layers if ".experts." in layer.name), None)
+    if expert is not None:
+        raise OptionError(
+            f"{expert}: single experts cannot be two thin layers: leave them out with --ignore '*.experts.*'"
+        )
+    stored = {layer.name: checkpoint.dtype(f"{layer.name}.weight").itemsize for layer in layers}
+    dense = {layer.name: layer.weight.shape.numel() * stored[layer.name] for layer in layers}
+    total = sum(dense.values())
+    budget = read_size(str(size), percent=total / 100)
+    if budget is None or not budget < total:
+        raise OptionError(f"--size is {size!r}: give less than the {total:,} bytes of the dense layers, such as 60%")
+    smallest = sum(sum(layer.weight.shape) * stored[layer.name] for layer in layers)
+    if budget < smallest:
+        raise OptionError(f"--size {size} is below the {smallest:,} bytes of one direction a layer: give more")
+    groups: list[Group] = []
+    progress.begin("rank directions", len(network.blocks))
+    wanted = {layer.name for layer in layers}
+    for block in network.blocks:
+        with network.loaded(block):
+            for layer in block.layers:
+                if layer.name in wanted:
+                    values = singular_values(layer, estimated)
+                    groups.append(directions(layer.name, layer.weight.shape, values, stored[layer.name]))
+        progress.advance()
+    problem = Problem(tuple(groups))
+    choice = by_common_slope(problem, int(budget))
+    kept, ranks = list(ignore), defaultdict[int, list[str]](list)
+    for group, candidate in zip(groups, problem.chosen(choice), strict=True):
+        if candidate.label == "dense":
+            kept.append(group.name)
+        else:
+            ranks[int(candidate.label)].append(group.name)
+    rules = [
+        METHODS[METHOD].recipe(Options(rank=rank)).rules[0].model_copy(update={"layers": tuple(names)})
+        for rank, names in sorted(ranks.items())
+    ]
+    return Recipe(method="acip", rules=tuple(rules), ignore=tuple(kept))
+
+
+def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> Group:
+    """What a layer (out, in) with singular `values` in the loss's metric takes and costs at each rank, and dense."""
+    squares = 0.5 * values.double().square()
+    left = [*squares.flip(0).cumsum(0).flip(0).tolist()[1:], 0.0]  # after 1, 2, ... directions
+    whole = shape.numel() * itemsize
+    sizes = [rank * sum(shape) * itemsize for rank in range(1, min(shape))]
+    thin = [Candidate(str(k + 1), size, left[k]) for k, size in enumerate(sizes) if size < whole or k == 0]
+    return Group(name, (*thin, Candidate("dense", whole, 0.0)))
+
+
+def singular_values(layer: Layer, folder: Statistics) -> Tensor:
+    """Of the layer's weight in its metric, falling; zeros where no token reached it."""
+    weight = layer.weight.float()
+    gram = folder.gram(layer.name, weight.device)
+    kronecker = folder.kronecker(layer.name, weight.device)
+    if gram is None or kronecker is None:
+        return weight.new_zeros(min(weight.shape))
+    rule = METHODS[METHOD].recipe(Options(rank=1)).rules[0]
+    statistics = {"inputs": gram, "output factor": kronecker.output_factor}
+    problem = LayerProblem(layer.name, weight, statistics, rule, LowRank(1))
+    solver = WhitenedSVD()
+    with naming(layer.name):
+        return solver.values(solver.init(rule.kind.build(problem, rule.solver, rule.solver.damping)), weight)

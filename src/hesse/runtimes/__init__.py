@@ -1,0 +1,1 @@
+"""Runtimes: export a checkpoint to other programs, and time it in them."""
