@@ -4,7 +4,7 @@
 
 Queries and keys lose pairs of rotary dimensions by the products of their norms in the metric of the layer's inputs
 (CR), values and outputs the directions that an SVD of the outputs' weights in the metric of the values finds least of,
-with what reads them nystroem_weight. Both as zeros in the dense model's shapes, which gives what narrower heads would give.
+with what reads them refitted. Both as zeros in the dense model's shapes, which gives what narrower heads would give.
 Prints KL(dense || changed) in nats per token on held-out text. For Llama and models with the same names. Then
 Narrower heads by `hesse.prune` in a transformer of torch's own layers, beside as many parameters' worth of whole heads
 removed.
