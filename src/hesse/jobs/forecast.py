@@ -11,7 +11,7 @@ from hesse.data import Samples
 from hesse.errors import HesseError
 from hesse.estimation.calibrated import LayerStatistics, calibrated_blocks
 from hesse.jobs.memory import parameters
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, start
 
 BACKWARD = 4  # forward passes that a backward pass takes: the block again, gradients of inputs and outputs, factors
@@ -31,7 +31,7 @@ class Work:
 
 
 def seconds_of(
-    work: Work, network: Network, samples: Samples, batch_size: int | None, solve: Solve | None = None
+    work: Work, network: CheckpointNetwork, samples: Samples, batch_size: int | None, solve: Solve | None = None
 ) -> tuple[float, list[str]]:
     """Return the seconds that `work` takes, from timing one block of `network` on a batch of the samples, and notes.
 
@@ -91,7 +91,7 @@ def tokens_of(samples: Samples) -> int:
     return sum(len(ids) for ids in samples.ids)
 
 
-def hidden_bytes(network: Network, tokens: int) -> int:
+def hidden_bytes(network: CheckpointNetwork, tokens: int) -> int:
     """Return the bytes of the hidden states of so many tokens between two blocks."""
     width = int(network.model.config.get_text_config().hidden_size)
     return tokens * width * network.dtype.itemsize

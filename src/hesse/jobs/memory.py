@@ -13,7 +13,7 @@ from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStat
 from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.jobs.plan import Plan
 from hesse.layerwise.rules import statistics_needed
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
@@ -125,12 +125,12 @@ def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, st
     return base + int(phases[largest] * (1 + SHARE_FREE)), largest
 
 
-def evaluated_tokens(network: Network, length: int) -> int:
+def evaluated_tokens(network: CheckpointNetwork, length: int) -> int:
     """Return the tokens that pass a network together where a result is measured."""
     return min(evaluation_batch(network, length) * length, max(PROBE_TOKENS, 2 * length))
 
 
-def comparing(dense: Network, length: int) -> int:
+def comparing(dense: CheckpointNetwork, length: int) -> int:
     """Return the bytes of two models' embeddings and heads, and of their logits on samples of `length` tokens."""
     outside = _outside(dense)
     tokens = evaluated_tokens(dense, length)
@@ -138,19 +138,19 @@ def comparing(dense: Network, length: int) -> int:
     return 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
 
 
-def running(network: Network, block: Block, tokens: int) -> int:
+def running(network: CheckpointNetwork, block: Block, tokens: int) -> int:
     """Return the bytes of a loaded block and of what it makes of `tokens` in float32."""
     return _loaded(network, parameters(block)) + activations(network, block, tokens, 4)
 
 
-def taking_gradients(network: Network, block: Block, tokens: int, kept: int) -> int:
+def taking_gradients(network: CheckpointNetwork, block: Block, tokens: int, kept: int) -> int:
     """Return the bytes of a backward pass through a block, `kept` being those of the statistics that it fills."""
     widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
     gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
     return _loaded(network, parameters(block)) + kept + gradients + 4 * tokens * widest + 4 * widest**2
 
 
-def stopping(network: Network, block: Block, waiting: int) -> int:
+def stopping(network: CheckpointNetwork, block: Block, waiting: int) -> int:
     """Return the bytes of a block whose layers are solved, its result, and the activations that wait inside it."""
     return network.dtype.itemsize * parameters(block) + parameters(block) * _stored(network) + waiting
 
@@ -216,7 +216,7 @@ def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
     }
 
 
-def activations(network: Network, block: Block, tokens: int, itemsize: int) -> int:
+def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
     """Return the bytes that a block makes of `tokens`, at most: what goes into and comes out of its layers.
 
     A token reaches some of a block's experts only.
@@ -234,19 +234,19 @@ def activations(network: Network, block: Block, tokens: int, itemsize: int) -> i
     return int(itemsize * tokens * total)
 
 
-def _loaded(network: Network, elements: int) -> int:
+def _loaded(network: CheckpointNetwork, elements: int) -> int:
     """Bytes while `elements` weights are read and brought into the network's type."""
     stored, own = _stored(network), network.dtype.itemsize
     return elements * (own if stored == own else own + stored)
 
 
-def _stored(network: Network) -> int:
+def _stored(network: CheckpointNetwork) -> int:
     """Return the bytes of a weight as it is read: in the checkpoint's type, or decoded from a compressed one."""
     name = f"{network.layers[0].name}.weight"
     return network.checkpoint.dtype(name).itemsize if name in network.checkpoint.shard_of else 4
 
 
-def _outside(network: Network) -> int:
+def _outside(network: CheckpointNetwork) -> int:
     """Parameters outside the blocks."""
     inside = {id(parameter) for block in network.blocks for parameter in block.module.parameters()}
     return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)

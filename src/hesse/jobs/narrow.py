@@ -19,11 +19,11 @@ from hesse.jobs.job import Job
 from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
 from hesse.jobs.options import run_options
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
 MULTIPLE = 8  # of hidden units, which kernels want
 
@@ -111,7 +111,7 @@ def narrow(
 class _Narrowing:
     """One run: each block narrowed where the samples arrive at it, then written and measured."""
 
-    def __init__(self, job: Job, network: Network, keep: float, selected: Selection) -> None:
+    def __init__(self, job: Job, network: CheckpointNetwork, keep: float, selected: Selection) -> None:
         self.job, self.network, self.selected = job, network, selected
         self.parts = [feed_forwards(block) for block in network.blocks]
         every = [part for parts in self.parts for part in parts]
@@ -158,7 +158,7 @@ class _Narrowing:
         """Return the bytes of the weights and biases that a feed-forward layer loses."""
         kept, checkpoint = self.widths[part.width], self.network.checkpoint
         numbers = part.reader.weight.shape[0] * (part.width - kept)
-        for layer in part.makers:
+        for layer in part.writers:
             rows = layer.weight.shape[0] - len(part.rows(layer, torch.arange(kept)))
             numbers += rows * (layer.weight.shape[1] + (f"{layer.name}.bias" in checkpoint.shard_of))
         return numbers * checkpoint.dtype(f"{part.reader.name}.weight").itemsize
@@ -212,7 +212,7 @@ class _Narrowing:
         count = self.widths[weight.shape[1]]
         if gram.tokens:
             units = kept_units(gram.second_moment, count)
-            fitted = refitted(weight, gram.second_moment, units)
+            fitted = nystroem_weight(weight, gram.second_moment, units)
         else:  # an expert that no token reached
             units = weight.square().sum(0).topk(count).indices.sort().values
             fitted = weight[:, units]
@@ -229,7 +229,7 @@ class _Narrowing:
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
             units, fitted = kept[part.reader]
-            for layer in part.makers:
+            for layer in part.writers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
                 if bias in tensors:
@@ -243,7 +243,7 @@ class _Narrowing:
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
         job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
-        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("narrow", self.selected.held_out)
         return NarrowReport(

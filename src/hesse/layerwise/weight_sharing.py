@@ -11,7 +11,7 @@ from hesse.errors import OptionError, naming
 from hesse.estimation.calibrated import calibrated_blocks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import METHODS, Options
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import StreamBatch
 from hesse.progress import Clock
 
@@ -27,7 +27,7 @@ class SharedWeights:
         OptionError: the rank is too high for a layer.
     """
 
-    def __init__(self, network: Network, rank: int) -> None:
+    def __init__(self, network: CheckpointNetwork, rank: int) -> None:
         self.network, self.rank = network, rank
         for layer in network.layers:
             with naming(layer.name):
