@@ -46,7 +46,7 @@ class Statistic(ABC):
         """Return the bytes of the value for a layer of `shape` (out, in), from `samples` samples."""
 
     def working_bytes(self, shape: Sequence[int], tokens: int, length: int) -> int:
-        """Return the bytes that collecting takes at a layer in addition to the value, for batches of `tokens` tokens."""
+        """Return the bytes of workspace for collecting at a layer, for batches of `tokens` tokens."""
         return 0
 
     def is_known(self, value: Any) -> bool:
