@@ -38,10 +38,7 @@ from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.verify import read_back
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effect
-from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.constraint_parts import LowRankOptions
-from hesse.methods.recipe import Rule
-from hesse.methods.solver_options import SolverOptions
+from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, calibration_batch, start
@@ -49,7 +46,6 @@ from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 
 FORMATS = ("adapter", "dense")
-CURVATURES = ("gram", "kronecker", "identity")
 LEFT, RIGHT = ".left", ".right"  # behind a layer's name: the factors that a run for an adapter keeps
 
 
@@ -69,19 +65,17 @@ class RepairRequest:
 
     def __post_init__(self) -> None:
         LowRank(self.rank)
-        for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--format", self.format, FORMATS)):
+        curvatures = METHODS["repair"].curvatures
+        for option, value, known in (("--curvature", self.curvature, curvatures), ("--format", self.format, FORMATS)):
             if value not in known:
                 raise OptionError(f"{option} is {value!r}: use {', '.join(known)}")
         if not 0 <= self.damping <= 1e4:
             raise OptionError(f"--damping is {self.damping}, but must be between 0 and 10000; 0.01 is usual")
 
     def rule(self) -> Rule:
-        """Return the low rank as a recipe's rule."""
-        return Rule(
-            curvature=self.curvature,
-            constraint=ConstraintOptions(low_rank=LowRankOptions(rank=self.rank)),
-            solver=SolverOptions(name="whitened_svd", damping=self.damping),
-        )
+        """Return the row of the table as a recipe's rule, with the curvature that is asked for."""
+        (rule,) = METHODS["repair"].recipe(Options(rank=self.rank, damping=self.damping)).rules
+        return rule.model_copy(update={"curvature": self.curvature})
 
 
 def repair(
