@@ -302,7 +302,7 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
         *found.layers[1:],
     ]
     seen = replace(found.check, divergence=MeasuredMean(found.check.divergence.value / 2, 1e-6))
-    worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), fallbacks=["a fallback"])
+    worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), notes=["a fallback"])
     assert measured(worse).holds_up_to == 0.5
     text = Reader(compression_page(worse)).text
     assert "The cost is not as predicted." in text
@@ -347,7 +347,7 @@ def test_whatever_came_from_outside_is_escaped(of_family: Callable[[str], Compre
         report,
         model=evil,
         out=evil,
-        fallbacks=[evil],
+        notes=[evil],
         calibration={**report.calibration, "source": evil},
         recipe={**report.recipe, "ignore": [evil]},
         front=[{"bytes": 10, "predicted": 0.1, "kind": "uniform", "label": evil}],

@@ -17,6 +17,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     FormatOption,
     IgnoreOption,
     JsonOption,
@@ -32,9 +33,10 @@ from hesse.cli.options import (
     SizeOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 from hesse.errors import OptionError
 from hesse.options import Options, parse_settings
+from hesse.result import ForecastReport
 
 if TYPE_CHECKING:
     from hesse.methods import Recipe
@@ -90,6 +92,7 @@ def compress(
     report: ReportOption = None,
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,20 +142,16 @@ def compress(
             **budget,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             memory=memory,
             measure=report is not None,
             progress=bars,
         ).report
     if not main:
         return
-    if report is not None:
+    if report is not None and not isinstance(result, ForecastReport):
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
-    if as_json:
-        print_json(result.to_dict())
-        return
-    out_console.print(compression_summary(result))
-    if report is not None:
-        print_line(f"The report: {report.absolute()}")
+    print_report(result, compression_summary, as_json, report)
 
 
 def _mean_bits(text: str | None) -> float | None:

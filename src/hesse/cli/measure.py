@@ -12,6 +12,7 @@ from hesse.cli.options import (
     CurvatureOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
@@ -25,7 +26,8 @@ from hesse.cli.options import (
     ShortLengthOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
+from hesse.cli.terminal import out_console, print_json, print_line, print_report, progress_bars
+from hesse.result import ForecastReport
 
 
 def demo(
@@ -41,7 +43,8 @@ def demo(
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
         after = hesse.evaluate(out, reference="default", progress=bars).report
         before = hesse.evaluate("default", progress=bars).report
-    out_console.print(cost_table(report, before, after))
+    if not isinstance(report, ForecastReport):
+        out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(
         "It loads in transformers: "
@@ -101,12 +104,7 @@ def inspect(
         ).report
     if report is not None:
         write_page(report, inspection_page(result))
-    if as_json:
-        print_json(result.to_dict())
-        return
-    out_console.print(inspection_summary(result))
-    if report is not None:
-        print_line(f"The report: {report.absolute()}")
+    print_report(result, inspection_summary, as_json, report)
 
 
 def evaluate(
@@ -137,10 +135,7 @@ def evaluate(
             device=device,
             progress=bars,
         ).report
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        out_console.print(evaluation_table(result, model))
+    print_report(result, evaluation_table, as_json)
 
 
 def estimate(
@@ -155,9 +150,12 @@ def estimate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
+    from hesse.reporting import estimate_summary
+
     with progress_bars(as_json) as bars:
         report = hesse.estimate(
             model,
@@ -171,12 +169,7 @@ def estimate(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
-    if as_json:
-        print_json(report.to_dict())
-        return
-    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
-    print_line(f"{held} from {report.tokens:,} tokens: {out.absolute()}")
-    command = "compress {} OUT" if "gram" in report.curvatures else "inspect {}"
-    print_line(f"Next: hesse {command.format(model)} --statistics {out}")
+    print_report(report, estimate_summary, as_json)

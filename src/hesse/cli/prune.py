@@ -9,6 +9,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     LossOption,
@@ -19,7 +20,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def drop_blocks(
@@ -42,6 +43,7 @@ def drop_blocks(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove whole blocks of a model, chosen by their measured or predicted cost."""
@@ -63,12 +65,10 @@ def drop_blocks(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(blocks_summary(report))
+    print_report(report, blocks_summary, as_json)
 
 
 def narrow(
@@ -83,6 +83,7 @@ def narrow(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove hidden units of the feed-forward layers, and refit the layers that read them."""
@@ -101,9 +102,7 @@ def narrow(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(narrow_summary(report))
+    print_report(report, narrow_summary, as_json)

@@ -9,6 +9,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
@@ -18,7 +19,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import print_json, print_line, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def rotate(
@@ -33,9 +34,12 @@ def rotate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rotate a model to remove outliers without changing its function, before it is rounded."""
+    from hesse.reporting import rotation_summary
+
     with progress_bars(as_json) as bars:
         report = hesse.rotate(
             model,
@@ -49,14 +53,7 @@ def rotate(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
-    if as_json:
-        print_json(report.to_dict())
-        return
-    for note in report.notes:
-        print_line(note)
-    if report.loss is not None:
-        print_line(f"{report.loss.name}: {report.loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
-    print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
-    print_line(f"Next: hesse compress {out} OUT")
+    print_report(report, rotation_summary, as_json)

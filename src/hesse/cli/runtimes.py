@@ -7,7 +7,7 @@ import typer
 
 import hesse
 from hesse.cli.options import JsonOption, ModelArgument, OverwriteOption, ReferenceOption
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def export(
@@ -22,10 +22,7 @@ def export(
 
     with progress_bars(as_json) as bars:
         report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars).report
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(export_summary(report))
+    print_report(report, export_summary, as_json)
 
 
 def benchmark(
@@ -54,7 +51,4 @@ def benchmark(
             repeats=repeats,
             progress=bars,
         ).report
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        out_console.print(benchmark_summary(result))
+    print_report(result, benchmark_summary, as_json)

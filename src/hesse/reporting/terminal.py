@@ -105,9 +105,9 @@ def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
     return lines if len(fallbacks) <= 20 else [*lines, Text(f"  and {len(fallbacks) - 20} more in {file}")]
 
 
-def evaluation_table(evaluation: "EvaluationReport", name: str) -> Table:
+def evaluation_table(evaluation: "EvaluationReport") -> Table:
     """One evaluation."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(name), title_justify="left", show_header=False)
+    table = Table(box=box.SIMPLE_HEAD, title=shown(evaluation.model), title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     rows = (
