@@ -198,7 +198,7 @@ def test_continuations_are_what_transformers_writes(with_text: CompressionReport
     assert len(found) == continuations.PROMPTS
     for text in found[:2]:
         ids = tokenizer(text.prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        written = model.generate(ids, max_new_tokens=continuations.WRITTEN_TOKENS, do_sample=False, pad_token_id=0)
+        written = model.generate(ids, max_new_tokens=continuations.GENERATED_TOKENS, do_sample=False, pad_token_id=0)
         assert tokenizer.decode(written[0], clean_up_tokenization_spaces=False) == (
             text.prompt + text.shared + text.compressed
         )

@@ -58,7 +58,7 @@ def print_report(
     elif isinstance(report, ForecastReport):
         out_console.print(forecast_summary(report))
     else:
-        out_console.print(summary(report))
+        out_console.print(summary(report), crop=False)  # commands and paths stay whole
         if page is not None:
             print_line(f"The report: {page.absolute()}")
 

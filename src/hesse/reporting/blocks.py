@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hesse.reporting.terminal import fallback_lines, number, shown
+from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def blocks_summary(report: "DropReport") -> RenderableType:
         *fallback_lines(report.notes, REPORT_FILE),
         _measured(report, "scored"),
         shown(f"parameters to store: {after:,} ({share:.1f} %); bytes: {report.bytes_after or 0:,}"),
-        shown(f"written to {report.out}", "bold"),
+        unwrapped(f"written to {report.out}", "bold"),
     )
 
 
@@ -43,7 +43,7 @@ def narrow_summary(report: "NarrowReport") -> RenderableType:
         *fallback_lines(report.notes, REPORT_FILE),
         shown(f"{after:,} parameters ({share:.1f} %), {report.bytes_after or 0:,} bytes"),
         _measured(report, "calibration"),
-        shown(f"written to {report.out}", "bold"),
+        unwrapped(f"written to {report.out}", "bold"),
     )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from hesse.reporting.terminal import number, shown
+from hesse.reporting.terminal import number, shown, unwrapped
 
 if TYPE_CHECKING:
     from hesse.jobs.rotate import RotationReport
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 def rotation_summary(report: "RotationReport") -> RenderableType:
     """Return the notes, the measured divergence, and the next step."""
-    lines = list(report.notes)
+    lines = [shown(note) for note in report.notes]
     if report.loss is not None:
-        lines.append(
-            f"{report.loss.name}: {number(report.loss.measured, 3)} nats per token, on {report.tokens:,} tokens"
-        )
-    lines.append(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after")
-    lines.append(f"Next: hesse compress {report.out} OUT")
-    return Group(*(shown(line) for line in lines), shown(f"written to {report.out}", "bold"))
+        loss = f"{report.loss.name}: {number(report.loss.measured, 3)} nats per token"
+        lines.append(shown(f"{loss}, on {report.tokens:,} tokens"))
+    lines.append(shown(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after"))
+    lines.append(unwrapped(f"written to {report.out}", "bold"))
+    return Group(*lines, unwrapped(f"Next: hesse compress {report.out} OUT"))

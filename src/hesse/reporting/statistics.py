@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from hesse.reporting.terminal import shown
+from hesse.reporting.terminal import shown, unwrapped
 
 if TYPE_CHECKING:
     from hesse.jobs.estimate import EstimateReport
@@ -15,7 +15,7 @@ def estimate_summary(report: "EstimateReport") -> RenderableType:
     kinds = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
     command = f"compress {report.model} OUT" if "gram" in report.curvatures else f"inspect {report.model}"
     return Group(
-        shown(f"{kinds}, from {report.tokens:,} tokens"),
-        shown(f"Next: hesse {command} --statistics {report.out}"),
-        shown(f"written to {report.out}", "bold"),
+        shown(f"{kinds} from {report.tokens:,} tokens"),
+        unwrapped(f"written to {report.out}", "bold"),
+        unwrapped(f"Next: hesse {command} --statistics {report.out}"),
     )

@@ -23,6 +23,11 @@ def shown(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
+def unwrapped(text: str, style: str = "") -> Text:
+    """Return text for one line, however long: a command or a path to copy."""
+    return Text(printable(text), style=style, no_wrap=True, overflow="ignore")
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number with so many significant digits, or a dash."""
     return "-" if value is None else f"{value:.{digits}g}"
@@ -90,7 +95,7 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items() if phase != "total")
     parts.append(Text(f"seconds: {seconds}"))
     parts.append(Text(f"read back: {report.tensors_equal} tensors equal what was solved or copied"))
-    parts.append(shown(f"written to {report.out}", "bold"))
+    parts.append(unwrapped(f"written to {report.out}", "bold"))
     return Group(*parts)
 
 
