@@ -32,7 +32,7 @@ def with_options(arguments: dict[str, Any]) -> dict[str, Any]:
 def compress(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Compress a checkpoint; a `recipe` is a YAML file."""
     if "recipe" in arguments:
-        arguments["recipe"] = hesse.load_recipe(arguments["recipe"])
+        arguments["recipe"] = hesse.methods.load_recipe(arguments["recipe"])
     return hesse.compress(model, out, **with_options(arguments)).report
 
 
@@ -144,7 +144,7 @@ def recover(model: nn.Module, batches: Batches, steps: int, way: str, weight: st
     how, rule = training.Training(steps=steps), None
     held: dict[str, Any] | None = None
     if way == "teacher":
-        distillation = hesse.Distillation(0.7, 2.0)
+        distillation = hesse.training.Distillation(0.7, 2.0)
         how = training.Training(steps=steps, teacher=deepcopy(model), distillation=distillation)
     if way in ("zeros", "teacher"):
         parameter.mul_(Sparse(0.5).mask(parameter.square()))

@@ -19,7 +19,7 @@ from hesse.estimation.statistics import attention_factor as factors
 from hesse.estimation.statistics.attention_factor import attention_factors, attention_modules, moments
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import Options, find_method
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.passes.stream import start
 from hesse.processes import ALONE
 from hesse.testing import normal
@@ -66,7 +66,7 @@ def test_it_is_what_dense_jacobians_give() -> None:
 
 def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """More probes change the factors of a model's block, and the same ones do not."""
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
     block = network.blocks[0]
     with network.loaded(block):
@@ -88,7 +88,7 @@ def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "bert"])
 def test_attention_is_found(name: str, family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)[:2]])
     block = network.blocks[0]
     with network.loaded(block):

@@ -183,7 +183,7 @@ class TestGguf:
         others = f"{{{rest}, constraint: {{grid: {{bits: 4, group_size: 16}}}}}}"
         recipe.write_text(f"rules: [{rows}, {others}]", encoding="utf-8")
         out = tmp_path / "out"
-        compress(half_folder("llama"), out, recipe=hesse.load_recipe(recipe))
+        compress(half_folder("llama"), out, recipe=hesse.methods.load_recipe(recipe))
         report = hesse.export(out, tmp_path / "out.gguf")
         assert report.stored == {"BF16": 12, "Q4_0": 2}
         assert any("12 layers of 4 bit, groups of 16, symmetric are stored as BF16" in note for note in report.notes)

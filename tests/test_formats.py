@@ -24,7 +24,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint, packed
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 Rules = dict[str, Constraint]  # the first pattern found in a layer's name decides
@@ -208,7 +208,7 @@ class Written:
 
 def planned(source: Path, rules: Rules, requested: str = "auto") -> Format:
     """The format that is chosen for a model under `rules`."""
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     layers = [
         StoredLayer(
             layer.name,
@@ -329,7 +329,7 @@ def test_reading_back_gives_the_decoded_weights(name: str, written: Folders) -> 
     for tensor, value in checkpoint.read(case.dense).items():
         assert value.shape == case.dense[tensor].shape
         assert torch.equal(value.to(case.dense[tensor].dtype), case.dense[tensor]), tensor
-    again = Network(checkpoint, torch.float32, torch.device("cpu"))
+    again = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu"))
     source = case.format.network
     assert type(again.model) is type(source.model)
     assert [layer.name for layer in again.layers] == [layer.name for layer in source.layers]

@@ -14,7 +14,7 @@ import tiny_models
 from helpers import IDS, change, compress
 from hesse.errors import CheckpointError, HesseError, UnsupportedModelError
 from hesse.formats import open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork, Network
 
 FolderOf = Callable[[str], Path]
 Edit = Callable[[dict[str, Any]], None]
@@ -56,7 +56,7 @@ def edit_config(folder: Path, edit: Edit) -> Path:
 
 
 def network(folder: Path) -> Network:
-    return Network(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    return CheckpointNetwork(open_checkpoint(folder), torch.float32, torch.device("cpu"))
 
 
 def input_limit(folder: Path) -> int | None:
@@ -82,8 +82,8 @@ def input_limit(folder: Path) -> int | None:
         ({"model_type": ["llama"]}, "names no model_type"),
         ({"get_text_config": "no method"}, "config.json"),
         ({"hidden_act": "../../act"}, "config.json"),
-        ({"attn_implementation": "someone/kernel"}, "code to be fetched"),
-        ({"text_config": {"_attn_implementation": {"": "someone/kernel:attention"}}}, "code to be fetched"),
+        ({"attn_implementation": "someone/kernel"}, "is code from the hub"),
+        ({"text_config": {"_attn_implementation": {"": "someone/kernel:attention"}}}, "is code from the hub"),
         ({"quantization_config": [1]}, "quant_method None"),
         ({"model_type": "low_rank_llama"}, "low_rank or architectures"),
         ({"model_type": "low_rank_llama", "low_rank": 3, "architectures": [4]}, "low_rank or architectures"),

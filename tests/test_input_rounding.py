@@ -18,7 +18,7 @@ from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
 from hesse.layerwise.input_rounding import rounding_cost
 from hesse.methods import Recipe
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 BYTES = {"bits": 8, "group_size": -1, "input_bits": 8}
@@ -211,7 +211,7 @@ def test_stored_scales_of_inputs_are_refused(change: dict[str, Any], family_fold
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(change)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="q_proj rounds its inputs with stored scales"):
-        Network(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
+        CheckpointNetwork(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
 
 
 def test_the_command_line_has_it(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:

@@ -306,5 +306,5 @@ def test_the_command_line(
     assert ran.code == 0
     assert "rank 6 added" in ran.stdout
     assert "PeftModel.from_pretrained" in ran.stdout
-    ran = hesse_command("evaluate", compressed("packed"), "--adapter", out, "--data", ids, "--json")
+    ran = hesse_command("evaluate", compressed("packed"), "--merge-adapter", out, "--data", ids, "--json")
     assert json.loads(ran.stdout)["bytes"] == report["bytes_before"] + report["bytes_added"]

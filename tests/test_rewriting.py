@@ -20,7 +20,7 @@ from hesse.constraints import Grid
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Rewrite
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import advance, finish, start
 from hesse.rewriting import ROTATIONS, SCALINGS, Rewriting, RewritingSamples, RoundingTarget
 from hesse.rewriting.hadamard import random_hadamard
@@ -69,7 +69,7 @@ def folder_of(family_folder: FolderOf, tmp_path_factory: pytest.TempPathFactory)
 
 def logits(checkpoint: Checkpoint) -> Tensor:
     """What a checkpoint predicts, computed in float64."""
-    network = Network(checkpoint, torch.float64, CPU)
+    network = CheckpointNetwork(checkpoint, torch.float64, CPU)
     flows = start(network, [SAMPLES])
     for index, block in enumerate(network.blocks):
         with network.loaded(block) as module:
@@ -79,7 +79,7 @@ def logits(checkpoint: Checkpoint) -> Tensor:
 
 
 def rewritten(kind: str, folder: Path, targets: dict[str, RoundingTarget] | None = None, seed: int = 0) -> Rewriting:
-    rewriting = Rewriting(kind, Network(Checkpoint(folder), torch.float32, CPU))
+    rewriting = Rewriting(kind, CheckpointNetwork(Checkpoint(folder), torch.float32, CPU))
     rewriting.find(RewritingSamples([torch.tensor(IDS)], targets or {}, seed, None, lambda: None))
     return rewriting
 
@@ -105,7 +105,7 @@ REFUSED = [(name, kind) for name in ("gpt2", "phi3", "mixtral", "bert") for kind
 
 @pytest.mark.parametrize(("name", "kind"), [*REFUSED, *((name, "hadamard") for name in ("gemma2", "gemma3"))])
 def test_other_families_are_refused_by_name(name: str, kind: str, family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
     with pytest.raises(
         UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|no rotation)"
     ):
@@ -203,7 +203,7 @@ def plant(folder: Path, out: Path, channels: tuple[int, ...], size: float) -> Pa
 
 def input_kurtosis(checkpoint: Checkpoint, rewriting: Rewriting) -> float:
     """The mean over layers behind norms, and over tokens."""
-    network = Network(checkpoint, torch.float32, CPU)
+    network = CheckpointNetwork(checkpoint, torch.float32, CPU)
     flows = start(network, [torch.tensor(IDS)])
     found = [
         kurtosis(inputs[stream.name].sampled).mean()
@@ -261,8 +261,8 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
     """As rotating first and rounding then; transformers loads it; what it is compared with is the model on disk."""
     source, out, rotated = half_folder("llama-tied"), tmp_path / "out", tmp_path / "rotated"
     report = compress(source, out, method=method, bits=4, group_size=32)
-    assert report.recipe["rewrite"] == hesse.METHODS[method].rewrite
-    hesse.rotate(source, rotated, kind=str(hesse.METHODS[method].rewrite), data=IDS)
+    assert report.recipe["rewrite"] == hesse.methods.METHODS[method].rewrite
+    hesse.rotate(source, rotated, kind=str(hesse.methods.METHODS[method].rewrite), data=IDS)
     compress(rotated, tmp_path / "two-steps", method="gptq", bits=4, group_size=32)
     ours, two_steps = dense_tensors(out), dense_tensors(tmp_path / "two-steps")
     assert ours.keys() == two_steps.keys()
@@ -304,7 +304,7 @@ def test_what_a_type_cannot_hold_is_refused(family_folder: FolderOf, tmp_path: P
 
 def targets_of(folder: Path, bits: int, input_bits: int | None) -> dict[str, RoundingTarget]:
     """Everything to so many bits, in groups of 16 or by whole rows where inputs are rounded too."""
-    layers = Network(Checkpoint(folder), torch.float32, CPU).layers
+    layers = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU).layers
     return {layer.name: RoundingTarget(Grid(bits, 16 if input_bits is None else -1), input_bits) for layer in layers}
 
 
@@ -351,7 +351,7 @@ def test_no_stream_ends_with_more_error(kind: str, folder_of: FolderOf, tmp_path
     rewriting = rewritten(kind, folder, targets)
     errors: dict[str, list[float]] = {}
     for checkpoint in (Checkpoint(folder), rewriting.checkpoint):
-        network = Network(checkpoint, torch.float32, CPU)
+        network = CheckpointNetwork(checkpoint, torch.float32, CPU)
         for block, streams, inputs in stream_inputs(
             network, rewriting.streams, start(network, [torch.tensor(IDS)]), every=1
         ):
@@ -410,6 +410,6 @@ def test_recipes_know_what_there_is(tmp_path: Path) -> None:
     assert {*ROTATIONS, *SCALINGS} == set(get_args(Rewrite))
     assert set(FAMILIES) < set(transformers.CONFIG_MAPPING)
     file = tmp_path / "recipe.yaml"
-    file.write_text(hesse.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
+    file.write_text(hesse.methods.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
     with pytest.raises(OptionError, match="rewrite: input should be 'hadamard'"):
-        hesse.load_recipe(file)
+        hesse.methods.load_recipe(file)

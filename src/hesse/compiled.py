@@ -1,7 +1,7 @@
-"""What compiled loops share: the compiler, and how they round.
+"""Compile loops to machine code, and the rounding that compiled loops share.
 
-The compiler (numba) keeps its result in a cache beside the loop's file, or in the user's cache folder; the first call
-ever takes seconds.
+The compiler (numba) caches its result next to the loop's file or in the user's cache folder; the very first call takes
+seconds.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`loop` as machine code, kept for the next process where there is a place for it."""
+    """Compile `loop` to machine code, and cache the code for later processes if a folder is writable."""
     machine_code: Any
     try:
         machine_code = numba.njit(cache=True, nogil=True)(loop)
@@ -29,14 +29,14 @@ def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def lost_bits(dtype: torch.dtype) -> np.uint32:
-    """The last bits of a float32 that a number of type `dtype` does not have."""
+    """Return the number of trailing mantissa bits of a float32 that the type `dtype` lacks."""
     lost: np.uint32 = np.uint32(0 if dtype == torch.float32 else round(np.log2(torch.finfo(dtype).eps)) + 23)
     return lost
 
 
 @compiled
 def stored(value: np.float32, lost: np.uint32) -> np.float32:
-    """`value` rounded to the precision of the stored type, ties to even; `lost` 0 keeps it whole."""
+    """Return `value` rounded to the precision of the stored type, ties to even; `lost` = 0 returns it unchanged."""
     if not lost:
         return value
     bits, one = np.float32(value).view(np.uint32), np.uint32(1)

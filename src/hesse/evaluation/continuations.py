@@ -11,7 +11,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.data import Samples, load_tokenizer, usable_tokenizer
 from hesse.errors import DataError
 from hesse.evaluation.measurements import Continuation
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 PROMPTS = 4
 PROMPT_TOKENS = 48
@@ -20,7 +20,7 @@ MEMORY_SHARE = 0.8  # of free memory; the rest is for the cache and the type con
 
 
 def continuations(
-    dense: Network, compressed: Checkpoint, check: Samples, step: Callable[[], None]
+    dense: CheckpointNetwork, compressed: Checkpoint, check: Samples, step: Callable[[], None]
 ) -> tuple[list[Continuation], list[str]]:
     """Return both models' greedy continuations of pieces of the check samples; one model at a time is in memory.
 
@@ -36,7 +36,7 @@ def continuations(
     prompts = _prompts(check, dense.input_limit)
     first = _generate(dense.in_dtype(stored), prompts)
     step()
-    second = _generate(Network(compressed, stored, dense.device), prompts)
+    second = _generate(CheckpointNetwork(compressed, stored, dense.device), prompts)
     step()
     notes, decode = _decoder(dense.checkpoint.folder)
     pairs = []
@@ -60,7 +60,7 @@ def _prompts(check: Samples, limit: int | None) -> list[Tensor]:
     return pieces[:PROMPTS]
 
 
-def _generate(network: Network, prompts: list[Tensor]) -> list[list[int]]:
+def _generate(network: CheckpointNetwork, prompts: list[Tensor]) -> list[list[int]]:
     """Return the tokens that the model generates after each prompt."""
     with network.whole() as model, torch.inference_mode():
         ends = model.config.get_text_config().eos_token_id

@@ -17,7 +17,7 @@ from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.networks.device import find_device
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance, finish, start
@@ -111,7 +111,7 @@ def evaluate(
     place = find_device(device)
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
-    network = Network(checkpoint, torch.float32, place)
+    network = CheckpointNetwork(checkpoint, torch.float32, place)
     if adapter is not None:
         checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
     tokens = sample_length(network, length)
@@ -142,10 +142,10 @@ def evaluate_checkpoint(
         DataError: a token is outside the vocabulary, or an encoder is evaluated without a reference.
         OptionError: model and reference are of different kinds or vocabularies.
     """
-    network = Network(checkpoint, torch.float32, device)
+    network = CheckpointNetwork(checkpoint, torch.float32, device)
     if network.kind == "encoder" and reference is None:
         raise OptionError("an encoder has no loss of its own: give --reference, the dense model to compare with")
-    other = None if reference is None else Network(reference, torch.float32, device)
+    other = None if reference is None else CheckpointNetwork(reference, torch.float32, device)
     if other is not None and (other.kind != network.kind or vocabulary(other) != vocabulary(network)):
         raise OptionError("model and reference have different kinds or vocabularies, so they cannot be compared")
     check_ids(network, batches)
@@ -154,7 +154,9 @@ def evaluate_checkpoint(
     return compare(network, flows, other, dense, progress)
 
 
-def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[StreamBatch]:
+def pass_through(
+    network: CheckpointNetwork, batches: list[Tensor], progress: Progress, phase: str
+) -> list[StreamBatch]:
     """Run all batches through all blocks.
 
     Raises:
@@ -170,9 +172,9 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
 
 
 def compare(
-    network: Network,
+    network: CheckpointNetwork,
     flows: list[StreamBatch],
-    other: Network | None,
+    other: CheckpointNetwork | None,
     dense: list[StreamBatch] | None,
     progress: Progress,
 ) -> Evaluation:
@@ -199,7 +201,12 @@ def compare(
 
 
 def _evaluation(
-    network: Network, samples: int, length: int, totals: PredictionTotals, hidden: HiddenTotals, compared: bool
+    network: CheckpointNetwork,
+    samples: int,
+    length: int,
+    totals: PredictionTotals,
+    hidden: HiddenTotals,
+    compared: bool,
 ) -> Evaluation:
     checkpoint = network.checkpoint
     parameters = sum(p.numel() for p in network.model.parameters())

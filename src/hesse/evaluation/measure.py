@@ -24,7 +24,7 @@ from hesse.evaluation.measurements import (
     TextMeasurement,
 )
 from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress
@@ -38,7 +38,7 @@ EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 def measure(
-    network: Network,
+    network: CheckpointNetwork,
     compressed: Checkpoint,
     check: Samples,
     seen: Samples | None,
@@ -76,7 +76,7 @@ class LayerwiseComparison:
     """
 
     def __init__(
-        self, network: Network, compressed: Checkpoint, check: Samples, seen: Samples | None, folder: Path
+        self, network: CheckpointNetwork, compressed: Checkpoint, check: Samples, seen: Samples | None, folder: Path
     ) -> None:
         self._network, self._compressed = network, compressed
         size = evaluation_batch(network, check.longest)

@@ -8,7 +8,7 @@ from hesse.formats.integers import IntegerFormat
 from hesse.formats.low_rank import LowRankFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FORMATS: dict[str, type[Format]] = {
     kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)
@@ -17,7 +17,7 @@ FORMATS: dict[str, type[Format]] = {
 __all__ = ["FORMATS", "CompressedCheckpoint", "Format", "StoredLayer", "choose_format", "open_checkpoint"]
 
 
-def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -> Format:
+def choose_format(requested: str, network: CheckpointNetwork, layers: list[StoredLayer]) -> Format:
     """Choose a format by name, or with `auto` the smallest one that loads: packed, low-rank or dense.
 
     With `auto`, layers of 8 bits with rounded inputs are stored as bytes, which take no more room than packed words and

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint
 from hesse.networks.families import is_expert
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Format(ABC):
 
     name: str
 
-    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         self.network = network
         self.notes: list[str] = []
         self.layers = {layer.name: self._storable(layer) for layer in layers}

@@ -6,7 +6,7 @@ from torch import Tensor
 from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.packed import PackedFormat
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
 class IntegerFormat(PackedFormat):
@@ -18,7 +18,7 @@ class IntegerFormat(PackedFormat):
     name = "int-quantized"
     layout = "int-quantized"
 
-    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         super().__init__(network, layers)
         for name in self.packed:
             if (bits := self.grid(name).bits) != 8:

@@ -17,7 +17,7 @@ from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.dense import DenseFormat
 from hesse.networks.families import EXPERT_REGEX, is_expert
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 EXPERTS = f"re:{EXPERT_REGEX}"
 # transformers reads packed layers with unpacked experts only if some float scheme exists; this one matches nothing.
@@ -47,7 +47,7 @@ class PackedFormat(DenseFormat):
     name = "pack-quantized"
     layout = "pack-quantized"  # compressed-tensors' name for the layout of the codes
 
-    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         self._regrouped: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
         quantised = [layer for layer in layers if _grid(layer) is not None]

@@ -20,7 +20,7 @@ from hesse.evaluation.metrics import PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
 from hesse.networks.device import find_device
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer, Network
 from hesse.networks.vocabulary import check_ids
 from hesse.progress import Clock, Progress, Silence
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
@@ -130,7 +130,7 @@ def inspect_checkpoint(
         statistics = None if curvature is None else Statistics(curvature)
         if statistics is not None:
             statistics.check_model(checkpoint)
-        network = Network(checkpoint, torch.float32, device)
+        network = CheckpointNetwork(checkpoint, torch.float32, device)
         if network.kind != "causal-lm":
             raise UnsupportedModelError(f"{model} is an encoder without a loss of its own: inspect a language model")
         limit = network.input_limit

@@ -62,7 +62,7 @@ def compress(
         model: a model folder, `default`, or a hub id; dense.
         out: the folder to write; it must not exist unless `overwrite`.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         ignore: patterns of layer names to leave as they are.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.

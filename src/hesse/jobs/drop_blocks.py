@@ -19,7 +19,7 @@ from hesse.jobs.job import Job
 from hesse.jobs.options import run_options
 from hesse.layerwise.weight_sharing import StandIns
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Progress
@@ -54,7 +54,7 @@ class DropRequest:
         if self.loss is not None and not 0 < self.loss < float("inf"):
             raise OptionError(f"--loss is {self.loss}: give a number of nats per token above 0")
 
-    def check(self, network: Network) -> None:
+    def check(self, network: CheckpointNetwork) -> None:
         """Raise a HesseError if blocks of `network` cannot be removed so."""
         count = len(network.blocks)
         if self.blocks is not None and self.blocks >= count:
@@ -136,7 +136,7 @@ class _Removal:
     """One run: blocks chosen, replaced where weights are shared, written and measured."""
 
     def __init__(
-        self, job: Job, network: Network, sharing: StandIns | None, request: DropRequest, selected: Selection
+        self, job: Job, network: CheckpointNetwork, sharing: StandIns | None, request: DropRequest, selected: Selection
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
         self.request, self.selected = request, selected
@@ -171,7 +171,7 @@ class _Removal:
         weights = {} if self.sharing is None else self._share(self.sharing)
         parameters = sum(p.numel() for p in network.model.parameters())
         self._write(weights)
-        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         if self.sharing is None:
             self._check(result)
         evaluation = job.compare(result, network, self.selected.check)
@@ -251,7 +251,7 @@ class _Removal:
                 done |= set(rest)
         job.notes += job.assemble(config)
 
-    def _check(self, result: Network) -> None:
+    def _check(self, result: CheckpointNetwork) -> None:
         """Check that the result is the dense model without the blocks.
 
         Raises:

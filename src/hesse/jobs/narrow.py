@@ -17,7 +17,7 @@ from hesse.formats.opening import open_networks
 from hesse.jobs.job import Job
 from hesse.jobs.options import run_options
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
 from hesse.result import Report, Result
@@ -103,7 +103,7 @@ def narrow(
 class _Narrowing:
     """One run: each block narrowed where the samples arrive at it, then written and measured."""
 
-    def __init__(self, job: Job, network: Network, keep: float, selected: Selection) -> None:
+    def __init__(self, job: Job, network: CheckpointNetwork, keep: float, selected: Selection) -> None:
         self.job, self.network, self.selected = job, network, selected
         self.parts = [feed_forwards(block) for block in network.blocks]
         every = [part for parts in self.parts for part in parts]
@@ -183,7 +183,7 @@ class _Narrowing:
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
             units, fitted = kept[part.reader]
-            for layer in part.makers:
+            for layer in part.writers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
                 if bias in tensors:
@@ -197,7 +197,7 @@ class _Narrowing:
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
         job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
-        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("narrow", self.selected.held_out)
         return NarrowReport(

@@ -10,9 +10,9 @@ from typing import Literal
 from torch import nn
 
 from hesse.errors import OptionError
-from hesse.methods.options import setting
 from hesse.modules.implant import Implant, implant
 from hesse.modules.sites import BySite, Removal, Sites, objective_of
+from hesse.options import setting
 from hesse.partitions import Group
 from hesse.partitions.checking import ALIGNED
 from hesse.partitions.experts import chosen_experts

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.methods.options import setting
 from hesse.modules.group_ranking import KEEP
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 from hesse.networks.torch_attention import SplitAttention, split_attentions
+from hesse.options import setting
 
 
 class Moments(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hesse.curvature import Objective
-from hesse.methods.options import setting
 from hesse.modules.sites import BySite, Removal, Sites, leave_one
 from hesse.modules.tolerance import check_tolerance, eighths, restore, zero
+from hesse.options import setting
 from hesse.partitions import Group
 
 Level = Callable[[Objective, Sequence[Group]], list[list[Group]]]  # the elements of a site, by its groups that are left

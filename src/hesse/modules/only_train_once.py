@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hesse.errors import OptionError
-from hesse.methods.options import setting
 from hesse.modules.sites import Removal, Sites, leave_one
+from hesse.options import setting
 from hesse.training import Training, finetune
 from hesse.training.half_space import HalfSpace
 

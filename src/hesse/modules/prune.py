@@ -13,7 +13,6 @@ from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import methods_of
-from hesse.methods.options import settings_of
 from hesse.methods.recipe import matches
 from hesse.modules import preparation
 from hesse.modules.group_ranking import GroupRanking
@@ -25,6 +24,7 @@ from hesse.modules.sites import GroupStrategy, Sites, freeze_as, objective_of
 from hesse.modules.tolerance import SiteTolerance
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
+from hesse.options import settings_of
 from hesse.partitions import GROUP_KINDS, loading_problem
 from hesse.registry import Registry
 from hesse.result import LossChange, Result

@@ -1,8 +1,8 @@
 """Rows of the table that prune a network in memory: from the table of scores, and methods that measure or train."""
 
 from hesse.methods import Method, register
-from hesse.methods.options import settings_of
 from hesse.modules.prune import STRATEGIES
+from hesse.options import settings_of
 from hesse.scores import find_score
 
 TRACED = "a traceable network and calibration data"

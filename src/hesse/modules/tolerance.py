@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError
-from hesse.methods.options import setting
 from hesse.modules.group_ranking import KEEP, share_removed
 from hesse.modules.sites import Removal, Sites, leave_one
+from hesse.options import setting
 from hesse.partitions import Group, GroupParts
 from hesse.scores import StoredWeights, find_score
 

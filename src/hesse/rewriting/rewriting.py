@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.checkpoints.writer import write_tensors
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import start
 from hesse.rewriting.checkpoint import RewrittenCheckpoint, StreamChange
 from hesse.rewriting.maps import FeatureMap, Folding, Rotation, Scaling
@@ -43,7 +43,7 @@ class Rewriting:
         UnsupportedModelError: this kind of rewriting is not possible for the model's family.
     """
 
-    def __init__(self, kind: str, network: Network) -> None:
+    def __init__(self, kind: str, network: CheckpointNetwork) -> None:
         self.kind, self.network = kind, network
         rotates = kind in ROTATIONS
         self.streams = find_streams(network, rotates)
@@ -81,7 +81,7 @@ class Rewriting:
         if self.kind == "hadamard":
             rotations = draw_rotations(self.base, self.streams, samples.seed)
         else:
-            network = Network(self.checkpoint, torch.float32, self.network.device)
+            network = CheckpointNetwork(self.checkpoint, torch.float32, self.network.device)
             flows = start(network, samples.batches, TensorStore(samples.folder, "rewrite"))
             rotations = learn_rotations(network, self.streams, flows, samples.seed, samples.step)
         self.checkpoint.change([*folds, *rotations])

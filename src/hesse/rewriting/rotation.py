@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch
 from hesse.rewriting.checkpoint import StreamChange
 from hesse.rewriting.hadamard import random_hadamard
@@ -40,7 +40,7 @@ def draw_rotations(checkpoint: Checkpoint, streams: Streams, seed: int) -> list[
 
 
 def learn_rotations(
-    network: Network, streams: Streams, flows: list[StreamBatch], seed: int, step: Callable[[], None]
+    network: CheckpointNetwork, streams: Streams, flows: list[StreamBatch], seed: int, step: Callable[[], None]
 ) -> list[StreamChange]:
     """Learn rotations from the inputs of their readers, starting from random Hadamard rotations. Source: KurTail.
 

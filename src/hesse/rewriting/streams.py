@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.families import FAMILIES, FeatureStreams, family_of
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 HEAD = "lm_head.weight"
 
@@ -61,7 +61,7 @@ class Streams:
         return [stream for block in self.blocks for stream in (block.attention, block.feedforward)] + [self.final]
 
 
-def find_streams(network: Network, rotated: bool) -> Streams:
+def find_streams(network: CheckpointNetwork, rotated: bool) -> Streams:
     """Find the streams of `network`, for rotations if `rotated`, else for scales.
 
     Raises:
@@ -94,7 +94,7 @@ def find_streams(network: Network, rotated: bool) -> Streams:
     return Streams(residual, final, blocks)
 
 
-def _block_streams(network: Network, block: str, family: FeatureStreams) -> BlockStreams:
+def _block_streams(network: CheckpointNetwork, block: str, family: FeatureStreams) -> BlockStreams:
     def stored(*children: str) -> tuple[str, ...]:
         return _stored(network, block, *children)
 
@@ -117,12 +117,12 @@ def _block_streams(network: Network, block: str, family: FeatureStreams) -> Bloc
     )
 
 
-def _written(network: Network, block: str) -> tuple[str, ...]:
+def _written(network: CheckpointNetwork, block: str) -> tuple[str, ...]:
     children = ("self_attn.o_proj", "mlp.down_proj")
     return _stored(network, block, *(f"{child}.{part}" for child in children for part in ("weight", "bias")))
 
 
-def _stored(network: Network, block: str, *children: str) -> tuple[str, ...]:
+def _stored(network: CheckpointNetwork, block: str, *children: str) -> tuple[str, ...]:
     """Return the checkpoint's names of a block's tensors `children`, those that exist."""
     names = (f"{block}.{child}" for child in children)
     return tuple(network.sources[name] for name in names if name in network.sources)

@@ -1,48 +1,51 @@
-"""The commands that change a model's shape: drop-blocks and narrow."""
+"""The commands that remove parts of a model: drop-blocks and narrow."""
 
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+import hesse
 from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
+    LossOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
-from hesse.reporting import blocks_summary, narrow_summary
+from hesse.cli.terminal import out_console, print_json, progress_bars
 
 
-@app.command("drop-blocks", epilog="Example: `hesse drop-blocks default shorter --blocks 1`")
 def drop_blocks(
     model: ModelArgument,
     out: OutArgument,
-    blocks: Annotated[int | None, typer.Option(help="How many blocks go.")] = None,
-    loss: Annotated[float | None, typer.Option(help="Or what they may cost together, in nats per token.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Number of blocks to remove.")] = None,
+    loss: LossOption = None,
     importance: Annotated[
-        str, typer.Option(help="loss: what removing a block costs, measured, one at a time; cosine; or quadratic.")
+        str, typer.Option(help="Score of a block: loss (measured, one block at a time), cosine, or quadratic.")
     ] = "loss",
     share_rank: Annotated[
-        int | None, typer.Option(help="Make the blocks of others that stay, and so high a rank beside each layer.")
+        int | None,
+        typer.Option(help="Replace blocks by blocks that stay, plus a low rank of this rank in each layer."),
     ] = None,
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Samples that blocks are judged by.")] = 16,
+    samples: SamplesOption = 16,
     length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Take whole blocks out of a model, chosen by what they are measured or predicted to be worth."""
-    import hesse
+    """Remove whole blocks of a model, chosen by their measured or predicted cost."""
+    from hesse.reporting import blocks_summary
 
     with progress_bars(as_json) as bars:
         report = hesse.drop_blocks(
@@ -59,6 +62,7 @@ def drop_blocks(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
         ).report
     if as_json:
@@ -67,22 +71,22 @@ def drop_blocks(
         out_console.print(blocks_summary(report))
 
 
-@app.command(epilog="Example: `hesse narrow default narrower --keep 0.75`")
 def narrow(
     model: ModelArgument,
     out: OutArgument,
-    keep: Annotated[float, typer.Option(help="Share of the hidden units of feed-forward layers that stay.")] = 0.75,
+    keep: Annotated[float, typer.Option(help="Share of the parts that stays.")] = 0.75,
     data: DataOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make feed-forward layers narrower: the best units stay, and what reads them is refitted."""
-    import hesse
+    """Remove hidden units of the feed-forward layers, and refit the layers that read them."""
+    from hesse.reporting import narrow_summary
 
     with progress_bars(as_json) as bars:
         report = hesse.narrow(
@@ -96,6 +100,7 @@ def narrow(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
         ).report
     if as_json:
