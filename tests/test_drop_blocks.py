@@ -125,7 +125,7 @@ def test_cosines_and_quadratic_costs_are_what_they_say(deep: Any, tmp_path: Path
     assert found.dropped[1].measured == pytest.approx(divergence("llama", source, [d.block for d in found.dropped]))
 
     loss, ids = CrossEntropy(), torch.tensor(IDS)
-    labels = loss.sampled_targets(logits, next_tokens(ids), label_generator(0))
+    labels = loss.sample_targets(logits, next_tokens(ids), label_generator(0))
     slopes = torch.autograd.grad(loss.terms(logits, labels).sum(), seen[1:])
     expected = [
         0.5 * float((slope * (after - before).detach()).sum(-1).square().sum()) / loss.count(labels)

@@ -452,7 +452,7 @@ def test_a_path_that_depends_on_the_data_is_refused() -> None:
             rows = images.flatten(1)
             if len(rows) == digits.BATCH:
                 rows = self.right(rows).repeat(1, 7)[:, :64]
-            result: Tensor = self.left(rows)
+            result: Tensor = self.residual(rows)
             return result
 
     data = digits.batches(samples=digits.BATCH + 9)
