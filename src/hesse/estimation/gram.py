@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import Gram
-from hesse.curvature.symmetric import add_upper, mirrored, multiplies_exactly
+from hesse.curvature.symmetric import add_upper, multiplies_exactly, symmetric_from_upper
 from hesse.errors import DataError
 from hesse.finite import all_finite
 
@@ -55,4 +55,4 @@ class GramAccumulator:
             )
         tokens = max(self.tokens, 1)
         cross = None if self.cross is None else self.cross / tokens
-        return Gram(second_moment=mirrored(self.total) / tokens, tokens=self.tokens, cross_moment=cross)
+        return Gram(second_moment=symmetric_from_upper(self.total) / tokens, tokens=self.tokens, cross_moment=cross)

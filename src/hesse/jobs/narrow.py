@@ -21,7 +21,7 @@ from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
 from hesse.result import Report, Result
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
 MULTIPLE = 8  # of hidden units, which kernels want
 
@@ -166,7 +166,7 @@ class _Narrowing:
         count = self.widths[weight.shape[1]]
         if gram.tokens:
             units = kept_units(gram.second_moment, count)
-            fitted = refitted(weight, gram.second_moment, units)
+            fitted = nystroem_weight(weight, gram.second_moment, units)
         else:  # an expert that no token reached
             units = weight.square().sum(0).topk(count).indices.sort().values
             fitted = weight[:, units]
@@ -183,7 +183,7 @@ class _Narrowing:
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
             units, fitted = kept[part.reader]
-            for layer in part.makers:
+            for layer in part.writers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
                 if bias in tensors:

@@ -64,7 +64,7 @@ class GradientPass:
 
     def __iter__(self) -> Iterator[RecordedBatch]:
         self._terms = 0
-        draw = partial(self.objective.loss.sampled_targets, generator=label_generator(self.seed))
+        draw = partial(self.objective.loss.sample_targets, generator=label_generator(self.seed))
         for inputs, targets in self.objective.batches():
             start = 0
             while start < len(targets):

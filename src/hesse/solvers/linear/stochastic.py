@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.estimate import Estimate, mean_of
+from hesse.solvers.linear.estimate import Estimate, mean_of
 
-TOGETHER = 8  # probes whose products are asked for at once
+TOGETHER = 8  # probes in one product
 
 
 def hutchinson_trace(curvature: Curvature, probes: int = 32, seed: int = 0) -> Estimate:
@@ -49,13 +49,13 @@ def hutchinson_diagonal(curvature: Curvature, probes: int = 32, seed: int = 0) -
 
 
 def _some_signs(curvature: Curvature, number: int, seed: int) -> Iterator[Tensor]:
-    """`number` random signs, a few at a time."""
+    """Yield `number` random signs, a few at a time."""
     for start in range(0, max(number, 1), TOGETHER):
         yield random_signs(curvature, min(TOGETHER, number - start), seed + start)
 
 
 def random_signs(curvature: Curvature, number: int, seed: int) -> Tensor:
-    """`number` tensors (number, *shape) of ±1, in the curvature's precision."""
+    """Return `number` tensors (number, *shape) of ±1, in the curvature's precision."""
     if number < 1:
         raise OptionError(f"{number} random vectors were asked: use 1 or more")
     generator = torch.Generator().manual_seed(seed)

@@ -1,16 +1,16 @@
-"""The inner loops of two-sided rounding, compiled: a code depends on the one before it, which no tensor product can do.
+"""The inner loops of two-sided rounding, compiled, since each code depends on the one before it.
 
-Each takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out), and last
-what a code may be: scales and the lowest and highest codes of each weight's group, alike, and what values lose when
-they are stored; in the loops ending in `_table` the ascending values of each row (out, k).
+Each loop takes a block of a weight's columns, transposed so that a column is contiguous: weights (columns, out). The
+last arguments are the allowed values: scales and the lowest and highest codes of each weight's group (columns, out) and
+the bits lost in storage, or in the loops ending in `_table` the ascending values of each row (out, k).
 """
 
 import numpy as np
 
-from hesse.compiled import Floats, add, compiled, stored
+from hesse.compiled import Floats, add, compile_loop, round_stored
 
 
-@compiled
+@compile_loop
 def feed_back(
     work: Floats,
     codes: Floats,
@@ -25,8 +25,8 @@ def feed_back(
 ) -> None:
     """Error feedback over the columns of a block and, within a column, over some of its rows.
 
-    `work` is used up, `codes` and `errors` are filled; to `spread`, which comes with what the errors of earlier rows
-    take from these, is added what their own take. `columns` (columns, columns) and `rows` (rows, rows) are upper
+    `work` is overwritten, `codes` and `errors` are filled; `spread` holds the corrections from the errors of earlier
+    rows, and the block's own are added to it. `columns` (columns, columns) and `rows` (rows, rows) are upper
     triangular with unit diagonal: the error e of weight (j, i) takes columns[j, k] · rows[i, l] · e from weight (k, l),
     k ≥ j, l ≥ i.
     """
@@ -37,13 +37,13 @@ def feed_back(
             wanted, s = weight[i] - taken[i], scale[j, i]
             code = min(max(np.rint(wanted / s), lowest[j, i]), highest[j, i])
             codes[j, i] = code
-            errors[j, i] = np.float32(wanted - stored(np.float32(code * s), lost))
+            errors[j, i] = np.float32(wanted - round_stored(np.float32(code * s), lost))
             add(taken[i:], rows[i, i:], errors[j, i])
         for k in range(j + 1, width):
             add(work[k], taken, -columns[j, k])
 
 
-@compiled
+@compile_loop
 def descend(
     codes: Floats,
     gradient: Floats,
@@ -57,7 +57,7 @@ def descend(
 ) -> None:
     """Coordinate descent on ½ tr(G d A dᵀ), once over the codes of a block, which are changed in place.
 
-    `gradient` is (A d G) for the present difference d, and used up; `changes` is filled with the changes of the
+    `gradient` is (A d G) for the present difference d, and overwritten; `changes` is filled with the changes of the
     weights times G. `input_factor` is A (columns, columns) of the block, `output_factor` G (out, out). A code changes
     only where that lowers the cost.
     """
@@ -68,10 +68,10 @@ def descend(
         for i in range(height):
             curvature = output_factor[i, i] * own
             s, before = scale[j, i], codes[j, i]
-            value = stored(np.float32(before * s), lost)
+            value = round_stored(np.float32(before * s), lost)
             steepness = slope[i] + own * moved[i]
             code = min(max(np.rint((value - steepness / curvature) / s), lowest[j, i]), highest[j, i])
-            change = np.float32(stored(np.float32(code * s), lost) - value)
+            change = np.float32(round_stored(np.float32(code * s), lost) - value)
             if change * (steepness + np.float32(0.5) * curvature * change) < 0:
                 codes[j, i] = code
                 add(moved, output_factor[i], change)
@@ -79,9 +79,9 @@ def descend(
             add(gradient[k], moved, input_factor[j, k])
 
 
-@compiled
+@compile_loop
 def nearest(values: Floats, wanted: np.float32) -> int:
-    """The place of the nearest of ascending `values`; the higher one of two as near."""
+    """Return the index of the nearest of ascending `values`; of two equally near the higher."""
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
@@ -92,11 +92,11 @@ def nearest(values: Floats, wanted: np.float32) -> int:
     return low
 
 
-@compiled
+@compile_loop
 def feed_back_table(
     work: Floats, codes: Floats, errors: Floats, spread: Floats, columns: Floats, rows: Floats, values: Floats
 ) -> None:
-    """As `feed_back`."""
+    """Feed errors back as `feed_back` does, on tables."""
     width, height = work.shape
     for j in range(width):
         weight, taken = work[j], spread[j]
@@ -110,7 +110,7 @@ def feed_back_table(
             add(work[k], taken, -columns[j, k])
 
 
-@compiled
+@compile_loop
 def descend_table(
     codes: Floats,
     gradient: Floats,
@@ -119,7 +119,7 @@ def descend_table(
     output_factor: Floats,
     values: Floats,
 ) -> None:
-    """As `descend`."""
+    """Descend as `descend` does, on tables."""
     width, height = codes.shape
     for j in range(width):
         slope, moved, own = gradient[j], changes[j], input_factor[j, j]

@@ -1,17 +1,17 @@
-"""Columns of a layer's inputs that stand for all of them: ridge leverage scores, and the weights on these alone."""
+"""Nyström approximation of a layer: inputs chosen by ridge leverage scores, and the weights on these alone."""
 
 import torch
 from torch import Tensor
 
 from hesse.errors import ConditioningError
 
-STEPS = 60  # of bisection, which takes the ridge to the last digit
+STEPS = 60  # of bisection, enough for the last digit of the ridge
 
 
 def kept_units(moment: Tensor, count: int) -> Tensor:
-    """The `count` inputs of the highest ridge leverage [A (A + λI)⁻¹]_jj (count,), ascending; A (in, in) = E[zzᵀ].
+    """Return the `count` inputs of highest ridge leverage [A (A + λI)⁻¹]_jj (count,), ascending; A (in, in) = E[zzᵀ].
 
-    λ is where the scores sum to `count`, so that as many directions count as are kept. Source of the scores: MoDeGPT
+    λ is chosen such that the scores sum to `count`. Source of the scores: MoDeGPT
     (Lin et al., 2024); the choice of λ is ours.
     """
     values, vectors = torch.linalg.eigh(moment.double())
@@ -27,20 +27,20 @@ def kept_units(moment: Tensor, count: int) -> Tensor:
     return units
 
 
-def refitted(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
-    """The weights (out, units) on the inputs `units` alone that come nearest to the outputs of `weight` (out, in).
+def nystroem_weight(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
+    """Return the weights (out, units) on the inputs `units` alone with outputs nearest to those of `weight` (out, in).
 
     The minimum over W' of E‖W z - W' z_S‖² is W A_:S A_SS⁻¹, the Nyström approximation of A behind W; directions of
     A_SS without inputs to the working precision of float32 are left out.
 
     Raises:
-        ConditioningError: none of the inputs is ever anything but zero.
+        ConditioningError: all inputs are zero.
     """
     wide = moment.double()
     values, vectors = torch.linalg.eigh(wide[units][:, units])
     seen = values > values.amax() * len(units) * torch.finfo(torch.float32).eps
     if not bool((values > 0).any()):
-        raise ConditioningError("the inputs of this layer are always zero on this data: give other samples")
+        raise ConditioningError("all inputs of this layer are zero on this data: use other samples")
     inverse = (vectors[:, seen] / values[seen]) @ vectors[:, seen].T
     fitted: Tensor = (weight.double() @ wide[:, units] @ inverse).to(weight.dtype)
     return fitted

@@ -1,4 +1,4 @@
-"""Eigenvalues of a curvature from its products: the extreme ones, and how all are spread."""
+"""Lanczos: extreme eigenvalues of a curvature from its products, and the density of its spectrum."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.estimate import Estimate, mean_of
-from hesse.solvers.stochastic import random_signs
+from hesse.solvers.linear.estimate import Estimate, mean_of
+from hesse.solvers.linear.stochastic import random_signs
 
-FIRST_VECTORS = 16  # room that is made at first
+FIRST_VECTORS = 16  # allocated at first
 
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
-    """Eigenvalues (k,), eigenvectors (k, *shape), and ‖Hv - λv‖ of each (k,); the wanted first.
+    """Eigenvalues (k,), eigenvectors (k, *shape), and ‖Hv - λv‖ of each (k,); the requested first.
 
-    Of both ends, the largest from the largest on and then the smallest from the smallest on.
+    For both ends: the largest in falling order, then the smallest in rising order.
     """
 
     values: Tensor
@@ -30,7 +30,7 @@ class Eigenpairs:
 
     @property
     def sentence(self) -> str:
-        """What happened, and what to do about it."""
+        """One sentence on how the iteration ended and what to do next."""
         worst = float(self.residuals.max())
         if self.converged:
             return f"Lanczos converged in {self.products} products; the largest residual is {worst:.1e}."
@@ -49,10 +49,10 @@ def lanczos(
     max_products: int = 100,
     seed: int = 0,
 ) -> Eigenpairs:
-    """The `k` largest or smallest eigenvalues of H (without damping) and their eigenvectors, or `k` of both ends.
+    """Return the `k` largest or smallest eigenpairs of H (without damping), or `k` of both ends.
 
-    With full reorthogonalisation, so memory is one vector a product. It ends when all residuals are at most
-    `tolerance` times the largest eigenvalue in size. Of an eigenvalue that occurs several times it finds one vector.
+    With full reorthogonalization, so memory is one vector per product. It ends when all residuals are at most
+    `tolerance` times the largest eigenvalue in size. For a repeated eigenvalue it finds one vector.
     Source: Lanczos, 1950.
 
     Raises:
@@ -71,9 +71,9 @@ def lanczos(
         ended = not walk.step()
         if len(walk.alphas) < enough and not ended:
             continue
-        # Where it ended early there are fewer different eigenvalues than asked: the others are copies of these.
+        # An early end means fewer distinct eigenvalues than requested: the others are copies of these.
         values, coordinates, residuals = walk.ritz()
-        order = _wanted(values, k, which)
+        order = _selected(values, k, which)
         converged = ended or bool((residuals[order] <= tolerance * float(values.abs().max())).all())
         if converged or len(walk.alphas) >= max_products:
             break
@@ -82,7 +82,7 @@ def lanczos(
     return Eigenpairs(values[order], shaped, residuals[order], len(walk.alphas), converged)
 
 
-def _wanted(values: Tensor, k: int, which: str) -> Tensor:
+def _selected(values: Tensor, k: int, which: str) -> Tensor:
     """Places of the wanted among ascending `values`: the largest from the largest on, or the smallest."""
     smallest = torch.arange(min(k, len(values)), device=values.device)
     largest = len(values) - 1 - smallest
@@ -93,7 +93,7 @@ def _wanted(values: Tensor, k: int, which: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Eigenvalues of H as each probe sees them: `nodes` and `weights` (probes, steps), weights summing to 1 a probe."""
+    """Quadrature of the spectrum of H by probe: `nodes` and `weights` (probes, steps); a probe's weights sum to 1."""
 
     nodes: Tensor
     weights: Tensor
@@ -106,12 +106,12 @@ class Spectrum:
         return mean_of(self.dimension * (bumps * self.weights[:, None, :]).sum(2))
 
     def share_below(self, value: float) -> Estimate:
-        """The share of eigenvalues below `value`."""
+        """Return the share of eigenvalues below `value`."""
         return mean_of(((self.nodes < value) * self.weights).sum(1))
 
 
 def spectral_density(curvature: Curvature, probes: int = 8, steps: int = 40, seed: int = 0) -> Spectrum:
-    """The spectrum of H (without damping) by stochastic Lanczos quadrature, `probes` · `steps` products.
+    """Return the spectrum of H (without damping) by stochastic Lanczos quadrature, `probes` · `steps` products.
 
     Source: Golub and Meurant, 1994; Ghorbani, Krishnan and Xiao, 2019.
     """
@@ -160,7 +160,7 @@ class _Walk:
         return self._rows[: self._count]
 
     def step(self) -> bool:
-        """One product more; False when the basis cannot grow, since H maps its span into itself."""
+        """Take one more product; return False when the basis cannot grow, since H maps its span into itself."""
         basis, vector = self.basis, self.basis[-1]
         shaped = vector.reshape(self.curvature.shape).to(self.curvature.dtype)
         image = self.curvature.matvec(shaped).double().flatten()
@@ -178,7 +178,7 @@ class _Walk:
         return True
 
     def _append(self, vector: Tensor) -> None:
-        if self._count == len(self._rows):  # twice the room, so that vectors are copied once on the average
+        if self._count == len(self._rows):  # doubled, so that vectors are copied once on average
             self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
         self._rows[self._count] = vector
         self._count += 1

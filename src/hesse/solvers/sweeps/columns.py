@@ -1,4 +1,4 @@
-"""Error feedback over the columns of one block on a CPU, compiled: a single operation for each column costs more."""
+"""Error feedback over the columns of one block on a CPU, compiled: tensor operations per column cost more."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesse.compiled import Floats, add, compiled, lost_bits, stored
+from hesse.compiled import Floats, add, compile_loop, lost_bits, round_stored
 from hesse.constraints import Grouped
 
-TILE = 64  # outputs that are gone through together, so that a block's columns of them stay in the nearest cache
+TILE = 64  # outputs taken together, so that their columns of a block stay in the nearest cache
 
 
 class Block(NamedTuple):
-    """A block of columns of a transposed weight, all (columns, out) and contiguous; what it does not have is None."""
+    """A block of columns of a transposed weight, all (columns, out) and contiguous; None for parts it lacks."""
 
     work: Tensor  # weights in float32, replaced by allowed values
     errors: Tensor  # filled: weight - allowed value
@@ -51,11 +51,11 @@ def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
 
 
 def bounds_of(grid: Grouped | None) -> tuple[int, int]:
-    """The lowest and the highest code; 0 where there are no codes."""
+    """Return the lowest and the highest code; 0 where there are no codes."""
     return (0, 0) if grid is None or grid.bounds is None else grid.bounds
 
 
-@compiled
+@compile_loop
 def _walk(
     work: Floats,
     errors: Floats,
@@ -70,7 +70,7 @@ def _walk(
     highest: np.float32,
     lost: np.uint32,
 ) -> None:
-    """As `walk`; what a block does not have is empty."""
+    """Implement `walk`; the parts that a block lacks are empty."""
     width, height = work.shape
     held = np.empty((width, TILE), np.float32)
     for top in range(0, height, TILE):
@@ -88,7 +88,7 @@ def _walk(
                     step = scale[j, place]
                     code = min(max(np.rint(np.float32(allowed / step) + zero), lowest), highest)
                     codes[j, place] = np.int8(code)
-                    allowed = stored(np.float32((code - zero) * step), lost)
+                    allowed = round_stored(np.float32((code - zero) * step), lost)
                 error[i] = column[i] - allowed
                 work[j, place] = allowed
             for k in range(j + 1, width):

@@ -1,48 +1,36 @@
-"""Tests that any curvature inherits: a class for pytest with every product and law against a dense matrix."""
+"""Tests that any curvature inherits: every product and law against a dense matrix."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.estimation.storage import load_curvature, save_curvature
-from hesse.partitions import Partition
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
-BATCHES = [(), (1,), (5,), (2, 3)]
-seeds = st.integers(0, 2**31 - 1)
-# Each subclass is an executor of its own; without a database none replays what another found.
-laws = settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.differing_executors])
-precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers in float64, the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from hesse.testing.numbers import BATCHES, TOLERANCE, laws, normal, precisions, seeds
 
 
 class CurvatureLaws:
     """Every product of a curvature against the matrix that it stands for, and the laws that hold for all.
 
     A subclass supplies `build` and `dense`, and `weight` where the curvature acts on the last dimensions of a larger
-    weight; it inherits tests of matvec, solve, quadratic, diagonal, inverse diagonal, trace, rank, damping, batching,
-    precision and saving. Products that a curvature refuses with UnsupportedProduct are left out, unless they are in
-    `offers`.
+    weight; it inherits tests of matvec, solve, `@`, inverse, power, quadratic, diagonal, inverse diagonal, trace, rank,
+    scipy, damping, batching, precision and saving. Products that are not in `offers` must be refused with
+    UnsupportedProduct.
 
         class TestMine(CurvatureLaws):
             def build(self, dtype): return Mine(values=VALUES.to(dtype))
             def dense(self): return VALUES.diag()
     """
 
-    offers: tuple[str, ...] = ("solve", "inverse_diagonal", "diagonal", "trace", "rank", "save")
+    offers: tuple[str, ...] = ("solve", "inverse_diagonal", "power", "diagonal", "trace", "rank", "save")
     positive = True  # semi-definite; an exact Hessian need not be
     precise_to: Mapping[torch.dtype, float] = TOLERANCE
 
@@ -121,6 +109,58 @@ class CurvatureLaws:
             return
         expected = torch.linalg.solve(self.dense(), self._flat(vector))
         self._check(self._flat(curvature.solve(vector.to(dtype))), expected, dtype)
+
+    @precisions
+    @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.5, 2.0])
+    def test_power(self, dtype: torch.dtype, exponent: float) -> None:
+        self._needs("power")
+        vectors = self._vectors(9, 2)
+        values, columns = torch.linalg.eigh(self.dense() + self._damping() * torch.eye(len(self.dense())).double())
+        powered = self._damped(dtype).power(vectors.to(dtype), exponent)
+        assert powered.shape == vectors.shape
+        assert powered.dtype == dtype
+        self._check(self._flat(powered), self._flat(vectors) @ (columns * values**exponent) @ columns.T, dtype)
+
+    def test_negative_powers_without_damping(self) -> None:
+        self._needs("power")
+        values = torch.linalg.eigvalsh(self.dense())
+        vector, curvature = self._vectors(3), self.build(torch.float64)
+        if float(values.abs().min()) < 1e-10 * float(values.abs().max()):
+            with pytest.raises(ConditioningError, match="damp"):
+                curvature.power(vector, -0.5)
+            return
+        twice = curvature.power(curvature.power(vector, -0.5), -0.5)
+        self._check(self._flat(twice), torch.linalg.solve(self.dense(), self._flat(vector)), torch.float64)
+
+    def test_the_inverse_is_an_operator(self) -> None:
+        self._needs("solve")
+        curvature, vectors = self._damped(torch.float64), self._vectors(10, 2)
+        inverse = curvature.inverse()
+        assert (inverse.shape, inverse.dtype, inverse.device) == (curvature.shape, curvature.dtype, curvature.device)
+        assert torch.equal(inverse @ vectors, curvature.solve(vectors))
+        assert torch.equal(inverse.matvec(vectors), curvature.solve(vectors))
+        expected = 0.5 * torch.einsum("bi,ij,bj->", self._flat(vectors), self._inverse(), self._flat(vectors))
+        assert inverse.quadratic(vectors) == pytest.approx(float(expected), rel=1e-6)
+        if "inverse_diagonal" in self.offers:
+            assert torch.equal(inverse.diagonal(), curvature.inverse_diagonal())
+
+    def test_the_matrix_product_sign_is_matvec(self) -> None:
+        curvature, vectors = self.build(torch.float64), self._vectors(11, 2)
+        assert torch.equal(curvature @ vectors, curvature.matvec(vectors))
+
+    def test_as_an_operator_of_scipy(self) -> None:
+        curvature, vectors = self._damped(torch.float64), self._flat(self._vectors(12, 3))
+        operator = curvature.to_scipy(self.weight())
+        assert operator.shape == tuple(self.dense().shape)
+        product = torch.from_numpy(operator @ vectors.T.numpy()).T  # three columns at once, and then one
+        self._check(product, vectors @ self.dense(), torch.float64)
+        self._check(torch.from_numpy(operator.T @ vectors[0].numpy()), vectors[0] @ self.dense(), torch.float64)
+        if "solve" in self.offers:
+            solved = torch.from_numpy(curvature.inverse().to_scipy(self.weight()) @ vectors[0].numpy())
+            self._check(solved, vectors[0] @ self._inverse(), torch.float64)
+        if len(curvature.shape):
+            with pytest.raises(OptionError, match="do not end in the operator's shape"):
+                curvature.to_scipy((*self.weight()[:-1], self.weight()[-1] + 1))
 
     @precisions
     def test_quadratic_sums_over_leading_dimensions(self, dtype: torch.dtype) -> None:
@@ -259,7 +299,12 @@ class CurvatureLaws:
         curvature = self._damped(torch.float64)
         if not len(curvature.shape):
             pytest.skip("acts on tensors of every shape")
-        for product in (curvature.matvec, curvature.solve) if "solve" in self.offers else (curvature.matvec,):
+        products: list[Callable[[Tensor], Tensor]] = [curvature.matvec]
+        if "solve" in self.offers:
+            products += [curvature.solve, curvature.inverse().matvec]
+        if "power" in self.offers:
+            products += [lambda vector: curvature.power(vector, 0.5)]
+        for product in products:
             with pytest.raises(OptionError, match="was given a tensor"):
                 product(torch.zeros(*self.weight()[:-1], self.weight()[-1] + 1, dtype=torch.float64))
             with pytest.raises(OptionError, match="floating-point"):
@@ -269,81 +314,19 @@ class CurvatureLaws:
 
     def test_products_that_are_not_offered_are_refused_by_name(self) -> None:
         damped = self._damped(torch.float64)
-        for product in {"solve", "inverse_diagonal", "diagonal", "trace", "rank"} - set(self.offers):
-            arguments = (self._vectors(8),) if product == "solve" else ()
+        vector = self._vectors(8)
+        products: dict[str, Callable[[], object]] = {
+            "solve": lambda: damped.solve(vector),
+            "power": lambda: damped.power(vector, 0.5),
+            "inverse_diagonal": damped.inverse_diagonal,
+            "diagonal": damped.diagonal,
+            "trace": damped.trace,
+            "rank": damped.rank,
+        }
+        for name, product in products.items():
+            if name not in self.offers:
+                with pytest.raises(UnsupportedProduct):
+                    product()
+        if "solve" not in self.offers:
             with pytest.raises(UnsupportedProduct):
-                getattr(damped, product)(*arguments)
-
-
-class PartitionLaws:
-    """Laws of a partition: its parts are disjoint, they sum to the whole, and zeroing them equals slicing them.
-
-    A subclass supplies `build`, the names of the parameters that the parts cover whole in `covers`, and `cut` where
-    parts can be sliced away; it inherits tests of sums, masks and spread numbers against the entries of each part.
-
-        class TestRows(PartitionLaws):
-            covers = ("weight",)
-            def build(self): return Tiles({"weight": torch.Size((4, 6))}, (1, None))
-    """
-
-    covers: tuple[str, ...] = ()
-
-    @abstractmethod
-    def build(self) -> Partition:
-        """The partition."""
-
-    def cut(self, parts: list[int]) -> tuple[Tensor, Tensor] | None:
-        """The outputs of a network with some parts at zero, and of one without them; None if they cannot be cut out."""
-        return None
-
-    def _tensors(self, seed: int) -> dict[str, Tensor]:
-        return {name: normal(seed, *shape) for name, shape in self.build().shapes.items()}
-
-    def test_no_entry_is_in_two_parts_and_what_is_covered_is_in_one(self) -> None:
-        partition = self.build()
-        assert partition.count > 1
-        partition.check(self.covers)
-
-    def test_sums_are_over_the_entries_of_each_part(self) -> None:
-        partition, tensors = self.build(), self._tensors(0)
-        sums, sizes = partition.sums(tensors), partition.sizes()
-        for part in range(partition.count):
-            masks = partition.masks([part])
-            entries = torch.cat([tensors[name][mask] for name, mask in masks.items()])
-            torch.testing.assert_close(sums[part], entries.sum().to(sums))
-            assert int(sizes[part]) == len(entries) > 0
-
-    def test_parts_sum_to_the_whole(self) -> None:
-        partition, tensors = self.build(), self._tensors(1)
-        masks = partition.masks(range(partition.count))
-        for name in self.covers:
-            assert bool(masks[name].all())
-        whole = sum(float(tensors[name][mask].sum()) for name, mask in masks.items())
-        assert float(partition.sums(tensors).sum()) == pytest.approx(whole, rel=1e-9, abs=1e-9)
-
-    def test_each_sample_has_its_own_sums(self) -> None:
-        partition = self.build()
-        one, two = self._tensors(2), self._tensors(3)
-        both = partition.sums_of_samples({name: torch.stack([one[name], two[name]]) for name in one})
-        torch.testing.assert_close(both, torch.stack([partition.sums(one), partition.sums(two)]))
-        name = next(iter(one))
-        some = partition.sums({name: one[name]})  # of one parameter alone
-        rest = partition.sums({key: tensor for key, tensor in one.items() if key != name}) if len(one) > 1 else 0 * some
-        torch.testing.assert_close(some + rest, partition.sums(one))
-
-    def test_numbers_are_spread_over_the_entries_of_their_part_alone(self) -> None:
-        partition, tensors = self.build(), self._tensors(4)
-        values = normal(5, partition.count)
-        spread = partition.spread(values, tensors, 7.0)
-        for part in range(partition.count):
-            for name, mask in partition.masks([part]).items():
-                assert bool((spread[name][mask] == values[part]).all())
-        for name, mask in partition.masks(range(partition.count)).items():
-            assert bool((spread[name][~mask] == 7.0).all())
-
-    def test_zeroing_equals_slicing(self) -> None:
-        outputs = self.cut([0, self.build().count - 1])
-        if outputs is None:
-            pytest.skip("its parts are not cut out")
-        zeroed, sliced = outputs
-        torch.testing.assert_close(sliced, zeroed)
+                damped.inverse() @ vector

@@ -1,4 +1,4 @@
-"""How the kernels round: to the numbers of `Grid.codes` and `Grid.values`, bit for bit."""
+"""Rounding in the kernels, bit for bit that of `Grid.codes` and `Grid.values`."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def stored_type(dtype: torch.dtype) -> Any:
 
 @triton.jit
 def nearest(steps, lowest, highest):
-    """The whole numbers in [lowest, highest] nearest to `steps`, ties to even."""
+    """Return the whole numbers in [lowest, highest] nearest to `steps`, ties to even."""
     clamped = tl.minimum(tl.maximum(steps, lowest), highest)
     # Numbers as large as 1.5 · 2^23 have no room for a fraction, so that the sum is rounded.
     return (clamped + 12582912.0) - 12582912.0

@@ -1,4 +1,4 @@
-"""Both sweeps of two-sided rounding over a whole weight: block by block, in the compiled loops."""
+"""The sweeps of two-sided rounding over a whole weight, block by block in the compiled loops."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from hesse.compiled import lost_bits
-from hesse.solvers import sweeps
+from hesse.solvers.sweeps import two_sided_blocks
 
 BLOCK = 64  # columns whose errors reach those beyond them in one product
-TILE = 64  # rows of a block that are gone through one by one; their errors reach the rows beyond them in one product
+TILE = 64  # rows of a block taken one by one; their errors reach the rows beyond them in one product
 
 
 Loop = Callable[..., None]
 
 
-class Steps(NamedTuple):
+class GridLevels(NamedTuple):
     """The grid of a transposed weight (in, out), both sides in the order of the sweep; codes count from zero points."""
 
     scale: Tensor  # (groups, out) float32
@@ -26,51 +26,51 @@ class Steps(NamedTuple):
     dtype: torch.dtype  # of the stored values
 
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
-        """What the compiled loops need to know of some columns and rows."""
+        """Return the arguments of the compiled loops for some columns and rows."""
         parts = (values[self.group[columns], rows].contiguous().numpy() for values in self[:3])
         return (*parts, lost_bits(self.dtype))
 
     def loops(self) -> tuple[Loop, Loop]:
-        """Those that feed errors back and that descend."""
-        return sweeps.feed_back, sweeps.descend
+        """Return the loops that feed errors back and that descend."""
+        return two_sided_blocks.feed_back, two_sided_blocks.descend
 
 
-class Tables(NamedTuple):
+class TableLevels(NamedTuple):
     """The values that the weights of each row may take (out, k), ascending, rows in the order of the sweep."""
 
     values: Tensor  # float32, as they are stored
 
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
-        """What the compiled loops need to know of some columns and rows."""
+        """Return the arguments of the compiled loops for some columns and rows."""
         return (self.values[rows].numpy(),)
 
     def loops(self) -> tuple[Loop, Loop]:
-        """Those that feed errors back and that descend."""
-        return sweeps.feed_back_table, sweeps.descend_table
+        """Return the loops that feed errors back and that descend."""
+        return two_sided_blocks.feed_back_table, two_sided_blocks.descend_table
 
 
 class TwoSidedSweeps(Protocol):
-    """What rounds and betters the codes of a weight; all tensors are contiguous, float32 and transposed (in, out)."""
+    """Sweeps that round a weight and improve its codes; tensors are contiguous, float32 and transposed (in, out)."""
 
-    def feed_back(self, work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
-        """The codes that error feedback finds for the weights `work`, which are used up.
+    def feed_back(self, work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
+        """Return the codes that error feedback finds for the weights `work`, which are overwritten.
 
         `columns` (in, in) and `rows` (out, out) are upper triangular with unit diagonal: the error e of weight (j, i)
         takes columns[j, k] · rows[i, l] · e from weight (k, l), k ≥ j, l ≥ i.
         """
 
     def descend(
-        self, codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor
+        self, codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Tensor, output_factor: Tensor
     ) -> None:
         """Change each of `codes`, column by column, where that lowers ½ tr(G d A dᵀ).
 
-        `gradient` is A d G for the present difference d, and used up; `input_factor` is A (in, in), `output_factor` G
-        (out, out).
+        `gradient` is A d G for the present difference d, and overwritten; `input_factor` is A (in, in), `output_factor`
+        G (out, out).
         """
 
 
-def feed_back(work: Tensor, steps: Steps | Tables, columns: Tensor, rows: Tensor) -> Tensor:
-    """As `TwoSidedSweeps` says, on the CPU."""
+def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, rows: Tensor) -> Tensor:
+    """Implement `TwoSidedSweeps` on the CPU."""
     codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -91,9 +91,9 @@ def feed_back(work: Tensor, steps: Steps | Tables, columns: Tensor, rows: Tensor
 
 
 def descend(
-    codes: Tensor, gradient: Tensor, steps: Steps | Tables, input_factor: Tensor, output_factor: Tensor
+    codes: Tensor, gradient: Tensor, steps: GridLevels | TableLevels, input_factor: Tensor, output_factor: Tensor
 ) -> None:
-    """As `TwoSidedSweeps` says, on the CPU."""
+    """Implement `TwoSidedSweeps` on the CPU."""
     (width, height), (_, loop) = codes.shape, steps.loops()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)

@@ -1,4 +1,4 @@
-"""Which weights a sweep over columns drops, decided as late as can be."""
+"""A mask that a sweep over columns decides as late as possible."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,12 @@ SAMPLE = 1 << 12  # scores
 
 
 class LateMask:
-    """A mask (in, out) decided a few columns at a time, by what dropping a weight then costs: (w_j / U_jj)².
+    """A mask (in, out) decided a few columns at a time, by the current cost of dropping a weight: (w_j / U_jj)².
 
-    These scores grow stale as errors are handed on to later columns, so few columns are decided at once (M for N:M,
-    whole blocks).
-    An unstructured mask spreads what it drops over columns as one mask of everything would: a block gets the share of
-    what is left to drop that a mask of all columns left would give it, and its next columns the share that a mask of
-    the block's columns left would give them.
+    These scores become outdated as errors reach later columns, so few columns are decided together (M for N:M, whole
+    blocks). An unstructured mask distributes the dropped weights over columns as one mask of all columns would: a block
+    gets the share of the remaining drops that a mask of all remaining columns would give it, and its next columns the
+    share that a mask of the block's remaining columns would give them.
     """
 
     def __init__(self, sparse: Sparse, work: Tensor, pivots: Tensor, columns_at_once: int) -> None:
@@ -25,12 +24,12 @@ class LateMask:
         self.kept = torch.ones_like(work, dtype=torch.bool)
         self.columns_at_once = sparse.columns_at_once(columns_at_once)
         # How many weights or blocks a share has left to drop, of the matrix (1,) or of each row (out,).
-        self._left = sparse.dropped(work.T) if sparse.of is None else None
+        self._left = sparse.drop_counts(work.T) if sparse.of is None else None
         self._left_in_block: Tensor | None = None
         self._stop = 0
 
     def enter(self, start: int, stop: int) -> None:
-        """Begin the block of columns [start, stop), to which all columns before it have handed their errors."""
+        """Begin the block of columns [start, stop), which has received the errors of all columns before it."""
         self._stop = stop
         if self._left is not None:
             self._left_in_block = self._due(start, stop, len(self.work), self._left)
@@ -48,7 +47,7 @@ class LateMask:
         return (self.work[start:stop] / self.pivots[start:stop, None]).square()
 
     def _due(self, start: int, now: int, stop: int, left: Tensor) -> Tensor:
-        """How many of `left` go before column `now`, if one mask drops them from the columns [start, stop)."""
+        """Return how many of `left` fall before column `now` if one mask drops them from the columns [start, stop)."""
         scores = self.sparse.of_blocks(self._scores(start, stop).T).T
         grouped = scores.reshape(1, -1) if len(left) == 1 else scores.T
         early = grouped[:, : (now - start) * grouped.shape[1] // (stop - start)]
@@ -58,9 +57,9 @@ class LateMask:
 
 
 def _threshold(scores: Tensor, number: Tensor) -> Tensor:
-    """About the number-th smallest of each row of `scores` (rows, n), for each row's own number (rows,), as (rows, 1).
+    """Return about the number-th smallest of each row of `scores` (rows, n), `number` (rows,) a row, as (rows, 1).
 
-    One long row is judged by every so many of its scores: what that misjudges is made good by the columns after.
+    For one long row it is estimated from every n-th score; later columns correct the error.
     """
     if len(scores) > 1:
         return smallest(scores, number[:, None])

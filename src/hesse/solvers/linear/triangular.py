@@ -9,7 +9,7 @@ LEAF = 128  # rows; below this a product is too small to run at full rate
 
 
 def kronecker_root(factor: Tensor) -> Tensor:
-    """Lower triangular L with L Lᵀ = `factor` (n, n), in float32 or, where that fails, in float64.
+    """Return the lower triangular L with L Lᵀ = `factor` (n, n), in float32 or, where that fails, in float64.
 
     Raises:
         ConditioningError: it is not positive definite.
@@ -23,10 +23,10 @@ def kronecker_root(factor: Tensor) -> Tensor:
 
 
 def inverse_of(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix (n, n).
+    """Return the inverse of a lower triangular matrix (n, n).
 
-    By halves, whose inverses make up the rest in two products: two thirds of what solving for the identity takes, and
-    at the rate of products.
+    Computed by halves, whose inverses give the rest in two products: two thirds of the work of solving for the
+    identity, at the rate of products.
     """
     inverse = torch.zeros_like(lower)
     _fill(inverse, lower, lower.new_empty(((len(lower) + 1) // 2) ** 2))
@@ -34,12 +34,12 @@ def inverse_of(lower: Tensor) -> Tensor:
 
 
 def backwards_in(matrix: Tensor, order: Tensor) -> Tensor:
-    """`matrix` (n, n) with its rows and columns in the reverse of `order`."""
+    """Return `matrix` (n, n) with its rows and columns in the reverse of `order`."""
     return matrix.index_select(0, order.flip(0)).index_select(1, order.flip(0))
 
 
 def read_backwards(inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """U_j / U_jj (n, n), and U_jj (n,), of the upper triangular U with H⁻¹ = UᵀU.
+    """Return U_j / U_jj (n, n) and U_jj (n,) of the upper triangular U with H⁻¹ = UᵀU.
 
     `inverse` is L⁻¹ of the Cholesky factor L of H with rows and columns in reverse order.
     """

@@ -1,5 +1,6 @@
-"""(H + λI) x = b with products alone, and how it ended."""
+"""(H + λI) x = b from products alone: to a tolerance, with a report of how it ended, or a few steps of a refit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,24 +16,24 @@ Ending = Literal["converged", "negative curvature", "iterations"]
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:
-    """x, and what is known of it; the worst of several right-hand sides where there are several."""
+    """x and how the solve ended; the worst of several right-hand sides where there are several."""
 
     solution: Tensor
     method: str  # "direct" or "conjugate gradients"
     ending: Ending
-    relative_residual: float  # ‖b - (H + λI) x‖ / ‖b‖, computed afresh at the end
+    relative_residual: float  # ‖b - (H + λI) x‖ / ‖b‖, recomputed at the end
     iterations: int
-    negative_curvature: Tensor | None = None  # a unit vector v with vᵀ(H + λI)v < 0, where one was met
+    negative_curvature: Tensor | None = None  # a unit vector v with vᵀ(H + λI)v < 0, if one was found
     curvature_along: float | None = None  # and that value
 
     @property
     def converged(self) -> bool:
-        """Whether the residual is as small as was asked."""
+        """True if the residual is within the tolerance."""
         return self.ending == "converged"
 
     @property
     def sentence(self) -> str:
-        """What happened, and what to do about it."""
+        """One sentence on how the solve ended and what to do next."""
         size = f"the relative residual is {self.relative_residual:.1e}"
         if self.method == "direct":
             return f"Solved directly; {size}."
@@ -135,12 +136,53 @@ def conjugate_gradients(
     )
 
 
+def conjugate_steps(
+    start: Tensor,
+    residual: Tensor,
+    metric: Tensor,
+    product: Callable[[Tensor], Tensor],
+    steps: int,
+    total: Callable[[Tensor], Tensor] = torch.sum,
+) -> Tensor:
+    """Return `start` after at most `steps` steps towards the minimum of ½ xᵀQx - bᵀx, in the precision of `start`.
+
+    `residual` (of the shape of `start`) is b - Q `start`, `metric` (which broadcasts to it) the diagonal of Q, which
+    preconditions (an entry that is not positive counts as 1), and `product(v)` is Q v. `total` adds up the entries of
+    one problem: all of them, or with `row_sums` those of each row, where every row is a problem of its own and takes
+    steps of its own length. The steps end early where rounding leaves no descent direction. No step raises the cost,
+    beyond rounding. Source: Hestenes and Stiefel, 1952.
+    """
+    metric = torch.where(metric > 0, metric, 1)
+    result = start
+    direction = residual / metric
+    strength = total(residual * direction)
+    for _ in range(steps):
+        image = product(direction)
+        bend = total(direction * image)
+        if not bool(((strength > 0) & (bend > 0)).any()):
+            break
+        length = strength / bend
+        length = torch.where(length.isfinite(), length, 0)  # 0 for a row that is solved
+        result = result + length * direction
+        residual = residual - length * image
+        scaled = residual / metric
+        before, strength = strength, total(residual * scaled)
+        ratio = strength / before
+        direction = scaled + torch.where(ratio.isfinite(), ratio, 0) * direction
+    return result
+
+
+def row_sums(matrix: Tensor) -> Tensor:
+    """Return the sum of each row (rows, 1) of `matrix` (rows, n)."""
+    return matrix.sum(1, keepdim=True)
+
+
 def _residual(curvature: Curvature, solution: Tensor, right: Tensor) -> Tensor:
     return right - curvature.matvec(solution) - curvature.damping * solution
 
 
 def _worst(residual: Tensor, right: Tensor, curvature: Curvature) -> float:
-    """The largest of the relative residuals of all problems."""
+    """Return the largest of the relative residuals of all problems."""
     inner = max(len(curvature.shape), 1)
     rows, wanted = (t.double().reshape(-1, t.shape[-inner:].numel()).norm(dim=1) for t in (residual, right))
     return float((rows / wanted.clamp(min=torch.finfo(torch.float64).tiny)).amax())

@@ -1,4 +1,4 @@
-"""A walk over columns whose errors later columns make good: what all such walks share."""
+"""The sweep over blocks of columns that all error feedback shares."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ BlockWalk = Callable[[int, int, Tensor, Tensor], None]
 def sweep_blocks(work: Tensor, feedback: Tensor, block_size: int, walk: BlockWalk) -> None:
     """Replace `work` (in, out) by allowed values, `block_size` columns at a time.
 
-    The error of column j takes feedback[j, k] times itself from every later column k: within a block `walk` sees to
-    it, beyond it is one product for the whole block.
+    The error of column j takes feedback[j, k] times itself from every later column k: `walk` does so within a block,
+    one product for the whole block beyond it.
     """
     for start in range(0, len(work), block_size):
         stop = min(start + block_size, len(work))

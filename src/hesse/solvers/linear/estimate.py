@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A mean over random probes: never to be read without its standard error."""
+    """A mean over random probes: always read with its standard error."""
 
     value: Tensor  # a scalar, or one value an entry
     standard_error: Tensor  # of the same shape; infinite for one probe
@@ -21,7 +21,7 @@ class Estimate:
 
 
 def mean_of(samples: Tensor, offset: float = 0.0) -> Estimate:
-    """The estimate from `samples` (probes, ...), shifted by a part that is known exactly."""
+    """Return the estimate from `samples` (probes, ...), shifted by a part that is known exactly."""
     count = len(samples)
     error = samples.std(0) / count**0.5 if count > 1 else torch.full_like(samples[0], float("inf"))
     return Estimate(samples.mean(0) + offset, error, count)

@@ -1,4 +1,4 @@
-"""Both sweeps of two-sided rounding; `hesse.solvers.two_sided_loops` says what they do.
+"""Both sweeps of two-sided rounding; `hesse.solvers.sweeps.two_sided` says what they do.
 
 Feedback: a weight depends on those of no later column and no later row, so a weight is cut into tiles, and the tiles
 of one anti-diagonal are solved by one launch, a program each. Within a tile the weights of an anti-diagonal are
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
-from hesse.solvers.two_sided_loops import BLOCK, Steps
+from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
+from hesse.solvers.sweeps.two_sided import BLOCK, GridLevels
 
 TILE = 64  # columns and rows that one program solves
 CHUNK = 512  # rows that descent weighs at once
@@ -94,8 +94,8 @@ def _solve_tiles(
     tl.store(spread + places, gathered, mask=inside)
 
 
-def feed_back(work: Tensor, steps: Steps, columns: Tensor, rows: Tensor) -> Tensor:
-    """As `TwoSidedSweeps` says, on a GPU."""
+def feed_back(work: Tensor, steps: GridLevels, columns: Tensor, rows: Tensor) -> Tensor:
+    """Implement `TwoSidedSweeps` on a GPU."""
     width, height = work.shape
     across, down = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
     spread, errors, codes = (torch.empty_like(work) for _ in range(3))
@@ -156,8 +156,8 @@ def _descend(
         tl.debug_barrier()  # before other threads read the changes
 
 
-def descend(codes: Tensor, gradient: Tensor, steps: Steps, input_factor: Tensor, output_factor: Tensor) -> None:
-    """As `TwoSidedSweeps` says, on a GPU."""
+def descend(codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Tensor, output_factor: Tensor) -> None:
+    """Implement `TwoSidedSweeps` on a GPU."""
     width, height = codes.shape
     padded = triton.next_power_of_2(height)
     chunk = min(padded, CHUNK)

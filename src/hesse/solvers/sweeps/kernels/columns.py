@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from hesse.constraints import Grouped
-from hesse.solvers.column_sweep import Block, bounds_of
-from hesse.solvers.kernels.rounding import EXACT, nearest, stored, stored_type
+from hesse.solvers.sweeps.columns import Block, bounds_of
+from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
 
@@ -53,7 +53,7 @@ def _walk(
 
 
 def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
-    """As `column_sweep.walk`, on a GPU."""
+    """Implement `sweeps.columns.walk` on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)
     rows = max(HELD // padded, 1)

@@ -1,16 +1,16 @@
-"""Optimal Brain Surgeon one weight at a time, compiled: the next weight depends on what the last one changed."""
+"""Optimal Brain Surgeon one weight at a time, compiled, since each choice depends on the last update."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hesse.compiled import Floats, add, compiled, stored
+from hesse.compiled import Floats, add, compile_loop, round_stored
 
-SMALLEST = np.float32(1e-30)  # what a pivot counts as that rounding has taken below zero: its weight comes last
+SMALLEST = np.float32(1e-30)  # replaces a pivot that rounding made negative: its weight comes last
 
 
-@compiled
+@compile_loop
 def _eliminate(inverse: Floats, p: int) -> None:
-    """Take weight `p` out of H⁻¹ (n, n) by a step of Gauss, which leaves the inverse of H without row and column p."""
+    """Remove weight `p` from H⁻¹ (n, n) by Gaussian elimination, leaving the inverse of H without row and column p."""
     pivot = inverse[p].copy()
     if pivot[p] < SMALLEST:
         pivot[p] = SMALLEST
@@ -21,9 +21,9 @@ def _eliminate(inverse: Floats, p: int) -> None:
     inverse[:, p] = 0
 
 
-@compiled
+@compile_loop
 def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.float32:
-    """w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q of the neighbours Q from `first` on, by steps of Gauss in `work` (size, size + 1)."""
+    """Return w_Qᵀ ([H⁻¹]_QQ)⁻¹ w_Q of the neighbors Q from `first` on, by elimination in `work` (size, size + 1)."""
     size = len(work)
     for i in range(size):
         work[i, size] = weight[first + i]
@@ -38,16 +38,16 @@ def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.floa
     return total
 
 
-@compiled
+@compile_loop
 def prune(
     weights: Floats, inverses: Floats, group: int, kept: int, block: int, costs: Floats, turns: NDArray[np.int32]
 ) -> None:
-    """Drop the weights of each row (rows, n), cheapest first, each time making good what that costs.
+    """Drop the weights of each row (rows, n), cheapest first, updating the others each time.
 
-    `inverses` (1 or rows, n, n) are H⁻¹ of all rows or of each. With `group` not 0, of each `group` neighbours `kept`
-    are; with `block` above 1 so many neighbours go together. `costs` (rows, n / block) get what each drop adds to
-    ½ dᵀHd, in the order of dropping, and `turns` the turn in which a weight is dropped, n for one that is not.
-    `weights` end as they are when all of these are gone.
+    `inverses` (1 or rows, n, n) are H⁻¹ of all rows or of each. If `group` is not 0, `kept` of every `group` neighbors
+    stay; with `block` above 1, that many neighbors are dropped together. `costs` (rows, n / block) receive the increase
+    of ½ dᵀHd by each drop, in order, and `turns` the turn in which a weight is dropped, n for one that stays. `weights`
+    end with all drops applied.
     """
     rows, n = weights.shape
     work = np.empty((block, block + 1), np.float32)
@@ -76,7 +76,7 @@ def prune(
                 _eliminate(inverse, p)
 
 
-@compiled
+@compile_loop
 def round_all(
     weights: Floats,
     inverse: Floats,
@@ -87,9 +87,9 @@ def round_all(
     lost: np.uint32,
     codes: NDArray[np.int8],
 ) -> None:
-    """Round the weights of each row (rows, n) one at a time, the one that costs least first, the others making it good.
+    """Round the weights of each row (rows, n) one at a time, cheapest first, updating the others each time.
 
-    One that has come to lie further than half a step from its grid is rounded at once, before it goes further.
+    A weight more than half a step off its grid is rounded immediately, before it moves further.
     """
     rows, n = weights.shape
     for row in range(rows):
@@ -102,7 +102,7 @@ def round_all(
                     continue
                 step, zero = scale[row, p], zero_point[row, p]
                 code = min(max(np.rint(np.float32(weight[p] / step) + zero), lowest), highest)
-                value = stored(np.float32((code - zero) * step), lost)
+                value = round_stored(np.float32((code - zero) * step), lost)
                 error = weight[p] - value
                 price = error * error / max(own[p, p], SMALLEST)
                 if abs(error) > abs(step) * np.float32(0.5001):

@@ -1,19 +1,19 @@
-"""Codes of single rows changed one at a time, compiled: coordinate descent until no change lowers a row's cost."""
+"""Coordinate descent on the codes of single rows, compiled, until no single change lowers a row's cost."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hesse.compiled import Floats, compiled, lost_bits, stored
+from hesse.compiled import Floats, compile_loop, lost_bits, round_stored
 from hesse.constraints import Grid, GridCode
 from hesse.curvature import Gram
 
-MOST_PASSES = 200  # over a row, which none was seen to need
+MOST_PASSES = 200  # over a row; more than any row was observed to need
 
 
 def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridCode:
-    """Codes after coordinate descent on each row's ½ d A dᵀ from those of `code` on, scales as they are.
+    """Return codes after coordinate descent on each row's ½ d A dᵀ from those of `code`, with the same scales.
 
     Column after column a code goes to the best of all, until a pass changes none: then no change of a single code
     lowers the cost. In float64, on the CPU.
@@ -35,7 +35,7 @@ def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridC
     return GridCode((codes + offset).to(torch.int8).to(code.codes.device), scales)
 
 
-@compiled
+@compile_loop
 def _settle(
     codes: Floats,
     slope: NDArray[np.float64],
@@ -54,10 +54,10 @@ def _settle(
                 own = moment[j, j]
                 if own <= 0:
                     continue
-                value = stored(np.float32(codes[i, j] * scale[i, j]), lost)
+                value = round_stored(np.float32(codes[i, j] * scale[i, j]), lost)
                 wanted = np.rint((value - slope[i, j] / own) / scale[i, j])
                 code = np.float32(min(max(wanted, lowest[i, j]), highest[i, j]))
-                change = np.float64(stored(np.float32(code * scale[i, j]), lost)) - value
+                change = np.float64(round_stored(np.float32(code * scale[i, j]), lost)) - value
                 gain = change * (slope[i, j] + 0.5 * own * change)
                 if gain < -1e-12 * own * scale[i, j] * scale[i, j]:
                     codes[i, j] = code
