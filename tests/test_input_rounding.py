@@ -195,7 +195,7 @@ def test_modules_do_not_round_inputs() -> None:
 def test_without_inputs_the_prediction_says_what_it_leaves_out(family_folder: FolderOf, tmp_path: Path) -> None:
     source = family_folder("llama")
     hesse.estimate(source, tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
-    settings = {"method": "rtn", "curvature": tmp_path / "stats", "data": None, **BYTES}
+    settings = {"method": "rtn", "statistics": tmp_path / "stats", "data": None, **BYTES}
     report = compress(source, tmp_path / "out", **settings)
     notes = [note for note in report.notes if "the prediction leaves out that its inputs are rounded" in note]
     assert len(notes) == len(report.layers)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.errors import DataError, OptionError
+from hesse.errors import OptionError
 
 LABELS = ("labels", "label", "targets")
 IGNORED = -100  # a target that is masked
@@ -78,7 +78,7 @@ def _pair(number: int, batch: Any, language_model: bool) -> tuple[Any, Tensor]:
         if (mask := inputs.get("attention_mask")) is not None:
             labels = labels.masked_fill(mask == 0, IGNORED)
     if not isinstance(labels, Tensor):
-        raise DataError(f"batch {number} has no labels: give one of {', '.join(LABELS)} in each dictionary")
+        raise OptionError(f"batch {number} has no labels: give one of {', '.join(LABELS)} in each dictionary")
     if language_model:
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     return inputs, labels
