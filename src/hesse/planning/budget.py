@@ -194,8 +194,11 @@ def plan_budget(
     format: str,
     device: torch.device,
     progress: Progress,
+    offload: Path | None = None,
 ) -> BudgetPlan:
     """Plan what becomes of each layer of the model folder `model`.
+
+    With a folder `offload`, the hidden states and activations of batches that wait are in files there.
 
     Every layer is solved alone, on the dense model, for everything that is on offer; the choice is the best under the
     sum of these costs. With an `allocation` its predictor says what each choice costs, and nothing is solved.
@@ -220,7 +223,7 @@ def plan_budget(
     meter = CostMeter(menu, sensitivity)
     if statistics is None:
         selected = select_samples(model, calibration, network, probe_tokens(meter.needs, network.layers, 0))
-        meter.measure(network, selected, calibration, progress)
+        meter.measure(network, selected, calibration, progress, offload)
     else:
         estimated = Statistics(statistics)
         estimated.check_model(checkpoint)
