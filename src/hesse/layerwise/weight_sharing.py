@@ -1,4 +1,4 @@
-"""FlexiGPT: make a block of another one, scaled, and a low rank beside each of its layers."""
+"""FlexiGPT: replace a block by a scaled copy of another block, plus a low rank for each of its layers."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -18,7 +18,7 @@ from hesse.progress import Clock
 
 
 class SharedWeights:
-    """Make the weights of blocks from those of others: W_k ≈ s ⊙ W_j + LR, s one factor an output.
+    """Weights of blocks as functions of other blocks' weights: W_k ≈ s ⊙ W_j + LR, with one factor of s per output.
 
     s is the scale with which W_j's outputs are nearest to W_k's on the layer's inputs (the paper renormalises the
     donor's outputs), and LR the best low rank for the rest, in the metric of these inputs (there the SVD of the
