@@ -20,12 +20,14 @@ FOLDERS_DONE = (
     "inspection",
     "layerwise",
     "networks",
+    "partitions",
     "passes",
-    "progress.py",
     "planning",
+    "progress.py",
     "reporting",
     "rewriting",
     "runtimes",
+    "training",
 )
 BAD_BEGINNING = re.compile(r"(What|Which|Whether|How|Those|Of|That|Where|Everything that|Meanwhile)\b")
 HOUSE_WORDS = re.compile(
