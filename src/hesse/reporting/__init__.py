@@ -1,4 +1,4 @@
-"""What a person reads."""
+"""Reports as terminal tables and HTML pages."""
 
 from hesse.reporting.blocks import blocks_summary, narrow_summary
 from hesse.reporting.compression import compression_page
