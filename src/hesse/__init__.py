@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from hesse.inspection.inspect import inspect
     from hesse.jobs.compress import compress
     from hesse.jobs.cut import cut
-    from hesse.jobs.drop_blocks import drop_blocks
     from hesse.jobs.estimate import estimate
-    from hesse.jobs.narrow import narrow
+    from hesse.jobs.prune import prune
     from hesse.jobs.repair import repair
     from hesse.jobs.rotate import rotate
     from hesse.modules import ModuleReport, compress_module
     from hesse.modules.gradual import prune_gradually
-    from hesse.modules.prune import prune
     from hesse.planning.budget import plan
     from hesse.runtimes.benchmark import benchmark
     from hesse.runtimes.export import export
@@ -78,7 +76,6 @@ __all__ = [
     "compress",
     "compress_module",
     "cut",
-    "drop_blocks",
     "estimate",
     "evaluate",
     "export",
@@ -86,7 +83,6 @@ __all__ = [
     "held_zeros",
     "inspect",
     "load_recipe",
-    "narrow",
     "plan",
     "prune",
     "prune_gradually",
@@ -102,14 +98,12 @@ LAZY = {
     "compress": "jobs.compress",
     "compress_module": "modules.compress",
     "cut": "jobs.cut",
-    "drop_blocks": "jobs.drop_blocks",
     "estimate": "jobs.estimate",
     "evaluate": "evaluation.evaluate",
     "export": "runtimes.export",
     "inspect": "inspection.inspect",
-    "narrow": "jobs.narrow",
     "plan": "planning.budget",
-    "prune": "modules.prune",
+    "prune": "jobs.prune",
     "prune_gradually": "modules.gradual",
     "repair": "jobs.repair",
     "rotate": "jobs.rotate",

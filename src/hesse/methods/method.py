@@ -7,12 +7,14 @@ from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.curvatures import CURVATURES
-from hesse.methods.options import KNOWN, Option, Options, flag, known_option
+from hesse.methods.options import KNOWN, Option, Options, flag, known_option, settings_of
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
+from hesse.methods.strategies import STRATEGIES
 from hesse.methods.verbs import VERBS
 
 Use = Literal["project", "evaluate", "solve"]
+PRUNING = ("prune", "prune_checkpoint")  # verbs whose methods name a strategy as their solver
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Method:
 
     def options(self) -> tuple[Option, ...]:
         """Return what a call can change about the method, with defaults and help."""
-        return (*self._options_of_parts(), *self.settings)
+        strategy = settings_of(STRATEGIES[self.solver]) if self.verb in PRUNING else ()
+        return (*self._options_of_parts(), *strategy, *self.settings)
 
     def setting(self, name: str) -> Any:
         """Return the default of one of the `settings`.

@@ -53,8 +53,6 @@ for _verb in (
     ),
     Verb("plan_tiles", "hesse.planning:plan_tiles", "hesse.planning.plan_tiles(objective, kept)", keyword=None),
     Verb("prune", "hesse:prune", 'hesse.prune(model, data=data, what="{what}", method="{name}")'),
-    Verb("drop_blocks", "hesse:drop_blocks", "hesse drop-blocks MODEL OUT --blocks 2", keyword=None),
-    Verb("share_blocks", "hesse:drop_blocks", "hesse drop-blocks MODEL OUT --blocks 2 --share-rank 32", keyword=None),
-    Verb("narrow", "hesse:narrow", "hesse narrow MODEL OUT --keep 0.75", keyword=None),
+    Verb("prune_checkpoint", "hesse:prune", "hesse prune MODEL OUT --what {what} --method {name} --keep 0.75"),
 ):
     VERBS.register(_verb.name, _verb)

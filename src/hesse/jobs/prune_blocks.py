@@ -1,7 +1,7 @@
-"""`hesse drop-blocks`: remove whole blocks from a model on disk, or make them of blocks that stay."""
+"""Whole blocks pruned on disk, or made of blocks that stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,124 +9,117 @@ import torch
 from torch import Tensor
 
 from hesse.checkpoints.locate import locate
-from hesse.data.selection import Calibration, Data, Selection, select_samples
+from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
-from hesse.jobs.drop_report import DroppedBlock, DropReport
+from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
 from hesse.jobs.job import Job
-from hesse.jobs.options import run_options
+from hesse.jobs.options import RunOptions
 from hesse.layerwise.weight_sharing import StandIns
+from hesse.methods.options import setting
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
 from hesse.networks.network import Network
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
-from hesse.progress import Progress
 from hesse.result import Result
 from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
-IMPORTANCES = ("loss", "cosine", "quadratic")
 MOST_DIFFERENCE = 1e-6  # nats per token between the result and the dense model run without the blocks
 
 
 @dataclass(frozen=True)
-class DropRequest:
-    """How many blocks are removed, or what loss that may cost at most, and how they are chosen.
+class BlockRanking:
+    """Remove the blocks of the lowest score, until a share of the blocks or a measured loss is reached.
 
-    Raises:
-        OptionError: not exactly one limit is given, or a value has no meaning.
+    With the score "loss" blocks are removed one at a time, always the one whose removal costs least by measurement
+    (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); with another in the order of their scores on the whole
+    model, each removal measured as well.
     """
 
-    blocks: int | None = None
-    loss: float | None = None  # nats per token, measured on the samples that blocks are judged by
-    importance: str = "loss"
-    share_rank: int | None = None
+    score: str
+    keep: float | None = setting(None, "Share of the blocks that stays; or give loss.")
+    loss: float | None = setting(None, "Most that the removals may cost together, measured, in nats per token.")
+    rank: int | None = field(default=None, init=False)  # beside each layer of blocks that share weights
 
-    def __post_init__(self) -> None:
-        if (self.blocks is None) == (self.loss is None):
-            raise OptionError("give one limit: --blocks to drop, or the --loss that they may cost at most")
-        if self.importance not in IMPORTANCES:
-            raise OptionError(f"there is no importance {self.importance!r}: use {', '.join(IMPORTANCES)}")
-        if self.blocks is not None and self.blocks < 1:
-            raise OptionError(f"--blocks is {self.blocks}, but must be at least 1")
+    @property
+    def name(self) -> str:
+        """The method's name in a report."""
+        return self.score
+
+    def check(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: not exactly one limit is given, or a value has no meaning.
+        """
+        find_score(self.score, "blocks")
+        if (self.keep is None) == (self.loss is None):
+            raise OptionError(
+                "give one limit: --keep, the share of blocks that stays, or --loss, what removals may cost"
+            )
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise OptionError(f"--keep is {self.keep}, but must be a share of the blocks between 0 and 1, such as 0.75")
         if self.loss is not None and not 0 < self.loss < float("inf"):
             raise OptionError(f"--loss is {self.loss}: give a number of nats per token above 0")
 
-    def check(self, network: Network) -> None:
+    def number(self, blocks: int) -> int:
+        """Return how many of the blocks are removed at most."""
+        return blocks - 1 if self.keep is None else blocks - round(self.keep * blocks)
+
+    def check_network(self, network: Network) -> None:
         """Raise a HesseError if blocks of `network` cannot be removed so."""
-        count = len(network.blocks)
-        if self.blocks is not None and self.blocks >= count:
-            raise OptionError(f"--blocks is {self.blocks}, but the model has {count}: one must stay")
-        if self.share_rank is None:
-            fewer_blocks_config(network, range(count))
-            fewer_blocks_names(network, range(count))
+        blocks = len(network.blocks)
+        if not 0 < self.number(blocks) < blocks:
+            raise OptionError(
+                f"--keep {self.keep} of {blocks} blocks leaves {blocks - self.number(blocks)}: at least one must stay, "
+                "and one be removed"
+            )
+        if self.rank is None:
+            fewer_blocks_config(network, range(blocks))
+            fewer_blocks_names(network, range(blocks))
 
 
-def drop_blocks(
-    model: str | Path,
-    out: str | Path,
-    *,
-    blocks: int | None = None,
-    loss: float | None = None,
-    importance: str = "loss",
-    share_rank: int | None = None,
-    data: Data = None,
-    samples: int = 16,
-    length: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: Progress | None = None,
-) -> Result[DropReport]:
-    """Remove whole blocks from a model on disk, or make them of blocks that stay; transformers loads the result.
+@dataclass(frozen=True)
+class BlockSharing(BlockRanking):
+    """Make the blocks of the lowest score of the most similar ones that stay, scaled, with a low rank beside each layer.
 
-    With the importance "loss" blocks are removed one at a time, always the one whose removal costs least by
-    measurement; with another in the order of their scores on the whole model, each removal measured as well.
-
-    Args:
-        model: a model folder, `default`, or a hub id; dense.
-        out: the folder to write; it must not exist unless `overwrite`.
-        blocks: how many blocks to remove; or give `loss`.
-        loss: remove as many as cost no more than this together, in nats per token, measured on the samples.
-        importance: "loss", measured (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); "cosine", how little
-            a block turns the hidden states (ShortGPT, Men et al., 2024, arXiv:2403.03853); or "quadratic", what the
-            true Fisher predicts.
-        share_rank: do not remove blocks, but make each of the most similar one that stays, its outputs scaled, and a
-            low rank beside each layer (FlexiGPT, Smith et al., 2025, arXiv:2501.14713). The files hold the sums, in as
-            many bytes as before; the report counts what has to be stored.
-        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
-        samples: samples that blocks are judged by.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
-        seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together.
-        device: `auto`, `cpu`, or `cuda`.
-        overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        progress: told how far the run is.
-
-    Returns:
-        Every block's score, what each removal cost by measurement, and what the whole change costs on other samples.
-
-    Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+    The files hold the sums, in as many bytes as before; the report counts what has to be stored. Source: FlexiGPT
+    (Smith et al., 2025, arXiv:2501.14713).
     """
-    request = DropRequest(blocks, loss, importance, share_rank)
-    calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+
+    score: str = setting("loss", "Score that chooses the blocks: loss, cosine or quadratic.")
+    rank: int | None = setting(32, "Rank beside each layer.")
+
+    @property
+    def name(self) -> str:
+        return "flexigpt"
+
+    def check(self) -> None:
+        super().check()
+        if self.rank is None:
+            raise OptionError("flexigpt needs a rank, such as --rank 32")
+
+
+BlockStrategy = BlockRanking | BlockSharing
+
+
+def prune_blocks(
+    model: str | Path, out: Path, strategy: BlockStrategy, calibration: Calibration, run: RunOptions
+) -> Result[BlocksReport]:
+    """Remove whole blocks from a model on disk, or make them of blocks that stay; see `hesse.prune`."""
     source = locate(model)
-    with Job("drop-blocks", str(model), [source], Path(out), calibration, run) as job:
+    with Job("prune", str(model), [source], out, calibration, run) as job:
         job.check_alone()
         _, network, _ = open_networks(source, run.device)
-        request.check(network)
-        sharing = None if share_rank is None else StandIns(network, share_rank)
+        strategy.check_network(network)
+        sharing = None if strategy.rank is None else StandIns(network, strategy.rank)
         selected = select_samples(source, calibration, network)
         job.notes += selected.notes
-        job.begin([network.checkpoint], {"options": repr(request)}, 3 * network.checkpoint.file_bytes)
-        removal = _Removal(job, network, sharing, request, selected)
+        job.begin([network.checkpoint], {"options": repr(strategy)}, 3 * network.checkpoint.file_bytes)
+        removal = _Removal(job, network, sharing, strategy, selected)
         report = removal.run()
         job.finish(report)
     return Result(report)
@@ -136,21 +129,21 @@ class _Removal:
     """One run: blocks chosen, replaced where weights are shared, written and measured."""
 
     def __init__(
-        self, job: Job, network: Network, sharing: StandIns | None, request: DropRequest, selected: Selection
+        self, job: Job, network: Network, sharing: StandIns | None, strategy: BlockStrategy, selected: Selection
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
-        self.request, self.selected = request, selected
+        self.strategy, self.selected = strategy, selected
         samples = selected.samples
         size = job.calibration.batch_size or evaluation_batch(network, samples.longest)
         self.batches = samples.batches(size)
-        self.dropped: list[DroppedBlock] = []
+        self.removed: list[RemovedBlock] = []
         self.scores: list[float] = []
 
     @property
     def kept(self) -> list[int]:
         """The blocks that stay."""
-        dropped = {drop.block for drop in self.dropped}
-        return [number for number in range(len(self.network.blocks)) if number not in dropped]
+        removed = {each.block for each in self.removed}
+        return [number for number in range(len(self.network.blocks)) if number not in removed]
 
     @cached_property
     def removals(self) -> Removals:
@@ -159,14 +152,14 @@ class _Removal:
             job = self.job
             return Removals(self.network, self.batches, job.journal.folder, job.progress, job.calibration.seed)
 
-    def run(self) -> DropReport:
+    def run(self) -> BlocksReport:
         """Do everything but give the result its name."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         self._choose()
-        if not self.dropped:
+        if not self.removed:
             raise OptionError(
-                f"no block can go: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
-                f"{self.request.loss:g}"
+                f"no block can be removed: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
+                f"{self.strategy.loss:g}"
             )
         weights = {} if self.sharing is None else self._share(self.sharing)
         parameters = sum(p.numel() for p in network.model.parameters())
@@ -176,55 +169,56 @@ class _Removal:
             self._check(result)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("changed", self.selected.held_out)
-        return DropReport(
+        return BlocksReport(
             **job.head(checkpoint.file_bytes, result.checkpoint.file_bytes, loss),
-            method=self.request.importance,
+            method=self.strategy.name,
             parameters_before=parameters,
-            parameters_after=parameters - sum(self._saved(drop.block) for drop in self.dropped),
-            share_rank=self.request.share_rank,
+            parameters_after=parameters - sum(self._saved(each.block) for each in self.removed),
+            score=self.strategy.score,
+            rank=self.strategy.rank,
             scores=self.scores,
-            dropped=self.dropped,
+            removed=self.removed,
             kept=self.kept,
         )
 
     def _choose(self) -> None:
         """Choose the blocks to remove, in order, until the limit is reached; each choice is noted."""
-        most = self.request.blocks or len(self.network.blocks) - 1
+        most = self.strategy.number(len(self.network.blocks))
         order: list[int] = []
-        if self.request.importance != "loss":
+        if self.strategy.score != "loss":
             self.scores = self.job.once("scores", self._score)["scores"]
             order = sorted(range(len(self.scores)), key=self.scores.__getitem__)
-        while len(self.dropped) < most:
-            candidates = [order[len(self.dropped)]] if order else self.kept
+        while len(self.removed) < most:
+            candidates = [order[len(self.removed)]] if order else self.kept
             costs = self._costs(candidates)
             self.scores = self.scores or [costs[number] for number in sorted(costs)]
             number = min(costs, key=costs.__getitem__)
-            if self.request.loss is not None and costs[number] > self.request.loss:
+            if self.strategy.loss is not None and costs[number] > self.strategy.loss:
                 return
             score = self.scores[number] if order else costs[number]
-            self.dropped.append(DroppedBlock(number, score, costs[number]))
+            self.removed.append(RemovedBlock(number, score, costs[number]))
 
     def _score(self) -> dict[str, list[float]]:
-        score = find_score(self.request.importance)
+        score = find_score(self.strategy.score)
         return {"scores": score.costs(self.removals, self.removals.partition).tolist()}
 
     def _costs(self, candidates: Sequence[int]) -> dict[int, float]:
-        """Return the measured loss without each candidate, besides the blocks that were dropped before."""
+        """Return the measured loss without each candidate, besides the blocks that were removed before."""
 
         def measure() -> dict[str, list[list[float]]]:
             measured = self.removals.without(self.kept, candidates)
             return {"costs": [[number, found.value] for number, found in measured.items()]}
 
-        content = self.job.once(f"removal-{len(self.dropped)}", measure)
+        content = self.job.once(f"removal-{len(self.removed)}", measure)
         return {int(number): cost for number, cost in content["costs"]}
 
     def _share(self, sharing: StandIns) -> dict[str, Tensor]:
-        """Return the weights of the dropped blocks, made of blocks that stay, by the tensors' names."""
+        """Return the weights of the removed blocks, made of blocks that stay, by the tensors' names."""
         blocks = self.network.blocks
-        donors = {drop.block: sharing.donor(blocks[drop.block], self.kept) for drop in self.dropped}
+        donors = {each.block: sharing.donor(blocks[each.block], self.kept) for each in self.removed}
         weights, errors = sharing.replace(donors, self.batches, self.job.journal.folder, self.job.progress)
-        self.dropped = [
-            replace(drop, donor=donors[drop.block], relative_error=errors[drop.block]) for drop in self.dropped
+        self.removed = [
+            replace(each, donor=donors[each.block], relative_error=errors[each.block]) for each in self.removed
         ]
         return weights
 
@@ -267,6 +261,6 @@ class _Removal:
         if not same.difference <= MOST_DIFFERENCE:
             raise VerificationError(
                 f"the blocks of {type(network.model).__name__} do other things in other places "
-                f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be dropped from this "
-                "architecture"
+                f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be removed from "
+                "this architecture"
             )
