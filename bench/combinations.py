@@ -179,7 +179,7 @@ def main() -> None:
         print(f"| {scheme.label} | {bits:.3f} | {kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n| by other curvatures, the same set | KL | predicted |\n|---|---|---|")
     for method, options in OTHERS:
-        recipe = hesse.METHODS[method].recipe(hesse.Options(**options))
+        recipe = hesse.methods.METHODS[method].recipe(hesse.Options(**options))
         kl, predicted = measure(recipe, arguments.samples)
         print(f"| `{method}`, {asked(options)} | {kl:.5f} | {predicted:.5f} |", flush=True)
     print("\n| one plan over | bits a weight | KL | predicted | what it took |\n|---|---|---|---|---|")

@@ -87,7 +87,7 @@ def plain_gmp(task: Task, training: Training, sparsity: float) -> nn.Module:
 def movement(task: Task, training: Training, sparsity: float) -> nn.Module:
     """Scores that training finds."""
     model = copy.deepcopy(task.dense)
-    schedule = hesse.GradualSchedule(sparsity, training.steps, cuts=training.steps // 4, first=0.0)
+    schedule = hesse.training.GradualSchedule(sparsity, training.steps, cuts=training.steps // 4, first=0.0)
     held = {name: Movement(hesse.Sparse(sparsity), schedule) for name in prunable_weights(model, layers=task.layers)}
     hesse.finetune(model, task.train, training, loss_function=LOSS, forward=task.forward, held=held)
     return model
@@ -146,7 +146,8 @@ def digits(transfer: bool) -> Task:
         upside_down = DataLoader(TensorDataset(images.flip(2), labels), 64, shuffle=True)
         dense = data.mlp()
         hesse.finetune(dense, upside_down, Training(steps=336, optimizer=adam(4e-3)), loss_function=LOSS, held={})
-    training = Training(steps=420, optimizer=adam(4e-3), teacher=teacher, distillation=hesse.Distillation(0.9, 2.0))
+    distillation = hesse.training.Distillation(0.9, 2.0)
+    training = Training(steps=420, optimizer=adam(4e-3), teacher=teacher, distillation=distillation)
     return Task(dense, teacher, train, data.batches("test"), training)
 
 
@@ -162,7 +163,7 @@ def language() -> Task:
         return [(ids, next_tokens(ids)) for ids in some]
 
     dense = AutoModelForCausalLM.from_pretrained(DEFAULT_FOLDER, dtype=torch.float32, trust_remote_code=False)
-    how = hesse.Distillation(1.0, 1.0)
+    how = hesse.training.Distillation(1.0, 1.0)
     training = Training(steps=32, optimizer=adam(1e-3), teacher=dense, distillation=how)
     train, test = windows("calibration", 128), windows("evaluation", 48)
     layers = ("*.self_attn.*", "*.mlp.*")

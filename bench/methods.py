@@ -149,7 +149,7 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
             model, out, method=method, options=chosen, data=calibration, samples=samples, length=LENGTH
         ).report
         found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
-    (rule,) = hesse.METHODS[method].recipe(chosen).rules
+    (rule,) = hesse.methods.METHODS[method].recipe(chosen).rules
     constraint = rule.constraint.build().stored_as(stored_dtype(model))
     shapes = [layer.shape for layer in report.layers]
     total = sum(rows * columns for rows, columns in shapes)

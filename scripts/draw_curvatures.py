@@ -15,16 +15,19 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 from torch import Tensor, nn
 
-from hesse import Fisher, GaussNewton, Hessian, Objective
 from hesse.curvature import (
     BlockDiagonal,
     BlockRankOneSum,
     Curvature,
     Diagonal,
     EigenKronecker,
+    Fisher,
+    GaussNewton,
     Gram,
+    Hessian,
     Identity,
     Kronecker,
+    Objective,
     RankOneSum,
     Scaled,
     Sum,

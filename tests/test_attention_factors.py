@@ -19,7 +19,7 @@ from hesse.estimation.statistics import attention_factor as factors
 from hesse.estimation.statistics.attention_factor import attention_factors, attention_modules, moments
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import Options, find_method
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.passes.stream import start
 from hesse.processes import ALONE
 from hesse.testing import normal
@@ -66,7 +66,7 @@ def test_it_is_what_dense_jacobians_give() -> None:
 
 def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """More probes change the factors of a model's block, and the same ones do not."""
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
     block = network.blocks[0]
     with network.loaded(block):
@@ -88,7 +88,7 @@ def test_random_probes_come_to_the_mean(family_folder: FolderOf, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "bert"])
 def test_attention_is_found(name: str, family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)[:2]])
     block = network.blocks[0]
     with network.loaded(block):
@@ -104,7 +104,8 @@ def test_layers_outside_attention_keep_their_gram() -> None:
     root = normal(1, 6, 6).float()
     for rows, factor in ((6, root @ root.T), (6, None), (4, None), (6, root.T @ root)):
         weight = normal(2, rows, 8).float()
-        problem = LayerProblem("a", weight, gram, None, rule, rule.constraint.build(), attention=factor)
+        statistics = {"inputs": gram} | ({} if factor is None else {"attention factor": factor})
+        problem = LayerProblem("a", weight, statistics, rule, rule.constraint.build())
         outputs = torch.ones(rows) if factor is None else factor
         kronecker = Kronecker(output_factor=outputs, input_factor=gram.second_moment).with_damped_factors(
             rule.solver.output_damping, rule.solver.damping

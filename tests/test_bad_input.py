@@ -114,7 +114,7 @@ def test_evaluation_of_a_model_that_overflows(model: Path, hesse_command: Comman
 
 def test_a_compressed_model_is_no_source(model: Path, refused: Refuse, tmp_path: Path) -> None:
     compress(model, tmp_path / "packed", bits=4, group_size=32)
-    assert f"{tmp_path / 'packed'} is compressed already" in refused(tmp_path / "packed")
+    assert f"{tmp_path / 'packed'} is already compressed" in refused(tmp_path / "packed")
 
 
 def test_a_hub_id_without_network(refused: Refuse) -> None:

@@ -113,7 +113,7 @@ def test_bad_input(half_folder: FolderOf, hesse_command: CommandLine) -> None:
     folder = half_folder("llama")
     with pytest.raises(OptionError, match=r"there is no runtime 'vllm'; there are transformers, "):
         hesse.benchmark(folder, runtimes=["vllm"])
-    with pytest.raises(OptionError, match=r"need 193 positions, and .* has 128"):
+    with pytest.raises(OptionError, match=r"need 193 positions, but .* has 128"):
         hesse.benchmark(folder)
     with pytest.raises(OptionError, match="--repeats is 0"):
         hesse.benchmark(folder, repeats=0)

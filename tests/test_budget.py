@@ -151,7 +151,7 @@ def test_ranks_are_on_offer_where_model_code_may_travel(half_folder: FolderOf, t
     model = half_folder("llama")
     plan = hesse.plan(model, mean_bits=8.0, data=IDS, method="activation-svd", target="any")
     assert all(rule.constraint.low_rank is not None for rule in plan.recipe.rules)
-    with pytest.raises(OptionError, match=r"transformers does not serve rank .*--target any"):
+    with pytest.raises(OptionError, match=r"transformers does not support rank .*--target any"):
         hesse.plan(model, mean_bits=8.0, data=IDS, method="activation-svd", ignore=(), target="transformers")
 
 
@@ -174,10 +174,10 @@ def test_ignored_layers_are_not_planned(half_folder: FolderOf) -> None:
         (("--bits", "three"), "--bits is 'three'"),
         (("--size", "50%", "--format", "dense"), "no budget can be shared out: --format dense"),
         (("--size", "50%", "--target", "onnx"), "there is no target 'onnx'"),
-        (("--size", "50%", "--target", "vllm", "--group-size", "48"), "vllm does not serve"),
+        (("--size", "50%", "--target", "vllm", "--group-size", "48"), "vllm does not support"),
         (("--size", "50%", "--ignore", "*"), "no layer is left"),
         (("--size", "50%", "--ignore", "nothing"), "the pattern 'nothing' matches no layer"),
-        (("--bits", "4", "--group-size", "48", "--target", "vllm"), "vllm does not serve"),
+        (("--bits", "4", "--group-size", "48", "--target", "vllm"), "vllm does not support"),
     ],
 )
 def test_what_cannot_be_planned_is_said(
@@ -212,7 +212,7 @@ def rule(curvature: str, solver: str, constraint: ConstraintOptions, layers: tup
 def test_vllm_needs_one_rule_for_what_it_fuses(half_folder: FolderOf, tmp_path: Path) -> None:
     grids = [ConstraintOptions(grid=GridOptions(bits=bits, group_size=32)) for bits in (4, 8)]
     rules = (rule("gram", "error_feedback", grids[1], ("q_proj",)), rule("gram", "error_feedback", grids[0]))
-    with pytest.raises(OptionError, match=r"q_proj and .*k_proj: vllm reads them as one"):
+    with pytest.raises(OptionError, match=r"q_proj and .*k_proj: vllm fuses them"):
         compress(half_folder("llama"), tmp_path / "out", recipe=Recipe(rules=rules), target="vllm")
 
 

@@ -2,28 +2,32 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import hesse
 import tiny_models
 from helpers import CommandLine, left_over, sha256, write_ids
 from hesse.cli import app
+from hesse.cli.app import COMMANDS, Command
 from hesse.errors import OptionError
-from hesse.methods import METHODS, find_methods, load_recipe, methods_of
+from hesse.methods import DEFAULT_METHOD, METHODS, find_methods, load_recipe, methods_of
 
 COMPRESSING = methods_of("compress")
 
 FolderOf = Callable[[str], Path]
 LONG = 600  # seconds that a process may take on a busy machine
-COMMANDS = ("compress", "evaluate", "export", "benchmark", "methods", "demo")
 
 
 def test_version(hesse_command: CommandLine) -> None:
@@ -31,26 +35,59 @@ def test_version(hesse_command: CommandLine) -> None:
     assert (ran.code, ran.stdout, ran.stderr) == (0, f"hesse {hesse.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"})
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_has_an_example(command: Command) -> None:
+    result = CliRunner().invoke(app, [command.name, "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
-    assert f"Example: hesse {command}" in result.stdout
+    assert f"Example: {command.example}" in result.stdout
+    assert command.example.startswith(f"hesse {command.name}")
 
 
 def test_help_names_every_command(hesse_command: CommandLine) -> None:
     ran = hesse_command("--help")
     assert ran.code == 0
-    assert all(command in ran.stdout for command in COMMANDS)
+    places = [ran.stdout.index(f" {command.name} ") for command in COMMANDS]
+    assert places == sorted(places)
+    assert all(panel in ran.stdout for panel in ("Change a model", "Look at a model", "Run it elsewhere"))
 
 
-def test_no_option_is_without_help() -> None:
-    import typer.main
+def parameters() -> Iterator[tuple[str, str, type, Any]]:
+    """Yield command, parameter, type without None, and the argument or option of every parameter of every command."""
+    for command in COMMANDS:
+        for name, hint in get_type_hints(command.run, include_extras=True).items():
+            if name != "return":
+                kinds = [kind for kind in get_args(hint.__origin__) or (hint.__origin__,) if kind is not NoneType]
+                yield command.run.__name__, name, kinds[0], hint.__metadata__[0]
 
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        assert command.help, name
-        for parameter in command.params:
-            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+def test_every_help_text_is_a_phrase_of_its_own() -> None:
+    for command in COMMANDS:
+        assert re.match(r"[A-Z].*[.)]$", (command.run.__doc__ or "").strip(), re.DOTALL), command
+    for command, name, _, info in parameters():
+        assert re.match(r"[A-Z].*[.)]$", info.help or ""), f"{command} {name}: {info.help!r}"
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    meanings: dict[str, set[tuple[str, type]]] = {}
+    for _, name, kind, info in parameters():
+        if isinstance(info, OptionInfo):
+            meanings.setdefault(name, set()).add((info.help or "", kind))
+    assert {option: kinds for option, kinds in meanings.items() if len(kinds) > 1} == {}
+    assert "statistics" in meanings
+
+
+def test_the_default_method_is_the_one_that_help_names() -> None:
+    (shown,) = (
+        info.show_default for command, name, _, info in parameters() if (command, name) == ("compress", "method")
+    )
+    assert shown == DEFAULT_METHOD
+
+
+def test_without_a_command_it_says_where_to_begin(hesse_command: CommandLine) -> None:
+    ran = hesse_command()
+    assert (ran.code, ran.stderr) == (0, "")
+    for line in ("hesse demo", "hesse compress MODEL OUT", "hesse methods", "hesse --help"):
+        assert line in ran.stdout
 
 
 def test_the_table_of_methods(hesse_command: CommandLine) -> None:

@@ -39,7 +39,7 @@ from hesse.methods import Recipe, Rule, methods_of
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.networks.network import Block, Network
+from hesse.networks.network import Block, CheckpointNetwork, Network
 
 COMPRESSING = methods_of("compress")
 
@@ -65,7 +65,9 @@ def test_transformers_loads_the_very_weights_that_were_solved(name: str, half_fo
     assert torch.equal(output(tiny_models.load(name, out)), output(dense))
 
     layers = {layer.name for layer in report.layers}
-    assert layers == {layer.name for layer in Network(Checkpoint(source), torch.float32, torch.device("cpu")).layers}
+    assert layers == {
+        layer.name for layer in CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu")).layers
+    }
     assert report.tensors_equal == len(Checkpoint(source).names())
     known = ("tokens for",) if name in MIXTURES else ("inputs are always zero",) if name == "opt" else ()
     assert [note for note in report.notes if not any(kind in note for kind in known)] == []
@@ -499,4 +501,4 @@ def test_samples_longer_than_the_model_takes_are_cut_and_listed(half_folder: Fol
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(source)
     report = hesse.compress(source, tmp_path / "out", data=text, samples=4, length=2048).report
     assert report.calibration["length"] == 128
-    assert "samples have 128 tokens, not 2048: the model has positions for no more" in report.notes
+    assert "samples have 128 tokens, not 2048: the model has no more positions" in report.notes

@@ -324,11 +324,11 @@ def fails(data: Any, folder: Path, **options: Any) -> str:
         ('{"text": "other kind"}', 'has only "text", but line 1 has "input_ids"'),
         ('{"input_ids": "1, 2"}', "the token ids are str, not a list"),
         ('{"input_ids": null}', "the token ids are NoneType, not a list"),
-        ('{"input_ids": [1, 2.0]}', "2.0 is no token id"),
-        ('{"input_ids": [1, true]}', "True is no token id"),
-        ('{"input_ids": [[1, 2], [3]]}', "[1, 2] is no token id"),
-        ('{"input_ids": [1, -100]}', "-100 is no token id"),
-        ('{"input_ids": [1, 9223372036854775808]}', "9223372036854775808 is no token id"),
+        ('{"input_ids": [1, 2.0]}', "2.0 is not a token id"),
+        ('{"input_ids": [1, true]}', "True is not a token id"),
+        ('{"input_ids": [[1, 2], [3]]}', "[1, 2] is not a token id"),
+        ('{"input_ids": [1, -100]}', "-100 is not a token id"),
+        ('{"input_ids": [1, 9223372036854775808]}', "9223372036854775808 is not a token id"),
         ('{"input_ids": []}', "has 0 token ids"),
         ('{"input_ids": [1]}', "has 1 token ids"),
         ('{"input_ids": [1, 2, 3, 4, 5]}', "has 5 tokens, but the model has positions for 4"),
@@ -357,7 +357,7 @@ def test_mixed_lines_in_the_other_order(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_bad_list_of_ids_is_named(tmp_path: Path) -> None:
-    assert "sample 2: 'b' is no token id" in fails([[1, 2], ["b", 3]], tmp_path)
+    assert "sample 2: 'b' is not a token id" in fails([[1, 2], ["b", 3]], tmp_path)
     assert "sample 1: the token ids are int" in fails([1, 2], tmp_path)
     assert "sample 1: the token ids are str" in fails(["some text"], tmp_path)
     assert "list of token ids is empty" in fails([], tmp_path)
@@ -411,7 +411,7 @@ def test_bad_parquet(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     write_parquet(data, {"text": ["words", None]})
     assert "some.parquet, row 2" in fails(data, folder)
     data.write_bytes(b"PAR1 and then nothing of the kind")
-    assert "no readable .parquet file" in fails(data, folder)
+    assert "not a readable .parquet file" in fails(data, folder)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pyarrow is not installed: pip install 'hesse[data]'" in fails(data, folder)
 
@@ -422,7 +422,7 @@ def test_a_data_set_that_cannot_be_had(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     message = fails("owner/name", folder)
-    assert "owner/name is no file here" in message
+    assert "owner/name is not a file here" in message
     assert "the hub is out of reach" in message
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"body": ["words"]}))
     assert 'no column "text" (it has body)' in fails("owner/name", folder)

@@ -17,7 +17,7 @@ from hesse.errors import DataError, UnsupportedModelError
 from hesse.estimation import GramAccumulator, OutputMoments, Sums, estimate_curvatures, gram
 from hesse.estimation.probe import backward_statistics
 from hesse.estimation.statistics.fisher import BLOCK_SIZE
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork, Network
 from hesse.passes.backward import BackwardPass, layer_part
 from hesse.passes.stream import advance, start
 
@@ -99,7 +99,7 @@ def test_labels_are_drawn_from_the_softmax() -> None:
 
 def walked(folder: Path, batch: int, apart: bool = False) -> tuple[Network, BackwardPass]:
     """The network, and the walk back over its blocks."""
-    network = Network(Checkpoint(folder), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU)
     flows = start(network, IDS.split(batch))
     inputs = []
     for index, block in enumerate(network.blocks):
@@ -258,7 +258,7 @@ def test_shares_of_the_samples_get_the_labels_that_they_get_together(name: str, 
     """Several processes walk with a share each; what they find adds up to what one process finds."""
 
     def sums(start_at: int, stop_at: int) -> dict[str, Tensor]:
-        network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+        network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
         flows = start(network, IDS[start_at:stop_at].split(1))
         inputs = []
         for index, block in enumerate(network.blocks):

@@ -24,7 +24,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint, packed
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 Rules = dict[str, Constraint]  # the first pattern found in a layer's name decides
@@ -208,7 +208,7 @@ class Written:
 
 def planned(source: Path, rules: Rules, requested: str = "auto") -> Format:
     """The format that is chosen for a model under `rules`."""
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     layers = [
         StoredLayer(
             layer.name,
@@ -329,7 +329,7 @@ def test_reading_back_gives_the_decoded_weights(name: str, written: Folders) -> 
     for tensor, value in checkpoint.read(case.dense).items():
         assert value.shape == case.dense[tensor].shape
         assert torch.equal(value.to(case.dense[tensor].dtype), case.dense[tensor]), tensor
-    again = Network(checkpoint, torch.float32, torch.device("cpu"))
+    again = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu"))
     source = case.format.network
     assert type(again.model) is type(source.model)
     assert [layer.name for layer in again.layers] == [layer.name for layer in source.layers]
@@ -451,7 +451,7 @@ MIXED_EXPERTS: Rules = {"layers.0.*experts": INT4, EXPERTS: INT8}
         ("llama", {OTHERS: INT4}, "gguf", "no format 'gguf'; there are auto, pack-quantized, int-quantized, dense"),
         ("llama", {OTHERS: LowRank(rank=8)}, "pack-quantized", r"layers\.0\.self_attn\.q_proj.*LowRank.*--format"),
         ("llama", {OTHERS: Sparse(0.5)}, "pack-quantized", r"q_proj: .*not Sparse; use --format auto"),
-        ("llama", {OTHERS: INT4}, "low-rank", "there are none.*--format auto"),
+        ("llama", {OTHERS: INT4}, "low-rank", "no layer is factorised.*--format auto"),
         ("mixtral", {OTHERS: UNEVEN}, "auto", r"experts\.0\.w1: .*asymmetric experts.*--symmetric"),
         ("mixtral", MIXED_EXPERTS, "auto", r"experts\.0\.w1: .*share one scheme.*one rule.*--format dense"),
         ("olmoe", {"gate_proj": INT4, "up_proj": INT4, "down_proj": INT8}, "auto", "share one scheme"),
@@ -626,9 +626,9 @@ def test_what_cannot_be_read_is_named(
         (lambda own: own.pop("weight_shape"), "cannot be decoded"),
         (
             lambda own: own.update(weight_packed=own["weight_packed"][:, :3].contiguous()),
-            "3 words, where 4 bits need 8",
+            "3 words, but 4 bits need 8",
         ),
-        (lambda own: own.update(weight_packed=own["weight_packed"].repeat(1, 2)), "16 words, where 4 bits need 8"),
+        (lambda own: own.update(weight_packed=own["weight_packed"].repeat(1, 2)), "16 words, but 4 bits need 8"),
         (lambda own: own.update(weight_g_idx=torch.zeros(64, dtype=torch.int32)), "reordered columns"),
     ],
 )

@@ -13,7 +13,7 @@ from hesse.checkpoints.checkpoint import INDEX, Checkpoint
 from hesse.errors import CheckpointError, HesseError
 from hesse.estimation import Statistics
 from hesse.formats import open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
 def entry(name: str, shape: list[Any], stop: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_a_setting_of_anything(key: str, value: Any) -> None:
         (place / "model.safetensors").write_bytes(ONE)
 
         def read() -> None:
-            assert (Network(open_checkpoint(place), torch.float32, torch.device("cpu")).input_limit or 0) >= 0
+            assert (CheckpointNetwork(open_checkpoint(place), torch.float32, torch.device("cpu")).input_limit or 0) >= 0
 
         survives(read, HesseError)
 

@@ -14,7 +14,7 @@ import tiny_models
 from helpers import IDS, change, compress
 from hesse.errors import CheckpointError, HesseError, UnsupportedModelError
 from hesse.formats import open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork, Network
 
 FolderOf = Callable[[str], Path]
 Edit = Callable[[dict[str, Any]], None]
@@ -56,7 +56,7 @@ def edit_config(folder: Path, edit: Edit) -> Path:
 
 
 def network(folder: Path) -> Network:
-    return Network(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    return CheckpointNetwork(open_checkpoint(folder), torch.float32, torch.device("cpu"))
 
 
 def input_limit(folder: Path) -> int | None:

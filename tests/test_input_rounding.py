@@ -18,7 +18,7 @@ from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
 from hesse.layerwise.input_rounding import rounding_cost
 from hesse.methods import Recipe
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 BYTES = {"bits": 8, "group_size": -1, "input_bits": 8}
@@ -157,8 +157,8 @@ def test_layers_may_differ(half_folder: FolderOf, tmp_path: Path) -> None:
         ("llama", {"symmetric": False}, "asymmetric grids and the layers of GPT-2 and Falcon load as dense"),
         ("gpt2", {}, "asymmetric grids and the layers of GPT-2 and Falcon load as dense"),
         ("mixtral", {"ignore": ["self_attn"]}, "experts.* cannot be rounded: transformers keeps experts in one tensor"),
-        ("llama", {"target": "vllm"}, "vllm rounds inputs to 8 bits before weights of 8 bits with a scale a row only"),
-        ("llama", {"format": "int-quantized"}, "int-quantized stores 4 bits in 8"),
+        ("llama", {"target": "vllm"}, "vllm rounds inputs only to 8 bits, and only for weights of 8 bits"),
+        ("llama", {"format": "int-quantized"}, "int-quantized stores 4 bits in a whole byte"),
         ("llama", {"input_bits": 1}, "--input-bits is 1, but must be between 2 and 8"),
         ("llama", {"bits": None, "mean_bits": 3.5}, "a budget counts what weights cost, not their inputs"),
         ("llama", {"method": "quip"}, "--input-bits has no meaning for the method quip"),
@@ -210,8 +210,8 @@ def test_stored_scales_of_inputs_are_refused(change: dict[str, Any], family_fold
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(change)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="q_proj rounds its inputs with scales that are stored"):
-        Network(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="q_proj rounds its inputs with stored scales"):
+        CheckpointNetwork(open_checkpoint(tmp_path / "out"), torch.float32, torch.device("cpu"))
 
 
 def test_the_command_line_has_it(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:

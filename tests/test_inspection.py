@@ -188,18 +188,18 @@ def test_a_page_on_the_command_line(
     family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, data, out = family_folder("llama"), write_ids(tmp_path / "ids.jsonl", FEW), tmp_path / "page.html"
-    ran = hesse_command("inspect", source, "--data", data, "--out", out)
+    ran = hesse_command("inspect", source, "--data", data, "--report", out)
     assert ran.code == 0
-    assert f"The page: {out}" in ran.stdout.replace("\n", "")
+    assert f"The report: {out}" in ran.stdout.replace("\n", "")
     assert "<svg" in out.read_text(encoding="utf-8")
-    refused = hesse_command("inspect", source, "--data", data, "--out", out)
+    refused = hesse_command("inspect", source, "--data", data, "--report", out)
     assert (refused.code, "exists: give another name, or --overwrite" in refused.error) == (1, True)
-    assert hesse_command("inspect", source, "--data", data, "--out", out, "--overwrite").code == 0
-    nowhere = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "no" / "page.html")
+    assert hesse_command("inspect", source, "--data", data, "--report", out, "--overwrite").code == 0
+    nowhere = hesse_command("inspect", source, "--data", data, "--report", tmp_path / "no" / "page.html")
     assert (nowhere.code, "make it first" in nowhere.error) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.jsonl", "page.html"]
     monkeypatch.setattr("hesse.reporting.page.find_spec", lambda _: None)
-    lacking = hesse_command("inspect", source, "--data", data, "--out", tmp_path / "other.html")
+    lacking = hesse_command("inspect", source, "--data", data, "--report", tmp_path / "other.html")
     assert (lacking.code, "pip install 'hesse[report]'" in lacking.error) == (2, True)
 
 

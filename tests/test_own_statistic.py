@@ -19,7 +19,7 @@ from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, SparseOptions
 from hesse.methods.curvatures import CURVATURES, CurvatureKind, Known
 from hesse.methods.solver_options import SolverOptions
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.passes.stream import start
 from hesse.processes import Processes
 
@@ -86,7 +86,7 @@ def test_on_disk(family_folder: FolderOf, tmp_path: Path) -> None:
     """The first layer of a model is pruned by the fourth moments of its inputs, which nothing before it has changed."""
     source, name = family_folder("llama"), "model.layers.0.self_attn.q_proj"
     compress(source, tmp_path / "out", recipe=Recipe(rules=(own_rule(),)), data=IDS)
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)])
     with network.loaded(network.blocks[0]) as module:
         inputs = module.input_layernorm(flows[0].hidden).detach()

@@ -121,7 +121,13 @@ def test_of_a_page(umask: int, tmp_path: Path) -> None:
 def test_of_a_training(umask: int, tmp_path: Path) -> None:
     data = [(torch.ones(2, 3), torch.ones(2, 1))]
     settings = Training(steps=1, optimizer=lambda named: torch.optim.SGD(named, lr=0.1))
-    finetune(nn.Sequential(nn.Linear(3, 1)), data, settings, loss=SquaredError(), checkpoint=tmp_path / "new" / "kept")
+    finetune(
+        nn.Sequential(nn.Linear(3, 1)),
+        data,
+        settings,
+        loss_function=SquaredError(),
+        checkpoint=tmp_path / "new" / "kept",
+    )
     assert wrong(umask, tmp_path / "new") == {}
 
 

@@ -21,7 +21,7 @@ from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, GridOptions
 from hesse.methods.solver_options import SolverOptions
 from hesse.networks.attention import received
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import advance, start
 from hesse.solvers import ErrorFeedback, solve
 from hesse.testing import normal
@@ -41,7 +41,7 @@ def test_it_is_what_eager_attention_gives(name: str, family_folder: FolderOf) ->
     ids = torch.tensor(IDS)[:3]
     with torch.no_grad():
         wanted = model(ids, output_attentions=True).attentions
-    network = Network(Checkpoint(folder), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, torch.device("cpu"))
     flows = start(network, [ids[:2], ids[2:]])
     for index, block in enumerate(network.blocks):
         with network.loaded(block) as module:
@@ -72,7 +72,7 @@ def test_weights_lie_in_their_range_sample_by_sample() -> None:
 
 def test_the_gram_is_of_weighted_positions(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's, with the weights of the flow that its inputs came with; a layer without inputs of its own too."""
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, torch.device("cpu"))
     flows = start(network, torch.tensor(IDS).split(3))
     block, seen, found = network.blocks[0], dict[str, list[Tensor]](), dict[str, tuple[Gram, Gram]]()
     weights = [normal(seed, *flow.ids.shape).square().float() for seed, flow in enumerate(flows)]
@@ -101,7 +101,7 @@ def test_the_layers_are_gptqs_under_the_weighted_gram(family_folder: FolderOf, t
     """The first layer of a model, whose inputs no change before it has touched."""
     source, name = family_folder("llama"), "model.layers.0.self_attn.q_proj"
     compress(source, tmp_path / "out", recipe=Recipe(rules=(RULE,)), data=IDS)
-    network = Network(Checkpoint(source), torch.float32, torch.device("cpu"))
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     flows = start(network, [torch.tensor(IDS)])
     with network.loaded(network.blocks[0]) as module:
         found = position_weights(flows, network.blocks[0], 0)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from hesse.checkpoints.read_ahead import ReadAhead
 from hesse.errors import CheckpointError
 from hesse.formats import open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork, Network
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def llama(family_folder: Any) -> Network:
-    return Network(open_checkpoint(family_folder("llama")), torch.float32, CPU)
+    return CheckpointNetwork(open_checkpoint(family_folder("llama")), torch.float32, CPU)
 
 
 def announced(llama: Network, order: list[int], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:

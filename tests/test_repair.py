@@ -228,7 +228,7 @@ def test_models_that_are_no_pair_are_refused(compressed: FolderOf, family_folder
     source, base = family_folder("llama"), compressed("packed")
     with pytest.raises(OptionError, match=r"is a LlamaForCausalLM and .* a Qwen2ForCausalLM"):
         repair(source, family_folder("qwen2"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is compressed already: start from the dense model"):
+    with pytest.raises(CheckpointError, match="is already compressed: start from the dense model"):
         repair(base, source, tmp_path / "out")
     with pytest.raises(OptionError, match="is both the dense and the compressed model"):
         repair(source, source, tmp_path / "out")
@@ -251,9 +251,9 @@ def test_models_that_are_no_pair_are_refused(compressed: FolderOf, family_folder
     [
         ({"use_dora": True}, None, "has use_dora, which Hesse does not read"),
         ({"peft_type": "IA3"}, None, "has the peft_type IA3"),
-        ({"r": None}, None, "gives no rank r and lora_alpha"),
-        ({}, {"base_model.model.elsewhere.lora_A.weight": torch.zeros(2, 2)}, "elsewhere.lora_A.weight, of which"),
-        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "do not fit"),
+        ({"r": None}, None, "lacks the rank r or lora_alpha"),
+        ({}, {"base_model.model.elsewhere.lora_A.weight": torch.zeros(2, 2)}, "elsewhere.lora_A.weight, but"),
+        ({}, {f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(RANK, 3)}, "belongs to another model"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(
@@ -306,5 +306,5 @@ def test_the_command_line(
     assert ran.code == 0
     assert "rank 6 added" in ran.stdout
     assert "PeftModel.from_pretrained" in ran.stdout
-    ran = hesse_command("evaluate", compressed("packed"), "--adapter", out, "--data", ids, "--json")
+    ran = hesse_command("evaluate", compressed("packed"), "--merge-adapter", out, "--data", ids, "--json")
     assert json.loads(ran.stdout)["bytes"] == report["bytes_before"] + report["bytes_added"]

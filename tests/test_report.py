@@ -19,7 +19,7 @@ from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data import read_samples
 from hesse.errors import OptionError
 from hesse.evaluation import continuations
-from hesse.evaluation.measurements import BAND, LAYER_BAND, Measured, Measurements, leaves
+from hesse.evaluation.measurements import BAND, LAYER_BAND, MeasuredMean, Measurements, outside_band
 from hesse.jobs.report import CompressionReport
 from hesse.methods import Recipe
 from hesse.reporting import compression_page
@@ -216,12 +216,12 @@ def test_no_continuations_without_memory(
 
 
 def test_the_band() -> None:
-    assert not leaves(BAND, Measured(1.0, 0.01), 1.0)
-    assert leaves(BAND, Measured(2.1, 0.01), 1.0)
-    assert not leaves(BAND, Measured(2.1, 0.1), 1.0)  # as far as can be seen
-    assert leaves(BAND, Measured(0.4, 0.01), 1.0)
-    assert leaves(BAND, Measured(float("nan"), 0.0), 1.0)
-    assert not leaves(BAND, Measured(1.0, 0.0), None)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(2.1, 0.01), 1.0)
+    assert not outside_band(BAND, MeasuredMean(2.1, 0.1), 1.0)  # as far as can be seen
+    assert outside_band(BAND, MeasuredMean(0.4, 0.01), 1.0)
+    assert outside_band(BAND, MeasuredMean(float("nan"), 0.0), 1.0)
+    assert not outside_band(BAND, MeasuredMean(1.0, 0.0), None)
 
 
 # The page
@@ -294,14 +294,14 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
     found = measured(report)
     # Costs that are ten times as large, but for the smallest shares, and much smaller on text that was calibrated on.
     line = [
-        replace(point, measured=Measured(10 * point.predicted, 0.0)) if point.share > 0.5 else point
+        replace(point, measured=MeasuredMean(10 * point.predicted, 0.0)) if point.share > 0.5 else point
         for point in found.line
     ]
     layers = [
-        replace(found.layers[0], measured=Measured(10 * (found.layers[0].predicted or 0.0), 0.0)),
+        replace(found.layers[0], measured=MeasuredMean(10 * (found.layers[0].predicted or 0.0), 0.0)),
         *found.layers[1:],
     ]
-    seen = replace(found.check, divergence=Measured(found.check.divergence.value / 2, 1e-6))
+    seen = replace(found.check, divergence=MeasuredMean(found.check.divergence.value / 2, 1e-6))
     worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), fallbacks=["a fallback"])
     assert measured(worse).holds_up_to == 0.5
     text = Reader(compression_page(worse)).text
@@ -318,7 +318,7 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
 def test_cheap_layers_outside_of_the_band_are_no_warning(of_family: Callable[[str], CompressionReport]) -> None:
     report = of_family("llama-tied")
     found = measured(report)
-    cheap = replace(found.layers[0], predicted=1e-9, measured=Measured(1e-8, 0.0))
+    cheap = replace(found.layers[0], predicted=1e-9, measured=MeasuredMean(1e-8, 0.0))
     layers = [cheap, *(replace(group, predicted=group.measured.value) for group in found.layers[1:])]
     text = Reader(compression_page(replace(report, measurements=replace(found, layers=layers)))).text
     assert "All layers that matter cost what was predicted. 1 of 14 layers, changed alone, are outside" in text

@@ -20,15 +20,15 @@ from hesse.constraints import Grid
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.formats import open_checkpoint
 from hesse.methods.recipe import Rewrite
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import advance, finish, start
-from hesse.rewriting import ROTATIONS, SCALINGS, Rewriting, RewritingSamples, Target
+from hesse.rewriting import ROTATIONS, SCALINGS, Rewriting, RewritingSamples, RoundingTarget
 from hesse.rewriting.hadamard import random_hadamard
 from hesse.rewriting.kurtosis import UNIFORM, kurtosis, learn_rotation
-from hesse.rewriting.maps import Folding, Map, Rotation, Scaling
-from hesse.rewriting.scales import Sizes, activation_aware, outlier_smoothing, smoothing
+from hesse.rewriting.maps import FeatureMap, Folding, Rotation, Scaling
+from hesse.rewriting.scales import FeatureSizes, activation_aware, outlier_smoothing, smoothing
+from hesse.rewriting.stream_inputs import stream_inputs
 from hesse.rewriting.streams import FAMILIES
-from hesse.rewriting.walk import walk
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def folder_of(family_folder: FolderOf, tmp_path_factory: pytest.TempPathFactory)
 
 def logits(checkpoint: Checkpoint) -> Tensor:
     """What a checkpoint predicts, computed in float64."""
-    network = Network(checkpoint, torch.float64, CPU)
+    network = CheckpointNetwork(checkpoint, torch.float64, CPU)
     flows = start(network, [SAMPLES])
     for index, block in enumerate(network.blocks):
         with network.loaded(block) as module:
@@ -78,8 +78,8 @@ def logits(checkpoint: Checkpoint) -> Tensor:
         return finish(network, model, flows[0])
 
 
-def rewritten(kind: str, folder: Path, targets: dict[str, Target] | None = None, seed: int = 0) -> Rewriting:
-    rewriting = Rewriting(kind, Network(Checkpoint(folder), torch.float32, CPU))
+def rewritten(kind: str, folder: Path, targets: dict[str, RoundingTarget] | None = None, seed: int = 0) -> Rewriting:
+    rewriting = Rewriting(kind, CheckpointNetwork(Checkpoint(folder), torch.float32, CPU))
     rewriting.find(RewritingSamples([torch.tensor(IDS)], targets or {}, seed, None, lambda: None))
     return rewriting
 
@@ -105,7 +105,7 @@ REFUSED = [(name, kind) for name in ("gpt2", "phi3", "mixtral", "bert") for kind
 
 @pytest.mark.parametrize(("name", "kind"), [*REFUSED, *((name, "hadamard") for name in ("gemma2", "gemma3"))])
 def test_other_families_are_refused_by_name(name: str, kind: str, family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder(name)), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
     with pytest.raises(
         UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|no rotation)"
     ):
@@ -129,7 +129,7 @@ def test_random_hadamard_matrices_are_orthogonal(size: int, seed: int) -> None:
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=60)
-def test_maps_cancel_between_layers(kind: type[Map], heads: int, repeats: int, size: int, seed: int) -> None:
+def test_maps_cancel_between_layers(kind: type[FeatureMap], heads: int, repeats: int, size: int, seed: int) -> None:
     """B repeat(A x) is the same after the map, with A's outputs repeated head by head as grouped attention does."""
     generator = torch.Generator().manual_seed(seed)
     features = heads * size
@@ -203,11 +203,11 @@ def plant(folder: Path, out: Path, channels: tuple[int, ...], size: float) -> Pa
 
 def input_kurtosis(checkpoint: Checkpoint, rewriting: Rewriting) -> float:
     """The mean over layers behind norms, and over tokens."""
-    network = Network(checkpoint, torch.float32, CPU)
+    network = CheckpointNetwork(checkpoint, torch.float32, CPU)
     flows = start(network, [torch.tensor(IDS)])
     found = [
-        kurtosis(inputs[stream.name].some).mean()
-        for _, block, inputs in walk(network, rewriting.streams, flows, every=1)
+        kurtosis(inputs[stream.name].sampled).mean()
+        for _, block, inputs in stream_inputs(network, rewriting.streams, flows, every=1)
         for stream in (block.attention, block.feedforward)
     ]
     return float(torch.stack(found).mean())
@@ -261,8 +261,8 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
     """As rotating first and rounding then; transformers loads it; what it is compared with is the model on disk."""
     source, out, rotated = half_folder("llama-tied"), tmp_path / "out", tmp_path / "rotated"
     report = compress(source, out, method=method, bits=4, group_size=32)
-    assert report.recipe["rewrite"] == hesse.METHODS[method].rewrite
-    hesse.rotate(source, rotated, kind=str(hesse.METHODS[method].rewrite), data=IDS)
+    assert report.recipe["rewrite"] == hesse.methods.METHODS[method].rewrite
+    hesse.rotate(source, rotated, kind=str(hesse.methods.METHODS[method].rewrite), data=IDS)
     compress(rotated, tmp_path / "two-steps", method="gptq", bits=4, group_size=32)
     ours, two_steps = dense_tensors(out), dense_tensors(tmp_path / "two-steps")
     assert ours.keys() == two_steps.keys()
@@ -298,14 +298,14 @@ def test_what_a_type_cannot_hold_is_refused(family_folder: FolderOf, tmp_path: P
 
     folder = plant(family_folder("llama"), tmp_path / "planted", (), 1.0)
     change(folder, edit)
-    with pytest.raises(DataError, match=r"lm_head.weight holds NaN or infinity once it is rewritten in torch.float16"):
+    with pytest.raises(DataError, match=r"lm_head.weight holds NaN or infinity after rewriting in torch.float16"):
         logits(rewritten("hadamard", folder).checkpoint)
 
 
-def targets_of(folder: Path, bits: int, input_bits: int | None) -> dict[str, Target]:
+def targets_of(folder: Path, bits: int, input_bits: int | None) -> dict[str, RoundingTarget]:
     """Everything to so many bits, in groups of 16 or by whole rows where inputs are rounded too."""
-    layers = Network(Checkpoint(folder), torch.float32, CPU).layers
-    return {layer.name: Target(Grid(bits, 16 if input_bits is None else -1), input_bits) for layer in layers}
+    layers = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU).layers
+    return {layer.name: RoundingTarget(Grid(bits, 16 if input_bits is None else -1), input_bits) for layer in layers}
 
 
 SCALED = [("llama-tied", "smoothing"), ("gemma2", "smoothing"), ("gemma3", "outlier_smoothing")]
@@ -327,7 +327,9 @@ def test_the_function_stays_with_scales(name: str, kind: str, folder_of: FolderO
 
 
 def test_candidates_are_those_of_the_papers() -> None:
-    sizes = Sizes(torch.tensor([[1.0, 4.0, 16.0]]), torch.tensor([[1.0, 4.0, 16.0]]), torch.tensor([[2.0, 1.0, 0.5]]))
+    sizes = FeatureSizes(
+        torch.tensor([[1.0, 4.0, 16.0]]), torch.tensor([[1.0, 4.0, 16.0]]), torch.tensor([[2.0, 1.0, 0.5]])
+    )
     aware, smooth, outliers = (list(kind(sizes)) for kind in (activation_aware, smoothing, outlier_smoothing))
 
     def like(found: Tensor, wanted: list[float]) -> bool:
@@ -349,11 +351,13 @@ def test_no_stream_ends_with_more_error(kind: str, folder_of: FolderOf, tmp_path
     rewriting = rewritten(kind, folder, targets)
     errors: dict[str, list[float]] = {}
     for checkpoint in (Checkpoint(folder), rewriting.checkpoint):
-        network = Network(checkpoint, torch.float32, CPU)
-        for block, streams, inputs in walk(network, rewriting.streams, start(network, [torch.tensor(IDS)]), every=1):
+        network = CheckpointNetwork(checkpoint, torch.float32, CPU)
+        for block, streams, inputs in stream_inputs(
+            network, rewriting.streams, start(network, [torch.tensor(IDS)]), every=1
+        ):
             weights = {layer.name: layer.weight for layer in block.layers}
             for stream in streams.all:
-                some, total = inputs[stream.name].some, 0.0
+                some, total = inputs[stream.name].sampled, 0.0
                 for name in stream.layers:
                     rounded = Grid(8, -1).nearest(some) @ Grid(4, -1).nearest(weights[name]).T
                     total += float((rounded - some @ weights[name].T).square().sum())
@@ -368,7 +372,7 @@ def test_no_stream_ends_with_more_error(kind: str, folder_of: FolderOf, tmp_path
 def test_layers_that_are_left_alone_move_nothing(folder_of: FolderOf) -> None:
     folder = folder_of("llama")
     targets = targets_of(folder, 3, None)
-    targets |= {name: Target(None, None) for name in targets if not name.endswith("down_proj")}
+    targets |= {name: RoundingTarget(None, None) for name in targets if not name.endswith("down_proj")}
     changes = rewritten("activation_aware", folder, targets).checkpoint.changes
     assert {change.stream.name.rpartition(".")[2] for change in changes} == {"inner"}
 
@@ -406,6 +410,6 @@ def test_recipes_know_what_there_is(tmp_path: Path) -> None:
     assert {*ROTATIONS, *SCALINGS} == set(get_args(Rewrite))
     assert set(FAMILIES) < set(transformers.CONFIG_MAPPING)
     file = tmp_path / "recipe.yaml"
-    file.write_text(hesse.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
+    file.write_text(hesse.methods.METHODS["quarot"].recipe(hesse.Options()).to_yaml().replace("hadamard", "turn"))
     with pytest.raises(OptionError, match="rewrite: input should be 'hadamard'"):
-        hesse.load_recipe(file)
+        hesse.methods.load_recipe(file)

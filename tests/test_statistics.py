@@ -17,7 +17,7 @@ from helpers import IDS, OTHER_IDS, WEIGHTS, CommandLine, change, compress, dens
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, OptionError, OutputError
 from hesse.estimation import Statistics
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def estimated(half_folder: FolderOf, tmp_path: Path) -> Callable[..., tuple[Path
 def test_grams_are_of_the_dense_models_inputs(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
     source, folder = estimated(name)
     model, statistics = tiny_models.load(name, source), Statistics(folder)
-    network = Network(Checkpoint(source), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     seen: dict[str, list[Tensor]] = {}
     for layer in network.layers:
         try:
@@ -146,7 +146,7 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
     estimated: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     source, folder = estimated(curvatures=("gram", "kronecker", "fisher"))
-    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    statistics, network = Statistics(folder), CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     for layer in network.layers:
         kronecker, fisher = statistics.kronecker(layer.name, CPU), statistics.fisher(layer.name, CPU)
         assert kronecker is not None
@@ -170,7 +170,7 @@ def test_one_kind_alone(kind: str, estimated: Callable[..., tuple[Path, Path]]) 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
 def test_kronecker_and_fisher_of_other_families(name: str, estimated: Callable[..., tuple[Path, Path]]) -> None:
     source, folder = estimated(name, curvatures=("kronecker", "fisher"))
-    statistics, network = Statistics(folder), Network(Checkpoint(source), torch.float32, CPU)
+    statistics, network = Statistics(folder), CheckpointNetwork(Checkpoint(source), torch.float32, CPU)
     for layer in network.layers:
         kronecker = statistics.kronecker(layer.name, CPU)
         assert kronecker is not None
@@ -262,7 +262,7 @@ def test_damage_is_reckoned_with_the_fisher_that_was_estimated(
     compress(source, tmp_path / "out", method="obd", statistics=folder, data=None, sparsity=0.3, scope="layer")
     statistics = Statistics(folder)
     before, after = dense_tensors(source), dense_tensors(tmp_path / "out")
-    for layer in Network(Checkpoint(source), torch.float32, CPU).layers:
+    for layer in CheckpointNetwork(Checkpoint(source), torch.float32, CPU).layers:
         fisher = statistics.fisher(layer.name, CPU)
         assert fisher is not None
         weight, pruned = before[f"{layer.name}.weight"], after[f"{layer.name}.weight"]

@@ -11,7 +11,7 @@ import tiny_models
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.estimation.calibrated import calibrated, calibrated_blocks
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.activation_offload import KeepInMemory
 from hesse.passes.layer_stops import layer_stops
 from hesse.passes.stream import StreamBatch, advance, finish, start
@@ -41,7 +41,7 @@ def runs(batches: list[StreamBatch], block: Block, index: int) -> list[Callable[
 def test_stream_equals_transformers(name: str, family_folder: FolderOf) -> None:
     folder = family_folder(name)
     ids = torch.tensor(tiny_models.random_ids(5, 24))
-    network = Network(Checkpoint(folder), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU)
     assert network.kind == ("encoder" if name in tiny_models.ENCODERS else "causal-lm")
     flows = start(network, ids.split(2))
     for index, block in enumerate(network.blocks):
@@ -59,7 +59,7 @@ def test_every_layer_is_met_once_with_its_own_inputs(name: str, family_folder: F
     """Stopping at each layer changes nothing, and collects what forward hooks on the whole model see."""
     folder = family_folder(name)
     ids = torch.tensor(tiny_models.random_ids(3, 16))
-    network = Network(Checkpoint(folder), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU)
     flows = start(network, ids.split(1))
     seen: dict[str, int] = {}
     order: list[str] = []
@@ -85,7 +85,7 @@ def test_every_layer_is_met_once_with_its_own_inputs(name: str, family_folder: F
 
 
 def test_layers_after_a_changed_layer_see_the_change(family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, CPU)
     flows = start(network, [torch.tensor(tiny_models.random_ids(2, 16))])
     inputs: dict[str, torch.Tensor] = {}
     block, collected_at = network.blocks[0], dict[str, str]()
@@ -101,7 +101,7 @@ def test_layers_after_a_changed_layer_see_the_change(family_folder: FolderOf) ->
 
 
 def test_a_consumer_that_stops_early_leaves_no_hooks(family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, CPU)
     flows = start(network, torch.tensor(tiny_models.random_ids(2, 16)).split(1))
     needs = {layer.name: ("inputs",) for layer in network.layers}
     for block, layers in calibrated_blocks(network, flows, needs):
@@ -118,7 +118,7 @@ def test_layers_that_are_not_asked_for_are_passed(family_folder: FolderOf) -> No
     """A consumer that looks at no layer leaves the batches where a plain pass does; layers with one input share it."""
     folder = family_folder("llama")
     ids = torch.tensor(tiny_models.random_ids(2, 16))
-    network = Network(Checkpoint(folder), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(folder), torch.float32, CPU)
     flows, needs = start(network, [ids]), {layer.name: ("inputs",) for layer in network.layers}
     assert [block for block, _ in calibrated_blocks(network, flows, {})] == network.blocks
     with network.surroundings() as model, torch.no_grad():
@@ -130,7 +130,7 @@ def test_layers_that_are_not_asked_for_are_passed(family_folder: FolderOf) -> No
 
 
 def test_networks_of_the_same_modules_do_not_hold_weights_together(family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder("llama")), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder("llama")), torch.float32, CPU)
     other, block = network.in_dtype(torch.bfloat16), network.blocks[0]
     with network.loaded(block), pytest.raises(RuntimeError, match=r"cannot be loaded as torch\.bfloat16"):
         other.loaded(block).__enter__()
@@ -141,7 +141,7 @@ def test_networks_of_the_same_modules_do_not_hold_weights_together(family_folder
 
 
 def test_equal_arguments_of_blocks_are_kept_once(family_folder: FolderOf) -> None:
-    network = Network(Checkpoint(family_folder("gemma3")), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(family_folder("gemma3")), torch.float32, CPU)
     flows = start(network, torch.tensor(tiny_models.random_ids(4, 16)).split(1))
     first = flows[0].calls[0]["position_embeddings"][0]
     assert all(flow.calls[0]["position_embeddings"][0] is first for flow in flows)
@@ -151,7 +151,7 @@ def test_unknown_architecture_is_named(family_folder: FolderOf, tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"model_type": "gpt-ninety", "architectures": ["GPTNinety"]}')
     (tmp_path / "model.safetensors").write_bytes((family_folder("llama") / "model.safetensors").read_bytes())
     with pytest.raises(UnsupportedModelError, match="gpt-ninety"):
-        Network(Checkpoint(tmp_path), torch.float32, CPU)
+        CheckpointNetwork(Checkpoint(tmp_path), torch.float32, CPU)
 
 
 def test_config_and_weights_that_do_not_belong_together(family_folder: FolderOf, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_config_and_weights_that_do_not_belong_together(family_folder: FolderOf,
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.safetensors").write_bytes((family_folder("llama") / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"gate_proj.*config and weights"):
-        Network(Checkpoint(tmp_path), torch.float32, CPU)
+        CheckpointNetwork(Checkpoint(tmp_path), torch.float32, CPU)
 
 
 def test_nan_weight_is_named(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    network = Network(Checkpoint(tmp_path), torch.float32, CPU)
+    network = CheckpointNetwork(Checkpoint(tmp_path), torch.float32, CPU)
     with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"), network.loaded(network.blocks[1]):
         pass
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from hesse import EigenKronecker, Kronecker, Objective
+from hesse.curvature import EigenKronecker, Kronecker, Objective
 from hesse.estimation import eigen_kronecker, estimate_curvatures
 
 

@@ -11,7 +11,7 @@ from curvature_models import Problem, block_layers
 from torch import Tensor, nn
 
 import hesse
-from hesse import GaussNewton, Hessian, Objective
+from hesse.curvature import GaussNewton, Hessian, Objective
 from hesse.estimation import estimate_curvatures
 from hesse.solvers import hutchinson_trace
 

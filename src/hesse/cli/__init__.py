@@ -1,6 +1,8 @@
-"""`hesse ...`."""
+"""`hesse ...`: parse, call, print.
 
-from hesse.cli import compress, cut, measure, prune, repair, rotate, runtimes  # noqa: F401  (they add their commands)
+Packages that compute are imported inside the commands, since torch takes seconds to import.
+"""
+
 from hesse.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -1,113 +1,110 @@
-"""The commands that change a model, or prepare for it: compress and estimate."""
+"""The command compress."""
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+import hesse
+from hesse.cli.method_options import with_method_options
 from hesse.cli.options import (
+    METHOD,
+    SMALLER,
+    AnyOutArgument,
     BatchOption,
     DataOption,
     DeviceOption,
+    FormatOption,
     IgnoreOption,
     JsonOption,
     LengthOption,
+    LossOption,
+    MemoryOption,
     ModelArgument,
-    OutArgument,
+    OverwriteOption,
+    ReportOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
+    SizeOption,
+    StatisticsOption,
 )
+from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
 from hesse.errors import OptionError
-from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, load_recipe, methods_of, parse_settings
-from hesse.reporting import check_page, compression_page, compression_summary, write_page
+from hesse.options import Options, parse_settings
+
+if TYPE_CHECKING:
+    from hesse.methods import Recipe
 
 
-@app.command(epilog="Example: `hesse compress default tiny-4bit --bits 4 --group-size 64 --samples 64`")
+@with_method_options
 def compress(
     model: ModelArgument,
-    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods_of('compress'))}.")] = DEFAULT_METHOD,
+    out: AnyOutArgument = None,
+    *,
+    method: Annotated[str | None, typer.Option(help="A row of `hesse methods`.", show_default="kronecker")] = None,
     bits: Annotated[
-        str | None, typer.Option(help="Bits a weight, 2 to 8; with a point, such as 3.2, a mean to be planned.")
+        str | None,
+        typer.Option(
+            help="Bits per weight, 2 to 8; a mean to plan for if it has a point, such as 3.2.",
+            rich_help_panel=SMALLER,
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Plan for a size: 40% of the dense weights, or 5MB.")] = None,
-    loss: Annotated[float | None, typer.Option(help="Plan for a predicted loss, in nats per token.")] = None,
-    target: Annotated[str | None, typer.Option(help="Only what transformers, vllm or any loader serves.")] = None,
+    size: SizeOption = None,
+    loss: LossOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Use only what this program loads: transformers, vllm, or any.", rich_help_panel=SMALLER),
+    ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="Price a budget's choices by hawq or hawq-v2, without solving each.")
+        str | None,
+        typer.Option(
+            help="Predict the costs of a plan by hawq or hawq-v2, instead of solving each choice.",
+            rich_help_panel=SMALLER,
+        ),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 for one scale a row.")] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid around zero or not.")] = None,
-    signed: Annotated[
-        bool | None, typer.Option("--signed/--unsigned", help="Let a symmetric grid's scales be negative or not.")
-    ] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Share of zeros such as 0.5, or N kept of M: 2:4.")] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Where a share of zeros is counted: layer, row, global or lamp.")
-    ] = None,
-    block: Annotated[int | None, typer.Option(help="Neighbours in a row that are zero together, such as 4.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the two thin factors.")] = None,
-    act_order: Annotated[
-        bool | None, typer.Option("--act-order/--no-act-order", help="Solve columns by falling E[x²].")
-    ] = None,
-    damping: Annotated[float | None, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = None,
-    input_bits: Annotated[
-        int | None, typer.Option(help="Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
-    ] = None,
+    options: Options,
     setting: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Any other option that `hesse methods METHOD` lists, such as headroom=0.5; may be repeated.",
+            help="Option of a method from another package; may be repeated.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     ignore: IgnoreOption = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe in place of --method and its options.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe instead of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
     data: DataOption = None,
-    statistics: Annotated[
-        Path | None, typer.Option(help="A folder that `hesse estimate` wrote, in place of calibration.")
-    ] = None,
+    statistics: StatisticsOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    format: Annotated[str, typer.Option(help="auto, pack-quantized, int-quantized, dense or low-rank.")] = "auto",
-    report: Annotated[
-        Path | None, typer.Option(help="Also measure each layer and text, and write an HTML page to this file.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT, and a report.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, where an unfinished run to OUT would be taken up.")
-    ] = False,
-    memory: Annotated[str | None, typer.Option(help="The most memory to take, such as 8GiB.")] = None,
+    format: FormatOption = "auto",
+    report: ReportOption = None,
+    overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
+    memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress a model from disk to disk: quantise, prune or factorise it with a small calibration text."""
+    """Compress a model on disk: quantize, prune or factorize its layers, calibrated on a small text."""
+    from hesse.processes import is_main_process
+    from hesse.reporting import check_page, compression_page, compression_summary, write_page
+
     mean_bits = _mean_bits(bits)
-    options = Options(
-        bits=_whole_bits(bits) if mean_bits is None else None,
-        group_size=group_size,
-        symmetric=symmetric,
-        signed=signed,
-        sparsity=sparsity,
-        scope=scope,
-        block=block,
-        rank=rank,
-        act_order=act_order,
-        damping=damping,
-        input_bits=input_bits,
-    )
-    options = parse_settings(setting or ()).over(options)
+    whole_bits = _whole_bits(bits) if mean_bits is None else None
+    options = parse_settings(setting or ()).over(replace(options, bits=whole_bits))
+    patterns = tuple(ignore or ())
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
         raise OptionError("--recipe says everything itself: leave out --size, --loss and a mean of --bits")
-    chosen = None if planned else _recipe(recipe, method, options, tuple(ignore or ()))
+    chosen = None if planned else _recipe(recipe, method, options, patterns)
     if print_recipe and chosen is not None:
         sys.stdout.write(chosen.to_yaml())
         return
@@ -115,32 +112,38 @@ def compress(
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
-    import hesse
-    from hesse.processes import is_main_process
-
-    settings: dict[str, Any] = {
+    calibration: dict[str, Any] = {
         "data": data,
         "statistics": statistics,
         "samples": samples,
         "length": length,
         "seed": seed,
         "batch_size": batch_size,
-        "device": device,
-        "format": format,
-        "target": target,
-        "allocation": allocation,
     }
+    target_options: dict[str, Any] = {"format": format, "target": target, "allocation": allocation, "device": device}
+    budget: dict[str, Any] = {"size": size, "mean_bits": mean_bits, "loss": loss}
     if planned:
-        settings |= {"method": method, "options": options, "ignore": tuple(ignore or ())}
-        settings |= {"size": size, "mean_bits": mean_bits, "loss": loss}
-    leads = is_main_process()
-    with progress_bars(as_json or not leads) as bars:
+        budget.update(options=options, ignore=patterns, **({} if method is None else {"method": method}))
+    main = is_main_process()
+    with progress_bars(as_json or not main) as bars:
         if print_recipe or out is None:
-            sys.stdout.write(hesse.plan(model, **settings, progress=bars).recipe.to_yaml())
+            plan = hesse.plan(model, **calibration, **target_options, **budget, progress=bars)
+            sys.stdout.write(plan.recipe.to_yaml())
             return
-        settings |= {"overwrite": overwrite, "restart": restart, "memory": memory, "measure": report is not None}
-        result = hesse.compress(model, out, recipe=chosen, **settings, progress=bars).report
-    if not leads:
+        result = hesse.compress(
+            model,
+            out,
+            recipe=chosen,
+            **calibration,
+            **target_options,
+            **budget,
+            overwrite=overwrite,
+            restart=restart,
+            memory=memory,
+            measure=report is not None,
+            progress=bars,
+        ).report
+    if not main:
         return
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
@@ -152,48 +155,8 @@ def compress(
         print_line(f"The report: {report.absolute()}")
 
 
-@app.command(epilog="Example: `hesse estimate default statistics --samples 64`")
-def estimate(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption = None,
-    curvature: Annotated[str, typer.Option(help="What to estimate: gram, kronecker, fisher, with commas.")] = "gram",
-    samples: SamplesOption = 128,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the statistics in OUT.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Estimate a model's curvature once, for `hesse compress --statistics` to try any number of schemes with."""
-    import hesse
-
-    with progress_bars(as_json) as bars:
-        content = hesse.estimate(
-            model,
-            out,
-            curvatures=[kind.strip() for kind in curvature.split(",")],
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            overwrite=overwrite,
-            progress=bars,
-        ).to_dict()
-    if as_json:
-        print_json(content)
-        return
-    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in content["curvatures"].items())
-    print_line(f"{held} from {content['tokens']:,} tokens: {out.absolute()}")
-    command = "compress {} OUT" if "gram" in content["curvatures"] else "inspect {}"
-    print_line(f"Next: hesse {command.format(model)} --statistics {out}")
-
-
 def _mean_bits(text: str | None) -> float | None:
-    """Bits with a point, which are a mean over layers."""
+    """Return bits with a point, which are a mean over layers."""
     try:
         return float(text) if text is not None and "." in text else None
     except ValueError:
@@ -209,9 +172,11 @@ def _whole_bits(text: str | None) -> int | None:
         ) from None
 
 
-def _recipe(path: Path | None, method: str, options: Options, ignore: tuple[str, ...]) -> Recipe:
+def _recipe(path: Path | None, method: str | None, options: Options, ignore: tuple[str, ...]) -> "Recipe":
+    from hesse.methods import DEFAULT_METHOD, find_method, load_recipe
+
     if path is None:
-        return find_method(method, "compress").recipe(options, ignore)
-    if options != Options() or ignore or method != DEFAULT_METHOD:
+        return find_method(method or DEFAULT_METHOD, "compress").recipe(options, ignore)
+    if options != Options() or ignore or method is not None:
         raise OptionError("--recipe says everything itself: leave out --method, its options and --ignore")
     return load_recipe(path)

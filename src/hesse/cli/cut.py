@@ -1,28 +1,35 @@
-"""The command that makes a model of any size from one ranking: cut."""
+"""The command cut."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
-from hesse.cli.options import DeviceOption, IgnoreOption, JsonOption, ModelArgument, OutArgument, OverwriteOption
-from hesse.reporting import compression_summary
+import hesse
+from hesse.cli.options import (
+    DeviceOption,
+    IgnoreOption,
+    JsonOption,
+    ModelArgument,
+    OutArgument,
+    OverwriteOption,
+    RequiredSizeOption,
+)
+from hesse.cli.terminal import out_console, print_json, progress_bars
 
 
-@app.command(epilog="Example: `hesse cut default STATISTICS smaller --size 80%`")
 def cut(
     model: ModelArgument,
-    statistics: Annotated[Path, typer.Argument(help="What `hesse estimate --curvature gram,kronecker` wrote of it.")],
+    statistics: Annotated[Path, typer.Argument(help="A folder that `hesse estimate` wrote of the model.")],
     out: OutArgument,
-    size: Annotated[str, typer.Option(help="Of the linear layers: 60% of their dense bytes, or 5MB.")],
+    size: RequiredSizeOption,
     ignore: IgnoreOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Cut thin factors of any total size from one ranking of the directions of all layers."""
-    import hesse
+    """Factorize a model to any size by one ranking of the singular directions of all layers."""
+    from hesse.reporting import compression_summary
 
     with progress_bars(as_json) as bars:
         report = hesse.cut(

@@ -1,53 +1,135 @@
-"""The commands that look: evaluate, inspect, methods and demo."""
+"""The commands that look at a model: demo, methods, inspect, evaluate and estimate."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, print_line, progress_bars
+import hesse
 from hesse.cli.options import (
+    AllSamplesOption,
     BatchOption,
+    CurvatureOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
     ModelArgument,
+    OutArgument,
+    OverwriteOption,
     ReferenceOption,
+    ReportOption,
+    RestartOption,
+    SamplesOption,
+    SeedOption,
+    ShortLengthOption,
+    StatisticsOption,
 )
-from hesse.methods import METHODS, Options, find_methods
-from hesse.reporting import (
-    check_page,
-    cost_table,
-    evaluation_table,
-    inspection_page,
-    inspection_summary,
-    methods_table,
-    options_table,
-    write_page,
-)
+from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
 
 
-@app.command(epilog="Example: `hesse evaluate tiny-4bit --reference default`")
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write; replaced if it is a model folder.")] = Path(
+        "default-4bit"
+    ),
+) -> None:
+    """Compress the shipped model to 4 bits, and measure it on text that training and calibration never saw."""
+    from hesse.reporting import cost_table
+
+    with progress_bars(False) as bars:
+        options = hesse.Options(bits=4, group_size=64)
+        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
+        after = hesse.evaluate(out, reference="default", progress=bars)
+        before = hesse.evaluate("default", progress=bars)
+    out_console.print(cost_table(report, before, after))
+    print_line(f"The compressed checkpoint: {out.absolute()}")
+    print_line(
+        "It loads in transformers: "
+        f'AutoModelForCausalLM.from_pretrained("{out}")  (pip install transformers compressed-tensors)'
+    )
+    print_line("Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE")
+
+
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Families or methods to show.", metavar="[NAME]...", show_default="all"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods as curvature × constraint × solver, with source and needs; for a method, also its options."""
+    from hesse.methods import METHODS, find_methods
+    from hesse.reporting import methods_table, options_table
+
+    families = find_methods(names or ())
+    if as_json:
+        rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
+        print_json(rows)
+    else:
+        out_console.print(methods_table(families))
+        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
+            out_console.print(options_table(method))
+
+
+def inspect(
+    model: ModelArgument,
+    data: DataOption = None,
+    statistics: StatisticsOption = None,
+    samples: SamplesOption = 4,
+    length: ShortLengthOption = 256,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    report: ReportOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the loss around a model layer by layer, and which curvature predicts its changes best."""
+    from hesse.reporting import check_page, inspection_page, inspection_summary, write_page
+
+    if report is not None:
+        check_page(report, overwrite, "--report")
+    with progress_bars(as_json) as bars:
+        result = hesse.inspect(
+            model,
+            data=data,
+            statistics=statistics,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            progress=bars,
+        )
+    if report is not None:
+        write_page(report, inspection_page(result))
+    if as_json:
+        print_json(result.to_dict())
+        return
+    out_console.print(inspection_summary(result))
+    if report is not None:
+        print_line(f"The report: {report.absolute()}")
+
+
 def evaluate(
     model: ModelArgument,
     reference: ReferenceOption = None,
-    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder, such as `hesse repair` writes, to add.")] = None,
+    merge_adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA folder to add to the model, such as `hesse repair` writes.")
+    ] = None,
     data: DataOption = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of text, from the first on; all if absent.")] = None,
+    samples: AllSamplesOption = None,
     length: LengthOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Loss, perplexity and size of a model, and its divergence from the dense one."""
-    import hesse
+    """Measure loss, perplexity and size of a model, and its divergence from the dense one."""
+    from hesse.reporting import evaluation_table
 
     with progress_bars(as_json) as bars:
         result = hesse.evaluate(
             model,
             reference=reference,
-            adapter=adapter,
+            adapter=merge_adapter,
             data=data,
             samples=samples,
             length=length,
@@ -61,81 +143,40 @@ def evaluate(
         out_console.print(evaluation_table(result, model))
 
 
-@app.command(epilog="Example: `hesse inspect default --out report.html`")
-def inspect(
+def estimate(
     model: ModelArgument,
+    out: OutArgument,
     data: DataOption = None,
-    statistics: Annotated[Path | None, typer.Option(help="A folder of `hesse estimate`, to predict from.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of samples, sampled labels and random vectors.")] = 0,
+    curvature: CurvatureOption = "gram",
+    samples: SamplesOption = 128,
+    length: LengthOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Also write an HTML page with plots to this file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What the loss looks like around a model, layer by layer, and which curvature predicts it."""
-    import hesse
-
-    if out is not None:
-        check_page(out, overwrite, "--out")
+    """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
     with progress_bars(as_json) as bars:
-        result = hesse.inspect(
+        report = hesse.estimate(
             model,
+            out,
+            curvatures=[kind.strip() for kind in curvature.split(",")],
             data=data,
-            statistics=statistics,
             samples=samples,
             length=length,
             seed=seed,
+            batch_size=batch_size,
             device=device,
+            overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
-    if out is not None:
-        write_page(out, inspection_page(result))
+        ).report
     if as_json:
-        print_json(result.to_dict())
+        print_json(report.to_dict())
         return
-    out_console.print(inspection_summary(result))
-    if out is not None:
-        print_line(f"The page: {out.absolute()}")
-
-
-@app.command(epilog="Example: `hesse methods pruning`")
-def methods(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Families or methods to show; all by default.", metavar="[NAME]...")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Print the table of methods: curvature × constraint × solver, with source and needs; of one method its options."""
-    families = find_methods(names or ())
-    if as_json:
-        rows = [method.to_dict() for methods_of_it in families.values() for method in methods_of_it]
-        print_json(rows)
-    else:
-        out_console.print(methods_table(families))
-        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
-            out_console.print(options_table(method))
-
-
-@app.command(epilog="Example: `hesse demo`")
-def demo(
-    out: Annotated[Path, typer.Argument(help="The folder to write; replaced if it is a model folder.")] = Path(
-        "default-4bit"
-    ),
-) -> None:
-    """Compress the shipped model to 4 bits, and show what it cost on text that neither training nor calibration saw."""
-    import hesse
-
-    with progress_bars(False) as bars:
-        options = Options(bits=4, group_size=64)
-        report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
-        after = hesse.evaluate(out, reference="default", progress=bars)
-        before = hesse.evaluate("default", progress=bars)
-    out_console.print(cost_table(report, before, after))
-    print_line(f"The compressed checkpoint: {out.absolute()}")
-    print_line(
-        "It loads in transformers: "
-        f'AutoModelForCausalLM.from_pretrained("{out}")  (pip install transformers compressed-tensors)'
-    )
-    print_line("Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE")
+    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
+    print_line(f"{held} from {report.tokens:,} tokens: {out.absolute()}")
+    command = "compress {} OUT" if "gram" in report.curvatures else "inspect {}"
+    print_line(f"Next: hesse {command.format(model)} --statistics {out}")

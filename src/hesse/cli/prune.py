@@ -4,56 +4,68 @@ from typing import Annotated, Any
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+import hesse
 from hesse.cli.options import (
+    METHOD,
+    SAMPLES,
+    SMALLER,
     BatchOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LengthOption,
+    LossOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
     SeedOption,
 )
-from hesse.reporting import prune_summary
+from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.options import help_of
 
 
-@app.command(epilog="Example: `hesse prune default narrower --what hidden --keep 0.75`")
 def prune(
     model: ModelArgument,
     out: OutArgument,
     what: Annotated[str, typer.Option(help="Parts to remove: blocks, or hidden units of feed-forward layers.")],
-    keep: Annotated[float | None, typer.Option(help="Share of the parts that stays, such as 0.75.")] = None,
-    loss: Annotated[
-        float | None, typer.Option(help="Remove as many blocks as cost no more than this, in nats per token.")
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the parts that stays, such as 0.75.", rich_help_panel=SMALLER)
     ] = None,
+    loss: LossOption = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Of blocks: loss (measured, one at a time), cosine, quadratic or flexigpt."),
+        typer.Option(help="A row of `hesse methods`.", show_default="loss for blocks, modegpt-mlp for hidden"),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="For flexigpt: rank beside each layer of blocks that are made of others.")
+        int | None, typer.Option(help=help_of("rank"), show_default="32 in flexigpt", rich_help_panel=METHOD)
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="For flexigpt: score that chooses the blocks: loss, cosine or quadratic.")
+        str | None,
+        typer.Option(
+            help="Score that chooses blocks for flexigpt: loss, cosine or quadratic.",
+            rich_help_panel=METHOD,
+            show_default="loss",
+        ),
     ] = None,
     data: DataOption = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration samples; 16 for blocks and 128 for hidden units if absent.")
+        int | None,
+        typer.Option(help=SAMPLES, show_default="16 for blocks, 128 for hidden", rich_help_panel="Calibration"),
     ] = None,
     length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, rather than resume an unfinished run.")
-    ] = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove blocks, or hidden units of all blocks, and write a smaller model that transformers loads."""
-    import hesse
+    """Remove blocks, or hidden units of all blocks, and write a smaller model that transformers loads.
+
+    Blocks are chosen by --method loss (measured, one at a time), cosine or quadratic, or made of others by flexigpt.
+    """
+    from hesse.reporting import prune_summary
 
     given: dict[str, Any] = {"keep": keep, "loss": loss, "rank": rank, "score": score}
     with progress_bars(as_json) as bars:

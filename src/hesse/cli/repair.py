@@ -1,39 +1,39 @@
-"""The command that makes good what a compression lost: repair."""
+"""The command repair."""
 
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, out_console, print_json, progress_bars
+import hesse
 from hesse.cli.options import (
     BatchOption,
+    CurvatureOption,
+    DampingOption,
     DataOption,
     DeviceOption,
+    FormatOption,
     IgnoreOption,
     JsonOption,
     LengthOption,
     ModelArgument,
     OutArgument,
+    OverwriteOption,
+    RankOption,
+    RestartOption,
     SamplesOption,
     SeedOption,
 )
-from hesse.reporting import repair_summary
+from hesse.cli.terminal import out_console, print_json, progress_bars
 
 
-@app.command(epilog="Example: `hesse repair default tiny-3bit tiny-3bit-adapter --rank 16`")
 def repair(
     dense: ModelArgument,
-    compressed: Annotated[str, typer.Argument(help="What was made of it, by Hesse or by another program.")],
+    compressed: Annotated[str, typer.Argument(help="The compressed model, made by Hesse or by another program.")],
     out: OutArgument,
-    rank: Annotated[int, typer.Option(help="Of the two thin factors beside each layer.")] = 32,
-    curvature: Annotated[
-        str,
-        typer.Option(help="Nearest in outputs of layers (gram), the end loss (kronecker), or weights (identity)."),
-    ] = "gram",
-    format: Annotated[
-        str, typer.Option(help="adapter: PEFT's, to load beside the compressed model; dense: the sums, a whole model.")
-    ] = "adapter",
-    damping: Annotated[float, typer.Option(help="Share of the Gram's mean eigenvalue added to it.")] = 0.01,
+    rank: RankOption = 32,
+    curvature: CurvatureOption = "gram",
+    format: FormatOption = "adapter",
+    damping: DampingOption = 0.01,
     ignore: IgnoreOption = None,
     data: DataOption = None,
     samples: SamplesOption = 128,
@@ -41,11 +41,17 @@ def repair(
     seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter or model folder OUT.")] = False,
+    overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add to each layer of a compressed model the best low rank of what it lacks of the dense model."""
-    import hesse
+    """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
+
+    The low rank minimizes the error in the layer's outputs with --curvature gram (EoRA), in the end loss with
+    kronecker, and in the weights with identity (LoRC). --format adapter writes a LoRA for PEFT, to load beside the
+    compressed model; dense writes a whole model.
+    """
+    from hesse.reporting import repair_summary
 
     with progress_bars(as_json) as bars:
         report = hesse.repair(
@@ -64,6 +70,7 @@ def repair(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
         ).report
     if as_json:

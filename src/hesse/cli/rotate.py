@@ -1,10 +1,10 @@
-"""The command that rewrites a model without changing its function."""
+"""The command rotate."""
 
 from typing import Annotated
 
 import typer
 
-from hesse.cli.app import app, print_json, print_line, progress_bars
+import hesse
 from hesse.cli.options import (
     BatchOption,
     DataOption,
@@ -14,28 +14,30 @@ from hesse.cli.options import (
     ModelArgument,
     OutArgument,
     OverwriteOption,
+    RestartOption,
+    SamplesOption,
+    SeedOption,
 )
+from hesse.cli.terminal import print_json, print_line, progress_bars
 
 
-@app.command(epilog="Example: `hesse rotate default default-rotated --kind kurtail --samples 32`")
 def rotate(
     model: ModelArgument,
     out: OutArgument,
-    kind: Annotated[str, typer.Option(help="hadamard (random) or kurtail (learned on the samples).")] = "hadamard",
+    kind: Annotated[str, typer.Option(help="Rotation: hadamard (random) or kurtail (learned).")] = "hadamard",
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Samples to learn from.")] = 128,
+    samples: SamplesOption = 128,
     length: LengthOption = None,
-    seed: Annotated[int, typer.Option(help="Of the random rotations and of the choice of samples.")] = 0,
+    seed: SeedOption = 0,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rewrite a model so that nothing in it stands out, its function unchanged, for whatever rounds it next."""
-    import hesse
-
+    """Rotate a model to remove outliers without changing its function, before it is rounded."""
     with progress_bars(as_json) as bars:
-        result = hesse.rotate(
+        report = hesse.rotate(
             model,
             out,
             kind=kind,
@@ -46,15 +48,15 @@ def rotate(
             batch_size=batch_size,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=bars,
-        )
+        ).report
     if as_json:
-        print_json(result.to_dict())
+        print_json(report.to_dict())
         return
-    report, loss = result.report, result.report.loss
     for note in report.notes:
         print_line(note)
-    if loss is not None:
-        print_line(f"{loss.name}: {loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
+    if report.loss is not None:
+        print_line(f"{report.loss.name}: {report.loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
     print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
     print_line(f"Next: hesse compress {out} OUT")

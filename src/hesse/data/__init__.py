@@ -1,4 +1,4 @@
-"""Text, or ready token ids, from where a person points to; and the samples that are cut from them."""
+"""Data: text or token ids from files and data sets, and samples cut from them."""
 
 from hesse.data.samples import Samples, read_samples
 from hesse.data.tokenizer import load_tokenizer, usable_tokenizer

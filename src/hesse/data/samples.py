@@ -1,4 +1,4 @@
-"""Samples of token ids for calibration and evaluation, from text or from ready ids."""
+"""Samples of token ids for calibration and evaluation, from text or from given ids."""
 
 import hashlib
 import reprlib
@@ -13,32 +13,32 @@ from hesse.data.sources import Purpose, read_content
 from hesse.data.tokenizer import load_tokenizer, usable_tokenizer
 from hesse.errors import DataError, OptionError
 
-# Documents tokenised in one call: enough to keep all cores busy, and few enough to hold as Python lists of ids.
+# Documents per tokenizer call: enough to keep all cores busy, few enough to hold as Python lists of ids.
 DOCUMENTS_A_CALL = 1024
 LARGEST_ID = torch.iinfo(torch.int64).max
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by: use `fingerprint`
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one bool: compare `fingerprint`
 class Samples:
-    """Token ids that go through a model, in order."""
+    """Samples of token ids, in order."""
 
     ids: tuple[Tensor, ...]  # each (tokens,) int64
-    source: str  # what a person typed, or "default calibration text"
-    exact: bool  # the data gave ready ids: these very tokens, one sample a line
+    source: str  # the data as the user gave it, or "default calibration text"
+    exact: bool  # the data gave token ids: exactly these tokens, one sample per line
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest of them."""
+        """Return the length of the longest sample, in tokens."""
         return max(len(ids) for ids in self.ids)
 
     def first(self, count: int) -> "Samples":
-        """The first `count` of them, or all if they are fewer."""
+        """Return the first `count` samples, or all if there are fewer."""
         return replace(self, ids=self.ids[:count])
 
     def batches(self, batch_size: int) -> list[Tensor]:
-        """Batches (samples, tokens) of at most `batch_size` samples of equal length, so that none is padded.
+        """Return batches (samples, tokens) of at most `batch_size` samples of equal length, so that none is padded.
 
-        Lengths come in the order of their first sample, and samples of one length in their own order.
+        Lengths are in the order of their first sample; samples of one length keep their order.
 
         Raises:
             OptionError: `batch_size` is below 1.
@@ -49,13 +49,13 @@ class Samples:
         for ids in self.ids:
             by_length.setdefault(len(ids), []).append(ids)
         return [
-            torch.stack(alike[start : start + batch_size])
-            for alike in by_length.values()
-            for start in range(0, len(alike), batch_size)
+            torch.stack(samples[start : start + batch_size])
+            for samples in by_length.values()
+            for start in range(0, len(samples), batch_size)
         ]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the lengths and the tokens, in hexadecimal; the source's name does not enter."""
+        """Return the SHA-256 of the lengths and tokens, in hexadecimal; it does not depend on the source's name."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(len(ids).to_bytes(8, "little"))
@@ -74,41 +74,41 @@ def read_samples(
     limit: int | None,
     reserve: int = 0,
 ) -> tuple[Samples, Samples]:
-    """The samples of `data`, and others that are kept apart from them.
+    """Read samples from `data`, and further samples to hold out.
 
     Documents are joined by the tokenizer's end-of-sequence token (a newline if it has none), tokenised without other
     special tokens, and cut into windows of `length` tokens; an incomplete last window is dropped. Calibration takes
     windows in an order drawn with `seed`, evaluation takes them from the first on; evaluation text that is shorter than
     a window is the only sample, whatever `count`.
 
-    Data with ready token ids is taken as it is, one sample a line, whatever `count`, `length`, `seed` and `reserve`.
+    Data with token ids gives one sample per line, whatever `count`, `length`, `seed` and `reserve`.
 
     Args:
         data: a .txt, .jsonl or .parquet file; a data set id `owner/name`, `owner/name:config` or
             `owner/name:config:split`, which is downloaded whole; lists of token ids; None or `default` for the text
-            shipped with Hesse. A line of .jsonl is an object with `text` or with `input_ids`; a .parquet file and a
-            data set have a column `text`.
-        tokenizer_folder: the model folder whose tokenizer turns text into tokens; not read for ready token ids.
-        count: windows to take; None for all that are not reserved.
-        length: tokens a window.
+            shipped with Hesse. A line of .jsonl is an object with `text` or with `input_ids`; a .parquet file or
+            data set has a column `text`.
+        tokenizer_folder: the model folder whose tokenizer turns text into tokens; not read for token ids.
+        count: number of windows; None for all that are not reserved.
+        length: tokens per window.
         seed: orders the windows for calibration.
-        purpose: chooses order, shipped text and, for an id without one, split (train or test).
-        limit: the most tokens that the model has positions for; None for no limit.
-        reserve: windows to keep apart, after the first `count`.
+        purpose: decides the order, the shipped text and, for a data set id without a split, the split (train or test).
+        limit: number of positions of the model; None for no limit.
+        reserve: number of windows to hold out, after the first `count`.
 
     Returns:
-        The samples and the reserved ones. The latter are empty for ready token ids.
+        The samples and the held-out samples; the held-out samples are empty for token ids.
 
     Raises:
-        DataError: the data is missing, damaged, of no known kind, too short, or too long for the model.
+        DataError: the data is missing, damaged, of an unknown type, too short, or too long for the model.
         OptionError: `count`, `length` or `reserve` is too small, or `length` is above `limit`.
     """
     if length < 2:
         raise OptionError(f"the sample length is {length} tokens: use 2 or more, as the first predicts the second")
     if count is not None and count < 1:
-        raise OptionError(f"{count} samples were asked: use 1 or more")
+        raise OptionError(f"{count} samples were asked for: use 1 or more")
     if reserve < 0:
-        raise OptionError(f"{reserve} reserved samples were asked: use 0 or more")
+        raise OptionError(f"{reserve} reserved samples were asked for: use 0 or more")
     source, content = read_content(data, purpose)
     if isinstance(content, dict):
         ids = tuple(_exact_sample(f"{source}, {place}", raw, limit) for place, raw in content.items())
@@ -119,18 +119,18 @@ def read_samples(
     windows = list(tokens[: len(tokens) // length * length].view(-1, length))
     if purpose == "evaluation" and not windows and len(tokens) >= 2:
         return Samples((tokens,), source, exact=False), Samples((), source, exact=False)
-    taken = len(windows) - reserve if count is None else count
-    if taken < 1 or taken + reserve > len(windows):
-        raise DataError(_too_little(source, len(tokens), len(windows), length, count, reserve))
+    number = len(windows) - reserve if count is None else count
+    if number < 1 or number + reserve > len(windows):
+        raise DataError(_shortage(source, len(tokens), len(windows), length, count, reserve))
     if purpose == "calibration":
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         windows = [windows[index] for index in order.tolist()]
     # Clones: a window is a view of all tokens, and would keep them in memory.
-    chosen = [window.clone() for window in windows[: taken + reserve]]
-    return Samples(tuple(chosen[:taken]), source, exact=False), Samples(tuple(chosen[taken:]), source, exact=False)
+    chosen = [window.clone() for window in windows[: number + reserve]]
+    return Samples(tuple(chosen[:number]), source, exact=False), Samples(tuple(chosen[number:]), source, exact=False)
 
 
-def _too_little(source: str, tokens: int, windows: int, length: int, count: int | None, reserve: int) -> str:
+def _shortage(source: str, tokens: int, windows: int, length: int, count: int | None, reserve: int) -> str:
     asked = "a sample" if count in (None, 1) else f"{count} samples"
     held_out = f" and {reserve} more to hold out" if reserve else ""
     return (
@@ -140,21 +140,21 @@ def _too_little(source: str, tokens: int, windows: int, length: int, count: int 
 
 
 def _exact_sample(place: str, raw: object, limit: int | None) -> Tensor:
-    """Ready token ids as a tensor (tokens,) int64."""
+    """Check token ids, and return them as a tensor (tokens,) int64."""
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise DataError(f"{place}: the token ids are {type(raw).__name__}, not a list of whole numbers")
     if len(raw) < 2:
         raise DataError(f"{place} has {len(raw)} token ids: a sample needs at least 2, so remove it or make it longer")
     for value in raw:
         if type(value) is not int or not 0 <= value <= LARGEST_ID:  # bool is an int, and no token id
-            raise DataError(f"{place}: {reprlib.repr(value)} is no token id; ids are whole numbers from 0 on")
+            raise DataError(f"{place}: {reprlib.repr(value)} is not a token id; ids are whole numbers from 0")
     if limit is not None and len(raw) > limit:
         raise DataError(f"{place} has {len(raw)} tokens, but the model has positions for {limit}: shorten or split it")
     return torch.tensor(raw, dtype=torch.int64)
 
 
 def _tokenise(texts: list[str], folder: Path) -> Tensor:
-    """All documents' token ids (tokens,), with a separator between each two."""
+    """Return the token ids (tokens,) of all documents, with a separator between each two."""
     tokenizer = load_tokenizer(folder)
     documents = [text for text in texts if text]
     separator = torch.tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=torch.int64)
@@ -163,9 +163,9 @@ def _tokenise(texts: list[str], folder: Path) -> Tensor:
     pieces: list[Tensor] = []
     for start in range(0, len(documents), DOCUMENTS_A_CALL):
         batch = documents[start : start + DOCUMENTS_A_CALL]
-        # Not verbose: it would warn that a document is longer than the model's positions. It is cut into windows.
+        # Not verbose: it would warn that a document is too long for the model, but documents are cut into windows.
         with usable_tokenizer(folder):
-            found = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in found:
+            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in encoded:
             pieces += [torch.tensor(ids, dtype=torch.int64), separator]
     return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Which tokens a run looks at: to calibrate, to probe the loss, and to measure the result."""
+"""Select the samples of a run: to calibrate, to probe the loss, and to measure the result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ DEFAULT_LENGTH = 2048
 PROBE_TOKENS = 1024  # for diagonal sensitivities, and again for the check; at least two samples each
 
 
-Data = str | Path | list[list[int]] | None  # a file or a datasets id, ready token ids, or None for the shipped text
+Data = str | Path | list[list[int]] | None  # a file or a data set id, token ids, or None for the shipped text
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens a run looks at, and how many at a time.
+    """Calibration data of a run, and its batch size.
 
     Raises:
-        OptionError: there would be none.
+        OptionError: a number is too small.
     """
 
     data: Data = None
     samples: int = 128
-    length: int | None = None  # tokens a sample; None: as many as the model has positions for, at most DEFAULT_LENGTH
-    seed: int = 0  # of the choice of samples and of sampled labels
+    length: int | None = None  # tokens per sample; None: the model's positions, at most DEFAULT_LENGTH
+    seed: int = 0  # for the choice of samples and for sampled labels
     batch_size: int | None = None  # samples that go through the model together; no result depends on it
 
     def __post_init__(self) -> None:
@@ -37,21 +37,21 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The samples of a run."""
+    """Samples of a run."""
 
     samples: Samples  # to calibrate on
-    probes: Samples  # some of them, for the sensitivities
+    probes: Samples  # the first of `samples`, for the sensitivities
     check: Samples  # to measure the result with
-    held_out: bool  # whether `check` is no part of `samples`
-    notes: list[str]  # departures from what was asked
+    held_out: bool  # `check` is not a part of `samples`
+    notes: list[str]  # departures from the options
 
 
 def select_samples(
     model: Path, calibration: Calibration, network: Network, probe_tokens: int = PROBE_TOKENS
 ) -> Selection:
-    """Samples to calibrate on, and others to check the result with (none where the data gives ready tokens).
+    """Select samples to calibrate on, and held-out samples to check the result with (none for data of token ids).
 
-    The probes are the first of the samples, `probe_tokens` of them or a little more.
+    The probes are the first samples, with at least `probe_tokens` tokens.
 
     Raises:
         HesseError: the data or a setting cannot be used.
@@ -71,7 +71,7 @@ def select_samples(
     probes, check = (samples.first(_count(tokens, len(samples.ids[0]))) for tokens in (probe_tokens, PROBE_TOKENS))
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:
-        notes.append(f"samples have {length} tokens, not {asked}: the model has positions for no more")
+        notes.append(f"samples have {length} tokens, not {asked}: the model has no more positions")
     return Selection(samples, probes, reserved if reserved.ids else check, bool(reserved.ids), notes)
 
 
@@ -80,6 +80,6 @@ def _count(tokens: int, length: int) -> int:
 
 
 def sample_length(network: Network, asked: int | None) -> int:
-    """Tokens a sample: as asked, but no more than the model has positions for."""
-    wanted = DEFAULT_LENGTH if asked is None else asked
-    return wanted if network.input_limit is None else min(wanted, network.input_limit)
+    """Return the tokens per sample: `asked`, but at most the model's positions."""
+    length = DEFAULT_LENGTH if asked is None else asked
+    return length if network.input_limit is None else min(length, network.input_limit)

@@ -1,4 +1,4 @@
-"""Where text and token ids come from: files, data sets, and the text shipped with the package."""
+"""Read text and token ids from files, data sets, and the text shipped with the package."""
 
 import json
 import os
@@ -11,23 +11,23 @@ from hesse.checkpoints.locate import DEFAULT, DEFAULT_FOLDER
 from hesse.errors import DataError, reason
 
 Purpose = Literal["calibration", "evaluation"]
-# The text shipped with the package: what it is called in messages, and its file in `DEFAULT_FOLDER`.
+# The text shipped with the package: its name in messages, and its file in `DEFAULT_FOLDER`.
 SHIPPED = {
     "calibration": ("default calibration text", "calibration.txt"),
     "evaluation": ("default held-out text", "held_out.txt"),
 }
-# A data set id without a split means this one: evaluation must not see what calibration saw.
+# The split of a data set id that names none: evaluation must not use calibration data.
 SPLITS = {"calibration": "train", "evaluation": "test"}
 DATASET_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^:]*(:.*)?)?")
 LONGEST_LINE = 1 << 28  # bytes: more than any book
 INSTALL = "is not installed: pip install 'hesse[data]', or give a .txt or .jsonl file"
 
-# Documents, or raw token ids by the place they were found at ("line 3").
+# Documents, or raw token ids by their place in the source ("line 3").
 Content = list[str] | dict[str, object]
 
 
 def read_content(data: str | Path | Sequence[Sequence[int]] | None, purpose: Purpose) -> tuple[str, Content]:
-    """What to call the data, and what it holds."""
+    """Read `data`; return its name for messages and its content."""
     if data is None or (isinstance(data, str) and data == DEFAULT):
         source, name = SHIPPED[purpose]
         path = DEFAULT_FOLDER / name
@@ -37,7 +37,7 @@ def read_content(data: str | Path | Sequence[Sequence[int]] | None, purpose: Pur
             )
         return source, _read_file(path)
     if isinstance(data, str | Path):
-        # os.path and not Path's own: those raise on an unknown ~user, and on a name too long for the file system.
+        # os.path, because Path raises on an unknown ~user and on a name too long for the file system.
         path = Path(os.path.expanduser(data))
         if isinstance(data, str) and not os.path.exists(path) and _is_dataset_id(data):
             return data, _read_dataset(data, purpose)
@@ -53,12 +53,12 @@ def _is_dataset_id(name: str) -> bool:
 
 def _read_file(path: Path) -> Content:
     if not os.path.exists(path):
-        raise DataError(f"{path} does not exist: give {KINDS}, a data set id such as owner/name, or `default`")
+        raise DataError(f"{path} does not exist: give {FILE_TYPES}, a data set id such as owner/name, or `default`")
     if path.is_dir():
-        raise DataError(f"{path} is a folder: give a file in it, {KINDS}")
+        raise DataError(f"{path} is a folder: give a file in it, {FILE_TYPES}")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path} has the extension {path.suffix or '(none)'}: give {KINDS}")
+        raise DataError(f"{path} has the extension {path.suffix or '(none)'}: give {FILE_TYPES}")
     try:
         content = reader(path)
     except OSError as error:
@@ -78,21 +78,21 @@ def _read_text(path: Path) -> Content:
 
 def _read_jsonl(path: Path) -> Content:
     records: dict[str, dict[str, Any]] = {}
-    # Lines are split as bytes: a JSON string may hold characters that are line ends to str.splitlines.
+    # Split lines as bytes: str.splitlines would also split at characters that a JSON string may hold.
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if not line.strip():
                 continue
             place = f"line {number}"
             if len(line) > LONGEST_LINE:
-                raise DataError(f"{path}, {place} has more than {LONGEST_LINE:,} bytes: write one document a line")
+                raise DataError(f"{path}, {place} has more than {LONGEST_LINE:,} bytes: write one document per line")
             try:
                 record = json.loads(line.strip().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                # Its own text would name line 1: this line is all it sees.
+                # The error's own text names line 1, because json sees only this line.
                 located = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else None
-                said = located or reason(error)
-                raise DataError(f"{path}, {place} is not valid JSON ({said}): write one object a line") from None
+                problem = located or reason(error)
+                raise DataError(f"{path}, {place} is not valid JSON ({problem}): write one object per line") from None
             if not isinstance(record, dict) or not {"text", "input_ids"} & record.keys():
                 raise DataError(f'{path}, {place} has neither "text" nor "input_ids": write an object with one of them')
             records[place] = record
@@ -120,7 +120,7 @@ def _read_parquet(path: Path) -> Content:
                 )
             values = file.read(columns=["text"]).column("text").to_pylist()
     except (pyarrow.ArrowException, LookupError, ValueError) as error:
-        raise DataError(f"{path} is no readable .parquet file ({reason(error)}): copy it again") from None
+        raise DataError(f"{path} is not a readable .parquet file ({reason(error)}): copy it again") from None
     return list(_checked_texts(values, str(path)))
 
 
@@ -128,14 +128,14 @@ def _read_dataset(name: str, purpose: Purpose) -> Content:
     try:
         import datasets  # imported late: optional, and it takes a second
     except ImportError:
-        raise DataError(f"{name} is no file here, and for a data set id the package datasets {INSTALL}") from None
+        raise DataError(f"{name} is not a file here, and for a data set id the package datasets {INSTALL}") from None
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     split = split or SPLITS[purpose]
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
-    except Exception as error:  # the library raises many kinds; all mean that there is no such data to be had
+    except Exception as error:  # the library raises many kinds; all mean that the data is not available
         raise DataError(
-            f"{name} is no file here, and the split {split!r} of a data set of this name cannot be had "
+            f"{name} is not a file here, and the split {split!r} of a data set of this name cannot be loaded "
             f"({reason(error)}): give a file, or owner/name:config:split"
         ) from None
     if "text" not in dataset.column_names:
@@ -154,7 +154,7 @@ READERS: Mapping[str, Callable[[Path], Content]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-KINDS = "a .txt, .jsonl or .parquet file"
+FILE_TYPES = "a .txt, .jsonl or .parquet file"
 
 
 def _checked_texts(values: Sequence[object], source: str) -> Iterator[str]:
@@ -166,6 +166,6 @@ def _checked_text(value: object, place: str) -> str:
         raise DataError(f'{place}: "text" is {type(value).__name__}, not a string: correct or remove it')
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON allows and no tokenizer accepts
         raise DataError(f'{place}: "text" holds half a character (a lone surrogate): correct or remove it') from None
     return value

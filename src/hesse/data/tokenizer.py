@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, as data: files that transformers reads with classes of its own."""
+"""Load the tokenizer of a model folder, without running code from the folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ WAY_OUT = "copy them from the original model, or give a .jsonl file with input_i
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer whose files lie in `folder`; code beside them is never run.
+    """Load the tokenizer in `folder`; code in the folder is never run.
 
     Raises:
-        DataError: there are none, or they cannot be used.
+        DataError: the folder has no tokenizer files, or they cannot be used.
     """
     from transformers import AutoTokenizer  # imported late: it takes time, and ready token ids need no tokenizer
 
     lacking = DataError(f"{folder} lacks tokenizer files, so text cannot be turned into tokens: {WAY_OUT}")
-    # Without files some classes are built nonetheless, with no vocabulary, and turn every text into nothing.
+    # Without files transformers still builds some classes, with an empty vocabulary, which encode any text as nothing.
     if not any(path for pattern in FILES for path in folder.glob(pattern)):
         raise lacking
     with usable_tokenizer(folder):
@@ -38,14 +38,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 @contextmanager
 def usable_tokenizer(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of the tokenizer files in `folder`.
+    """Turn any error inside into one that blames the tokenizer files in `folder`.
 
     Raises:
-        DataError: something does.
+        DataError: in place of any other error.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # transformers and tokenizers raise many kinds, and a panic of Rust is no Exception
+    except BaseException as error:  # the libraries raise many kinds, and a panic of Rust is not an Exception
         raise DataError(f"the tokenizer files in {folder} cannot be used ({reason(error)}): {WAY_OUT}") from None

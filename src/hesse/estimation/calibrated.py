@@ -15,12 +15,12 @@ from hesse.estimation.statistics import STATISTICS, BlockStatistic, InputStatist
 from hesse.estimation.statistics.base import InputAccumulator
 from hesse.estimation.statistics.inputs import input_gram
 from hesse.estimation.statistics_folder import Statistics
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, Blocks, Layer
 from hesse.passes.activation_offload import offload_to
 from hesse.passes.layer_stops import layer_stops
 from hesse.passes.loading import each_loaded
 from hesse.passes.parts import seen_by
-from hesse.passes.stream import StreamBatch
+from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
@@ -61,8 +61,8 @@ Layers = Generator[tuple[Layer, LayerStatistics], None, None]
 
 
 def calibrated_blocks(
-    network: Network,
-    batches: Sequence[StreamBatch],
+    network: Blocks,
+    batches: Sequence[CalibrationBatch],
     needs: Needs,
     *,
     known: Known = MappingProxyType({}),
@@ -97,7 +97,7 @@ def calibrated_blocks(
     with clock.phase("read"):
         for index, block in each_loaded(network, range(first, len(network.blocks))):
             wanted = sorted({name for layer in block.layers for name in needs.get(layer.name, ())})
-            layers = _layers(batches, index, block, wanted, known, clock, processes, offload)
+            layers = _layers(network, batches, index, block, wanted, known, clock, processes, offload)
             with clock.phase("calibrate"), closing(layers):
                 yield block, layers
                 for _ in layers:
@@ -105,7 +105,7 @@ def calibrated_blocks(
 
 
 def stored_blocks(
-    network: Network, folder: Statistics, needs: Needs, *, first: int = 0, clock: Clock | None = None
+    network: Blocks, folder: Statistics, needs: Needs, *, first: int = 0, clock: Clock | None = None
 ) -> Iterator[tuple[Block, Layers]]:
     """As `calibrated_blocks`, with statistics from a folder in place of batches: those of the unchanged model.
 
@@ -120,7 +120,7 @@ def stored_blocks(
 
 
 def calibrated(
-    network: Network, batches: Sequence[StreamBatch], needs: Needs, **settings: Any
+    network: Blocks, batches: Sequence[CalibrationBatch], needs: Needs, **settings: Any
 ) -> Iterator[tuple[Block, Layer, LayerStatistics]]:
     """Yield the layers of `calibrated_blocks`, whose arguments it takes, one after another with their blocks."""
     for block, layers in calibrated_blocks(network, batches, needs, **settings):
@@ -134,7 +134,8 @@ def no_inputs(layer: Layer) -> Gram:
 
 
 def _layers(
-    batches: Sequence[StreamBatch],
+    network: Blocks,
+    batches: Sequence[CalibrationBatch],
     index: int,
     block: Block,
     wanted: Collection[str],
@@ -145,12 +146,14 @@ def _layers(
 ) -> Layers:
     """Take batches through one loaded block; yield its layers with the statistics in `wanted`."""
 
-    def run(batch: StreamBatch) -> None:
-        batch.hidden = batch.through(block.module, index)
+    def run(batch: CalibrationBatch) -> None:
+        batch.pass_block(block.module, index)
 
     def shared() -> Iterator[Tensor]:
         yield from (*block.module.parameters(), *block.module.buffers())
-        yield from (leaf for batch in batches for leaf in tree_leaves(batch.calls[index]) if isinstance(leaf, Tensor))
+        yield from (
+            leaf for batch in batches for leaf in tree_leaves(batch.arguments(index)) if isinstance(leaf, Tensor)
+        )
 
     collection = InputCollection(wanted, batches, block, index, clock, processes)
     with clock.phase("estimate"):
@@ -161,7 +164,8 @@ def _layers(
         }
     called: set[Layer] = set()
     runs = [partial(run, batch) for batch in batches]
-    with closing(layer_stops(runs, block, collection.collect, offload_to(offload, shared))) as stops:
+    stopping = layer_stops(runs, block, collection.collect, offload_to(offload, shared), network.gradients_off)
+    with closing(stopping) as stops:
         for layer, collected_at in stops:
             called.add(layer)
             own = {name: values.get(layer.name) for name, values in of_block.items()}
@@ -216,7 +220,7 @@ class InputCollection:
     def __init__(
         self,
         wanted: Collection[str],
-        batches: Sequence[StreamBatch],
+        batches: Sequence[CalibrationBatch],
         block: Block,
         index: int,
         clock: Clock,

@@ -1,4 +1,4 @@
-"""Loss, perplexity, divergence from the dense model, and size."""
+"""Evaluation: loss, perplexity, divergence from the dense model, and size."""
 
 from hesse.evaluation.evaluate import Evaluation, evaluate_checkpoint
 

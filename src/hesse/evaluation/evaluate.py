@@ -1,4 +1,4 @@
-"""What a checkpoint predicts, streamed from disk a block at a time, beside the dense model it came from."""
+"""Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,25 +13,23 @@ from hesse.checkpoints.locate import locate
 from hesse.data import read_samples
 from hesse.data.selection import Data, sample_length
 from hesse.errors import OptionError, check_at_least
-from hesse.evaluation.metrics import HiddenTotals, Totals
+from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.networks.device import find_device
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress, Silence
 from hesse.result import LossChange
 
-# Logits of one batch: at most so many numbers, 128 MB in float32.
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality and size of a checkpoint; what needs a reference, or a language model, is None without it.
+    """Quality and size of a checkpoint; fields that need a reference or a language model are None without it.
 
-    Losses and divergences are nats per token, over all tokens but the first of each sample.
+    Losses and divergences are in nats per token, over all tokens except the first of each sample.
     """
 
     kind: str
@@ -58,17 +56,17 @@ class Evaluation:
 
     @property
     def difference(self) -> float:
-        """How far the model is from its reference: `kl`, or `hidden_error` for an encoder."""
-        found = self.hidden_error if self.kl is None else self.kl
-        assert found is not None, "evaluated without a reference"
-        return found
+        """Return the divergence from the reference: `kl`, or `hidden_error` for an encoder."""
+        difference = self.hidden_error if self.kl is None else self.kl
+        assert difference is not None, "evaluated without a reference"
+        return difference
 
     def difference_name(self, changed: str) -> str:
-        """What `difference` is, for a model that people call `changed`."""
+        """Return the name of `difference`, with `changed` as the model's name."""
         return "half squared error of hidden states" if self.kl is None else f"KL(dense || {changed})"
 
     def loss_change(self, changed: str, held_out: bool, predicted: float | None = None) -> LossChange:
-        """Return `difference` as reports hold it, for a model that people call `changed`."""
+        """Return `difference` as reports hold it, with `changed` as the model's name."""
         return LossChange(
             name=self.difference_name(changed),
             predicted=predicted,
@@ -91,21 +89,21 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Loss, perplexity and size of a model on disk, and its divergence from a reference.
+    """Measure the loss, perplexity and size of a model on disk, and its divergence from a reference.
 
     Args:
-        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
         reference: the dense model to compare with.
-        adapter: a LoRA folder of PEFT, such as `repair` writes, to add to the model.
+        adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
         data: as for `compress`; None for the shipped held-out text.
-        samples: windows of text, from the first on; None for all.
-        length: tokens a window; None for 2048, or as many as the model has positions for.
-        batch_size: windows that go through the model together.
+        samples: number of windows, from the start of the text; None for all.
+        length: tokens per window; None for 2048 or the model's positions, whichever is less.
+        batch_size: number of windows per batch.
         device: `auto`, `cpu`, or `cuda`.
-        progress: told how far the run is.
+        progress: receives each phase and step.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do.
+        HesseError: the subclass and message say what is wrong and what to do.
     """
     check_at_least("--samples", samples, 1)
     check_at_least("--length", length, 2)
@@ -113,7 +111,7 @@ def evaluate(
     place = find_device(device)
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
-    network = Network(checkpoint, torch.float32, place)
+    network = CheckpointNetwork(checkpoint, torch.float32, place)
     if adapter is not None:
         checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
     tokens = sample_length(network, length)
@@ -144,10 +142,10 @@ def evaluate_checkpoint(
         DataError: a token is outside the vocabulary, or an encoder is evaluated without a reference.
         OptionError: model and reference are of different kinds or vocabularies.
     """
-    network = Network(checkpoint, torch.float32, device)
+    network = CheckpointNetwork(checkpoint, torch.float32, device)
     if network.kind == "encoder" and reference is None:
         raise OptionError("an encoder has no loss of its own: give --reference, the dense model to compare with")
-    other = None if reference is None else Network(reference, torch.float32, device)
+    other = None if reference is None else CheckpointNetwork(reference, torch.float32, device)
     if other is not None and (other.kind != network.kind or vocabulary(other) != vocabulary(network)):
         raise OptionError("model and reference have different kinds or vocabularies, so they cannot be compared")
     check_ids(network, batches)
@@ -156,8 +154,10 @@ def evaluate_checkpoint(
     return compare(network, flows, other, dense, progress)
 
 
-def pass_through(network: Network, batches: list[Tensor], progress: Progress, phase: str) -> list[StreamBatch]:
-    """Take all batches through all blocks.
+def pass_through(
+    network: CheckpointNetwork, batches: list[Tensor], progress: Progress, phase: str
+) -> list[StreamBatch]:
+    """Run all batches through all blocks.
 
     Raises:
         DataError: a block's output is not finite.
@@ -172,14 +172,14 @@ def pass_through(network: Network, batches: list[Tensor], progress: Progress, ph
 
 
 def compare(
-    network: Network,
+    network: CheckpointNetwork,
     flows: list[StreamBatch],
-    other: Network | None,
+    other: CheckpointNetwork | None,
     dense: list[StreamBatch] | None,
     progress: Progress,
 ) -> Evaluation:
-    """The evaluation of `flows` that have passed all blocks of `network`, beside `dense` ones of `other`."""
-    totals, hidden = Totals(), HiddenTotals()
+    """Evaluate `flows`, which have passed all blocks of `network`, against the flows `dense` of the network `other`."""
+    totals, hidden = PredictionTotals(), HiddenTotals()
     progress.begin("compare", len(flows))
     with network.surroundings() as model, torch.no_grad():
         if other is None or dense is None:
@@ -189,11 +189,11 @@ def compare(
         else:
             with other.surroundings() as reference_model:
                 for flow, dense_flow in zip(flows, dense, strict=True):
-                    result, wanted = finish(network, model, flow), finish(other, reference_model, dense_flow)
+                    result, expected = finish(network, model, flow), finish(other, reference_model, dense_flow)
                     if network.kind == "encoder":
-                        hidden.add(result, wanted)
+                        hidden.add(result, expected)
                     else:
-                        totals.add(result, flow.ids, wanted)
+                        totals.add(result, flow.ids, expected)
                     progress.advance()
     samples = sum(len(flow.ids) for flow in flows)
     length = max(flow.ids.shape[1] for flow in flows)
@@ -201,7 +201,12 @@ def compare(
 
 
 def _evaluation(
-    network: Network, samples: int, length: int, totals: Totals, hidden: HiddenTotals, compared: bool
+    network: CheckpointNetwork,
+    samples: int,
+    length: int,
+    totals: PredictionTotals,
+    hidden: HiddenTotals,
+    compared: bool,
 ) -> Evaluation:
     checkpoint = network.checkpoint
     parameters = sum(p.numel() for p in network.model.parameters())

@@ -1,16 +1,16 @@
-"""How far a model's predictions are from the text, and from another model's."""
+"""Metrics: the loss of a model's predictions, and their divergence from another model's."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-ROWS = 128  # of logits, handled together: their logarithms and products stay in the caches, and are never all held
+TOKENS_PER_STEP = 128  # tokens per step: their log-probabilities stay in the caches, and the whole matrix is never held
 
 
 @dataclass
-class Totals:
-    """Sums over tokens of the losses, divergences and agreements that an evaluation averages."""
+class PredictionTotals:
+    """Sums over tokens of losses, divergences and agreements."""
 
     tokens: int = 0
     loss: float = 0.0
@@ -21,17 +21,17 @@ class Totals:
 
     def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         """Add the predictions `logits` (samples, tokens, vocabulary) of each next token of `ids` (samples, tokens)."""
-        labels = torch.split(ids[:, 1:].flatten(), ROWS)
-        predicted = torch.split(logits[:, :-1].flatten(0, 1), ROWS)
+        labels = torch.split(ids[:, 1:].flatten(), TOKENS_PER_STEP)
+        predicted = torch.split(logits[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
         if reference is None:
             dense: tuple[Tensor | None, ...] = (None,) * len(labels)
         else:
-            dense = torch.split(reference[:, :-1].flatten(0, 1), ROWS)
+            dense = torch.split(reference[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
         for rows in zip(predicted, labels, dense, strict=True):
             self._add(*rows)
 
     def mean_divergence(self) -> tuple[float, float]:
-        """The mean divergence in nats per token, and its standard error over tokens."""
+        """Return the mean divergence in nats per token, and its standard error over tokens."""
         return _mean(self.divergence, self.divergence_square, self.tokens)
 
     def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
@@ -69,11 +69,11 @@ class HiddenTotals:
         self.cosine += torch.nn.functional.cosine_similarity(h, r).sum().item()
 
     def mean_divergence(self) -> tuple[float, float]:
-        """The mean of half the squared error, and its standard error over tokens."""
+        """Return the mean of half the squared error, and its standard error over tokens."""
         return _mean(self.half_square, self.half_square_square, self.tokens)
 
 
 def _mean(total: float, squares: float, count: int) -> tuple[float, float]:
-    """The mean of numbers with that sum and sum of squares, and its standard error."""
+    """Return the mean of `count` numbers with the given sum and sum of squares, and its standard error."""
     mean = total / count
     return mean, (max(squares / count - mean**2, 0.0) / count) ** 0.5

@@ -1,4 +1,4 @@
-"""Writing and reading what other programs load."""
+"""Checkpoint formats: layouts on disk that other programs load."""
 
 from hesse.constraints import Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
@@ -8,7 +8,7 @@ from hesse.formats.integers import IntegerFormat
 from hesse.formats.low_rank import LowRankFormat
 from hesse.formats.packed import PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 FORMATS: dict[str, type[Format]] = {
     kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)
@@ -17,20 +17,21 @@ FORMATS: dict[str, type[Format]] = {
 __all__ = ["FORMATS", "CompressedCheckpoint", "Format", "StoredLayer", "choose_format", "open_checkpoint"]
 
 
-def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -> Format:
-    """The format of that name, or with `auto` the smallest that loads: packed, low-rank, or dense.
+def choose_format(requested: str, network: CheckpointNetwork, layers: list[StoredLayer]) -> Format:
+    """Choose a format by name, or with `auto` the smallest one that loads: packed, low-rank or dense.
 
-    Codes of 8 bits whose inputs are rounded too are stored as bytes, which takes no more room: runtimes multiply those.
+    With `auto`, layers of 8 bits with rounded inputs are stored as bytes, which take no more room than packed words and
+    which runtimes multiply without unpacking.
 
     Raises:
-        OptionError: there is no such format, or it cannot store these layers.
+        OptionError: there is no such format, or the format cannot store these layers.
     """
     constraints = [layer.constraint for layer in layers]
     if requested == "auto":
         if any(isinstance(c, LowRank) for c in constraints):
             requested = LowRankFormat.name
         elif any(isinstance(c, Grid | SparseGrid) for c in constraints):
-            requested = IntegerFormat.name if _are_bytes(layers) else PackedFormat.name
+            requested = IntegerFormat.name if _all_are_bytes(layers) else PackedFormat.name
         else:
             requested = DenseFormat.name
     if requested not in FORMATS:
@@ -38,15 +39,15 @@ def choose_format(requested: str, network: Network, layers: list[StoredLayer]) -
     if requested in (PackedFormat.name, IntegerFormat.name):
         _check_packable(layers)
     if requested == LowRankFormat.name and not any(isinstance(c, LowRank) for c in constraints):
-        raise OptionError("--format low-rank stores factorised layers, and there are none: use --format auto")
+        raise OptionError("--format low-rank stores factorised layers, but no layer is factorised: use --format auto")
     rounded = next((layer.name for layer in layers if layer.input_bits is not None), None)
     if rounded is not None and not issubclass(FORMATS[requested], PackedFormat):
         raise OptionError(f"{rounded}: {requested} weights are loaded without rounding inputs: use --format auto")
     return FORMATS[requested](network, layers)
 
 
-def _are_bytes(layers: list[StoredLayer]) -> bool:
-    """Whether all layers that are changed have 8 bits, and inputs that are rounded."""
+def _all_are_bytes(layers: list[StoredLayer]) -> bool:
+    """True if every changed layer has codes of 8 bits and rounded inputs."""
     changed = [layer for layer in layers if layer.constraint is not None]
     grids = [c.grid if isinstance(c, SparseGrid) else c for c in (layer.constraint for layer in changed)]
     eight = all(isinstance(grid, Grid) and grid.bits == 8 for grid in grids)
@@ -54,7 +55,7 @@ def _are_bytes(layers: list[StoredLayer]) -> bool:
 
 
 def _check_packable(layers: list[StoredLayer]) -> None:
-    """Raise OptionError if a layer is factorised, or none is quantised."""
+    """Raise OptionError if a layer is factorised or no layer is quantised."""
     changed = [layer for layer in layers if layer.constraint is not None]
     quantised = any(isinstance(layer.constraint, Grid | SparseGrid) for layer in changed)
     for layer in changed:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA folder: two thin factors for each layer of a model that stays as it is, read by transformers and vLLM."""
+"""LoRA adapters in PEFT's layout, which transformers and vLLM read: two factors per layer of an unchanged model."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -19,19 +19,26 @@ from hesse.networks.families import is_expert
 from hesse.networks.network import Network
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model's own modules
-# What changes the product B A in other ways than a factor; an adapter that asks for any of it is not read.
-BEYOND_LORA = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
+PREFIX = "base_model.model."  # PEFT puts this before the model's own module names
+# Settings under which the update is not a multiple of B A; an adapter with one of them is refused.
+UNSUPPORTED_SETTINGS = (
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+)
 
 
 def layer_paths(network: Network) -> dict[str, str]:
-    """The name of each linear layer's module in the model, by the layer's name in the checkpoint."""
+    """Map each linear layer's name in the checkpoint to the path of its module in the model."""
     paths = {id(module): path for path, module in network.model.named_modules()}
     return {layer.name: paths[id(layer.module)] for layer in network.layers}
 
 
 def check_adaptable(layers: Iterable[str]) -> None:
-    """Raise OptionError for a layer that PEFT cannot put factors beside; the message names it."""
+    """Raise OptionError, with the layer's name, if PEFT cannot adapt one of the layers."""
     for name in layers:
         if is_expert(name):
             raise OptionError(
@@ -48,9 +55,15 @@ def write_adapter(
     rank: int,
     base: str,
 ) -> None:
-    """Write the `factors` of layers of `network`, all of rank `rank`, for the model that a person calls `base`.
+    """Write an adapter folder.
 
-    They are stored in the type that `dtype` gives for a layer's name.
+    Args:
+        folder: an existing folder.
+        network: the network to adapt.
+        factors: B (out, rank) and A (rank, in) by layer name.
+        dtype: the stored type for a layer's name.
+        rank: the rank of all factors.
+        base: the base model's path or id, as the user gave it.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -67,7 +80,7 @@ def write_adapter(
         "task_type": "CAUSAL_LM" if network.kind == "causal-lm" else None,
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": rank,  # B A is added as it is
+        "lora_alpha": rank,  # so that B A is added with factor 1
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": _targets(network.model, [paths[name] for name in factors]),
@@ -78,7 +91,7 @@ def write_adapter(
 
 
 def _targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """The modules that have factors: by their last names, where no other layer ends so, else in full."""
+    """Return the adapted modules' names: the last part alone if it selects exactly these modules, else full paths."""
     ends = {path.rpartition(".")[2] for path in paths}
     every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     alone = {path for path in every if path.rpartition(".")[2] in ends} == set(paths)
@@ -86,24 +99,24 @@ def _targets(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 class AdaptedCheckpoint(CompressedCheckpoint):
-    """The checkpoint in `folder` with the products of the adapter's factors added, as `read` gives it.
+    """Checkpoint with a LoRA adapter: `read` adds the product of the adapter's factors to each weight.
 
-    `paths` are the modules' names by those of layers: `layer_paths`.
+    `paths` maps layer names to module paths (see `layer_paths`).
 
     Raises:
-        CheckpointError: the adapter is no LoRA, is damaged, or does not fit the checkpoint.
+        CheckpointError: the adapter is not a LoRA, is damaged, or does not fit the checkpoint.
     """
 
     def __init__(self, folder: Path, adapter: Path, paths: Mapping[str, str]) -> None:
         super().__init__(folder)
         config = read_json(adapter / CONFIG)
         rank, alpha = config.get("r"), config.get("lora_alpha")
-        beyond = [key for key in BEYOND_LORA if config.get(key)]
-        if config.get("peft_type") != "LORA" or beyond:
-            what = ", ".join(beyond) or f"the peft_type {config.get('peft_type')}"
+        unsupported = [key for key in UNSUPPORTED_SETTINGS if config.get(key)]
+        if config.get("peft_type") != "LORA" or unsupported:
+            what = ", ".join(unsupported) or f"the peft_type {config.get('peft_type')}"
             raise CheckpointError(f"{adapter / CONFIG} has {what}, which Hesse does not read: merge it with PEFT first")
         if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
-            raise CheckpointError(f"{adapter / CONFIG} gives no rank r and lora_alpha: copy the folder again")
+            raise CheckpointError(f"{adapter / CONFIG} lacks the rank r or lora_alpha: copy the folder again")
         try:
             tensors = load_file(adapter / WEIGHTS)
         except (OSError, SafetensorError) as error:
@@ -116,21 +129,21 @@ class AdaptedCheckpoint(CompressedCheckpoint):
             if left is not None and right is not None:
                 self._factors[f"{name}.weight"] = left.float(), right.float()
         if tensors:
-            raise CheckpointError(f"{adapter / WEIGHTS} has {next(iter(tensors))}, of which {folder} has no layer")
+            raise CheckpointError(f"{adapter / WEIGHTS} has {next(iter(tensors))}, but {folder} has no such layer")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = super().read(names)
-        for name in found.keys() & self._factors.keys():
-            found[name] = self._adapted(name, found[name])
-        return found
+        tensors = super().read(names)
+        for name in tensors.keys() & self._factors.keys():
+            tensors[name] = self._add_factors(name, tensors[name])
+        return tensors
 
-    def _adapted(self, name: str, weight: Tensor) -> Tensor:
+    def _add_factors(self, name: str, weight: Tensor) -> Tensor:
         left, right = self._factors[name]
         shape = weight.shape[::-1] if self._transposed else weight.shape
         if left.shape[1:] != right.shape[:1] or (*left.shape[:1], *right.shape[1:]) != shape:
             raise CheckpointError(
-                f"{self.folder}: {name} has shape {tuple(weight.shape)}, which factors of shapes {tuple(left.shape)} "
-                f"and {tuple(right.shape)} do not fit: the adapter is of another model"
+                f"{self.folder}: {name} has shape {tuple(weight.shape)}, but its factors have {tuple(left.shape)} "
+                f"and {tuple(right.shape)}: the adapter belongs to another model"
             )
         product = self._scale * (left @ right)
         return weight.float() + (product.T if self._transposed else product)

@@ -1,4 +1,4 @@
-"""The integers and scales of a stored layer as they are on disk, for programs that take them as they are."""
+"""Integer codes and scales of a stored layer, read without decoding, for runtimes that use them directly."""
 
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
@@ -14,7 +14,7 @@ from hesse.formats.reading import CompressedCheckpoint
 
 
 def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:
-    """The grid that the weight of `layer` is stored on, its scales' type included; None if it is stored otherwise."""
+    """Return the grid of a stored weight, with the type of its scales; None if it is not stored on a grid."""
     if not isinstance(checkpoint, CompressedCheckpoint) or not checkpoint.is_quantised(layer):
         return None
     format, scheme = checkpoint.scheme(layer)
@@ -30,10 +30,10 @@ def stored_grid(checkpoint: Checkpoint, layer: str) -> Grid | None:
 
 
 def read_grid_code(checkpoint: Checkpoint, layer: str) -> GridCode:
-    """The codes (out, in), scales and zero points (out, groups) of a layer for which there is a `stored_grid`.
+    """Read the codes (out, in), scales and zero points (out, groups) of a layer that has a `stored_grid`.
 
     Raises:
-        CheckpointError: a tensor is missing, or the shapes do not fit one another.
+        CheckpointError: a tensor is missing, or shapes do not match.
     """
     grid = stored_grid(checkpoint, layer)
     assert grid is not None and isinstance(checkpoint, CompressedCheckpoint)
@@ -65,13 +65,13 @@ def read_grid_code(checkpoint: Checkpoint, layer: str) -> GridCode:
 
 
 def is_transposed(checkpoint: Checkpoint, layer: str) -> bool:
-    """Whether the codes of a layer for which there is a `stored_grid` are (in, out) on disk."""
+    """True if the codes of a layer that has a `stored_grid` are (in, out) on disk."""
     assert isinstance(checkpoint, CompressedCheckpoint)
     return _along_columns(checkpoint.scheme(layer)[1].weights)
 
 
 def _zero_point(stored: Tensor, arguments: QuantizationArgs, scale: Tensor) -> Tensor:
-    """Zero points in the shape of `scale`: packed along the rows, but whole where the grid is stored by blocks."""
+    """Return the zero points in the shape of `scale`: unpacked along the rows, or as stored for the block strategy."""
     if arguments.strategy == "block":
         return stored
     unpacked: Tensor = unpack_from_int32(stored, arguments.num_bits, scale.shape, packed_dim=0)
@@ -79,12 +79,12 @@ def _zero_point(stored: Tensor, arguments: QuantizationArgs, scale: Tensor) -> T
 
 
 def _group_width(arguments: QuantizationArgs) -> int | None:
-    """Columns that share a scale; None for whole rows."""
+    """Return the number of columns that share a scale; None for whole rows."""
     if arguments.strategy == "block":
         return int(max(arguments.block_structure))
     return None if arguments.group_size is None else int(arguments.group_size)
 
 
 def _along_columns(arguments: QuantizationArgs) -> bool:
-    """Whether the file holds (in, out), so that groups run down its columns."""
+    """True if the file holds (in, out), so that groups run down its columns."""
     return bool(arguments.strategy == "block" and arguments.block_structure[0] > 1)

@@ -1,4 +1,4 @@
-"""Solved weights as ordinary dense tensors: larger than need be, and loaded by everything."""
+"""Dense format: solved weights as ordinary tensors, which every program loads but which save no space."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hesse.formats.base import Format
 
 
 class DenseFormat(Format):
-    """Weights in the checkpoint's own type; pruned ones as zeros, quantised ones as the values of their codes."""
+    """Weights in the checkpoint's type: pruned weights are zeros, quantised weights the values of their codes."""
 
     name = "dense"
 
@@ -19,8 +19,8 @@ class DenseFormat(Format):
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         dtype = self.network.checkpoint.dtype(f"{name}.weight")
         stored = weight.T if self.layers[name].transposed else weight
-        own = {f"{name}.weight": stored.to(dtype).contiguous()}
-        return own if bias is None else {**own, f"{name}.bias": bias}
+        tensors = {f"{name}.weight": stored.to(dtype).contiguous()}
+        return tensors if bias is None else {**tensors, f"{name}.bias": bias}
 
     def stored_bits(self, name: str) -> float:
         return torch.finfo(self.network.checkpoint.dtype(f"{name}.weight")).bits

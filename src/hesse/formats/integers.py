@@ -1,4 +1,4 @@
-"""The int-quantized layout of compressed-tensors: a byte a weight, for runtimes that multiply rounded inputs by it."""
+"""The int-quantized layout of compressed-tensors: one byte per weight, for runtimes that also round inputs."""
 
 import torch
 from torch import Tensor
@@ -6,23 +6,23 @@ from torch import Tensor
 from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.packed import PackedFormat
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
 class IntegerFormat(PackedFormat):
-    """Codes of 8 bits as int8, one scale a group in the checkpoint's type; what is not quantised is dense.
+    """Codes of 8 bits as int8, one scale per group in the checkpoint's type; unquantised layers are dense.
 
-    Layers of fewer bits would take as much room: those are refused.
+    Layers of fewer bits would take the same room, so they are refused.
     """
 
     name = "int-quantized"
     layout = "int-quantized"
 
-    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         super().__init__(network, layers)
         for name in self.packed:
             if (bits := self.grid(name).bits) != 8:
-                raise OptionError(f"{name}: {self.name} stores {bits} bits in 8: use --format auto")
+                raise OptionError(f"{name}: {self.name} stores {bits} bits in a whole byte: use --format auto")
 
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         return {f"{name}.weight": codes.contiguous()}

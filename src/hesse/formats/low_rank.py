@@ -1,4 +1,4 @@
-"""Layers as two thin ones, run by a short model file that travels with the weights."""
+"""Low-rank format: each linear layer as two smaller ones, run by a short model file stored with the weights."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from hesse.formats.packed import PackedFormat
 MODEL_FILE = "modeling_low_rank.py"
 TYPE_PREFIX = "low_rank_"
 CLASS_PREFIX = "LowRank_"
-# The classes that load a model with a head, and the architectures that each of them knows.
+# The Auto classes that load a model with a head, with the architectures of each.
 HEADS = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -32,20 +32,20 @@ HEADS = {
 
 
 class LowRankFormat(PackedFormat):
-    """`P.0` (rank, in) and `P.1` (out, rank) for each factorised layer P; other layers packed, dense or as they were.
+    """Factors `P.0` (rank, in) and `P.1` (out, rank) of each factorised layer P; others packed, dense or unchanged.
 
-    transformers runs it with `trust_remote_code=True`. Without that, loading fails: the model type is not one that
-    transformers knows, and an empty `P.weight` stops classes that are named outright.
+    transformers runs the model with `trust_remote_code=True`. Otherwise loading fails: transformers does not know the
+    model type, and an empty `P.weight` stops a class that is named explicitly.
     """
 
     name = "low-rank"
 
-    def _refuse(self) -> None:
-        super()._refuse()
+    def _check_loadable(self) -> None:
+        super()._check_loadable()
         for layer in self.layers.values():
             if layer.is_expert and isinstance(layer.constraint, LowRank):
                 raise OptionError(
-                    f"{layer.name}: transformers keeps experts in one tensor, so they cannot be two thin layers: leave "
+                    f"{layer.name}: transformers keeps experts in one tensor, so they cannot be factorised: leave "
                     "them out with --ignore '*.experts.*', or use --format dense"
                 )
 
@@ -56,7 +56,7 @@ class LowRankFormat(PackedFormat):
     def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
         if not isinstance(encoded, LowRankCode):
             return super().as_stored(name, encoded, weight)
-        # As a reader multiplies them: on the CPU, since another device rounds its sums otherwise.
+        # On the CPU, as a reader multiplies them: other devices round sums differently.
         left, right = (factor.cpu().contiguous() for factor in (encoded.left, encoded.right))
         return (left @ right).to(weight.device)
 
@@ -64,12 +64,12 @@ class LowRankFormat(PackedFormat):
         if not isinstance(encoded, LowRankCode):
             return super().tensors(name, encoded, weight, bias)
         dtype = self.network.checkpoint.dtype(f"{name}.weight")
-        own = {
+        tensors = {
             f"{name}.0.weight": encoded.right.to(dtype).contiguous(),
             f"{name}.1.weight": encoded.left.to(dtype).contiguous(),
             f"{name}.weight": torch.empty(0, dtype=dtype),
         }
-        return own if bias is None else {**own, f"{name}.1.bias": bias}
+        return tensors if bias is None else {**tensors, f"{name}.1.bias": bias}
 
     def stored_bits(self, name: str) -> float:
         shape, rank = self.layers[name].shape, self._rank(name)
@@ -93,8 +93,8 @@ class LowRankFormat(PackedFormat):
         }
         if self.packed:
             prefix = f"{model.base_model_prefix}."
-            thin = tuple(rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}\.[01]$" for name in ranks)
-            config["quantization_config"] = self.quantization_config(thin)
+            factors = tuple(rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}\.[01]$" for name in ranks)
+            config["quantization_config"] = self.quantization_config(factors)
         return config
 
     def files(self) -> dict[str, str]:

@@ -7,24 +7,24 @@ import torch
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError
 from hesse.formats import open_checkpoint
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
-def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, Network, Network]:
-    """A dense checkpoint, and its network in float32 and in the type that calibration runs in.
+def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, CheckpointNetwork, CheckpointNetwork]:
+    """Open a dense checkpoint; return it with its network in float32 and in the type that calibration runs in.
 
     Raises:
-        HesseError: the model is damaged, of no known kind, or compressed already.
+        HesseError: the model is damaged, unsupported, or already compressed.
     """
     checkpoint = open_checkpoint(model)
     if type(checkpoint) is not Checkpoint:
-        raise CheckpointError(f"{model} is compressed already: start from the dense model it was made from")
-    dense = Network(checkpoint, torch.float32, device)
+        raise CheckpointError(f"{model} is already compressed: start from the dense model it was made from")
+    dense = CheckpointNetwork(checkpoint, torch.float32, device)
     return checkpoint, dense, dense.in_dtype(_compute_dtype(checkpoint, dense, device))
 
 
-def _compute_dtype(checkpoint: Checkpoint, network: Network, device: torch.device) -> torch.dtype:
-    """The type that calibration runs in: the weights' own where the device multiplies it at speed, else float32."""
+def _compute_dtype(checkpoint: Checkpoint, network: CheckpointNetwork, device: torch.device) -> torch.dtype:
+    """Return the weights' own type if the device multiplies it fast, else float32."""
     stored = checkpoint.dtype(f"{network.layers[0].name}.weight")
     if device.type == "cuda":
         return stored

@@ -17,58 +17,58 @@ from hesse.errors import OptionError
 from hesse.formats.base import StoredLayer
 from hesse.formats.dense import DenseFormat
 from hesse.networks.families import EXPERT_REGEX, is_expert
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 EXPERTS = f"re:{EXPERT_REGEX}"
-# transformers reads unpacked experts beside packed layers only if some scheme of floats is there; it matches nothing.
+# transformers reads packed layers with unpacked experts only if some float scheme exists; this one matches nothing.
 NO_EXPERTS = {
     "targets": ["re:^no experts$"],
     "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
 }
 WHOLE_COLUMN = 1 << 20  # a block height above any width: one scale for the whole column
-SMALLEST_COMMON_GROUP = 32  # what the kernels of vLLM serve
+SMALLEST_COMMON_GROUP = 32  # the smallest group that vLLM's kernels support
 
-# Older versions load such files without a word, and with wrong weights.
+# Older versions load such files without an error and with wrong weights.
 LOADER_UNPACKS = hasattr(integrations.compressed_tensors, "CompressedTensorsDequantize")
 
 Scheme = dict[str, Any]
 
 
 class PackedFormat(DenseFormat):
-    """Codes of 2 to 8 bits as a little-endian bit stream in int32 words, one scale a group in the checkpoint's type.
+    """Codes of 2 to 8 bits as a little-endian bit stream in int32 words, one scale per group in the checkpoint's type.
 
-    A group size g that does not divide a width: the width is cut into groups of gcd(g, width) where that is at least
-    32, which every loader reads, and otherwise into groups of g with a narrower last one, which transformers reads.
-    transformers' default way of loading refuses asymmetric grids, and the linear layers of GPT-2 and Falcon; there the
-    config asks for weights to be unpacked while loading, for which all layers must share one scheme. Layers that are
-    not quantised are dense.
+    If a group size g does not divide a width, the groups have gcd(g, width) columns where that is at least 32, which
+    every loader reads; otherwise they have g columns and the last group is narrower, which only transformers reads.
+    transformers by default refuses asymmetric grids and the linear layers of GPT-2 and Falcon. For those the config
+    asks the loader to unpack weights while loading, which requires one scheme for all layers. Unquantised layers are
+    dense.
     """
 
     name = "pack-quantized"
-    layout = "pack-quantized"  # of codes, in compressed-tensors' words
+    layout = "pack-quantized"  # compressed-tensors' name for the layout of the codes
 
-    def __init__(self, network: Network, layers: list[StoredLayer]) -> None:
-        self._cut: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
+        self._regrouped: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
         quantised = [layer for layer in layers if _grid(layer) is not None]
         plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
         self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
-        # Widths that one group size must fit: of all experts, and of all other layers where they share one scheme.
+        # One group size must fit all experts' widths, and all other layers' widths if these share one scheme.
         self._expert_widths = {layer.shape[1] for layer in quantised if layer.is_expert}
         self._other_widths = {layer.shape[1] for layer in quantised if not layer.is_expert}
         super().__init__(network, layers)
-        self.notes += [self._note(group, widths, names) for (group, widths), names in self._cut.items()]
+        self.notes += [self._note(group, widths, names) for (group, widths), names in self._regrouped.items()]
         self.packed = {name: layer for name, layer in self.layers.items() if _grid(layer) is not None}
-        self._refuse()
+        self._check_loadable()
 
     def _widths(self, layer: StoredLayer) -> set[int]:
-        """Widths of the layers that must share one scheme with `layer`."""
+        """Return the widths of all layers that must share one scheme with `layer`."""
         if layer.is_expert:
             return self._expert_widths
         return self._other_widths if self.unpacks_while_loading else {layer.shape[1]}
 
-    def _adapted(self, layer: StoredLayer) -> StoredLayer:
-        layer = super()._adapted(layer)
+    def _storable(self, layer: StoredLayer) -> StoredLayer:
+        layer = super()._storable(layer)
         grid = _grid(layer)
         if grid is None or grid.group_size == -1:
             return layer
@@ -76,30 +76,31 @@ class PackedFormat(DenseFormat):
         common = math.gcd(grid.group_size, *widths)
         if common == grid.group_size:
             return layer
-        self._cut.setdefault((grid.group_size, tuple(sorted(widths))), []).append(layer.name)
+        self._regrouped.setdefault((grid.group_size, tuple(sorted(widths))), []).append(layer.name)
         if common < SMALLEST_COMMON_GROUP:
             return layer
-        cut = replace(grid, group_size=common)
-        joined = layer.constraint
-        return replace(layer, constraint=replace(joined, grid=cut) if isinstance(joined, SparseGrid) else cut)
+        finer, constraint = replace(grid, group_size=common), layer.constraint
+        return replace(
+            layer, constraint=replace(constraint, grid=finer) if isinstance(constraint, SparseGrid) else finer
+        )
 
     def _note(self, group: int, widths: tuple[int, ...], names: list[str]) -> str:
         common = math.gcd(group, *widths)
-        which = f"{len(names)} layers of width {' and '.join(map(str, widths))} ({names[0]} the first)"
+        which = f"{len(names)} layers of width {' and '.join(map(str, widths))} (first: {names[0]})"
         reason = f"since {group} does not divide {' and '.join(str(width) for width in widths if width % group)}"
         if common >= SMALLEST_COMMON_GROUP:
             return f"{which}: groups of {common}, {reason}"
         return f"{which}: the last group of a row is narrower, {reason}; transformers loads that, vLLM does not"
 
-    def _refuse(self) -> None:
-        """Refuse what no loader takes."""
+    def _check_loadable(self) -> None:
+        """Raise OptionError for layers that no loader supports."""
         if self.unpacks_while_loading and not LOADER_UNPACKS:
             raise OptionError(
                 f"{next(iter(self.packed))}: asymmetric grids, and the layers of GPT-2 and Falcon, load from "
-                f"transformers 5.23 on, and this is {transformers.__version__}: update it, or use --format dense"
+                f"transformers 5.23 on, but this is {transformers.__version__}: update it, or use --format dense"
             )
         for name, layer in self.layers.items():
-            if layer.input_bits is not None and (reason := self._unrounded(layer)) is not None:
+            if layer.input_bits is not None and (reason := self._input_refusal(layer)) is not None:
                 raise OptionError(f"{name}: its inputs cannot be rounded: {reason}; leave out --input-bits")
         experts = [layer for layer in self.packed.values() if layer.is_expert]
         others = [layer for layer in self.packed.values() if not layer.is_expert]
@@ -118,10 +119,10 @@ class PackedFormat(DenseFormat):
                 "all layers share one scheme; give them one rule, use --symmetric, or --format dense"
             )
 
-    def _unrounded(self, layer: StoredLayer) -> str | None:
-        """Why loaders would not round the inputs of a layer; None if they do."""
+    def _input_refusal(self, layer: StoredLayer) -> str | None:
+        """Return the reason why loaders would not round a layer's inputs; None if they do."""
         if layer.name not in self.packed:
-            return "loaders do that before a layer of codes only"
+            return "loaders do that only before a quantised layer"
         if layer.is_expert:
             return "transformers keeps experts in one tensor"
         return (
@@ -129,11 +130,11 @@ class PackedFormat(DenseFormat):
         )
 
     def grid(self, name: str) -> Grid:
-        """The grid of a quantised layer."""
+        """Return the grid of a quantised layer."""
         return _grid_of(self.layers[name])
 
     def _scheme(self, layer: StoredLayer) -> Scheme:
-        """The quantisation arguments that a loader needs for a layer."""
+        """Return the quantisation arguments that a loader needs for a layer."""
         grid = _grid_of(layer)
         scheme: Scheme = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric}
         if layer.transposed:
@@ -154,17 +155,17 @@ class PackedFormat(DenseFormat):
         codes, scale, zero_point = encoded.codes, encoded.scales.scale.to(grid.dtype), encoded.scales.zero_point
         if layer.transposed:
             codes, scale = codes.T, scale.T
-        own = {**self.codes(name, codes), f"{name}.weight_scale": scale.contiguous()}
+        tensors = {**self.codes(name, codes), f"{name}.weight_scale": scale.contiguous()}
         if zero_point is not None:
-            whole = zero_point.to(torch.int8)
+            integers = zero_point.to(torch.int8)
             block = self._scheme(layer)["strategy"] == "block"
-            stored = (whole.T if layer.transposed else whole).contiguous()
+            stored = (integers.T if layer.transposed else integers).contiguous()
             stored = stored if block else pack_to_int32(stored, grid.bits, packed_dim=0).contiguous()
-            own[f"{name}.weight_zero_point"] = stored
-        return own if bias is None else {**own, f"{name}.bias": bias}
+            tensors[f"{name}.weight_zero_point"] = stored
+        return tensors if bias is None else {**tensors, f"{name}.bias": bias}
 
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
-        """The tensors of a layer's codes, in the orientation of the file."""
+        """Return the tensors that store a layer's codes, in the file's orientation."""
         packed = pack_to_int32(codes.contiguous(), self.grid(name).bits).contiguous()
         return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor(codes.shape)}
 
@@ -187,7 +188,7 @@ class PackedFormat(DenseFormat):
         return {**super().config(), "quantization_config": self.quantization_config()}
 
     def quantization_config(self, also_ignore: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """Return the `quantization_config` of config.json."""
         schemes: dict[str, list[StoredLayer]] = {}
         for layer in self.packed.values():
             schemes.setdefault(f"{self._scheme(layer)} {layer.input_bits}", []).append(layer)
@@ -219,19 +220,19 @@ class PackedFormat(DenseFormat):
         return {**group, "input_activations": inputs, "format": self.layout}
 
     def _ignored(self) -> list[str]:
-        """Linear layers that are not packed, in names that also match when the base model is loaded alone."""
+        """Return patterns for linear layers that are not packed; they also match if the base model is loaded alone."""
         packed = {id(self._modules[name]) for name in self.packed}
         linear = [
             name
             for name, module in self.network.model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and id(module) not in packed
         ]
-        # Experts are packed all or none, and too many to name one by one.
+        # Either all experts are packed or none, and there are too many to name each.
         patterns = [EXPERTS if is_expert(name) else self._pattern(name) if "." in name else name for name in linear]
         return list(dict.fromkeys(patterns))
 
     def _pattern(self, name: str) -> str:
-        """A regular expression for a layer, with or without the name of the base model before it."""
+        """Return a regular expression for a layer's name, with or without the base model's prefix."""
         prefix = f"{self.network.model.base_model_prefix}."
         return rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}$"
 

@@ -1,4 +1,4 @@
-"""Any checkpoint that Hesse or its peers write, presented as the dense tensors it stands for."""
+"""Read dense or compressed checkpoints, from Hesse or from other programs, as dense tensors."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,21 +15,21 @@ from torch import Tensor
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import read_json
 from hesse.errors import CheckpointError
-from hesse.formats.limits import check_parts, clamped, one_line, packed_shape, pattern_names
+from hesse.formats.limits import check_parts, limit_blocks, one_line, packed_shape, pattern_matches
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.formats.packed import PackedFormat
 from hesse.networks.families import family_of
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
-COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors reads it no longer
-PATTERN = "re:"  # before a target that is a regular expression
+COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors no longer reads it
+PATTERN = "re:"  # the prefix of a target that is a regular expression
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`: dense, packed by compressed-tensors, in thin factors, or a mixture.
+    """Open the checkpoint in `folder`: dense, packed by compressed-tensors, low-rank, or a mixture.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, or quantised in a way that is not known.
+        CheckpointError: it is incomplete, damaged, or quantised in an unsupported way.
     """
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
@@ -44,13 +44,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 class CompressedCheckpoint(Checkpoint):
-    """A checkpoint some of whose weights are packed or factorised; `read` decodes them, as float32 where factorised."""
+    """Checkpoint with packed or factorised weights; `read` decodes them, factorised ones to float32."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._thin: set[str] = set()
+        self._factorised: set[str] = set()
         if _is_low_rank(self.config):
-            self._thin = _factorised(folder, self.config)
+            self._factorised = _pop_low_rank(folder, self.config)
         self._schemes = _schemes(folder, self.config.get("quantization_config"))
         quantised = (name.rpartition(".") for name in self.shard_of)
         self._quantised = {layer for layer, _, part in quantised if part in ("weight_packed", "weight_scale")}
@@ -65,62 +65,66 @@ class CompressedCheckpoint(Checkpoint):
         names: dict[str, None] = {}
         for name in self.stored_names():
             layer, _, part = name.rpartition(".")
-            thin = layer.rpartition(".")[0]
+            parent = layer.rpartition(".")[0]
             if layer in self._quantised and part in PARTS:
                 names[f"{layer}.weight"] = None
-            elif thin in self._thin:
-                names[f"{thin}.{part}"] = None
+            elif parent in self._factorised:
+                names[f"{parent}.{part}"] = None
             else:
                 names[name] = None
         return list(names)
 
     def dense_shape(self, name: str) -> torch.Size | None:
         layer, _, part = name.rpartition(".")
-        if part == "weight" and (layer in self._quantised or layer in self._thin):
+        if part == "weight" and (layer in self._quantised or layer in self._factorised):
             return None
-        return super().dense_shape(f"{layer}.1.bias" if layer in self._thin else name)
+        return super().dense_shape(f"{layer}.1.bias" if layer in self._factorised else name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        wanted: dict[str, list[str]] = {}
+        stored_names: dict[str, list[str]] = {}
         for name in names:
             layer, _, part = name.rpartition(".")
-            if layer in self._thin:
-                wanted[name] = [f"{layer}.1.bias"] if part == "bias" else [f"{layer}.1.weight", f"{layer}.0.weight"]
+            if layer in self._factorised:
+                stored_names[name] = (
+                    [f"{layer}.1.bias"] if part == "bias" else [f"{layer}.1.weight", f"{layer}.0.weight"]
+                )
             elif layer in self._quantised and part == "weight":
                 stored = (f"{layer}.{p}" for p in ("weight", *PARTS))
-                wanted[name] = [s for s in stored if s in self.shard_of]
+                stored_names[name] = [s for s in stored if s in self.shard_of]
             else:
-                wanted[name] = [name]
-        tensors = self.read_stored(dict.fromkeys(s for stored in wanted.values() for s in stored))
-        return {name: self._decoded(name, {s: tensors[s] for s in stored}) for name, stored in wanted.items()}
+                stored_names[name] = [name]
+        tensors = self.read_stored(dict.fromkeys(s for stored in stored_names.values() for s in stored))
+        return {name: self._decode(name, {s: tensors[s] for s in stored}) for name, stored in stored_names.items()}
 
-    def _decoded(self, name: str, stored: dict[str, Tensor]) -> Tensor:
+    def _decode(self, name: str, stored: dict[str, Tensor]) -> Tensor:
         layer, _, part = name.rpartition(".")
-        if layer in self._thin and part == "weight":
+        if layer in self._factorised and part == "weight":
             return self._product(layer, *stored.values())
         if layer in self._quantised and part == "weight":
-            return self._unpacked(layer, {full.removeprefix(f"{layer}."): tensor for full, tensor in stored.items()})
+            return self._decode_codes(
+                layer, {full.removeprefix(f"{layer}."): tensor for full, tensor in stored.items()}
+            )
         (tensor,) = stored.values()
         return tensor
 
     def _product(self, layer: str, left: Tensor, right: Tensor) -> Tensor:
-        """The weight that two thin factors (out, rank) and (rank, in) stand for."""
+        """Return the weight of a factorised layer: `left` (out, rank) times `right` (rank, in)."""
         try:
             product = left.float() @ right.float()
             return product.T.contiguous() if family_of(self.config["model_type"]).transposed else product
-        except (RuntimeError, MemoryError) as error:  # shapes that do not fit, or that stand for too much
+        except (RuntimeError, MemoryError) as error:  # shapes that do not fit, or a product that is too large
             raise CheckpointError(
                 f"{self.folder}: the factors of {layer} cannot be multiplied ({one_line(error)}): copy the folder again"
             ) from None
 
-    def _unpacked(self, layer: str, parts: dict[str, Tensor]) -> Tensor:
-        """The weight that the tensors of a quantised layer stand for, by compressed-tensors' own arithmetic."""
+    def _decode_codes(self, layer: str, parts: dict[str, Tensor]) -> Tensor:
+        """Return the weight of a quantised layer, decoded from its tensors by compressed-tensors' own arithmetic."""
         format, scheme = self.scheme(layer)
         try:
             shape = check_parts(parts, scheme, packed=format == PackedFormat.name)
             decoder = BaseCompressor.get_value_from_registry(format)
-            weight: Tensor = decoder.decompress(parts, clamped(scheme, shape))["weight"]
-        except Exception as error:  # the library raises many kinds; all mean that tensors and scheme do not fit
+            weight: Tensor = decoder.decompress(parts, limit_blocks(scheme, shape))["weight"]
+        except Exception as error:  # the library raises many kinds; all mean that the tensors do not fit the scheme
             raise CheckpointError(
                 f"{self.folder}: the weight of {layer} cannot be decoded as {format} from its {', '.join(parts)} "
                 f"({one_line(error)}): copy the folder again, or start from the dense model"
@@ -128,10 +132,10 @@ class CompressedCheckpoint(Checkpoint):
         return weight
 
     def code_shape(self, layer: str) -> torch.Size:
-        """Shape of the codes of a layer that has a byte for each, or is packed into words, as on disk.
+        """Return the shape of a layer's codes, in the file's orientation; codes are bytes or packed into words.
 
         Raises:
-            CheckpointError: its tensors do not have it.
+            CheckpointError: the tensors that give the shape are missing or damaged.
         """
         if f"{layer}.weight_packed" not in self.shard_of:
             return self.shape(f"{layer}.weight")
@@ -143,34 +147,34 @@ class CompressedCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.folder}: {layer} has {one_line(error)}: copy the folder again") from None
 
     def is_quantised(self, layer: str) -> bool:
-        """Whether the weight of `layer` is stored as codes."""
+        """True if the weight of `layer` is stored as codes."""
         return layer in self._quantised
 
     def input_rounding(self, layer: str) -> Callable[[Tensor], Tensor] | None:
-        """By compressed-tensors' own arithmetic.
+        """Return the rounding of `layer`'s inputs, by compressed-tensors' own arithmetic; None if they are not rounded.
 
         Raises:
-            CheckpointError: with stored scales, or of outputs, which Hesse does not do.
+            CheckpointError: the layer rounds inputs with stored scales, or rounds outputs; Hesse supports neither.
         """
         scheme = self.scheme(layer)[1] if self.is_quantised(layer) else None
         if scheme is None or (scheme.input_activations is None and scheme.output_activations is None):
             return None
         if scheme.output_activations is not None or scheme.input_activations.dynamic is not True:
             raise CheckpointError(
-                f"{self.folder}: {layer} rounds its inputs with scales that are stored, or its outputs, which Hesse "
-                "does not do: what it would measure is another model; use one that rounds inputs dynamically"
+                f"{self.folder}: {layer} rounds its inputs with stored scales, or its outputs, which Hesse does not "
+                "do, so it would measure another model: use a model that rounds inputs dynamically"
             )
-        return partial(_rounded, scheme.input_activations)
+        return partial(_round_inputs, scheme.input_activations)
 
     def scheme(self, layer: str) -> tuple[str, QuantizationScheme]:
-        """Format and scheme of the first target that names the layer, its pattern or any class of layers.
+        """Return the format and scheme of the first target that names or matches the layer, or is a class of layers.
 
         Raises:
-            CheckpointError: no target names it, or a pattern cannot be used.
+            CheckpointError: no target selects the layer, or a pattern is not usable.
         """
         for target, chosen in self._schemes.items():
             if target.startswith(PATTERN):
-                named = pattern_names(self.folder, target.removeprefix(PATTERN), layer)
+                named = pattern_matches(self.folder, target.removeprefix(PATTERN), layer)
             else:
                 named = _is_class(target) or target == layer or layer.endswith(f".{target}")
             if named:
@@ -178,14 +182,14 @@ class CompressedCheckpoint(Checkpoint):
         raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")
 
 
-def _rounded(arguments: QuantizationArgs, inputs: Tensor) -> Tensor:
+def _round_inputs(arguments: QuantizationArgs, inputs: Tensor) -> Tensor:
     scale, zero_point = compute_dynamic_scales_and_zp(inputs, arguments, None)
     rounded: Tensor = fake_quantize(inputs, scale, zero_point, arguments)
     return rounded
 
 
 def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tuple[str, QuantizationScheme]]:
-    """Format and scheme of each target, in the order in which compressed-tensors tries them."""
+    """Return the format and scheme of each target, in the order in which compressed-tensors tries them."""
     if quantization is None:
         return {}
     if quantization.get("transform_config"):
@@ -195,9 +199,9 @@ def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tup
         )
     try:
         config = QuantizationConfig.model_validate(quantization)
-    except Exception as error:  # pydantic's own, and what the library's checks make of other types
+    except Exception as error:  # pydantic's own, and other types from the library's checks
         raise CheckpointError(
-            f"{folder}/config.json has a quantization_config that is not known ({one_line(error)})"
+            f"{folder}/config.json has a quantization_config that is not understood ({one_line(error)})"
         ) from None
     schemes: dict[str, tuple[str, QuantizationScheme]] = {}
     for scheme in config.config_groups.values():
@@ -212,12 +216,12 @@ def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tup
     return {target: schemes[target] for target in order}
 
 
-def _factorised(folder: Path, config: dict[str, Any]) -> set[str]:
-    """The layers stored in thin factors; `config` becomes that of the model before it was factorised."""
+def _pop_low_rank(folder: Path, config: dict[str, Any]) -> set[str]:
+    """Turn `config` into that of the model before it was factorised; return the names of the factorised layers."""
     ranks, named = config.pop("low_rank", {}), config.get("architectures")
     if not isinstance(ranks, dict) or not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
-            f"{folder}/config.json is of a factorised model, but lacks low_rank or architectures: copy it again"
+            f"{folder}/config.json describes a factorised model, but lacks low_rank or architectures: copy it again"
         )
     config["model_type"] = config["model_type"].removeprefix(TYPE_PREFIX)
     config["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in named]
@@ -230,5 +234,5 @@ def _is_low_rank(config: dict[str, Any]) -> bool:
 
 
 def _is_class(target: str) -> bool:
-    """Whether a target is the name of a class of layers, such as Linear."""
+    """True if a target is the name of a class of layers, such as Linear."""
     return target[:1].isupper() and "." not in target

@@ -1,4 +1,4 @@
-"""What the loss looks like around a model, and which approximation of it to trust."""
+"""Inspection: the loss around a model's weights, and the accuracy of each curvature approximation."""
 
 from hesse.inspection.inspect import Inspection, inspect_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection

@@ -1,4 +1,4 @@
-"""`hesse inspect`: is this a minimum, how curved is it, where, and whose prediction of that holds."""
+"""Inspect a model: gradient, spectrum and trace of the curvature, and the accuracy of each approximation."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +16,16 @@ from hesse.data.selection import Data
 from hesse.errors import UnsupportedModelError, check_at_least
 from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
 from hesse.estimation.estimates import Name
-from hesse.evaluation.metrics import Totals
+from hesse.evaluation.metrics import PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
 from hesse.networks.device import find_device
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer, Network
 from hesse.networks.vocabulary import check_ids
 from hesse.progress import Clock, Progress, Silence
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
 
-EIGENVALUES = 3  # of each end of the spectrum
+EIGENVALUES = 3  # at each end of the spectrum
 LANCZOS_PRODUCTS = 25  # for both ends
 TRACE_PRODUCTS = 15
 DENSITY_PROBES, DENSITY_STEPS = 2, 12
@@ -33,26 +33,26 @@ DENSITY_PROBES, DENSITY_STEPS = 2, 12
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's loss around its weights, over the linear layers of its blocks. Losses in nats per token."""
+    """The loss around a model's weights, over the linear layers of its blocks; losses are in nats per token."""
 
     model: str
     samples: int
     tokens: int
     parameters: int
-    curvature: str | None  # the folder of statistics that predictions were made from, in place of these samples
+    curvature: str | None  # the statistics folder that predictions were made from; None: from these samples
     loss: float
     gradient_norm: float
-    largest_eigenvalues: list[tuple[float, float]]  # of the Hessian, each with its residual: a true one lies so near
+    largest_eigenvalues: list[tuple[float, float]]  # of the Hessian, with residuals that bound their errors
     smallest_eigenvalues: list[tuple[float, float]]
-    spectrum: list[tuple[float, float]]  # eigenvalues of the Hessian, and how many a probe sees about there
+    spectrum: list[tuple[float, float]]  # eigenvalues of the Hessian, and their estimated number near each
     trace: tuple[float, float]  # of the Gauss-Newton matrix, and its standard error
     layers: list[LayerInspection]
-    rank_correlations: dict[str, dict[str, float]]  # scheme: curvature: Spearman's with what was measured
+    rank_correlations: dict[str, dict[str, float]]  # scheme: curvature: Spearman's with the measurements
     seconds: dict[str, float]
 
     @property
     def at_a_minimum(self) -> bool:
-        """Whether no direction of negative curvature beyond the residual was met."""
+        """True if no negative eigenvalue exceeds its residual."""
         value, residual = self.smallest_eigenvalues[0]
         return value >= -residual
 
@@ -72,23 +72,23 @@ def inspect(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Inspection:
-    """What the loss looks like around a language model, and which curvature predicts changes of it.
+    """Inspect the loss around a language model, and measure how well each curvature predicts it.
 
-    Each linear layer is changed alone, to 8, 4, 3 and 2 bits and to half of its weights zero; what each curvature
-    predicts is held beside what was measured. The whole model is in memory, in float32.
+    Each linear layer is changed alone, to 8, 4, 3 and 2 bits and to half of its weights zero, and each curvature's
+    prediction is compared with the measured divergence. The whole model is in memory, in float32.
 
     Args:
         model: a model folder, `default`, or a hub id; dense.
         data: as for `compress`; None for the shipped calibration text.
-        statistics: a folder that `estimate` wrote, to predict from in place of these samples.
-        samples: windows of text.
-        length: tokens a window, or as many as the model has positions for.
-        seed: of the choice of samples, of sampled labels and of random vectors.
+        statistics: a folder that `estimate` wrote, for predictions; None to predict from these samples.
+        samples: number of windows.
+        length: tokens per window, at most the model's positions.
+        seed: for the choice of samples, sampled labels and random vectors.
         device: `auto`, `cpu`, or `cuda`.
-        progress: told how far the run is.
+        progress: receives each phase and step.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do.
+        HesseError: the subclass and message say what is wrong and what to do.
     """
     check_at_least("--samples", samples, 2)
     check_at_least("--length", length, 2)
@@ -118,10 +118,10 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Inspect the causal language model in the folder `model`, in float32 and wholly in memory.
 
-    With a folder `curvature` that `hesse estimate` wrote, predictions are made from what it holds.
+    With a folder `curvature` that `hesse estimate` wrote, predictions are made from its statistics.
 
     Raises:
-        UnsupportedModelError: it has no next-token loss, or no linear layers of its own kind.
+        UnsupportedModelError: the model has no next-token loss, or no linear layers that Hesse supports.
         HesseError: the model or the data cannot be used.
     """
     clock = Clock()
@@ -130,7 +130,7 @@ def inspect_checkpoint(
         statistics = None if curvature is None else Statistics(curvature)
         if statistics is not None:
             statistics.check_model(checkpoint)
-        network = Network(checkpoint, torch.float32, device)
+        network = CheckpointNetwork(checkpoint, torch.float32, device)
         if network.kind != "causal-lm":
             raise UnsupportedModelError(f"{model} is an encoder without a loss of its own: inspect a language model")
         limit = network.input_limit
@@ -149,7 +149,7 @@ def inspect_checkpoint(
 
 
 class _Inspector:
-    """One inspection of a model in memory."""
+    """Inspection of one model in memory."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class _Inspector:
         self.objective = Objective.of(model, CrossEntropy(), data, weights, forward=_logits)
 
     def run(self) -> Inspection:
-        """Everything, in turn."""
+        """Run all parts of the inspection."""
         objective = self.objective
         self.progress.begin("estimate", 3)
         with self.clock.phase("estimate"):
@@ -185,11 +185,11 @@ class _Inspector:
             reached = [name for name in objective.names if bool(_part(objective, gradient, name).any())]
             part = Objective.of(self.model, objective.loss, objective.data, reached, objective.forward)
             kinds: tuple[Name, ...] = ("gram", "kronecker", "fisher") if self.statistics is None else ("fisher",)
-            found = estimate_curvatures(part, kinds, seed=self.seed)
+            estimates = estimate_curvatures(part, kinds, seed=self.seed)
             self.progress.advance()
-            corrected = eigen_kronecker(part, found.kronecker, seed=self.seed) if found.kronecker else {}
+            eigen_corrected = eigen_kronecker(part, estimates.kronecker, seed=self.seed) if estimates.kronecker else {}
             self.progress.advance()
-        layers = self._layers(found, corrected, part.scale)
+        layers = self._layers(estimates, eigen_corrected, part.scale)
         ends, trace, density = self._spectrum()
         pairs = list(zip(ends.values.tolist(), ends.residuals.tolist(), strict=True))
         return Inspection(
@@ -209,46 +209,46 @@ class _Inspector:
             seconds={"total": self.clock.total, **self.clock.seconds},
         )
 
-    def _layers(self, found: Estimates, corrected: dict[str, Any], scale: float) -> list[LayerInspection]:
-        """Each layer that the data reaches, changed alone."""
+    def _layers(self, estimates: Estimates, eigen_corrected: dict[str, Any], scale: float) -> list[LayerInspection]:
+        """Change each layer that the data reaches, one at a time."""
         dense = [self._predict(ids) for ids in self.batches]
 
         def measure() -> tuple[float, float]:
-            totals = Totals()
-            for ids, wanted in zip(self.batches, dense, strict=True):
-                totals.add(self._predict(ids), ids, wanted)
+            totals = PredictionTotals()
+            for ids, expected in zip(self.batches, dense, strict=True):
+                totals.add(self._predict(ids), ids, expected)
             return totals.mean_divergence()
 
         inspected = []
-        reached = [layer for name, layer in self.layers.items() if self.parameters[name] in found.fisher]
+        reached = [layer for name, layer in self.layers.items() if self.parameters[name] in estimates.fisher]
         self.progress.begin("change each layer", len(reached) * len(SCHEMES))
         with self.clock.phase("measure"):
             for layer in reached:
                 name = self.parameters[layer.name]
-                curvatures = self._curvatures(layer, found, corrected)
-                norms = found.squared_norms[name]
+                curvatures = self._curvatures(layer, estimates, eigen_corrected)
+                norms = estimates.squared_norms[name]
                 trace = mean_of(norms.double() * (scale * len(norms)))
                 inspected.append(inspect_layer(layer, curvatures, trace, measure, self.progress.advance))
         return inspected
 
-    def _curvatures(self, layer: Layer, found: Estimates, corrected: dict[str, Any]) -> dict[str, Curvature]:
-        """What predicts changes of a layer: estimated here, or before."""
+    def _curvatures(self, layer: Layer, estimates: Estimates, eigen_corrected: dict[str, Any]) -> dict[str, Curvature]:
+        """Return a layer's curvatures: estimated here, or read from the statistics."""
         name, statistics = self.parameters[layer.name], self.statistics
         if statistics is None:
             return {
                 "identity": Identity(),
-                "gram": found.gram[name],
-                "fisher diagonal": found.fisher[name],
-                "kronecker": found.kronecker[name],
-                "eigen-kronecker": corrected[name],
+                "gram": estimates.gram[name],
+                "fisher diagonal": estimates.fisher[name],
+                "kronecker": estimates.kronecker[name],
+                "eigen-kronecker": eigen_corrected[name],
             }
-        held: dict[str, Curvature | None] = {
+        stored: dict[str, Curvature | None] = {
             "identity": Identity(),
             "gram": statistics.gram(layer.name, self.device),
             "fisher diagonal": statistics.fisher(layer.name, self.device),
             "kronecker": statistics.kronecker(layer.name, self.device),
         }
-        return {kind: curvature for kind, curvature in held.items() if curvature is not None}
+        return {kind: curvature for kind, curvature in stored.items() if curvature is not None}
 
     def _predict(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -268,7 +268,7 @@ class _Inspector:
 
 
 def _counts(spectrum: Spectrum) -> list[float]:
-    """Eigenvalues at each node, the mean over probes."""
+    """Return the number of eigenvalues at each node, averaged over probes."""
     counts: list[float] = (spectrum.dimension * spectrum.weights / len(spectrum.weights)).flatten().tolist()
     return counts
 
@@ -279,5 +279,5 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _part(objective: Objective, vector: Tensor, name: str) -> Tensor:
-    """The entries of a flat vector that belong to a parameter."""
+    """Return the entries of a flat vector that belong to a parameter."""
     return objective.split(vector)[objective.names.index(name)]

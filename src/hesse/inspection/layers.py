@@ -1,4 +1,4 @@
-"""Each layer changed alone: what each curvature says it costs, and what it does cost."""
+"""Change each layer alone: the cost that each curvature predicts, and the measured cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ SCHEMES: dict[str, Constraint] = {
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One layer; costs by scheme, and by the curvature that predicts them."""
+    """Predicted and measured costs of changing one layer, by scheme and curvature."""
 
     name: str
     shape: tuple[int, int]
-    trace: tuple[float, float]  # of its block of the Fisher, in nats per token, and its standard error over samples
+    trace: tuple[float, float]  # of the layer's block of the Fisher, in nats per token; standard error over samples
     mean_eigenvalue: float
     predicted: dict[str, dict[str, float]]  # scheme: curvature: ½ dᵀHd, nats per token where the curvature has nats
     measured: dict[str, tuple[float, float]]  # scheme: KL(model || changed) in nats per token, and its standard error
@@ -39,10 +39,10 @@ def inspect_layer(
     measure: Callable[[], tuple[float, float]],
     advance: Callable[[], None],
 ) -> LayerInspection:
-    """Change `layer` by each scheme, plainly rounded or zeroed, and put it back.
+    """Round or zero `layer` by each scheme, measure, and restore it.
 
-    `curvatures` are of its parameter, (in, out) where the layer is `transposed`, but for a Gram, which is of its rows.
-    `measure` is asked while the layer is changed.
+    `curvatures` refer to the layer's parameter, (in, out) if the layer is `transposed`; a Gram refers to rows (in,).
+    `measure` is called while the layer is changed.
     """
     weight = layer.weight.detach().clone()
     predicted: dict[str, dict[str, float]] = {}
@@ -73,7 +73,7 @@ def inspect_layer(
 
 
 def rank_correlations(layers: list[LayerInspection]) -> dict[str, dict[str, float]]:
-    """Spearman's, over layers, of each curvature's predictions with the measurements, by scheme."""
+    """Return Spearman's rank correlation over layers of predictions and measurements, by scheme and curvature."""
     return {
         scheme: {
             kind: rank_correlation(
@@ -87,14 +87,14 @@ def rank_correlations(layers: list[LayerInspection]) -> dict[str, dict[str, floa
 
 
 def rank_correlation(left: Tensor, right: Tensor) -> float:
-    """Spearman's rank correlation of two vectors (n,); NaN where one of them is constant."""
+    """Return Spearman's rank correlation of two vectors (n,); NaN if one is constant."""
     ranks = torch.stack([_ranks(left), _ranks(right)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, equal values sharing their mean."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    """Return ranks from 0; equal values share their mean rank."""
+    _, index, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double() - 1
-    ranks: Tensor = (last - (count - 1) / 2)[place]
+    ranks: Tensor = (last - (count - 1) / 2)[index]
     return ranks

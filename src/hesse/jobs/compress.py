@@ -24,7 +24,7 @@ from hesse.networks.allocator import keep_no_large_memory
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Progress
 from hesse.result import Result
-from hesse.rewriting import Rewriting, RewritingSamples, Target
+from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
 
 
 def compress(
@@ -62,7 +62,7 @@ def compress(
         model: a model folder, `default`, or a hub id; dense.
         out: the folder to write; it must not exist unless `overwrite`.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         ignore: patterns of layer names to leave as they are.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
@@ -182,7 +182,9 @@ def _rewrite(job: Job, plan: Plan, rewriting: Rewriting, batch_size: int) -> Non
     path = journal.folder / "rewriting.safetensors"
     if job.processes.is_main and journal.recall("rewriting") is None:
         progress.begin("rewrite", len(plan.network.blocks))
-        targets = {name: Target(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()}
+        targets = {
+            name: RoundingTarget(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()
+        }
         batches, seed = plan.samples.batches(batch_size), plan.calibration.seed
         rewriting.find(RewritingSamples(batches, targets, seed, journal.folder, progress.advance))
         with writing(path):

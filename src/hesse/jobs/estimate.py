@@ -22,7 +22,7 @@ from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
 from hesse.formats.opening import open_networks
 from hesse.jobs.job import Job
 from hesse.jobs.options import run_options
-from hesse.networks.network import Block, Network
+from hesse.networks.network import Block, CheckpointNetwork
 from hesse.passes.backward import BackwardPass, BackwardState, layer_part
 from hesse.passes.recorded_batch import RecordedBatch
 from hesse.passes.stream import calibration_batch, start
@@ -119,7 +119,7 @@ def estimate(
     return Result(report)
 
 
-def _most_bytes(network: Network, kinds: Sequence[str]) -> int:
+def _most_bytes(network: CheckpointNetwork, kinds: Sequence[str]) -> int:
     """Return bytes that the files never exceed together."""
     shapes = [layer.weight.shape for layer in network.layers]
     each = {
@@ -164,7 +164,9 @@ class _Files:
 class _Estimation:
     """One run: a backward pass, a probe of the loss and a forward pass, as far as the kinds need them."""
 
-    def __init__(self, job: Job, dense: Network, network: Network, selected: Selection, kinds: list[Kind]) -> None:
+    def __init__(
+        self, job: Job, dense: CheckpointNetwork, network: CheckpointNetwork, selected: Selection, kinds: list[Kind]
+    ) -> None:
         self.job, self.dense, self.network, self.kinds = job, dense, network, kinds
         self.samples, self.probes = selected.samples, selected.probes
         self.batch_size = job.calibration.batch_size or calibration_batch(self.samples.longest)

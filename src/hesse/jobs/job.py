@@ -23,7 +23,7 @@ from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
 from hesse.jobs.options import RunOptions
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, take_up
 from hesse.processes import join_process_group
@@ -130,7 +130,7 @@ class Job:
             self.resume_clock(content["seconds"])
         return content
 
-    def steps(self, name: str, network: Network, flows: list[StreamBatch]) -> "BlockSteps":
+    def steps(self, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> "BlockSteps":
         """Return the blocks of `network` as steps named `name`, with `flows` behind the last one that was noted.
 
         The hidden states of `flows` wait in a lasting TensorStore in the journal's folder; there may be no flows.
@@ -190,7 +190,7 @@ class Job:
                             "disk, and report it if it happens again"
                         )
 
-    def compare(self, result: Network, dense: Network, check: Samples) -> Evaluation:
+    def compare(self, result: CheckpointNetwork, dense: CheckpointNetwork, check: Samples) -> Evaluation:
         """Evaluate the result beside the dense model on the samples `check`, a block of each in memory at a time."""
         batches = check.batches(evaluation_batch(dense, check.longest))
         with self.clock.phase("verify"):
@@ -237,11 +237,11 @@ class BlockSteps:
     already, and the flows are behind them.
     """
 
-    def __init__(self, job: Job, name: str, network: Network, flows: list[StreamBatch]) -> None:
+    def __init__(self, job: Job, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> None:
         self._job, self._name, self._flows = job, name, flows
         self.done = self._recall(network)
 
-    def _recall(self, network: Network) -> list[dict[str, Any]]:
+    def _recall(self, network: CheckpointNetwork) -> list[dict[str, Any]]:
         job, journal, notes = self._job, self._job.journal, list[dict[str, Any]]()
         while len(notes) < len(network.blocks):
             note = journal.recall(f"{self._name}-{len(notes)}")

@@ -12,7 +12,7 @@ from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStat
 from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.jobs.plan import Plan
 from hesse.layerwise.rules import statistics_needed
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
@@ -189,7 +189,7 @@ def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
     }
 
 
-def _activations(network: Network, block: Block, tokens: int, itemsize: int) -> int:
+def _activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
     """Bytes that a block makes for so many tokens, at most: what goes into and comes out of its layers.
 
     A token reaches some of a block's experts only.
@@ -207,18 +207,18 @@ def _activations(network: Network, block: Block, tokens: int, itemsize: int) -> 
     return int(itemsize * tokens * total)
 
 
-def _loaded(network: Network, elements: int) -> int:
+def _loaded(network: CheckpointNetwork, elements: int) -> int:
     """Bytes while `elements` weights are read and brought into the network's type."""
     stored, own = _stored(network), network.dtype.itemsize
     return elements * (own if stored == own else own + stored)
 
 
-def _stored(network: Network) -> int:
+def _stored(network: CheckpointNetwork) -> int:
     """Bytes a weight in the checkpoint."""
     return network.checkpoint.dtype(f"{network.layers[0].name}.weight").itemsize
 
 
-def _outside(network: Network) -> int:
+def _outside(network: CheckpointNetwork) -> int:
     """Parameters outside the blocks."""
     inside = {id(parameter) for block in network.blocks for parameter in block.module.parameters()}
     return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)

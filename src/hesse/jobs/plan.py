@@ -19,7 +19,7 @@ from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_inputs, check_served
 from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.rewriting import Rewriting
 
 
@@ -32,10 +32,10 @@ class Plan:
     calibration: Calibration
     statistics: Statistics | None  # curvature that was estimated before, in place of `samples`
     checkpoint: Checkpoint
-    original: Network  # of the model as it is on disk, in float32
+    original: CheckpointNetwork  # of the model as it is on disk, in float32
     rewriting: Rewriting | None  # what is done to it first; `checkpoint` is then what comes of that
-    dense: Network  # of `checkpoint`, in float32
-    network: Network  # the same modules, in the type that calibration runs in
+    dense: CheckpointNetwork  # of `checkpoint`, in float32
+    network: CheckpointNetwork  # the same modules, in the type that calibration runs in
     rules: dict[str, Rule | None]  # by layer; None for those left as they are
     format: Format
     samples: Samples  # to calibrate on
@@ -83,7 +83,7 @@ def make_plan(
             )
         rewriting = Rewriting(recipe.rewrite, original)
         checkpoint = rewriting.checkpoint
-        dense = Network(checkpoint, torch.float32, device)
+        dense = CheckpointNetwork(checkpoint, torch.float32, device)
         network = dense.in_dtype(network.dtype)
     rules = _rules(network, recipe)
     format = _format(format_name, network, rules)
@@ -141,7 +141,7 @@ def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibr
     return Calibration(batch_size=asked.batch_size, **statistics.content["samples"])
 
 
-def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
+def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]:
     """The rule of each linear layer of the blocks; None for those left as they are."""
 
     def read(layer: Layer) -> Tensor:
@@ -153,7 +153,7 @@ def _rules(network: Network, recipe: Recipe) -> dict[str, Rule | None]:
     return rules_for(recipe, weights, shapes, (name for name, _ in network.model.named_modules()))
 
 
-def _format(name: str, network: Network, rules: dict[str, Rule | None]) -> Format:
+def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> Format:
     """The format that stores every layer as its rule has it."""
     stored = []
     for layer in network.layers:

@@ -10,16 +10,12 @@ from hesse.curvature import Loss
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.jobs.options import run_options
-from hesse.jobs.prune_blocks import BlockRanking, BlockSharing, prune_blocks
-from hesse.jobs.prune_hidden import UnitsByLeverage, prune_hidden
-from hesse.methods.strategies import STRATEGIES
+from hesse.jobs.prune_blocks import prune_blocks
+from hesse.jobs.prune_hidden import prune_hidden
 from hesse.modules.prune import build_strategy, find_kinds, prune_in_memory
 from hesse.progress import Progress
 from hesse.result import Result
 
-STRATEGIES.register("block_ranking", BlockRanking)
-STRATEGIES.register("block_sharing", BlockSharing)
-STRATEGIES.register("units_by_leverage", UnitsByLeverage)
 ON_DISK = ("blocks", "hidden")
 DEFAULTS = {"blocks": "loss", "hidden": "modegpt-mlp"}
 

@@ -18,9 +18,10 @@ from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
 from hesse.jobs.job import Job
 from hesse.jobs.options import RunOptions
 from hesse.layerwise.weight_sharing import StandIns
-from hesse.methods.options import setting
+from hesse.methods.strategies import STRATEGIES
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
+from hesse.options import setting
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.result import Result
@@ -69,7 +70,7 @@ class BlockRanking:
         """Return how many of the blocks are removed at most."""
         return blocks - 1 if self.keep is None else blocks - round(self.keep * blocks)
 
-    def check_network(self, network: Network) -> None:
+    def check_network(self, network: CheckpointNetwork) -> None:
         """Raise a HesseError if blocks of `network` cannot be removed so."""
         blocks = len(network.blocks)
         if not 0 < self.number(blocks) < blocks:
@@ -84,7 +85,7 @@ class BlockRanking:
 
 @dataclass(frozen=True)
 class BlockSharing(BlockRanking):
-    """Make the blocks of the lowest score of the most similar ones that stay, scaled, with a low rank beside each layer.
+    """Make the blocks of the lowest score of the most similar ones that stay, scaled, plus a low rank in each layer.
 
     The files hold the sums, in as many bytes as before; the report counts what has to be stored. Source: FlexiGPT
     (Smith et al., 2025, arXiv:2501.14713).
@@ -129,7 +130,12 @@ class _Removal:
     """One run: blocks chosen, replaced where weights are shared, written and measured."""
 
     def __init__(
-        self, job: Job, network: Network, sharing: StandIns | None, strategy: BlockStrategy, selected: Selection
+        self,
+        job: Job,
+        network: CheckpointNetwork,
+        sharing: StandIns | None,
+        strategy: BlockStrategy,
+        selected: Selection,
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
         self.strategy, self.selected = strategy, selected
@@ -164,7 +170,7 @@ class _Removal:
         weights = {} if self.sharing is None else self._share(self.sharing)
         parameters = sum(p.numel() for p in network.model.parameters())
         self._write(weights)
-        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         if self.sharing is None:
             self._check(result)
         evaluation = job.compare(result, network, self.selected.check)
@@ -245,7 +251,7 @@ class _Removal:
                 done |= set(rest)
         job.notes += job.assemble(config)
 
-    def _check(self, result: Network) -> None:
+    def _check(self, result: CheckpointNetwork) -> None:
         """Check that the result is the dense model without the blocks.
 
         Raises:
@@ -264,3 +270,7 @@ class _Removal:
                 f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be removed from "
                 "this architecture"
             )
+
+
+STRATEGIES.register("block_ranking", BlockRanking)
+STRATEGIES.register("block_sharing", BlockSharing)

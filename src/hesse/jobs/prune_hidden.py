@@ -16,9 +16,10 @@ from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.jobs.job import Job
 from hesse.jobs.options import RunOptions
-from hesse.methods.options import setting
+from hesse.methods.strategies import STRATEGIES
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.options import setting
 from hesse.passes.stream import calibration_batch, start
 from hesse.result import Report, Result
 from hesse.solvers.nystroem import kept_units, refitted
@@ -81,7 +82,7 @@ def prune_hidden(
 class _Narrowing:
     """One run: each block narrowed where the samples arrive at it, then written and measured."""
 
-    def __init__(self, job: Job, network: Network, keep: float, selected: Selection) -> None:
+    def __init__(self, job: Job, network: CheckpointNetwork, keep: float, selected: Selection) -> None:
         self.job, self.network, self.selected = job, network, selected
         self.parts = [feed_forwards(block) for block in network.blocks]
         every = [part for parts in self.parts for part in parts]
@@ -175,7 +176,7 @@ class _Narrowing:
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
         job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
-        result = Network(open_checkpoint(job.folder), torch.float32, network.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("narrow", self.selected.held_out)
         return HiddenReport(
@@ -187,3 +188,6 @@ class _Narrowing:
             width_before=max(sum(part.width for part in parts) for parts in self.parts),
             width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
         )
+
+
+STRATEGIES.register("units_by_leverage", UnitsByLeverage)

@@ -13,7 +13,7 @@ from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.layerwise.rules import check_patterns
 from hesse.methods.recipe import matches
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 
 
@@ -22,9 +22,9 @@ class Pair:
     """A dense model and one that was made of it, whose layers go together."""
 
     source: Checkpoint  # the dense one's
-    dense: Network  # in float32
-    probed: Network  # the same modules, in the type that calibration runs in
-    network: Network  # the compressed model's, in that type
+    dense: CheckpointNetwork  # in float32
+    probed: CheckpointNetwork  # the same modules, in the type that calibration runs in
+    network: CheckpointNetwork  # the compressed model's, in that type
     twins: dict[str, str]  # a layer's name in the dense checkpoint, by its name in the compressed one
     layers: list[Layer]  # of the compressed model, to be repaired
 
@@ -38,7 +38,7 @@ class Pair:
         if dense.resolve() == compressed.resolve():
             raise OptionError(f"{dense} is both the dense and the compressed model: give the two")
         source, network, probed = open_networks(dense, device)
-        other = Network(open_checkpoint(compressed), probed.dtype, device)
+        other = CheckpointNetwork(open_checkpoint(compressed), probed.dtype, device)
         pairs = _paired(network, other, dense, compressed)
         known = (name for name, _ in other.model.named_modules())
         check_patterns((layer.name for layer in other.layers), known, ignore)
@@ -71,7 +71,7 @@ class Pair:
         return self.source.dtype(f"{self.twins[layer]}.weight")
 
 
-def _paired(network: Network, other: Network, dense: Path, compressed: Path) -> dict[str, str]:
+def _paired(network: CheckpointNetwork, other: CheckpointNetwork, dense: Path, compressed: Path) -> dict[str, str]:
     """The dense checkpoint's name of each layer of the compressed one.
 
     Raises:

@@ -12,7 +12,7 @@ from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.jobs.job import Job
 from hesse.jobs.options import run_options
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import calibration_batch
 from hesse.progress import Progress
 from hesse.result import Report, Result
@@ -87,7 +87,7 @@ def rotate(
             steps.note(index, {}, checkpoint.read_stored(network.stored_in(network.blocks[index])))
         job.write_rest(checkpoint.names(), checkpoint.read_stored)
         job.notes += job.assemble(checkpoint.config)
-        result = Network(open_checkpoint(job.folder), torch.float32, run.device)
+        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, run.device)
         evaluation = job.compare(result, network, selected.check)
         if not evaluation.difference <= MOST_DIVERGENCE:
             raise VerificationError(

@@ -11,7 +11,7 @@ from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
 from hesse.layerwise.layer_solver import digest
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
 from hesse.result import LossChange
@@ -49,7 +49,7 @@ class Verification:
 def verify(
     folder: Path,
     source: Checkpoint,
-    dense_network: Network,
+    dense_network: CheckpointNetwork,
     dense: list[StreamBatch],
     digests: dict[str, str],
     predicted_by_layer: dict[str, float],
@@ -87,14 +87,18 @@ def verify(
 
 
 def read_back(
-    written: Checkpoint, dense_network: Network, dense: list[StreamBatch], digests: dict[str, str], progress: Progress
+    written: Checkpoint,
+    dense_network: CheckpointNetwork,
+    dense: list[StreamBatch],
+    digests: dict[str, str],
+    progress: Progress,
 ) -> Evaluation:
     """Take the check samples through `written`, and compare what it predicts with the dense model's flows.
 
     Raises:
         VerificationError: a weight differs from what was solved, by its fingerprint in `digests`.
     """
-    network = Network(written, torch.float32, dense_network.device)
+    network = CheckpointNetwork(written, torch.float32, dense_network.device)
     progress.begin("verify", len(network.blocks))
     flows = start(network, [flow.ids for flow in dense])
     for index, block in enumerate(network.blocks):

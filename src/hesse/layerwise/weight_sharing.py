@@ -13,7 +13,7 @@ from hesse.errors import OptionError, naming
 from hesse.estimation.calibrated import calibrated_blocks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import METHODS, Options
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import start
 from hesse.progress import Progress
 
@@ -29,7 +29,7 @@ class StandIns:
         OptionError: the rank is too high for a layer.
     """
 
-    def __init__(self, network: Network, rank: int) -> None:
+    def __init__(self, network: CheckpointNetwork, rank: int) -> None:
         self.network, self.rank = network, rank
         for layer in network.layers:
             with naming(layer.name):

@@ -16,11 +16,11 @@ A package that names such a module under the entry point group `hesse.methods` a
 from hesse.methods.constraint_parts import PARTS, ConstraintPart, constraint
 from hesse.methods.curvatures import CURVATURES, CurvatureKind
 from hesse.methods.method import Method
-from hesse.methods.options import Option, Options, parse_settings
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver
 from hesse.methods.table import DEFAULT_METHOD, FAMILIES, METHODS, find_method, find_methods, methods_of, register
 from hesse.methods.verbs import VERBS, Verb
+from hesse.options import Option, Options, parse_settings
 
 __all__ = [
     "CURVATURES",

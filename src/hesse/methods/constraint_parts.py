@@ -20,8 +20,8 @@ from hesse.constraints import (
     VectorCodebook,
 )
 from hesse.errors import OptionError
-from hesse.methods.options import KNOWN, Option, known_option, type_text
 from hesse.methods.strict import Strict, Whole
+from hesse.options import KNOWN, Option, known_option, type_text
 from hesse.registry import Registry
 
 Scope = Literal["layer", "row", "global", "lamp"]

@@ -1,8 +1,8 @@
 """Methods that factorise weights into two thin ones."""
 
 from hesse.methods.method import Method
-from hesse.methods.options import Option, Options
 from hesse.methods.table import register
+from hesse.options import Option, Options
 
 register(
     Method(

@@ -7,11 +7,11 @@ from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.curvatures import CURVATURES
-from hesse.methods.options import KNOWN, Option, Options, flag, known_option, settings_of
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
 from hesse.methods.strategies import STRATEGIES
 from hesse.methods.verbs import VERBS
+from hesse.options import KNOWN, Option, Options, flag, known_option, settings_of
 
 Use = Literal["project", "evaluate", "solve"]
 PRUNING = ("prune", "prune_checkpoint")  # verbs whose methods name a strategy as their solver

@@ -1,8 +1,8 @@
 """Methods that set weights to zero."""
 
 from hesse.methods.method import Method
-from hesse.methods.options import Options
 from hesse.methods.table import register
+from hesse.options import Options
 
 register(
     Method(

@@ -1,8 +1,8 @@
 """Methods that rewrite the model before they put it on a grid."""
 
 from hesse.methods.method import Method
-from hesse.methods.options import Options
 from hesse.methods.table import register
+from hesse.options import Options
 
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3 or Gemma"
 WIDER = "Llama, Mistral, Qwen2, Qwen3 or Gemma 1 to 3"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature
-from hesse.methods.options import Option, type_text
 from hesse.methods.strict import Strict
+from hesse.options import Option, type_text
 from hesse.registry import Registry
 from hesse.solvers import (
     ADMM,

@@ -60,7 +60,7 @@ def compress_module(
         model: it is copied, and the copy is run in eval mode.
         batches: (inputs, targets) pairs, such as a DataLoader or a list; walked once and kept.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
+        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         loss: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
         layers: patterns of the names of layers to change, as `model.named_modules()` has them.

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from hesse.curvature import Objective
-from hesse.methods.options import setting
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.sites import BySite, Removal, Sites, leave_one
 from hesse.modules.tolerance import check_tolerance, eighths, restore, zero
+from hesse.options import setting
 from hesse.partitions import Group
 
 Level = Callable[[Objective, Sequence[Group]], list[list[Group]]]  # the elements of a site, by its groups that are left
@@ -82,3 +83,6 @@ def _heads(objective: Objective, groups: Sequence[Group]) -> list[list[Group]]:
 
 def _eighths(objective: Objective, groups: Sequence[Group]) -> list[list[Group]]:
     return [] if groups[0].kind == "heads" else eighths(objective, groups, len(groups))
+
+
+STRATEGIES.register("hierarchy", Hierarchy)

@@ -13,31 +13,21 @@ from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import Method, methods_of
-from hesse.methods.options import settings_of
 from hesse.methods.recipe import matches
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
-from hesse.modules.group_ranking import GroupRanking
 from hesse.modules.head_dimensions import HeadDimensions
-from hesse.modules.hierarchy import Hierarchy
-from hesse.modules.only_train_once import OnlyTrainOnce
 from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
 from hesse.modules.sites import GroupStrategy, Sites, freeze_as, objective_of
-from hesse.modules.tolerance import SiteTolerance
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
+from hesse.options import settings_of
 from hesse.partitions import GROUP_KINDS, loading_problem
 from hesse.result import LossChange, Result
 from hesse.scores import SCORES
 
 MEASURED = "loss on the data"
 IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
-STRATEGIES.register("weight_ranking", WeightRanking)
-STRATEGIES.register("group_ranking", GroupRanking)
-STRATEGIES.register("site_tolerance", SiteTolerance)
-STRATEGIES.register("hierarchy", Hierarchy)
-STRATEGIES.register("only_train_once", OnlyTrainOnce)
-STRATEGIES.register("head_dimensions", HeadDimensions)
 DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
 # The strategies that take any score, by the parts that they remove.
 RANKINGS = {"weights": "weight_ranking", "groups": "group_ranking", "blocks": "block_ranking"}

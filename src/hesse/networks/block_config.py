@@ -5,10 +5,10 @@ from typing import Any
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.families import BLOCK_LISTS, BLOCK_RULES
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 
-def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]:
+def fewer_blocks_config(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, Any]:
     """config.json of the model with only the blocks `kept`, in their order.
 
     Lists with an entry for each block keep those of the blocks that stay; also those that transformers makes when it
@@ -35,7 +35,7 @@ def fewer_blocks_config(network: Network, kept: Sequence[int]) -> dict[str, Any]
     return {**config, key: len(kept)}
 
 
-def fewer_blocks_names(network: Network, kept: Sequence[int]) -> dict[str, str]:
+def fewer_blocks_names(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, str]:
     """The name in the new checkpoint of each stored tensor that stays.
 
     Raises:

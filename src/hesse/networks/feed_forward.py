@@ -11,7 +11,7 @@ from hesse.errors import UnsupportedModelError
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
 from hesse.networks.families import CONFIG_WIDTHS, EXPERT_LAYERS, FEED_FORWARD_LAYERS
-from hesse.networks.network import Block, Layer, Network
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,9 @@ def feed_forwards(block: Block) -> list[FeedForward]:
     return found
 
 
-def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mapping[int, int]) -> dict[str, int]:
+def width_settings(
+    network: CheckpointNetwork, parts: Sequence[FeedForward], wanted: Mapping[int, int]
+) -> dict[str, int]:
     """The settings of config.json that give every feed-forward layer the width that is `wanted` for its own.
 
     Each is tried out on a model without weights.
@@ -81,7 +83,7 @@ def width_settings(network: Network, parts: Sequence[FeedForward], wanted: Mappi
     )
 
 
-def _widths(network: Network, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
+def _widths(network: CheckpointNetwork, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
     """The widths of feed-forward layers, by the names of what reads them, in a model with other settings."""
     changed = copy(network.checkpoint)
     changed.config = {**network.checkpoint.config, **settings}

@@ -1,10 +1,11 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,48 @@ class Block:
     layers: tuple[Layer, ...]
 
 
-class Network:
+class Blocks(Protocol):
+    """Blocks of layers, one after another: all that calibration needs of a network."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks in order."""
+
+    @property
+    def gradients_off(self) -> Callable[[], AbstractContextManager[object]]:
+        """What calibration runs the blocks in: `torch.inference_mode` or `torch.no_grad`."""
+
+    def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the block's weights are in memory."""
+
+
+class Network(Protocol):
+    """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
+
+    model: PreTrainedModel
+    kind: Kind
+    dtype: torch.dtype
+    device: torch.device
+    blocks: list[Block]
+    blocks_return_tuples: bool | None  # settled when the first batch is recorded
+    gradients_off: Callable[[], AbstractContextManager[object]]  # what calibration runs its blocks in
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers of all blocks."""
+
+    @property
+    def input_limit(self) -> int | None:
+        """The most tokens that a sample may have; None without a limit."""
+
+    def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the block's weights are in memory."""
+
+    def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
+        """Return a context in which everything but the blocks is in memory."""
+
+
+class CheckpointNetwork:
     """A model's modules on the meta device, its blocks in order, and where each parameter lies in the checkpoint.
 
     Raises:
@@ -86,12 +128,13 @@ class Network:
         self.device = device
         self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
-        self._holders: list[Network] = []  # those of the same modules that have weights in memory now
+        self._holders: list[CheckpointNetwork] = []  # those of the same modules that have weights in memory now
         stored = checkpoint.names()
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
         self.kind: Kind = kind_of(self.model)
+        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode  # faster than no_grad
         self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         self.sources = sources_of(self.model, stored)
         name, blocks = find_blocks(self.model)
@@ -107,7 +150,7 @@ class Network:
             if rounding is not None and isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(partial(_rounded, rounding))
 
-    def in_dtype(self, dtype: torch.dtype) -> "Network":
+    def in_dtype(self, dtype: torch.dtype) -> "CheckpointNetwork":
         """Return a network of the same modules whose weights are loaded as `dtype`.
 
         Only one of the two may have weights in memory at a time: `loaded` and `surroundings` refuse the other.
@@ -147,20 +190,12 @@ class Network:
 
     @property
     def input_limit(self) -> int | None:
-        """The most tokens a sample may have, where the architecture has positions for so many only.
+        """The most tokens that a sample may have; None without a limit.
 
         Raises:
             UnsupportedModelError: config.json gives no whole number of them.
         """
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if limit is not None and not isinstance(limit, int):
-            raise UnsupportedModelError(
-                f"{self.checkpoint.folder}/config.json has {limit!r} positions, which is no whole number: correct it"
-            )
-        if limit and family_of(config.model_type).positions_after_padding:
-            limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
-        return limit
+        return input_limit(self.model, f"{self.checkpoint.folder}/config.json")
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:
@@ -268,6 +303,21 @@ class Network:
             for name, buffer in child._buffers.items():
                 if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
                     child._buffers[name] = buffer.to(self.device)
+
+
+def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
+    """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
+
+    Raises:
+        UnsupportedModelError: the config, which is in `config_file`, gives no whole number of positions.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is not None and not isinstance(limit, int):
+        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is no whole number: correct it")
+    if limit and family_of(config.model_type).positions_after_padding:
+        limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
+    return limit
 
 
 def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:

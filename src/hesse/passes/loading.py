@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
-from hesse.networks.network import Block, Network
+from hesse.networks.network import Block, Blocks
 
 
-def each_loaded(network: Network, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Block]]:
+def each_loaded(network: Blocks, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Block]]:
     """Yield each block of a network with its number, its weights in memory until the next is asked for.
 
     `numbers` choose other blocks than all of them in order.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from hesse.finite import all_finite
 from hesse.networks.network import Network
 
 BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
+
+
+class CalibrationBatch(Protocol):
+    """One batch of samples that calibration takes through a network's blocks."""
+
+    def pass_block(self, module: nn.Module, index: int) -> None:
+        """Run block number `index`, which is `module`, on the hidden states; keep its output for the next block."""
+
+    def arguments(self, index: int) -> Any:
+        """Return the other arguments of block number `index`, whose tensors several batches may share."""
 
 
 @dataclass(eq=False)
@@ -37,6 +47,14 @@ class StreamBatch:
     def hidden(self, hidden: Tensor) -> None:
         self.step += 1
         self.waiting = self.shelf.keep(hidden, self.step)
+
+    def pass_block(self, module: nn.Module, index: int) -> None:
+        """Run block number `index`, which is `module`, on the hidden states, and keep its output for the next."""
+        self.hidden = self.through(module, index)
+
+    def arguments(self, index: int) -> Any:
+        """Return the other arguments of block number `index`."""
+        return self.calls[index]
 
     def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
         """The output (samples, tokens, width) of block number `index`, which is `module`, for its hidden states."""

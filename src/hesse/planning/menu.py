@@ -10,7 +10,7 @@ from hesse.formats.packed import PackedFormat
 from hesse.formats.targets import fused_groups, refusal
 from hesse.methods import Method, Options, find_method
 from hesse.methods.recipe import Rule, matches
-from hesse.networks.network import Layer, Network
+from hesse.networks.network import CheckpointNetwork, Layer
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -43,7 +43,7 @@ class LayerGroup:
 
 
 def make_menu(
-    network: Network, method: Method, options: Options, ignore: tuple[str, ...], target: str, format: str
+    network: CheckpointNetwork, method: Method, options: Options, ignore: tuple[str, ...], target: str, format: str
 ) -> list[LayerGroup]:
     """The groups of layers that are not ignored, each with all that `method` and `target` offer it.
 
@@ -77,7 +77,7 @@ def make_menu(
     return menu
 
 
-def _one_scheme(network: Network, layers: list[Layer]) -> bool:
+def _one_scheme(network: CheckpointNetwork, layers: list[Layer]) -> bool:
     """Whether loaders read packed layers of this network only if all share one scheme."""
     stored = [StoredLayer(layer.name, layer.weight.shape, Grid(8, -1), layer.transposed) for layer in layers]
     return PackedFormat(network, stored).unpacks_while_loading
@@ -111,7 +111,9 @@ def _label(options: Options) -> str:
     return f"{sparse}{options.bits} bits, {group}"
 
 
-def _offer(network: Network, layers: list[Layer], label: str, rule: Rule | None, target: str, format: str) -> Offer:
+def _offer(
+    network: CheckpointNetwork, layers: list[Layer], label: str, rule: Rule | None, target: str, format: str
+) -> Offer:
     """The rule as it is stored.
 
     Raises:

@@ -16,7 +16,7 @@ from hesse.reporting.plots import svg
 from hesse.reporting.terminal import number, size
 
 if TYPE_CHECKING:
-    from hesse.evaluation.measurements import Measured, Measurements, TextMeasurement
+    from hesse.evaluation.measurements import MeasuredMean, Measurements, TextMeasurement
     from hesse.jobs.report import CompressionReport
 
 SHIPPED = "default calibration text"
@@ -71,7 +71,7 @@ def _cost(report: "CompressionReport", measured: "Measurements") -> str:
     return f"{report.loss.name}, {unit(measured).removeprefix('half squared error ')}"
 
 
-def with_error(measured: "Measured") -> str:
+def with_error(measured: "MeasuredMean") -> str:
     """A mean with its standard error."""
     return f"{number(measured.value, 3)} ± {number(measured.standard_error, 1)}"
 

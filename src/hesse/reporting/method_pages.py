@@ -3,23 +3,10 @@
 from collections import defaultdict
 
 from hesse.methods import Method, find_methods, methods_of
-from hesse.methods.options import Option
+from hesse.options import KNOWN, Option, opposite
 
 BEGIN, END = "<!-- made by scripts/write_method_pages.py -->", "<!-- end -->"
-FLAGS = (
-    "bits",
-    "group_size",
-    "symmetric",
-    "signed",
-    "sparsity",
-    "scope",
-    "block",
-    "rank",
-    "act_order",
-    "damping",
-    "input_bits",
-)  # of `hesse compress`; the other options go by --set
-OFF = {"symmetric": "--asymmetric", "signed": "--unsigned", "act_order": "--no-act-order"}
+FLAGS = {option.name for option in KNOWN}  # of `hesse compress`; those of other packages go by --set
 HEAD = """# Every method and its options
 
 Made from the table that `hesse methods` prints. `hesse methods NAME` shows one row with its options. An option whose
@@ -85,10 +72,10 @@ def _given(option: Option) -> str:
     if option.name not in FLAGS:
         return f"--set {option.name}={option.default_text}"
     if isinstance(option.default, bool):
-        return option.flag if option.default else OFF[option.name]
+        return option.flag if option.default else opposite(option.name)
     return f"{option.flag} {option.default_text}"
 
 
 def _flag(option: Option) -> str:
-    off = f"/{OFF[option.name]}" if option.name in OFF else ""
+    off = f"/{opposite(option.name)}" if option.type == "bool" else ""
     return f"`{option.flag}{off}`" if option.name in FLAGS else f"`--set {option.name}=`"

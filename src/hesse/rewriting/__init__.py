@@ -1,7 +1,15 @@
-"""The same function of other weights, which are easier to round: rotations, and scales taken into layers before."""
+"""Rewriting: change weights so that they round better without changing the function, by rotations or scales."""
 
-from hesse.rewriting.checkpoint import Change, RewrittenCheckpoint
+from hesse.rewriting.checkpoint import RewrittenCheckpoint, StreamChange
 from hesse.rewriting.rewriting import ROTATIONS, Rewriting, RewritingSamples
-from hesse.rewriting.scales import SCALINGS, Target
+from hesse.rewriting.scales import SCALINGS, RoundingTarget
 
-__all__ = ["ROTATIONS", "SCALINGS", "Change", "Rewriting", "RewritingSamples", "RewrittenCheckpoint", "Target"]
+__all__ = [
+    "ROTATIONS",
+    "SCALINGS",
+    "Rewriting",
+    "RewritingSamples",
+    "RewrittenCheckpoint",
+    "RoundingTarget",
+    "StreamChange",
+]

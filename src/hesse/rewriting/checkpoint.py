@@ -1,4 +1,4 @@
-"""A checkpoint as it would be on disk after a rewriting: the same function of other weights."""
+"""Present a checkpoint as a rewriting would leave it on disk: other weights with the same function."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,29 +9,30 @@ from torch import Tensor
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import DataError
 from hesse.finite import all_finite
-from hesse.rewriting.maps import Map
+from hesse.rewriting.maps import FeatureMap
 from hesse.rewriting.streams import HEAD, Stream
 
 
-class Change(NamedTuple):
-    """A map of the features of a stream."""
+class StreamChange(NamedTuple):
+    """A map of a stream's features."""
 
     stream: Stream
-    map: Map
+    map: FeatureMap
 
 
 class RewrittenCheckpoint(Checkpoint):
-    """A dense checkpoint with `changes` taken into its tensors as they are read, one tensor in memory at a time.
+    """Dense checkpoint whose tensors are changed as they are read, one tensor in memory at a time.
 
-    Each is computed in float32 at least, in float64 where it is stored in float32, and rounded to its own type, so that
-    the function is that of `base` up to one rounding of each weight. With `head`, the tensor that is the head now, the
-    model has one of its own even where that is its embeddings, which have no norm to take in.
+    Changes are computed in float32 or, for a tensor stored in float32, in float64, and rounded once to the stored type,
+    so the function equals that of `base` up to one rounding of each weight. `head` names the tensor that is the head of
+    `base`: the model then has a head of its own, even if `base` ties it to the embeddings, which must not absorb the
+    scales of the last norm.
 
     Raises:
-        DataError: when a tensor is read whose type cannot hold what becomes of it.
+        DataError: on reading a tensor whose type cannot hold the changed values.
     """
 
-    def __init__(self, base: Checkpoint, changes: Sequence[Change] = (), head: str | None = None) -> None:
+    def __init__(self, base: Checkpoint, changes: Sequence[StreamChange] = (), head: str | None = None) -> None:
         self.folder = base.folder
         self.config = dict(base.config)
         self.shard_of = dict(base.shard_of)
@@ -45,10 +46,10 @@ class RewrittenCheckpoint(Checkpoint):
             self._header[HEAD] = base._header[head]
         self.change(changes)
 
-    def change(self, changes: Sequence[Change]) -> None:
-        """Have tensors read with these changes from now on, one after another, in place of those there were."""
+    def change(self, changes: Sequence[StreamChange]) -> None:
+        """Replace the changes; tensors are read with `changes` applied in order."""
         self.changes = tuple(changes)
-        self._steps: dict[str, list[tuple[Change, bool]]] = {}
+        self._steps: dict[str, list[tuple[StreamChange, bool]]] = {}
         for change in changes:
             for name in change.stream.writers:
                 self._steps.setdefault(name, []).append((change, True))
@@ -56,11 +57,11 @@ class RewrittenCheckpoint(Checkpoint):
                 self._steps.setdefault(name, []).append((change, False))
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        wanted = list(names)
-        stored = self._base.read_stored(dict.fromkeys(self._alias.get(name, name) for name in wanted))
-        return {name: self._rewritten(name, stored[self._alias.get(name, name)]) for name in wanted}
+        requested = list(names)
+        stored = self._base.read_stored(dict.fromkeys(self._alias.get(name, name) for name in requested))
+        return {name: self._rewrite(name, stored[self._alias.get(name, name)]) for name in requested}
 
-    def _rewritten(self, name: str, tensor: Tensor) -> Tensor:
+    def _rewrite(self, name: str, tensor: Tensor) -> Tensor:
         steps = self._steps.get(name, [])
         if not steps:
             return tensor
@@ -73,7 +74,5 @@ class RewrittenCheckpoint(Checkpoint):
                 value = map.on_inputs(value)
         result = value.to(tensor.dtype)
         if not all_finite(result):
-            raise DataError(
-                f"{name} holds NaN or infinity once it is rewritten in {tensor.dtype}: the model is damaged"
-            )
+            raise DataError(f"{name} holds NaN or infinity after rewriting in {tensor.dtype}: the model is damaged")
         return result

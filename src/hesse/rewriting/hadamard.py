@@ -1,14 +1,15 @@
-"""Rotations that spread whatever stands out over all features alike."""
+"""Random Hadamard rotations, which spread outliers evenly over all features."""
 
 import torch
 from torch import Tensor
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix (size, size) in float64 with entries about as large as one another.
+    """Draw a random orthogonal matrix (size, size) in float64 with entries of about equal size.
 
-    H diag(±1) with random signs and H the Hadamard matrix of Sylvester, of entries ±size^-½, for a power of 2. For
-    other sizes H ⊗ Q, Q a random orthogonal matrix of the odd factor. Source: QuaRot (Ashkboos et al., 2024), QuIP#.
+    For a power of 2 it is H diag(±1) with random signs, where H is Sylvester's Hadamard matrix with entries ±size^-½.
+    For other sizes H is replaced by H ⊗ Q, with Q a random orthogonal matrix of the odd factor. Source: QuaRot
+    (Ashkboos et al., 2024), QuIP#.
     """
     power = size & -size
     matrix = torch.ones(1, 1, dtype=torch.float64)

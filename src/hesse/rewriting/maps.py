@@ -1,4 +1,4 @@
-"""Invertible maps of the features that pass between layers, and what they make of the weights on either side."""
+"""Invertible maps of the features that pass between layers, and their effect on the weights on both sides."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Map(ABC):
-    """A map T of n features: who writes them writes T y, and who reads them undoes T first.
+class FeatureMap(ABC):
+    """Invertible map T of n features: layers that write them write T y, and layers that read them apply T⁻¹ first.
 
-    The features are `heads` of equal size, one head where they are not divided, and T acts in each. Readers may see
-    each head several times in a row, as grouped attention repeats its values: they have a multiple of n columns.
+    The features are divided into heads of equal size (possibly one), and T acts within each head. Readers may receive
+    each head several times in a row, as grouped attention repeats its values; they then have a multiple of n columns.
     """
 
     values: Tensor  # (heads, size) or (heads, size, size)
 
     @abstractmethod
     def on_outputs(self, weight: Tensor) -> Tensor:
-        """T W, of a weight (n, in) whose rows are the features."""
+        """Return T W, for a weight (n, in) whose rows are the features."""
 
     @abstractmethod
     def on_inputs(self, weight: Tensor) -> Tensor:
-        """W T⁻¹, of a weight (out, n · repeats) whose columns are the features."""
+        """Return W T⁻¹, for a weight (out, n · repeats) whose columns are the features."""
 
     def _by_head(self, weight: Tensor) -> Tensor:
-        """The columns of `weight` as (out, heads, repeats, size)."""
+        """Return `weight` with its columns as (out, heads, repeats, size)."""
         heads, size = self.values.shape[:2]
         return weight.view(len(weight), heads, -1, size)
 
 
-class Scaling(Map):
-    """T = diag(t): feature j is written t_j times as large."""
+class Scaling(FeatureMap):
+    """Map T = diag(t): feature j is written t_j times as large."""
 
     def on_outputs(self, weight: Tensor) -> Tensor:
         return self.values.to(weight).view(-1, 1) * weight
@@ -41,10 +41,10 @@ class Scaling(Map):
         return (self._by_head(weight) / self.values.to(weight)[:, None]).reshape(weight.shape)
 
 
-class Folding(Map):
-    """What readers make of a norm whose scales w they take in: the norm's become 1, and W becomes W diag(w).
+class Folding(FeatureMap):
+    """Map that moves a norm's scales w into its readers: the norm's scales become 1, and W becomes W diag(w).
 
-    T = diag(1/w), said so that scales may be 0.
+    T = diag(1/w), written so that scales may be 0.
     """
 
     def on_outputs(self, weight: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class Folding(Map):
         return (self._by_head(weight) * self.values.to(weight)[:, None]).reshape(weight.shape)
 
 
-class Rotation(Map):
-    """T = R, orthogonal, one (size, size) for each head."""
+class Rotation(FeatureMap):
+    """Map T = R, with one orthogonal matrix (size, size) per head."""
 
     def on_outputs(self, weight: Tensor) -> Tensor:
         heads, size = self.values.shape[:2]

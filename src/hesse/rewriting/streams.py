@@ -1,43 +1,43 @@
-"""Where features pass between layers without being changed on the way, in the families that Hesse rewrites."""
+"""Streams: features that pass between layers unchanged, in the families that Hesse rewrites."""
 
 from dataclasses import dataclass
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.families import FAMILIES, FeatureStreams, family_of
-from hesse.networks.network import Network
+from hesse.networks.network import CheckpointNetwork
 
 HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Features that some tensors of the checkpoint write and others read, so that both can take in a map of them."""
+    """Features that some tensors of the checkpoint write and others read, so that both can absorb a map of them."""
 
     name: str
     writers: tuple[str, ...]  # weights (features, in), and biases and the scales of norms (features,)
     readers: tuple[str, ...]  # weights (out, features), or with each head repeated (out, features · repeats)
-    heads: int = 1  # equal parts of the features that nothing may mix
-    repeats: int = 1  # how often in a row readers see each head
-    offset: float = 0.0  # what the model adds to what is stored of the writers: 1 for norms that scale by 1 + w
+    heads: int = 1  # number of equal parts that a map must not mix
+    repeats: int = 1  # times that readers receive each head in a row
+    offset: float = 0.0  # added by the model to the stored writers: 1 for norms that scale by 1 + w
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The readers' names without `.weight`."""
+        """Return the readers' names without `.weight`."""
         return tuple(name.removesuffix(".weight") for name in self.readers)
 
 
 @dataclass(frozen=True)
 class BlockStreams:
-    """The streams inside one block."""
+    """Streams inside one block."""
 
-    attention: Stream  # a norm to queries, keys and values: any diagonal map
-    feedforward: Stream  # a norm to gate and up: any diagonal map
-    values: Stream  # values to the attention's output, by heads: any map within a head
-    inner: Stream  # up to down, through a product of features: any diagonal map
+    attention: Stream  # from a norm to queries, keys and values: any diagonal map
+    feedforward: Stream  # from a norm to gate and up: any diagonal map
+    values: Stream  # from values to the attention's output, by heads: any map within a head
+    inner: Stream  # from up to down, through a product of features: any diagonal map
 
     @property
     def all(self) -> tuple[Stream, ...]:
-        """In the order in which a token meets them."""
+        """Return the streams in forward order."""
         return self.attention, self.values, self.feedforward, self.inner
 
 
@@ -45,27 +45,27 @@ class BlockStreams:
 class Streams:
     """All streams of a network."""
 
-    residual: Stream | None  # what blocks add to: any orthogonal map once norms are folded; None where norms forbid it
-    final: Stream  # the last norm to the head
+    residual: Stream | None  # the residual stream: any orthogonal map after folding norms; None if norms forbid it
+    final: Stream  # from the last norm to the head
     blocks: tuple[BlockStreams, ...]
 
     @property
     def all(self) -> list[Stream]:
-        """Every one."""
+        """Return all streams."""
         outside = [self.final] if self.residual is None else [self.residual, self.final]
         return [*outside, *(stream for block in self.blocks for stream in block.all)]
 
     @property
     def norms(self) -> list[Stream]:
-        """Those that a norm writes."""
+        """Return the streams that a norm writes."""
         return [stream for block in self.blocks for stream in (block.attention, block.feedforward)] + [self.final]
 
 
-def find_streams(network: Network, rotated: bool) -> Streams:
-    """The streams of `network`, to be `rotated` or scaled only.
+def find_streams(network: CheckpointNetwork, rotated: bool) -> Streams:
+    """Find the streams of `network`, for rotations if `rotated`, else for scales.
 
     Raises:
-        UnsupportedModelError: its family is not known, or has norms that no rotation passes.
+        UnsupportedModelError: the family is not supported, or has norms that do not commute with rotations.
     """
     config = network.model.config
     family = family_of(config.model_type).streams
@@ -76,7 +76,7 @@ def find_streams(network: Network, rotated: bool) -> Streams:
         )
     if rotated and not family.rotates:
         raise UnsupportedModelError(
-            f"{type(network.model).__name__} has norms with scales behind its layers, which no rotation passes: use a "
+            f"{type(network.model).__name__} has norms with scales after its layers, which forbid rotations: use a "
             "method that does not rotate"
         )
     blocks = tuple(_block_streams(network, block.name, family) for block in network.blocks)
@@ -88,13 +88,13 @@ def find_streams(network: Network, rotated: bool) -> Streams:
     residual = None
     if family.rotates:
         written = [name for block in network.blocks for name in _written(network, block.name)]
-        # The rows of the embeddings are features as they are written, so that they become E Rᵀ: as readers do.
+        # The columns of the embeddings are the features, so they become E Rᵀ, as readers do.
         read = [name for block in blocks for stream in (block.attention, block.feedforward) for name in stream.readers]
         residual = Stream("residual", tuple(written), (embeddings, *read, head))
     return Streams(residual, final, blocks)
 
 
-def _block_streams(network: Network, block: str, family: FeatureStreams) -> BlockStreams:
+def _block_streams(network: CheckpointNetwork, block: str, family: FeatureStreams) -> BlockStreams:
     def stored(*children: str) -> tuple[str, ...]:
         return _stored(network, block, *children)
 
@@ -117,12 +117,12 @@ def _block_streams(network: Network, block: str, family: FeatureStreams) -> Bloc
     )
 
 
-def _written(network: Network, block: str) -> tuple[str, ...]:
+def _written(network: CheckpointNetwork, block: str) -> tuple[str, ...]:
     children = ("self_attn.o_proj", "mlp.down_proj")
     return _stored(network, block, *(f"{child}.{part}" for child in children for part in ("weight", "bias")))
 
 
-def _stored(network: Network, block: str, *children: str) -> tuple[str, ...]:
-    """The checkpoint's names of those tensors of a block that there are."""
+def _stored(network: CheckpointNetwork, block: str, *children: str) -> tuple[str, ...]:
+    """Return the checkpoint's names of a block's tensors `children`, those that exist."""
     names = (f"{block}.{child}" for child in children)
     return tuple(network.sources[name] for name in names if name in network.sources)

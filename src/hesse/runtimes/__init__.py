@@ -1,1 +1,1 @@
-"""Run a checkpoint in other programs: export it, and time it there."""
+"""Runtimes: export a checkpoint to other programs, and time it in them."""

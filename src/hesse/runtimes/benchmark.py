@@ -1,4 +1,4 @@
-"""Every model in every runtime, each measurement in a process of its own, the models taking turns."""
+"""Benchmark models in runtimes: each measurement is a process of its own, and the models alternate."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from hesse.runtimes import worker
 from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, MissingRun, TimedRun
 from hesse.runtimes.export import export_checkpoint
 from hesse.runtimes.exported_layers import read_config
-from hesse.runtimes.programs import RUNTIMES, Runtime, find_runtimes, storage
+from hesse.runtimes.programs import RUNTIMES, Runtime, describe_storage, find_runtimes
 from hesse.runtimes.worker import Floats, Measurement, Request
 from hesse.version import __version__
 
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.pt")
-# Not with the current folder among those that modules come from: it may be that of a model, with code in it.
+# The current folder is removed from the module path: it may be a model's folder, with code in it.
 START = (
     "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
     "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -36,7 +36,7 @@ START = (
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _PreparedModel:
     """A model in the form that a runtime loads."""
 
     runtime: Runtime
@@ -46,14 +46,14 @@ class _Prepared:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its weights on disk."""
+        """Return the size of its weights on disk, in bytes."""
         files = [self.path] if self.path.is_file() else [file for form in WEIGHTS for file in self.path.glob(form)]
         return sum(file.stat().st_size for file in files)
 
 
 @dataclass
-class _Runs:
-    """What the processes of one model in one runtime said, or why one failed."""
+class _ModelRuns:
+    """Results of the processes of one model in one runtime, or the reason why one failed."""
 
     measurements: list[Measurement]
     logits: Floats | None = None
@@ -73,24 +73,24 @@ def benchmark(
 ) -> Benchmark:
     """Measure how fast a model loads, reads a prompt and decodes in each runtime on this machine, and its memory.
 
-    Each measurement is a process of its own; models take turns. What a runtime needs is exported to a temporary folder
-    first, and the export is not part of the time.
+    Each measurement is a process of its own; the models alternate. Models are first exported to a temporary folder in
+    the form that a runtime needs; the export does not count in the time.
 
     Args:
         model: a model folder, `default`, or a hub id; dense or compressed.
-        reference: the dense model to measure beside it.
-        runtimes: of `transformers`, `llama.cpp`, `onnxruntime`, `torchao`; those not installed are listed as missing.
-        prompt: tokens of the prompt.
-        generate: tokens to decode, one by one.
-        threads: of each runtime; None for as many as there are processors.
-        repeats: processes for each measurement.
-        progress: told how far the run is.
+        reference: the dense model to compare with.
+        runtimes: any of `transformers`, `llama.cpp`, `onnxruntime`, `torchao`; the report lists the uninstalled ones.
+        prompt: number of tokens of the prompt.
+        generate: number of tokens to decode.
+        threads: threads of each runtime; None for the number of processors.
+        repeats: number of processes per measurement.
+        progress: receives each phase and step.
 
     Returns:
-        Medians and spreads, and the divergence of each runtime from the same checkpoint in transformers.
+        Medians and spreads, and each runtime's divergence from the same checkpoint in transformers.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do.
+        HesseError: the subclass and message say what is wrong and what to do.
     """
     for option, value in (
         ("--prompt", prompt),
@@ -126,13 +126,13 @@ def benchmark_checkpoint(
     names: tuple[str, str | None],
     version: str,
 ) -> Benchmark:
-    """Measure the model folder `model`, and `reference` beside it, in `runtimes`; `names` are what a person calls them.
+    """Measure the model folders `model` and `reference` in `runtimes`; `names` are the names for the report.
 
     Raises:
-        HesseError: a model cannot be read, or the sequence is longer than one has positions for.
+        HesseError: a model cannot be read, or has too few positions for the sequence.
     """
     chosen = find_runtimes(runtimes)
-    threads = threads or _processors()
+    threads = threads or _processor_count()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     models = _models(model, reference)
     tokens = _prompt(model, prompt)
@@ -141,7 +141,7 @@ def benchmark_checkpoint(
     missing = [MissingRun(runtime.name, reason) for runtime in chosen if (reason := runtime.missing()) is not None]
     absent = {entry.runtime for entry in missing}
     with tempfile.TemporaryDirectory(prefix="hesse-benchmark-") as scratch:
-        prepared: list[_Prepared] = []
+        prepared: list[_PreparedModel] = []
         for runtime in (runtime for runtime in chosen if runtime.name not in absent):
             for kind, folder in models.items():
                 if kind == "dense" and runtime.compressed_only:
@@ -150,7 +150,7 @@ def benchmark_checkpoint(
                     prepared.append(_prepare(runtime, kind, folder, Path(scratch)))
                 except HesseError as error:
                     missing.append(MissingRun(runtime.name, f"{kind}: {error}"))
-        runs = [_Runs([]) for _ in prepared]
+        runs = [_ModelRuns([]) for _ in prepared]
         progress.begin("measure", repeats * len(prepared))
         for repeat in range(repeats):
             for entry, run in zip(prepared, runs, strict=True):
@@ -172,7 +172,7 @@ def benchmark_checkpoint(
         generate=generate,
         threads=threads,
         repeats=repeats,
-        processor=_processor(),
+        processor=_processor_name(),
         processors=os.cpu_count() or 1,
         load_average=load_average,
         versions={"hesse": version, "torch": torch.__version__, "python": platform.python_version()},
@@ -182,14 +182,14 @@ def benchmark_checkpoint(
 
 
 def _models(model: Path, reference: Path | None) -> dict[str, Path]:
-    """What is measured, the dense model first."""
+    """Return the folders to measure by kind, the dense model first."""
     if reference is not None:
         return {"dense": reference, "compressed": model}
     return {"compressed" if open_checkpoint(model).config.get("quantization_config") else "dense": model}
 
 
 def _prompt(model: Path, length: int) -> list[int]:
-    """The start of the shipped held-out text; of random tokens where the folder has no tokenizer."""
+    """Return the first tokens of the shipped held-out text, or random tokens if the folder has no tokenizer."""
     if not (model / "tokenizer.json").is_file():
         vocabulary = read_config(open_checkpoint(model)).vocab_size
         return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary, length)]
@@ -201,26 +201,33 @@ def _check_length(model: Path, length: int) -> None:
     limit = getattr(read_config(open_checkpoint(model)), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise OptionError(
-            f"--prompt and --generate need {length} positions, and {model} has {limit}: give fewer tokens"
+            f"--prompt and --generate need {length} positions, but {model} has {limit}: give fewer tokens"
         )
 
 
-def _prepare(runtime: Runtime, kind: str, folder: Path, scratch: Path) -> _Prepared:
-    """The model in the form that the runtime loads."""
+def _prepare(runtime: Runtime, kind: str, folder: Path, scratch: Path) -> _PreparedModel:
+    """Export the model to `scratch` in the form that the runtime loads."""
     if runtime.target is None:
-        return _Prepared(runtime, kind, folder, storage(folder))
+        return _PreparedModel(runtime, kind, folder, describe_storage(folder))
     out = scratch / (f"{kind}.gguf" if runtime.target == "gguf" else f"{kind}-{runtime.target}")
     report = export_checkpoint(
         folder, out, runtime.target, overwrite=False, progress=Silence(), name=folder.name, version=""
     )
     stored = report.stored or report.dense
-    return _Prepared(runtime, kind, out, max(stored, key=lambda name: stored[name]))
+    return _PreparedModel(runtime, kind, out, max(stored, key=lambda name: stored[name]))
 
 
 def _run(
-    entry: _Prepared, tokens: list[int], generate: int, threads: int, scratch: Path, run: _Runs, *, with_logits: bool
+    entry: _PreparedModel,
+    tokens: list[int],
+    generate: int,
+    threads: int,
+    scratch: Path,
+    run: _ModelRuns,
+    *,
+    with_logits: bool,
 ) -> None:
-    """Measure once, in a process of its own."""
+    """Measure once in a new process, and add the result to `run`."""
     path, logits = scratch / "request.json", scratch / "logits.npy"
     request = Request(
         entry.runtime.name, str(entry.path), tokens, generate, threads, str(logits) if with_logits else None
@@ -238,15 +245,15 @@ def _run(
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        run.failure = said[-1].strip() if said else f"the process ended with {done.returncode}"
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        run.failure = lines[-1].strip() if lines else f"the process ended with {done.returncode}"
         return
     run.measurements.append(Measurement(**json.loads(path.with_suffix(".result").read_text(encoding="utf-8"))))
     if with_logits:
         run.logits = np.load(logits, allow_pickle=False)
 
 
-def _row(entry: _Prepared, run: _Runs, size: int, truth: Floats | None) -> BenchmarkRow:
+def _row(entry: _PreparedModel, run: _ModelRuns, size: int, truth: Floats | None) -> BenchmarkRow:
     kl, agreement = (None, None) if truth is None or run.logits is None else _agreement(truth, run.logits)
     return BenchmarkRow(
         runtime=entry.runtime.name,
@@ -264,19 +271,19 @@ def _row(entry: _Prepared, run: _Runs, size: int, truth: Floats | None) -> Bench
 
 
 def _agreement(truth: Floats, logits: Floats) -> tuple[float, float]:
-    """Mean KL(truth || logits) in nats per token, and the share of tokens whose largest logit is the same."""
-    wanted, got = (torch.from_numpy(values).double().log_softmax(-1) for values in (truth, logits))
-    kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
-    return float(kl), float((wanted.argmax(-1) == got.argmax(-1)).double().mean())
+    """Return the mean KL(truth || logits) in nats per token, and the share of tokens with the same largest logit."""
+    expected, actual = (torch.from_numpy(values).double().log_softmax(-1) for values in (truth, logits))
+    kl = (expected.exp() * (expected - actual)).sum(-1).mean()
+    return float(kl), float((expected.argmax(-1) == actual.argmax(-1)).double().mean())
 
 
-def _processors() -> int:
-    """Processors that this process may use."""
+def _processor_count() -> int:
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
-    """The processor's name."""
+def _processor_name() -> str:
+    """Return the processor's name."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""What a benchmark came to."""
+"""Result of a benchmark."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TimedRun:
-    """A number that was measured in several processes."""
+    """Median and spread of a number that was measured in several processes."""
 
     median: float
     lowest: float
@@ -16,7 +16,7 @@ class TimedRun:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "TimedRun":
-        """The median and the spread of `values`."""
+        """Return the median and the spread of `values`."""
         return cls(median(values), min(values), max(values))
 
 
@@ -30,8 +30,8 @@ class BenchmarkRow:
     stored: str  # how most of its weights are stored there
     bytes: int  # on disk
     load_seconds: TimedRun
-    prefill: TimedRun  # tokens a second
-    decode: TimedRun  # tokens a second
+    prefill: TimedRun  # tokens per second
+    decode: TimedRun  # tokens per second
     peak_memory: TimedRun  # bytes, of the whole process
     kl: float | None  # mean KL(the checkpoint in transformers || here), nats per token; None without transformers
     top1_agreement: float | None  # share of tokens with the same most likely next token as there
@@ -39,7 +39,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class MissingRun:
-    """A runtime that was not measured, or a model that it could not run."""
+    """A runtime that was not measured, or a model that a runtime could not run."""
 
     runtime: str
     reason: str  # and what to do
@@ -47,7 +47,7 @@ class MissingRun:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All rows, and what they were measured with."""
+    """Rows of a benchmark, with the settings and the machine of the measurement."""
 
     model: str
     reference: str | None
@@ -57,17 +57,17 @@ class Benchmark:
     repeats: int
     processor: str
     processors: int
-    load_average: float | None  # of the machine when the benchmark began: other work spoils it
+    load_average: float | None  # of the machine at the start: other work distorts the times
     versions: dict[str, str]
     rows: list[BenchmarkRow]
     missing: list[MissingRun]
 
     def row(self, runtime: str, model: str) -> BenchmarkRow | None:
-        """The row of a runtime and "dense" or "compressed"."""
+        """Return the row of a runtime for the model "dense" or "compressed"."""
         return next((row for row in self.rows if (row.runtime, row.model) == (runtime, model)), None)
 
     def speed_up(self, runtime: str) -> float | None:
-        """Decoded tokens a second, compressed over dense; torchao's dense model is that of transformers."""
+        """Return decoded tokens per second, compressed over dense; torchao compares with dense transformers."""
         dense = self.row(runtime, "dense") or (self.row("transformers", "dense") if runtime == "torchao" else None)
         compressed = self.row(runtime, "compressed")
         return None if dense is None or compressed is None else compressed.decode.median / dense.decode.median

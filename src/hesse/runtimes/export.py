@@ -1,4 +1,4 @@
-"""A checkpoint in the form that another runtime takes, with its codes and scales as they are."""
+"""Export a checkpoint for another runtime, with its codes and scales unchanged where the target allows."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,20 +16,20 @@ from hesse.checkpoints.writer import disk_reason
 from hesse.errors import OptionError, OutputError, UnsupportedModelError, reason
 from hesse.formats import open_checkpoint
 from hesse.progress import Progress, Silence
-from hesse.runtimes.export_report import ExportedLayer, ExportReport, Written
+from hesse.runtimes.export_report import ExportedLayer, ExportedTensors, ExportReport
 from hesse.version import __version__
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-Writer = Callable[[Checkpoint, Path, str, Progress], Written]
+Writer = Callable[[Checkpoint, Path, str, Progress], ExportedTensors]
 
 
 @dataclass(frozen=True)
-class Target:
-    """A form to export to."""
+class ExportTarget:
+    """A file format of another runtime, to export to."""
 
-    packages: tuple[str, ...]  # that write it
+    packages: tuple[str, ...]  # needed to write it
     install: str
-    is_file: bool  # OUT is one file; otherwise a folder
+    is_file: bool  # OUT is one file, not a folder
     load: Callable[[], Writer]  # imported late: it needs the packages
 
 
@@ -51,10 +51,10 @@ def _torchao() -> Writer:
     return write_torchao
 
 
-TARGETS = {
-    "gguf": Target(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
-    "onnx": Target(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
-    "torchao": Target(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
+EXPORT_TARGETS = {
+    "gguf": ExportTarget(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
+    "onnx": ExportTarget(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
+    "torchao": ExportTarget(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
 }
 
 
@@ -66,21 +66,21 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write a model for another runtime, with the codes and scales of its layers as they are.
+    """Write a model for another runtime, with the codes and scales of its layers.
 
     Args:
-        model: a model folder, `default`, or a hub id; dense, or as `compress` and llm-compressor write it.
+        model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
         out: the file (gguf) or folder (onnx, torchao) to write; it must not exist unless `overwrite`.
         to: `gguf` for llama.cpp, `onnx` for onnxruntime, `torchao` for transformers with torchao.
-        overwrite: whether a file or an exported folder at `out` may be replaced.
-        progress: told how far the run is.
+        overwrite: replace an existing file or exported folder at `out`.
+        progress: receives each phase and step.
 
     Returns:
-        How each layer is stored, and every departure from the checkpoint: scales that are rounded, by how much, and
-        layers whose codes no type of the target holds.
+        The storage type of each layer, and every difference from the checkpoint: the rounding error of scales, and
+        layers whose codes no type of the target can hold.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     return export_checkpoint(
         locate(model),
@@ -96,20 +96,20 @@ def export(
 def export_checkpoint(
     model: Path, out: Path, target: str, *, overwrite: bool, progress: Progress, name: str, version: str
 ) -> ExportReport:
-    """Export the model folder `model`, which a person calls `name`, to `out`; what is written is read back first.
+    """Export the model folder `model` to `out`, and read the files back; `name` is the model's name in the report.
 
     Raises:
-        HesseError: something is wrong with the model, the options or the output; nothing is left at `out` then.
+        HesseError: the model, an option or the output is wrong; nothing is left at `out`.
     """
     started = time.perf_counter()
     chosen = find_target(target)
     checkpoint = open_checkpoint(model)
     writer = chosen.load()
-    place = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
-    with place as path:
+    output = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
+    with output as path:
         try:
             written = writer(checkpoint, path, name, progress)
-        except MALFORMED as error:  # of a config or tokenizer whose values are of other kinds than they should be
+        except MALFORMED as error:  # a config or tokenizer has values of the wrong types
             raise UnsupportedModelError(f"{model} cannot be written as {target}: {reason(error)}") from error
         size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     return ExportReport(
@@ -122,35 +122,35 @@ def export_checkpoint(
         layers=written.layers,
         dense=written.dense,
         tensors_checked=written.tensors_checked,
-        notes=[*written.notes, *_departures(written.layers), *_unrounded(checkpoint, target)],
+        notes=[*written.notes, *_rounding_notes(written.layers), *_input_notes(checkpoint, target)],
         versions={"hesse": version} | {package: package_version(package) for package in chosen.packages},
     )
 
 
-def find_target(name: str) -> Target:
-    """The target of that name.
+def find_target(name: str) -> ExportTarget:
+    """Return the export target of that name.
 
     Raises:
-        OptionError: there is none, or a package that writes it is not installed.
+        OptionError: there is no such target, or a package that it needs is not installed.
     """
-    if name not in TARGETS:
-        raise OptionError(f"there is no target {name!r} to export to; there are {', '.join(TARGETS)}")
-    target = TARGETS[name]
+    if name not in EXPORT_TARGETS:
+        raise OptionError(f"there is no target {name!r} to export to; there are {', '.join(EXPORT_TARGETS)}")
+    target = EXPORT_TARGETS[name]
     missing = [package for package in target.packages if find_spec(package) is None]
     if missing:
         raise OptionError(f"exporting to {name} needs {' and '.join(missing)}: {target.install}")
     return target
 
 
-def _unrounded(checkpoint: Checkpoint, target: str) -> list[str]:
-    """A sentence where loaders of the checkpoint would round inputs."""
+def _input_notes(checkpoint: Checkpoint, target: str) -> list[str]:
+    """Return a sentence if loaders of the checkpoint would round inputs, which the target does not."""
     layers = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(".weight")]
     count = sum(checkpoint.input_rounding(layer) is not None for layer in layers)
     return [f"{count} layers: inputs are not rounded in {target}, as transformers does for this model"] if count else []
 
 
-def _departures(layers: list[ExportedLayer]) -> list[str]:
-    """A sentence for each way in which layers are not what they were."""
+def _rounding_notes(layers: list[ExportedLayer]) -> list[str]:
+    """Return a sentence for each kind of difference between the exported layers and the checkpoint."""
     notes = []
     inexact = [layer for layer in layers if layer.scale_error]
     if inexact:
@@ -161,21 +161,21 @@ def _departures(layers: list[ExportedLayer]) -> list[str]:
     if moved:
         worst = max(moved, key=lambda layer: layer.offset_error)
         notes.append(
-            f"{len(moved)} layers: zero points times scales are rounded, by {worst.offset_error:.2g} steps of their "
-            f"grids at most ({worst.name})"
+            f"{len(moved)} layers: zero points times scales are rounded, by at most {worst.offset_error:.2g} steps of "
+            f"their grids ({worst.name})"
         )
     unfit = [layer for layer in layers if not (layer.exact or layer.scale_error or layer.offset_error)]
     if unfit:
         notes.append(
-            f"{len(unfit)} layers of {unfit[0].grid} are stored as {unfit[0].stored} values, as no type holds their "
-            f"codes ({unfit[0].name} the first)"
+            f"{len(unfit)} layers of {unfit[0].grid} are stored as {unfit[0].stored} values, because no type holds "
+            f"their codes (first: {unfit[0].name})"
         )
     return notes
 
 
 @contextmanager
 def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A file beside `out` that takes its name at the end, and vanishes if anything goes wrong before."""
+    """Yield a temporary file next to `out`; rename it to `out` at the end, or delete it after an error."""
     if out.is_symlink() or out.exists():
         if not overwrite:
             raise OutputError(f"OUT {out} exists: give another name, or --overwrite to replace it")
@@ -192,7 +192,7 @@ def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(out: Path, model: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
-    """A folder that takes the name of `out` at the end, and vanishes if anything goes wrong before."""
+    """Yield a temporary folder; rename it to `out` at the end, or delete it after an error."""
     check_output(out, model, overwrite)
     with temporary_folder(out, checkpoint.file_bytes) as folder:
         yield folder

@@ -1,4 +1,4 @@
-"""What an export did, layer by layer."""
+"""Report of an export, layer by layer."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -7,29 +7,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """A weight that was stored as codes, and what became of it."""
+    """Storage of a weight that the checkpoint holds as codes."""
 
     name: str
-    grid: str  # as it was: bits, group and symmetry
+    grid: str  # in the checkpoint: bits, group and symmetry
     stored: str  # the target's type
-    exact: bool  # codes, scales and zero points are what they were
+    exact: bool  # codes, scales and zero points are unchanged
     scale_error: float = 0.0  # largest relative change of a scale
     offset_error: float = 0.0  # largest change of an offset, in steps of the grid
 
 
 @dataclass(frozen=True)
-class Written:
-    """What an exporter put into its files."""
+class ExportedTensors:
+    """Contents of the files that an exporter wrote."""
 
     layers: list[ExportedLayer]
-    dense: dict[str, int]  # tensors that were not codes, by the type they are stored in
-    tensors_checked: int  # that were read back and equal what was to be written
+    dense: dict[str, int]  # number of unquantised tensors by stored type
+    tensors_checked: int  # read back and equal to what was to be written
     notes: list[str]  # every departure but those of single layers
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """An export: what was stored how, and what departs from the checkpoint."""
+    """An export: the storage of each layer, and the differences from the checkpoint."""
 
     model: str
     out: str
@@ -39,18 +39,18 @@ class ExportReport:
     seconds: float
     layers: list[ExportedLayer]  # of those that were stored as codes
     dense: dict[str, int]  # tensors that are not codes, by the type they are stored in
-    tensors_checked: int  # that were read back and equal what was to be written
+    tensors_checked: int  # read back and equal to what was to be written
     notes: list[str]  # every departure
     versions: dict[str, str]
 
     @property
     def stored(self) -> dict[str, int]:
-        """Number of layers by the type that their codes are stored in."""
+        """Return the number of layers by the type that their codes are stored in."""
         return dict(Counter(layer.stored for layer in self.layers))
 
     @property
     def exact_layers(self) -> int:
-        """Layers whose codes, scales and zero points are what they were."""
+        """Return the number of layers whose codes, scales and zero points are unchanged."""
         return sum(layer.exact for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:

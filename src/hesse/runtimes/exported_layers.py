@@ -1,4 +1,4 @@
-"""What every target needs of a checkpoint: its tensors in order, and those on a grid by it."""
+"""Tensors of a checkpoint as export targets need them: in order, with the grid of each quantised weight."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,25 +21,25 @@ class Source:
 
     name: str
     shape: torch.Size  # (out, in) for a weight on a grid, else as it is on disk
-    dtype: torch.dtype  # of the dense tensor that it stands for
+    dtype: torch.dtype  # of the decoded tensor
     grid: Grid | None
 
     @property
     def layer(self) -> str:
-        """The name without what follows its last dot."""
+        """Return the name up to its last dot."""
         return self.name.rpartition(".")[0]
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """The configuration of `checkpoint`, by transformers; no code that lies beside it is run.
+    """Read the configuration of `checkpoint` by transformers, without running code from its folder.
 
     Raises:
-        OptionError: its layers are factorised.
-        UnsupportedModelError: transformers cannot use it.
+        OptionError: the checkpoint has factorised layers.
+        UnsupportedModelError: transformers cannot use the configuration.
     """
     if str(read_json(checkpoint.folder / "config.json").get("model_type")).startswith(TYPE_PREFIX):
         raise OptionError(
-            f"{checkpoint.folder} holds factorised layers, which no runtime but transformers has: export a checkpoint "
+            f"{checkpoint.folder} holds factorised layers, which only transformers runs: export a checkpoint "
             "that was compressed with --format dense"
         )
     try:
@@ -49,7 +49,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def read_sources(checkpoint: Checkpoint) -> list[Source]:
-    """All tensors of `checkpoint`."""
+    """Return the description of each tensor of `checkpoint`, in order."""
     return [_source(checkpoint, name) for name in checkpoint.names()]
 
 
@@ -68,23 +68,23 @@ def _source(checkpoint: Checkpoint, name: str) -> Source:
 
 
 def head_width(config: Any) -> int:
-    """Width of an attention head."""
+    """Return the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def describe_grid(grid: Grid) -> str:
-    """A grid as a person names it."""
+    """Return a short description of a grid, for messages."""
     width = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return f"{grid.bits} bit, {width}, {'symmetric' if grid.symmetric else 'asymmetric'}"
 
 
 def check_some_fit(target: str, sources: list[Source], fitting: int, needs: str) -> None:
-    """Raise OptionError if there are layers on grids, and the target can hold none of them."""
+    """Raise OptionError if the checkpoint has quantised layers and the target can hold none of them exactly."""
     on_grids = [source for source in sources if source.grid is not None]
     if on_grids and not fitting:
         first = on_grids[0]
         assert first.grid is not None
         raise OptionError(
-            f"{first.layer} has {describe_grid(first.grid)} and {first.shape[1]} columns, as have {len(on_grids) - 1} "
-            f"others, and {target} holds none of it exactly: it needs {needs}; compress again with such a grid"
+            f"{target} holds none of the {len(on_grids)} quantised layers exactly: it needs {needs}, but {first.layer} "
+            f"has {describe_grid(first.grid)} and {first.shape[1]} columns; compress again with another grid"
         )

@@ -1,4 +1,4 @@
-"""Codes on our grids as the blocks of 32 weights that GGUF stores: the same integers, and each block's own scale."""
+"""Pack codes into GGUF's blocks of 32 weights: the same integers, with one scale per block."""
 
 from dataclasses import dataclass
 
@@ -11,45 +11,45 @@ from hesse.errors import CheckpointError
 
 BLOCK = 32  # weights that share a scale
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}  # of a block
-LOWEST = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}  # the codes of types without an offset, from here to -LOWEST - 1
+LOWEST = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}  # codes of types without an offset range from here to -LOWEST - 1
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight in blocks, what it decodes to, and how far that is from the codes and scales it was made of."""
+    """A weight in blocks, its decoded values, and the rounding errors of its scales and offsets."""
 
     stored: NDArray[np.uint8]  # (out, bytes of a row)
-    weight: Floats  # (out, in): float16 scale · integer, and + float16 offset where there is one
-    scale_error: float  # largest relative change of a scale on its way to float16; 0 if all are exact
-    offset_error: float  # largest change of an offset on its way to float16, in steps of the grid; 0 if all are exact
+    weight: Floats  # (out, in): float16 scale · integer, plus the float16 offset of types that have one
+    scale_error: float  # largest relative change of a scale in float16; 0 if all are exact
+    offset_error: float  # largest change of an offset in float16, in steps of the grid; 0 if all are exact
 
 
 def block_type(grid: Grid, columns: int) -> str | None:
-    """The smallest GGUF type that holds every code of `grid` in a weight with `columns` columns.
+    """Return the smallest GGUF type that holds every code of `grid` in a weight with `columns` columns.
 
-    None if none does: blocks of 32 columns would straddle two scales, or differences of 8-bit codes and zero points
+    None if no type does: blocks of 32 columns would straddle two scales, or differences of 8-bit codes and zero points
     need a ninth bit.
     """
     if columns % BLOCK or grid.group_width(columns) % BLOCK:
         return None
     if not grid.symmetric and grid.bits in (4, 5):
         return f"Q{grid.bits}_1"
-    # An asymmetric grid of fewer bits is as exact without an offset: its codes less their zero points fit.
+    # An asymmetric grid of fewer bits needs no offset: codes minus zero points fit the integers.
     lowest, highest = (grid.lowest, grid.highest) if grid.symmetric else (1 - 2**grid.bits, 2**grid.bits - 1)
     return next((name for name, low in LOWEST.items() if low <= lowest and highest < -low), None)
 
 
 def to_blocks(grid: Grid, code: GridCode, type: str) -> Blocks:
-    """A layer in the blocks of the GGUF type that `block_type` chose.
+    """Return a layer in blocks of the GGUF type that `block_type` chose.
 
     Raises:
-        CheckpointError: a scale is beyond what float16 can hold.
+        CheckpointError: a scale overflows float16.
     """
     rows, columns = code.codes.shape
     per_group = code.scales.scale.numpy()
-    scale, scale_error = _rounded_scales(per_group)
+    scale, scale_error = _half_scales(per_group)
     codes = code.codes.to(torch.int16).numpy()
     zero_point = code.scales.zero_point
     offset_error = 0.0
@@ -72,16 +72,16 @@ def to_blocks(grid: Grid, code: GridCode, type: str) -> Blocks:
     if offset is None:
         blocks = blocks - LOWEST[type] if type != "Q8_0" else blocks
     parts = [_bytes(scales)] if offsets is None else [_bytes(scales), _bytes(offsets)]
-    stored = np.concatenate([*parts, *_packed(blocks, type)], axis=-1)
+    stored = np.concatenate([*parts, *_code_bytes(blocks, type)], axis=-1)
     return Blocks(stored.reshape(rows, -1), weight.reshape(rows, columns), scale_error, offset_error)
 
 
-def _rounded_scales(scale: Floats) -> tuple[NDArray[np.float16], float]:
-    """Scales in float16, and the largest relative change."""
+def _half_scales(scale: Floats) -> tuple[NDArray[np.float16], float]:
+    """Return the scales in float16, and the largest relative change."""
     with np.errstate(over="ignore"):
         rounded = scale.astype(np.float16)
     if not np.isfinite(rounded).all():
-        raise CheckpointError(f"a scale is {np.abs(scale).max():g}, and GGUF's float16 ends at 65504")
+        raise CheckpointError(f"a scale is {np.abs(scale).max():g}, but GGUF's float16 ends at 65504")
     return rounded, float(np.max(np.abs((rounded.astype(np.float64) - scale) / scale)))
 
 
@@ -90,12 +90,12 @@ def _per_column(per_group: NDArray[np.generic], grid: Grid, columns: int) -> NDA
 
 
 def _bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """A float16 of each block (out, blocks) as its two bytes (out, blocks, 2), little-endian."""
+    """Return the bytes (out, blocks, 2), little-endian, of one float16 per block (out, blocks)."""
     return np.ascontiguousarray(values.astype("<f2")).view(np.uint8).reshape(*values.shape, 2)
 
 
-def _packed(blocks: NDArray[np.int16], type: str) -> list[NDArray[np.uint8]]:
-    """Codes (out, blocks, 32) as bytes: the fifth bits first; then low nibbles 0 to 15 beside high nibbles 16 to 31."""
+def _code_bytes(blocks: NDArray[np.int16], type: str) -> list[NDArray[np.uint8]]:
+    """Return the bytes of codes (out, blocks, 32): the fifth bits; then codes 0-15 low and 16-31 high in each byte."""
     if type == "Q8_0":
         return [blocks.astype(np.int8).view(np.uint8)]
     codes = blocks.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What llama.cpp calls each family, what it must be told about one, and in which order it takes rows."""
+"""Model families of llama.cpp: the metadata of each, and the order in which it expects rows."""
 
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ RowOrder = Callable[[str, Any], Tensor | None]
 
 
 def find_family(config: Any) -> GgufFamily:
-    """The family of a transformers config.
+    """Return the GGUF family of a transformers config.
 
     Raises:
-        UnsupportedModelError: GGUF of it is not written, or llama.cpp would compute something else.
+        UnsupportedModelError: Hesse does not write GGUF of the family, or llama.cpp would compute something else.
     """
     family = family_of(config.model_type).gguf
     if family is None:
@@ -30,11 +30,11 @@ def find_family(config: Any) -> GgufFamily:
         raise UnsupportedModelError(
             f"GGUF of the family {config.model_type!r} is not written; the families are {', '.join(known)}"
         )
-    for name, taken in family.settings.items():
-        value = getattr(config, name, taken[0])
-        if value not in taken:
+    for name, supported in family.settings.items():
+        value = getattr(config, name, supported[0])
+        if value not in supported:
             raise UnsupportedModelError(
-                f"config.json has {name} {value!r}, where llama.cpp computes {config.model_type} with {taken[0]!r}"
+                f"config.json has {name} {value!r}, but llama.cpp computes {config.model_type} with {supported[0]!r}"
             )
     kind = rotary(config).get("rope_type", "default")
     if kind not in ("default", "linear") and (kind, family.architecture) != ("llama3", "llama"):
@@ -43,7 +43,7 @@ def find_family(config: Any) -> GgufFamily:
 
 
 def describe(writer: "GGUFWriter", family: GgufFamily, config: Any) -> None:
-    """Write all metadata of the model but its tokenizer."""
+    """Write all metadata of the model except its tokenizer."""
     METADATA[family.metadata](writer, config)
     if rotary(config).get("rope_type") == "linear":
         from gguf import RopeScalingType  # imported late: optional
@@ -53,12 +53,12 @@ def describe(writer: "GGUFWriter", family: GgufFamily, config: Any) -> None:
 
 
 def row_order(family: GgufFamily, name: str, config: Any) -> Tensor | None:
-    """Return the order in which llama.cpp takes a tensor's rows (out,), by its name without ".weight"; None: as is."""
+    """Return the order of a tensor's rows (out,) in llama.cpp, by the name without ".weight"; None: unchanged."""
     return ROW_ORDERS[family.row_order](name, config)
 
 
 def _describe_rotary(writer: "GGUFWriter", config: Any) -> None:
-    """Llama and its kin: normalised by root mean square, gated, rotary positions, heads that share keys."""
+    """Write the metadata of Llama-like models: RMS norm, gated feed-forward, rotary positions, grouped queries."""
     head = head_width(config)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -95,12 +95,12 @@ def _describe_gpt2(writer: "GGUFWriter", config: Any) -> None:
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
 
 
-def _as_they_are(name: str, config: Any) -> Tensor | None:
+def _unchanged_rows(name: str, config: Any) -> Tensor | None:
     return None
 
 
-def _pairs_side_by_side(name: str, config: Any) -> Tensor | None:
-    """llama.cpp turns neighbouring rows of queries and keys together, transformers those half a head apart."""
+def _neighbouring_pairs(name: str, config: Any) -> Tensor | None:
+    """llama.cpp rotates neighbouring rows of queries and keys as pairs; transformers pairs rows half a head apart."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
     if heads is None:
         return None
@@ -109,7 +109,7 @@ def _pairs_side_by_side(name: str, config: Any) -> Tensor | None:
 
 
 def _queries_first(name: str, config: Any) -> Tensor | None:
-    """GPT-NeoX has query, key and value of a head together; llama.cpp takes all queries, then keys, then values."""
+    """GPT-NeoX stores query, key and value per head; llama.cpp expects all queries, then all keys, then all values."""
     if not name.endswith("query_key_value"):
         return None
     head = head_width(config)
@@ -117,14 +117,14 @@ def _queries_first(name: str, config: Any) -> Tensor | None:
 
 
 def context_length(config: Any) -> int:
-    """Positions for which llama.cpp computes what transformers computes: it attends to all, not to a sliding window."""
+    """Return the positions for which llama.cpp agrees with transformers: llama.cpp ignores sliding windows."""
     window = getattr(config, "sliding_window", None)
     used = window if getattr(config, "use_sliding_window", True) else None
     return int(min(config.max_position_embeddings, used or config.max_position_embeddings))
 
 
 def rotary_factors(config: Any) -> Tensor | None:
-    """What each rotary frequency is divided by (head // 2,) where Llama 3.1 stretches long waves; else None."""
+    """Return the divisor of each rotary frequency (head // 2,) for Llama 3.1's stretched long waves; else None."""
     rope = rotary(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -132,19 +132,19 @@ def rotary_factors(config: Any) -> Tensor | None:
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(width, dtype=torch.float64) / width)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     turns = rope["original_max_position_embeddings"] / waves
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it was
-    divided: Tensor = 1 / ((1 - share) / factor + share)
-    return divided.float()
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged
+    divisors: Tensor = 1 / ((1 - share) / factor + share)
+    return divisors.float()
 
 
 def rotary(config: Any) -> dict[str, Any]:
-    """The config's rotary parameters; empty where positions are not rotary."""
+    """Return the config's rotary parameters; empty if positions are not rotary."""
     return getattr(config, "rope_parameters", None) or {}
 
 
 METADATA: dict[str, Describe] = {"rotary": _describe_rotary, "neox": _describe_neox, "gpt2": _describe_gpt2}
 ROW_ORDERS: dict[str, RowOrder] = {
-    "unchanged": _as_they_are,
-    "rotary-pairs": _pairs_side_by_side,
+    "unchanged": _unchanged_rows,
+    "rotary-pairs": _neighbouring_pairs,
     "queries-first": _queries_first,
 }

@@ -1,4 +1,4 @@
-"""A checkpoint as one GGUF file, the form that llama.cpp and what is built on it run."""
+"""Write a checkpoint as one GGUF file, for llama.cpp and programs built on it."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from hesse.errors import CheckpointError, UnsupportedModelError, VerificationErr
 from hesse.formats.codes import read_grid_code
 from hesse.networks.families import GgufFamily, family_of
 from hesse.progress import Progress
-from hesse.runtimes.export_report import ExportedLayer, Written
+from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.runtimes.gguf_blocks import BLOCK, BYTES, block_type, to_blocks
 from hesse.runtimes.gguf_families import context_length, describe, find_family, rotary_factors, row_order
@@ -36,7 +36,7 @@ NEEDS = f"groups and widths that are multiples of {BLOCK}, and fewer than 8 bits
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor on its way into the file."""
+    """A tensor to write."""
 
     name: str  # in the file
     source: Source
@@ -45,23 +45,23 @@ class _Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is in the file: (out, in) for a weight."""
+        """Return the shape in the file: (out, in) for a weight."""
         shape = tuple(self.source.shape)
         return shape[::-1] if self.transposed and self.source.grid is None else shape
 
     @property
     def declared_shape(self) -> tuple[int, ...]:
-        """As the writer counts: the bytes of a row where the type is in blocks."""
+        """Return the shape for the writer, which counts bytes in the rows of block types."""
         return (self.shape[0], self.shape[1] // BLOCK * BYTES[self.type]) if self.type in BYTES else self.shape
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress) -> Written:
-    """Write `checkpoint` to the file `path`, a tensor at a time, and read it back.
+def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress) -> ExportedTensors:
+    """Write `checkpoint` to the file `path`, one tensor at a time, and read the file back.
 
     Raises:
-        UnsupportedModelError: GGUF of the family is not written.
-        OptionError: no layer's codes fit GGUF, or its layers are factorised.
-        VerificationError: what was read back is not what was to be written.
+        UnsupportedModelError: Hesse does not write GGUF of the family.
+        OptionError: no layer's codes fit GGUF, or the layers are factorised.
+        VerificationError: the file differs from what was to be written.
     """
     config = read_config(checkpoint)
     family = find_family(config)
@@ -100,11 +100,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress
         writer.close()
     _read_back(path, digests)
     dense = [entry.type for entry in entries if entry.source.grid is None]
-    return Written(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(digests), notes)
+    return ExportedTensors(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(digests), notes)
 
 
 def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_Entry]:
-    """What goes into the file, in the checkpoint's order."""
+    """Return the tensors to write, in the checkpoint's order."""
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
@@ -115,7 +115,7 @@ def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_E
             continue
         name = names.get_name(source.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UnsupportedModelError(f"llama.cpp has no place for {source.name} in {family.architecture}")
+            raise UnsupportedModelError(f"llama.cpp has no tensor for {source.name} in {family.architecture}")
         transposed = in_out and source.layer.endswith(TRANSPOSED) and len(source.shape) == 2
         entries.append(_Entry(name, source, _type(source, name), transposed))
     fitting = sum(entry.type in BYTES for entry in entries)
@@ -124,14 +124,14 @@ def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_E
 
 
 def _type(source: Source, name: str) -> str:
-    """The type that a tensor gets: that of its codes, or its own; llama.cpp wants vectors in float32."""
+    """Return the GGUF type of a tensor: a block type for codes, else its own; llama.cpp requires vectors in float32."""
     fitting = None if source.grid is None else block_type(source.grid, source.shape[1])
     if fitting is not None:
         return fitting
     if len(source.shape) == 1 or name in ALWAYS_FLOAT32:
         return "F32"
     if source.dtype not in DENSE:
-        raise CheckpointError(f"{source.name} is {source.dtype}, which GGUF does not have")
+        raise CheckpointError(f"{source.name} has the type {source.dtype}, which GGUF lacks")
     return DENSE[source.dtype]
 
 
@@ -143,7 +143,7 @@ def _declare(writer: GGUFWriter, entries: list[_Entry]) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for entry in entries:
         size = math.prod(entry.declared_shape) * (1 if entry.type in BYTES else WIDTHS[entry.type])
-        # Of a shape in bytes the writer makes one in weights, which it must not for types that are not in blocks.
+        # The writer converts a shape in bytes to one in weights, which would be wrong for types without blocks.
         element = np.dtype(np.uint8 if entry.type in BYTES else np.float32)
         writer.add_tensor_info(entry.name, entry.declared_shape, element, size, GGMLQuantizationType[entry.type])
 
@@ -151,12 +151,12 @@ def _declare(writer: GGUFWriter, entries: list[_Entry]) -> None:
 def _tensor(
     checkpoint: Checkpoint, entry: _Entry, order: Tensor | None
 ) -> tuple[NDArray[Any], NDArray[np.float32], ExportedLayer | None]:
-    """What is written for an entry, what it decodes to in float32, and the account of it if it was codes."""
+    """Return an entry's stored array, its decoded values in float32, and its report if the checkpoint holds codes."""
     source = entry.source
     grid = None if source.grid is None else describe_grid(source.grid)
     if entry.type in BYTES:
         assert source.grid is not None and grid is not None
-        blocks = to_blocks(source.grid, _reordered(read_grid_code(checkpoint, source.layer), order), entry.type)
+        blocks = to_blocks(source.grid, _reorder_rows(read_grid_code(checkpoint, source.layer), order), entry.type)
         exact = blocks.scale_error == blocks.offset_error == 0
         layer = ExportedLayer(source.layer, grid, entry.type, exact, blocks.scale_error, blocks.offset_error)
         return blocks.stored, blocks.weight, layer
@@ -168,8 +168,8 @@ def _tensor(
     return array, dense.float().numpy(), None if grid is None else ExportedLayer(source.layer, grid, entry.type, False)
 
 
-def _reordered(code: GridCode, order: Tensor | None) -> GridCode:
-    """The code with its rows in another order."""
+def _reorder_rows(code: GridCode, order: Tensor | None) -> GridCode:
+    """Return the code with its rows in the given order."""
     if order is None:
         return code
     zero_point = code.scales.zero_point
@@ -179,7 +179,7 @@ def _reordered(code: GridCode, order: Tensor | None) -> GridCode:
 
 
 def _read_back(path: Path, digests: dict[str, bytes]) -> None:
-    """Raise VerificationError unless the file holds the tensors that were to be written, by gguf's own decoding."""
+    """Raise VerificationError unless the file, decoded by gguf itself, holds the tensors that were to be written."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     if tensors.keys() != digests.keys():
         raise VerificationError(f"the tensors of the written GGUF file are not those of the checkpoint: {path}")

@@ -1,4 +1,4 @@
-"""A tokenizer of byte-level pairs as the metadata that llama.cpp reads."""
+"""Write a byte-level BPE tokenizer as llama.cpp's metadata."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from hesse.errors import CheckpointError, reason
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# llama.cpp's names for how text is cut before pairs are joined, by the pattern that tokenizer.json has for it.
+# llama.cpp's names of pre-tokenizers, by the pattern in tokenizer.json.
 CUTS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "llama-bpe",
@@ -25,13 +25,13 @@ MALFORMED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def write_tokenizer(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str | None:
-    """Write the tokenizer of the model in `folder`, padded to `vocabulary` tokens; why it could not be, else None.
+    """Write the tokenizer of the model in `folder`, padded to `vocabulary` tokens; return a note if it is left out.
 
-    Without one llama.cpp runs the model on token ids. Files that are links out of the folder are not read.
+    Without a tokenizer llama.cpp runs the model on token ids. Links that lead out of the folder are not read.
 
     Raises:
-        CheckpointError: a file of it is damaged.
-        DataError: the tokenizers library cannot use it.
+        CheckpointError: a tokenizer file is damaged.
+        DataError: the tokenizers library cannot use the files.
     """
     try:
         return _write(writer, folder, vocabulary)
@@ -47,7 +47,7 @@ def _write(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str | None:
     if cut is None:
         writer.add_tokenizer_model("no_vocab")
         writer.add_vocab_size(vocabulary)
-        reason = "there is no tokenizer.json" if not content else "it is not of byte-level pairs with a known pattern"
+        reason = "there is no tokenizer.json" if not content else "it is not a byte-level BPE with a known pattern"
         return f"the tokenizer is left out, since {reason}: llama.cpp runs this file on token ids only"
     from gguf import TokenType  # imported late: optional
 
@@ -70,7 +70,7 @@ def _write(writer: "GGUFWriter", folder: Path, vocabulary: int) -> str | None:
 
 
 def _cut(content: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how the tokenizer cuts text; None where it is none of those it has."""
+    """Return llama.cpp's name of the tokenizer's pre-tokenizer; None if llama.cpp has no such pre-tokenizer."""
     if content.get("model", {}).get("type") != "BPE" or content.get("normalizer") not in (None, {"type": "NFC"}):
         return None
     before = content.get("pre_tokenizer") or {}
@@ -85,12 +85,12 @@ def _cut(content: dict[str, Any]) -> str | None:
 
 
 def _content(folder: Path, name: str) -> dict[str, Any]:
-    """What a JSON file of the folder holds; nothing where it is missing, or a link out of the folder."""
+    """Read a JSON file of the folder; return nothing if it is missing or a link out of the folder."""
     path = folder / name
     return read_json(path) if path.is_file() and belongs(path, folder) else {}
 
 
-def _encoded(folder: Path, text: str) -> list[int]:
+def _token_ids(folder: Path, text: str) -> list[int]:
     with usable_tokenizer(folder):
         ids: list[int] = Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode(text).ids
         return ids
@@ -106,8 +106,8 @@ def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str])
         if text in tokens:
             ids[kind] = tokens.index(text)
             add(ids[kind])
-    # What the tokenizer itself puts around a text.
-    around = _encoded(folder, "")
+    # The special tokens that the tokenizer itself adds around a text.
+    around = _token_ids(folder, "")
     writer.add_add_bos_token(around[:1] == [ids.get("bos")])
     writer.add_add_eos_token(len(around) > 0 and around[-1:] == [ids.get("eos")] and around != [ids.get("bos")])
     template = folder / "chat_template.jinja"

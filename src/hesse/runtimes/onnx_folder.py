@@ -1,4 +1,4 @@
-"""A checkpoint as a folder with an ONNX model that onnxruntime runs on a CPU, in 4 and 8 bits."""
+"""Write a checkpoint as a folder with an ONNX model that onnxruntime runs on a CPU, in 4 and 8 bits."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +18,7 @@ from hesse.errors import UnsupportedModelError, VerificationError
 from hesse.formats.codes import read_grid_code
 from hesse.networks.families import FAMILIES, family_of
 from hesse.progress import Progress
-from hesse.runtimes.export_report import ExportedLayer, Written
+from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
 from hesse.runtimes.onnx_blocks import block_width, stored_bits, to_nbits
 from hesse.runtimes.onnx_graph import OPSETS, OWN, GraphBuilder, build_graph
@@ -30,13 +30,13 @@ INT8_PRODUCTS = 4  # accuracy level: inputs are rounded to 8 bits, block by bloc
 NEEDS = "groups whose size is a multiple of 16"
 
 
-def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progress) -> Written:
-    """Write `checkpoint` into `folder`, a tensor at a time, and read it back.
+def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progress) -> ExportedTensors:
+    """Write `checkpoint` into `folder`, one tensor at a time, and read the files back.
 
     Raises:
-        UnsupportedModelError: the graph of the family is not written.
-        OptionError: no layer's codes fit MatMulNBits, or its layers are factorised.
-        VerificationError: what was read back is not what was to be written.
+        UnsupportedModelError: Hesse does not write the graph of the family.
+        OptionError: no layer's codes fit MatMulNBits, or the layers are factorised.
+        VerificationError: the files differ from what was to be written.
     """
     config = read_config(checkpoint)
     _check_family(config)
@@ -61,11 +61,11 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
     write_text(folder / "config.json", config.to_json_string())
     _read_back(folder, weights.digests)
     dense = sum(source.layer not in widths for source in sources)
-    return Written(weights.layers, {"float32": dense}, len(weights.digests), notes)
+    return ExportedTensors(weights.layers, {"float32": dense}, len(weights.digests), notes)
 
 
 class _Weights:
-    """The constants of a graph, written one after the other into one file."""
+    """Constants of a graph, written one after the other into one file."""
 
     def __init__(self, checkpoint: Checkpoint, sources: dict[str, Source], widths: dict[str, int]) -> None:
         self.checkpoint, self.sources, self.widths = checkpoint, sources, widths
@@ -115,7 +115,7 @@ class _Weights:
             self.layers.append(ExportedLayer(source.layer, describe_grid(source.grid), "float32", exact=False))
 
     def add(self, name: str, values: NDArray[Any], file: BinaryIO) -> None:
-        """Write a constant, and describe where it lies."""
+        """Write a constant, and record its place in the file."""
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
         data = np.ascontiguousarray(values).tobytes()
         tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
@@ -128,29 +128,29 @@ class _Weights:
 
 
 def _check_family(config: Any) -> None:
-    """Raise UnsupportedModelError unless the graph is that of the model."""
+    """Raise UnsupportedModelError unless the graph computes the model."""
     if not family_of(config.model_type).onnx:
         known = [name for name, family in FAMILIES.items() if family.onnx]
         raise UnsupportedModelError(
             f"ONNX of the family {config.model_type!r} is not written; the families are {', '.join(known)}"
         )
     if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json has hidden_act {config.hidden_act!r}, and the graph has 'silu'")
+        raise UnsupportedModelError(f"config.json has hidden_act {config.hidden_act!r}, but the graph has 'silu'")
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ROTARY:
         raise UnsupportedModelError(f"rotary positions of the type {kind!r} are not written; {', '.join(ROTARY)} are")
 
 
 def _rotary_tables(config: Any) -> dict[str, NDArray[np.float32]]:
-    """The cos and sin of each position and frequency, (positions, head // 2), by transformers' own rule."""
+    """Return cos and sin of each position and frequency, (positions, head // 2), by transformers' own rule."""
     positions = torch.arange(config.max_position_embeddings)[None]
     tables = LlamaRotaryEmbedding(config)(torch.empty(1, dtype=torch.float32), positions)
-    half = tables[0].shape[-1] // 2  # both halves of a head turn alike
+    half = tables[0].shape[-1] // 2  # both halves of a head rotate by the same angles
     return {kind: table[0, :, :half].numpy() for kind, table in zip(("cos", "sin"), tables, strict=True)}
 
 
 def _read_back(folder: Path, digests: dict[str, bytes]) -> None:
-    """Raise VerificationError unless the constants on disk are those that were to be written."""
+    """Raise VerificationError unless the constants on disk equal those that were to be written."""
     for tensor in onnx.load(folder / MODEL, load_external_data=False).graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue

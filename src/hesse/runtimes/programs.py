@@ -1,4 +1,4 @@
-"""The runtimes, the packages that they need, and what each of them loads."""
+"""Runtimes: the packages that each one needs, and the form of a model that it loads."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hesse.checkpoints.files import read_json
 from hesse.errors import OptionError
-from hesse.runtimes.export import TARGETS
+from hesse.runtimes.export import EXPORT_TARGETS
 
 
 @dataclass(frozen=True)
@@ -14,15 +14,15 @@ class Runtime:
     """A program that runs language models on this machine."""
 
     name: str
-    module: str  # that is imported to run it
-    distribution: str  # whose version is its own
+    module: str  # the module that runs it
+    distribution: str  # the package that gives its version
     install: str
-    target: str | None  # what to export to for it; None: it loads the checkpoint itself
-    compressed_only: bool = False  # it is transformers itself where the model is dense
+    target: str | None  # the export target that it loads; None: it loads the checkpoint itself
+    compressed_only: bool = False  # for a dense model it would be transformers itself
 
     def missing(self) -> str | None:
-        """What to install, if anything."""
-        exporter = () if self.target is None else TARGETS[self.target].packages
+        """Return which packages are missing and how to install them; None if none is."""
+        exporter = () if self.target is None else EXPORT_TARGETS[self.target].packages
         absent = [name for name in dict.fromkeys((self.module, *exporter)) if find_spec(name) is None]
         return f"{' and '.join(absent)} not installed: {self.install}" if absent else None
 
@@ -39,10 +39,10 @@ RUNTIMES = {
 
 
 def find_runtimes(names: list[str]) -> list[Runtime]:
-    """The runtimes of those names, transformers first since the others are compared with it.
+    """Return the named runtimes; transformers comes first because the others are compared with it.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: there is no runtime of a given name.
     """
     unknown = [name for name in names if name not in RUNTIMES]
     if unknown or not names:
@@ -50,8 +50,8 @@ def find_runtimes(names: list[str]) -> list[Runtime]:
     return [runtime for name, runtime in RUNTIMES.items() if name in names]
 
 
-def storage(model: Path) -> str:
-    """How most layers of a checkpoint are stored, in a few words."""
+def describe_storage(model: Path) -> str:
+    """Return a short description of the storage of a checkpoint's layers, such as "4 bit" or "bfloat16"."""
     config = read_json(model / "config.json")
     quantization = config.get("quantization_config")
     groups = quantization.get("config_groups") if isinstance(quantization, dict) else None

@@ -1,4 +1,4 @@
-"""A checkpoint as torchao tensors that transformers runs on a CPU: 4-bit codes in its kernel's layout, or 8-bit."""
+"""Write a checkpoint as torchao tensors, 4-bit or 8-bit, which transformers runs on a CPU."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -21,7 +21,7 @@ from hesse.formats.codes import is_transposed, read_grid_code
 from hesse.networks.architecture import find_architecture
 from hesse.networks.families import is_expert
 from hesse.progress import Progress
-from hesse.runtimes.export_report import ExportedLayer, Written
+from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
 
 WEIGHTS = "model.pt"
@@ -30,18 +30,18 @@ KERNEL_ROWS = 16  # a multiple of these
 NEEDS = "4 bits or fewer in groups of 32, 64, 128 or 256, or a symmetric grid"
 
 
-def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Progress) -> Written:
-    """Write `checkpoint` into `folder`, for `load_torchao`, and read it back. All of it is in memory, compressed.
+def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Progress) -> ExportedTensors:
+    """Write `checkpoint` into `folder`, for `load_torchao`, and read it back; all stored tensors are held in memory.
 
     Raises:
-        UnsupportedModelError: the model is a mixture of experts, which transformers keeps in tensors of its own.
-        OptionError: no layer's codes fit torchao, or its layers are factorised.
-        VerificationError: what was read back is not what was to be written.
+        UnsupportedModelError: the model is a mixture of experts, which transformers keeps in fused tensors.
+        OptionError: no layer's codes fit torchao, or the layers are factorised.
+        VerificationError: the files differ from what was to be written.
     """
     config = read_config(checkpoint)
     sources = read_sources(checkpoint)
     if any(is_expert(source.name) for source in sources):
-        raise UnsupportedModelError(f"torchao tensors of experts are not written, and {config.model_type} has some")
+        raise UnsupportedModelError(f"{config.model_type} has experts, which the torchao exporter does not support")
     kinds = {source.layer: kind for source in sources if (kind := _kind(checkpoint, source)) is not None}
     check_some_fit("torchao", sources, len(kinds), NEEDS)
     layers: list[ExportedLayer] = []
@@ -68,14 +68,14 @@ def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Pro
     plain.pop("quantization_config", None)
     write_text(folder / "config.json", type(config).from_dict(plain).to_json_string())
     dense = [str(s.dtype).removeprefix("torch.") for s in sources if s.grid is None]
-    return Written(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(tensors), notes)
+    return ExportedTensors(layers, {kind: dense.count(kind) for kind in dict.fromkeys(dense)}, len(tensors), notes)
 
 
 def load_torchao(folder: Path) -> PreTrainedModel:
-    """The model that `write_torchao` wrote into `folder`, on the CPU.
+    """Load the model that `write_torchao` wrote into `folder`, on the CPU.
 
     Raises:
-        CheckpointError: the folder is not one that it wrote, or is incomplete.
+        CheckpointError: the folder is not an export to torchao, or is incomplete.
         UnsupportedModelError: transformers does not have its architecture.
     """
     if not (folder / WEIGHTS).is_file():
@@ -96,7 +96,7 @@ def load_torchao(folder: Path) -> PreTrainedModel:
 
 
 def _kind(checkpoint: Checkpoint, source: Source) -> str | None:
-    """The tensor class that holds a layer's codes; None if none does."""
+    """Return the name of the tensor class that holds a layer's codes; None if no class does."""
     grid = source.grid
     if grid is None or is_transposed(checkpoint, source.layer):
         return None
@@ -108,9 +108,9 @@ def _kind(checkpoint: Checkpoint, source: Source) -> str | None:
 
 
 def to_tensor(grid: Grid, code: GridCode, kind: str) -> tuple[Tensor, float]:
-    """A layer as a torchao tensor of class `kind`, and the largest change of an offset in steps of the grid.
+    """Return a layer as a torchao tensor of class `kind`, and the largest change of an offset in steps of the grid.
 
-    The 4-bit kernel computes (code - 8) · scale + offset, its offset being rounded to the type of the scales.
+    The 4-bit kernel computes (code - 8) · scale + offset, with the offset rounded to the type of the scales.
     """
     rows, columns = code.codes.shape
     width = grid.group_width(columns)
@@ -128,14 +128,14 @@ def to_tensor(grid: Grid, code: GridCode, kind: str) -> tuple[Tensor, float]:
 
 
 def _read_back(path: Path, written: dict[str, Tensor]) -> None:
-    """Raise VerificationError unless `path` holds what was to be written."""
-    found = torch.load(path, weights_only=True)
+    """Raise VerificationError unless `path` holds the tensors `written`."""
+    stored = torch.load(path, weights_only=True)
     for name, tensor in written.items():
-        if name not in found or _digests(found[name]) != _digests(tensor):
+        if name not in stored or _digests(stored[name]) != _digests(tensor):
             raise VerificationError(f"{name} was read back from the written torchao file with other values")
 
 
 def _digests(tensor: Tensor) -> list[bytes]:
-    """A fingerprint of each tensor that a tensor consists of."""
+    """Return a digest of each plain tensor that a tensor consists of."""
     parts = [getattr(tensor, part) for part in getattr(tensor, "tensor_data_names", ())] or [tensor]
     return [blake2b(part.contiguous().view(torch.uint8).numpy().tobytes()).digest() for part in parts]

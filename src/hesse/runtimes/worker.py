@@ -1,8 +1,7 @@
-"""One measurement, in a process of its own that runs this file by its path and imports only the runtime it measures.
+"""Worker process of a benchmark: it runs this file by its path and imports only the runtime that it measures.
 
-What is measured: load a model; read a prompt, once to warm up and once timed; then one token after another, each the
-most likely one, with the keys and values of all before it kept. The peak of the process's memory is read after that,
-and only then the logits that tell whether the runtime computes what transformers does.
+It loads a model, reads a prompt (once to warm up, once timed), and decodes greedily with a key-value cache. Then it
+reads the process's peak memory, and last computes the prompt's logits, to compare the runtime with transformers.
 """
 
 import json
@@ -22,10 +21,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure."""
+    """A measurement to make."""
 
     runtime: str
-    path: str  # a checkpoint, or what was exported of it
+    path: str  # a checkpoint, or an export of it
     prompt: list[int]
     generate: int
     threads: int
@@ -34,11 +33,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measured."""
+    """Results of one process."""
 
     load_seconds: float
-    prefill: float  # tokens a second
-    decode: float  # tokens a second
+    prefill: float  # tokens per second
+    decode: float  # tokens per second
     peak_memory: int  # bytes
 
 
@@ -46,17 +45,17 @@ class Session(Protocol):
     """A loaded model with a cache of keys and values."""
 
     def prefill(self, tokens: list[int]) -> Floats:
-        """Forget everything, read `tokens`, and return the logits of the last (vocabulary,)."""
+        """Clear the cache, read `tokens`, and return the logits of the last token (vocabulary,)."""
 
     def step(self, token: int) -> Floats:
-        """Read one more token, and return its logits (vocabulary,)."""
+        """Read one token, and return its logits (vocabulary,)."""
 
     def all_logits(self, tokens: list[int]) -> Floats:
-        """The logits of each of `tokens` (tokens, vocabulary)."""
+        """Return the logits of all `tokens` (tokens, vocabulary)."""
 
 
 class TorchSession:
-    """transformers, on whatever class its weights are of."""
+    """Session of transformers, with weights of any tensor class."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -87,7 +86,7 @@ class TorchSession:
 
 
 class LlamaSession:
-    """llama.cpp, through llama-cpp-python."""
+    """Session of llama.cpp, through llama-cpp-python."""
 
     def __init__(self, path: Path, threads: int, length: int) -> None:
         from llama_cpp import Llama
@@ -99,8 +98,8 @@ class LlamaSession:
     def _eval(self, tokens: list[int]) -> Floats:
         self._llama.eval(tokens)
         logits = self._llama._ctx.get_logits_ith(-1)
-        copied: Floats = np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
-        return copied
+        copy: Floats = np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
+        return copy
 
     def prefill(self, tokens: list[int]) -> Floats:
         self._llama.reset()
@@ -117,7 +116,7 @@ class LlamaSession:
 
 
 class OnnxSession:
-    """onnxruntime, on a model that `hesse export --to onnx` wrote."""
+    """Session of onnxruntime, on a model that `hesse export --to onnx` wrote."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime
@@ -179,7 +178,7 @@ def _onnxruntime(path: Path, threads: int, length: int) -> Session:
     return OnnxSession(path, threads)
 
 
-# A session for the model at a path, with so many threads, for sequences of at most so many tokens.
+# Functions of (path, threads, longest sequence in tokens).
 OPEN: dict[str, Callable[[Path, int, int], Session]] = {
     "transformers": _transformers,
     "llama.cpp": LlamaSession,
@@ -189,7 +188,7 @@ OPEN: dict[str, Callable[[Path, int, int], Session]] = {
 
 
 def measure(request: Request) -> Measurement:
-    """Measure in this process."""
+    """Run the measurement in this process."""
     length = len(request.prompt) + request.generate + 1
     started = time.perf_counter()
     session = OPEN[request.runtime](Path(request.path), request.threads, length)
@@ -208,7 +207,7 @@ def measure(request: Request) -> Measurement:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had at once, in bytes; `hesse` would load torch to say so."""
+    """Return the peak memory of this process, in bytes; importing hesse.progress would load torch."""
     status = Path("/proc/self/status")
     if status.exists():  # resource's figure starts from that of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -217,7 +216,7 @@ def peak_memory() -> int:
 
 
 def main() -> None:
-    """Read the request, and write the measurement beside it."""
+    """Read the request, and write the measurement next to it."""
     path = Path(sys.argv[1])
     request = Request(**json.loads(path.read_text(encoding="utf-8")))
     path.with_suffix(".result").write_text(json.dumps(asdict(measure(request))), encoding="utf-8")

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.estimation.probe import forward_walk
 from hesse.evaluation.measure import Difference, branch
-from hesse.evaluation.measurements import Measured
+from hesse.evaluation.measurements import MeasuredMean
 from hesse.networks.network import Network
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
@@ -52,7 +52,7 @@ class Removals:
         differences = self.without(every, every)
         return torch.tensor([differences[number].value for number in every], dtype=torch.float64)
 
-    def without(self, kept: Collection[int], candidates: Sequence[int]) -> dict[int, Measured]:
+    def without(self, kept: Collection[int], candidates: Sequence[int]) -> dict[int, MeasuredMean]:
         """Return the loss of the `kept` blocks without each of the `candidates`, in one pass: n²/2 runs of a block."""
         self._progress.begin("remove blocks", len(kept) + 1)
         base = start(self.network, self._batches, TensorStore(self._folder, f"kept-{len(kept)}"))
@@ -69,7 +69,7 @@ class Removals:
         self._progress.advance()
         return differences
 
-    def compared(self, walks: dict[int, list[StreamBatch]]) -> dict[int, Measured]:
+    def compared(self, walks: dict[int, list[StreamBatch]]) -> dict[int, MeasuredMean]:
         """Return how far batches that have passed all their blocks are from the whole model's."""
         found = {key: Difference(self.network.kind == "encoder") for key in walks}
         with self.network.surroundings() as model, torch.no_grad():

@@ -11,7 +11,6 @@ from hesse.errors import OptionError
 from hesse.estimation.statistics_folder import Statistics
 from hesse.networks.network import Block, Layer, Network
 from hesse.passes.recorded_batch import RecordedBatch
-from hesse.passes.stream import StreamBatch
 from hesse.processes import ALONE, Processes
 from hesse.registry import Registry
 
@@ -89,7 +88,7 @@ class InputAccumulator(Protocol):
 class InputStatistic(Statistic):
     """A statistic of a layer's inputs; layers with the same inputs share its value."""
 
-    def prepare(self, batches: Sequence[StreamBatch], block: Block, index: int) -> Any:
+    def prepare(self, batches: Sequence[Any], block: Block, index: int) -> Any:
         """Return what `accumulator` needs of a block before the batches go through it; None if nothing."""
         return None
 
@@ -102,9 +101,7 @@ class BlockStatistic(Statistic):
     """A statistic that a pass over a block gives before its layers are changed."""
 
     @abstractmethod
-    def values(
-        self, batches: Sequence[StreamBatch], block: Block, index: int, processes: Processes
-    ) -> Mapping[str, Tensor]:
+    def values(self, batches: Sequence[Any], block: Block, index: int, processes: Processes) -> Mapping[str, Tensor]:
         """Return the statistic by the names of the layers where it is known."""
 
 

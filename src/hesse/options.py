@@ -7,6 +7,8 @@ from typing import Any
 
 from hesse.errors import OptionError
 
+OPPOSITES = {"symmetric": "--asymmetric", "signed": "--unsigned"}  # of other flags: --no-...
+
 
 @dataclass(frozen=True)
 class Option:
@@ -35,6 +37,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def opposite(name: str) -> str:
+    """Return the flag that turns a boolean option off."""
+    return OPPOSITES.get(name, flag(f"no_{name}"))
+
+
 def _option(help: str) -> Any:
     return field(default=None, metadata={"help": help})
 
@@ -43,22 +50,24 @@ def _option(help: str) -> Any:
 class Options:
     """What a call can change about a method; None leaves the method's own choice."""
 
-    bits: int | None = _option("Bits a weight, 2 to 8.")
+    bits: int | None = _option("Bits per weight, 2 to 8.")
     group_size: int | None = _option("Columns that share a scale; -1 for one scale a row.")
-    symmetric: bool | None = _option("Use a grid around zero.")
+    symmetric: bool | None = _option("Use a grid around zero, without zero points.")
     headroom: float | None = _option("Steps between codes that the scale leaves beyond the largest weight, 0 to 2.")
-    signed: bool | None = _option("Let the scales of a symmetric grid be negative.")
-    sparsity: str | float | None = _option("Share of zeros such as 0.5, or N kept of M: 2:4.")
-    scope: str | None = _option("Where a share of zeros is counted: layer, row, global or lamp.")
-    block: int | None = _option("Neighbors in a row that are zero together, such as 4.")
-    rank: int | None = _option("Rank of the two thin factors.")
+    signed: bool | None = _option("Allow negative scales in a symmetric grid.")
+    sparsity: str | float | None = _option(
+        "Share of single weights to make zero, such as 0.5, or a pattern such as 2:4."
+    )
+    scope: str | None = _option("Where a sparsity is counted: layer, row, global or lamp.")
+    block: int | None = _option("Neighbors in a row that become zero together, such as 4.")
+    rank: int | None = _option("Rank of the low-rank factors.")
     outliers: float | None = _option("Share of weights that keep their values beside the grid or table.")
     table: str | None = _option("Table of values: fp4, fp6, fp8, nf2, nf3 or nf4.")
     vector_length: int | None = _option("Outputs whose weights form one vector of the codebook.")
     books: int | None = _option("Codebooks whose entries are added.")
     act_order: bool | None = _option("Solve columns by falling E[x²].")
-    damping: float | None = _option("Share of the curvature's mean eigenvalue that is added to it.")
-    input_bits: int | None = _option("Bits that a loader rounds each token's inputs to, 2 to 8; not at all if absent.")
+    damping: float | None = _option("Share of the curvature's mean eigenvalue that is added to its diagonal.")
+    input_bits: int | None = _option("Bits that a loader rounds each token's inputs to, 2 to 8; none by default.")
     own: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of registered constraints and solvers
 
     def given(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One walk through a network that shows what the readers of each stream are given."""
+"""Collect the inputs of each stream's readers in one pass through a network."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ from hesse.passes.stream import StreamBatch, advance
 from hesse.rewriting.streams import BlockStreams, Streams
 
 
-class Inputs:
-    """What reached the readers of a stream: the largest and the mean square of each input, and every so manieth token.
+class StreamInputs:
+    """Inputs of a stream's readers: the peak and mean square of each input, and every n-th token.
 
-    `peak` and `square` are (inputs,), `some` (tokens, inputs), in float32.
+    `peak` and `square` are (inputs,), `sampled` is (tokens, inputs); all are float32.
     """
 
     def __init__(self, every: int) -> None:
@@ -22,7 +22,7 @@ class Inputs:
         self.peak, self._squares = torch.zeros(()), torch.zeros(())
 
     def add(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Add the inputs of a layer, as a hook before its forward gets them."""
+        """Add the inputs of a layer; usable as a forward pre-hook."""
         flat = arguments[0].detach().float().flatten(0, -2).cpu()
         self.peak = torch.maximum(self.peak, flat.abs().amax(0))
         self._squares = self._squares + flat.square().sum(0)
@@ -31,27 +31,30 @@ class Inputs:
 
     @property
     def square(self) -> Tensor:
-        """E[x²] of each input."""
+        """Return E[x²] of each input."""
         return self._squares / self.tokens
 
     @property
-    def some(self) -> Tensor:
-        """The tokens that were kept."""
+    def sampled(self) -> Tensor:
+        """Return the sampled tokens."""
         return torch.cat(self._kept)
 
 
-def walk(
+def stream_inputs(
     network: Network, streams: Streams, flows: list[StreamBatch], every: int
-) -> Iterator[tuple[Block, BlockStreams, dict[str, Inputs]]]:
-    """Each block, in memory, with its streams and by their names what their readers were given; `every` as `Inputs`."""
-    for index, (block, own) in enumerate(zip(network.blocks, streams.blocks, strict=True)):
+) -> Iterator[tuple[Block, BlockStreams, dict[str, StreamInputs]]]:
+    """Yield each block, loaded, with its streams and their readers' inputs by stream name; see `StreamInputs`."""
+    for index, (block, block_streams) in enumerate(zip(network.blocks, streams.blocks, strict=True)):
         with network.loaded(block) as module:
-            found = {stream.name: Inputs(every) for stream in own.all}
+            inputs = {stream.name: StreamInputs(every) for stream in block_streams.all}
             layers = {layer.name: layer.module for layer in block.layers}
-            hooks = [layers[stream.layers[0]].register_forward_pre_hook(found[stream.name].add) for stream in own.all]
+            hooks = [
+                layers[stream.layers[0]].register_forward_pre_hook(inputs[stream.name].add)
+                for stream in block_streams.all
+            ]
             try:
                 advance(flows, module, index, block.name)
             finally:
                 for hook in hooks:
                     hook.remove()
-            yield block, own, found
+            yield block, block_streams, inputs

@@ -1,0 +1,48 @@
+"""What commands print: progress bars on standard error; lines, tables and JSON on standard output."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from hesse.cli.progress import Bars
+from hesse.errors import printable
+
+out_console = Console()
+error_console = Console(stderr=True)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a signal to end, after cleaning up; the argument says what became of the work."""
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Bars]:
+    """Show how far a run is, on standard error.
+
+    Raises:
+        Interrupted: the run was interrupted.
+    """
+    try:
+        with Bars(Console(stderr=True, quiet=quiet)) as bars:
+            yield bars
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(*interrupt.args) from None
+
+
+def print_line(text: str) -> None:
+    """Print a line on standard output as it is, without markup: it may contain any path."""
+    out_console.print(printable(text), soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def print_error(text: str) -> None:
+    """Print a line on standard error, in red."""
+    error_console.print(printable(text), style="red", soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on standard output."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")

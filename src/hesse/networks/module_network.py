@@ -1,0 +1,67 @@
+"""A transformers model in memory as a network: the same blocks and layers as those of a checkpoint, always loaded."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hesse.networks.layout import find_blocks, kind_of
+from hesse.networks.network import Block, Layer, input_limit
+
+
+class ModuleNetwork:
+    """A transformers model that is held in memory; `layers` are those that calibration stops at.
+
+    Raises:
+        UnsupportedModelError: the model is not a list of blocks of linear layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[Layer]) -> None:
+        self.model, self.kind = model, kind_of(model)
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.blocks_return_tuples: bool | None = None
+        # Not inference mode: the model goes on to be the user's, and may keep what it computes.
+        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.no_grad
+        name, blocks = find_blocks(model)
+        self.blocks = [_block(f"{name}.{number}", block, layers) for number, block in enumerate(blocks)]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers of all blocks."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def input_limit(self) -> int | None:
+        """The most tokens that a sample may have; None without a limit."""
+        return input_limit(self.model, "the model's config")
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[nn.Module]:
+        """Yield the block."""
+        yield block.module
+
+    @contextmanager
+    def surroundings(self) -> Iterator[PreTrainedModel]:
+        """Yield the model."""
+        yield self.model
+
+
+class SingleBlock:
+    """Any module in memory as a network of one block."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        self.model, self.blocks = model, [Block(type(model).__name__, model, tuple(layers))]
+        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.no_grad
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[nn.Module]:
+        """Yield the module."""
+        yield block.module
+
+
+def _block(name: str, module: nn.Module, layers: Sequence[Layer]) -> Block:
+    inside = set(module.modules())
+    return Block(name, module, tuple(layer for layer in layers if layer.module in inside))
