@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from hesse import ErrorFeedback, Gram, Grid, Kronecker, TwoSidedFeedback
-from hesse.solvers import kernels, two_sided_loops
-from hesse.solvers.kernels import two_sided
-from hesse.solvers.two_sided_feedback import _Loops
+from hesse.solvers.sweeps import kernels
+from hesse.solvers.sweeps import two_sided as plain
+from hesse.solvers.sweeps.kernels import two_sided
+from hesse.solvers.two_sided_search import GridSearch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GRID = Grid(4, 32 if DEVICE.type == "cpu" else 128, headroom=1.0, signed=True, dtype=torch.bfloat16)
@@ -69,19 +70,17 @@ def by_both_sides(width: int) -> list[Row]:
     """TwoSidedFeedback: feedback and descent, each without the refitting around them."""
     curvature = Kronecker(output_factor=moment(width), input_factor=moment(width)).with_damped_factors(0.3, 0.01)
     state, weight = TwoSidedFeedback().init(curvature), torch.randn(width, width, device=DEVICE)
-    loops, scales = _Loops(state, GRID, weight), GRID.fit(weight)
-    priced = loops.priced(loops.fed_back(scales, weight))
+    search, rounded = GridSearch(state, GRID, weight), GRID.round(weight, GRID.fit(weight))
+    priced = search.price(search.feed_back(rounded, weight))
     work, codes = weight.T[state.columns][:, state.rows].contiguous(), priced.code.codes.float()
     codes, slope = (each.T[state.columns][:, state.rows].contiguous() for each in (codes, priced.slope))
-    steps = loops._steps(scales)
+    steps = search.levels(rounded)
     fed = (steps, state.column_feedback, state.row_feedback)
     descended = (steps, state.input_factor, state.output_factor)
 
     def on_cpu(arguments: tuple) -> list:
         return [
-            two_sided_loops.Steps(*(part.cpu() for part in each[:4]), each.dtype)
-            if isinstance(each, tuple)
-            else each.cpu()
+            plain.GridLevels(*(part.cpu() for part in each[:4]), each.dtype) if isinstance(each, tuple) else each.cpu()
             for each in arguments
         ]
 
@@ -93,15 +92,15 @@ def by_both_sides(width: int) -> list[Row]:
             2 * blocks - 1,
             2.0 * width**3,
             seconds(lambda: two_sided.feed_back(work.clone(), *fed), 3),
-            seconds(lambda: two_sided_loops.feed_back(work.cpu().clone(), *plain_fed), 1),
+            seconds(lambda: plain.feed_back(work.cpu().clone(), *plain_fed), 1),
         ),
         Row(
             "both sides, descent",
             width,
-            -(-width // two_sided_loops.BLOCK),
+            -(-width // plain.BLOCK),
             float(width) ** 3,
             seconds(lambda: two_sided.descend(codes.clone(), slope.clone(), *descended), 3),
-            seconds(lambda: two_sided_loops.descend(codes.cpu().clone(), slope.cpu().clone(), *plain_descended), 1),
+            seconds(lambda: plain.descend(codes.cpu().clone(), slope.cpu().clone(), *plain_descended), 1),
         ),
     ]
 

@@ -26,7 +26,7 @@ import hesse
 from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.curvature import CrossEntropy, Objective
 from hesse.data import read_samples
-from hesse.solvers.nystroem import refitted
+from hesse.solvers.linear.nystroem import nystroem_weight
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import digits
@@ -138,7 +138,7 @@ def without_pairs(subject: Subject, scores: Tensor, share: float) -> None:
 
 @torch.no_grad()
 def without_directions(subject: Subject, share: float, *, whitened: bool) -> None:
-    """Values of fewer dimensions for each key, and the outputs' weights on these, refitted over all heads."""
+    """Values of fewer dimensions for each key, and the outputs' weights on these, nystroem_weight over all heads."""
     size, kept, fold = subject.head, round(share * subject.head), subject.queries // subject.keys
     for attention in subject.attentions:
         reader, moment = attention.o_proj.weight.double(), subject.moments[attention.o_proj]
@@ -165,7 +165,7 @@ def without_directions(subject: Subject, share: float, *, whitened: bool) -> Non
         )
         whole = torch.cat([reader, torch.zeros_like(reader)], 1)
         attention.o_proj.weight.zero_()
-        attention.o_proj.weight[:, read] = refitted(whole, joint, len(moment) + read).to(attention.o_proj.weight)
+        attention.o_proj.weight[:, read] = nystroem_weight(whole, joint, len(moment) + read).to(attention.o_proj.weight)
 
 
 PARTS: dict[str, Callable[[Subject, float], None]] = {

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hesse.cli import main as command_line
 from hesse.progress import Clock
-from hesse.solvers import column_sweep, sweeps
+from hesse.solvers.sweeps import columns, two_sided_blocks
 
 PRODUCTS = {
     "aten::mm",
@@ -64,9 +64,9 @@ def watch() -> None:
             yield
 
     Clock.phase = seen  # type: ignore[method-assign]
-    column_sweep._walk = recorded(LOOPS, column_sweep._walk)
-    sweeps.feed_back = recorded(LOOPS, sweeps.feed_back)
-    sweeps.descend = recorded(LOOPS, sweeps.descend)
+    columns._walk = recorded(LOOPS, columns._walk)
+    two_sided_blocks.feed_back = recorded(LOOPS, two_sided_blocks.feed_back)
+    two_sided_blocks.descend = recorded(LOOPS, two_sided_blocks.descend)
 
 
 class Phases:

@@ -7,9 +7,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hesse.solvers.kernels.columns import _walk
-from hesse.solvers.kernels.rounding import EXACT
-from hesse.solvers.kernels.two_sided import _descend, _solve_tiles
+from hesse.solvers.sweeps.kernels.columns import _walk
+from hesse.solvers.sweeps.kernels.rounding import EXACT
+from hesse.solvers.sweeps.kernels.two_sided import _descend, _solve_tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 WHOLE = ("width", "height", "first", "last", "stride", "diagonal", "leftmost")

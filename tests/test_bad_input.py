@@ -118,11 +118,11 @@ def test_a_compressed_model_is_no_source(model: Path, refused: Refuse, tmp_path:
 
 
 def test_a_hub_id_without_network(refused: Refuse) -> None:
-    assert "no-one/no-model is no folder here" in refused("no-one/no-model")
+    assert "no-one/no-model is not a folder here" in refused("no-one/no-model")
 
 
 def test_no_such_folder(refused: Refuse, tmp_path: Path) -> None:
-    assert f"{tmp_path / 'nothing'} is no folder" in refused(tmp_path / "nothing")
+    assert f"{tmp_path / 'nothing'} is not a folder" in refused(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(not packed.LOADER_UNPACKS, reason="an older transformers is refused any asymmetric grid")

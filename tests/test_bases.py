@@ -28,8 +28,8 @@ def test_a_rotation_keeps_lengths_and_comes_back(size: int) -> None:
 def test_the_quadratic_is_the_same_in_every_basis() -> None:
     constraint, weight, inputs = Rotated(Grid(4, 8)), normal(1, 12, 24), normal(2, 60, 24)
     gram = Gram.from_inputs(inputs)
-    turned = Gram(second_moment=constraint.turned_inputs(gram.second_moment), tokens=60)
-    assert turned.quadratic(constraint.turned(weight)) == pytest.approx(gram.quadratic(weight))
+    turned = Gram(second_moment=constraint.rotate_inputs(gram.second_moment), tokens=60)
+    assert turned.quadratic(constraint.rotate_weight(weight)) == pytest.approx(gram.quadratic(weight))
     near = Rotated(Grid(8, 4)).stored_as(torch.float64).nearest(weight)
     torch.testing.assert_close(near, weight, rtol=0, atol=0.03)
     assert Rotated(Grid(4, 8)).bits_per_weight(torch.Size([4, 16])) == Grid(4, 8).bits_per_weight(torch.Size([4, 16]))

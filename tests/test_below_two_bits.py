@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused() -> None:
         SalientColumns(1.0)
     with pytest.raises(OptionError, match="asymmetric"):
         SalientColumns(0.2, Grid(4, -1, symmetric=False))
-    with pytest.raises(OptionError, match="20% of 2 columns is none of them"):
+    with pytest.raises(OptionError, match="20% of 2 columns rounds to none or all"):
         solve(torch.ones(4, 2), Identity(), SalientColumns(), Nearest())
     with pytest.raises(UnsupportedProduct, match="needs a Gram"):
         RefitSalient().init(Identity())

@@ -119,4 +119,4 @@ def test_bad_input(half_folder: FolderOf, hesse_command: CommandLine) -> None:
         hesse.benchmark(folder, repeats=0)
     assert tiny_models.POSITIONS == 128
     ran = hesse_command("benchmark", "./nothing")
-    assert (ran.code, "is no folder" in ran.error) == (1, True)
+    assert (ran.code, "is not a folder" in ran.error) == (1, True)

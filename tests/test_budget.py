@@ -206,7 +206,7 @@ def test_a_recipe_and_a_budget_exclude_each_other(hesse_command: CommandLine, tm
 
 
 def rule(curvature: str, solver: str, constraint: ConstraintOptions, layers: tuple[str, ...] = ("*",)) -> Rule:
-    return Rule(layers=layers, statistics=curvature, constraint=constraint, solver=SolverOptions(name=solver))  # type: ignore[arg-type]
+    return Rule(layers=layers, curvature=curvature, constraint=constraint, solver=SolverOptions(name=solver))  # type: ignore[arg-type]
 
 
 def test_vllm_needs_one_rule_for_what_it_fuses(half_folder: FolderOf, tmp_path: Path) -> None:

@@ -265,6 +265,5 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     with start(tmp_path, "compress", "./nothing", "out") as process:
         printed, error = process.communicate(timeout=LONG)
     assert (process.returncode, printed) == (1, "")
-    assert (
-        error.strip() == "Error: ./nothing is no folder; give a model folder, `default`, or a hub id such as owner/name"
-    )
+    expected = "Error: ./nothing is not a folder; give a model folder, `default`, or a hub id such as owner/name"
+    assert error.strip() == expected

@@ -1,4 +1,4 @@
-"""Codebooks under curvatures that couple weights: against the surgeon written out, brute force and least squares."""
+"""Codebooks under curvatures that couple weights: against the reference loops, brute force and least squares."""
 
 from itertools import product
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from hesse.constraints import Codebook, CodebookCode, Sparse
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.solvers import ErrorFeedback, TwoSidedFeedback, solve
+from hesse.solvers._reference import gptq, two_sided
 from hesse.solvers.admm import ADMM
-from hesse.solvers.refit_values import in_order, refit_values
+from hesse.solvers.refit_codes import in_order, refit_values
 from hesse.solvers.repair import Repair
-from hesse.solvers.sweeps import nearest
+from hesse.solvers.sweeps.two_sided_blocks import nearest
 from hesse.solvers.two_sided_search import CodebookSearch
 from hesse.testing import normal, seeds
 
@@ -35,51 +36,44 @@ def gram(seed: int, columns: int) -> Gram:
     return Gram(second_moment=factor(seed, columns), tokens=1000).damped(0.01)
 
 
-def surgeon(weight: Tensor, curvature: Kronecker, values: Tensor) -> Tensor:
-    """The codes (out, in) by H⁻¹ written out: a weight is taken to its row's values, its error spread over all left."""
-    rows, columns = weight.shape
-    inverse = torch.linalg.inv(torch.kron(curvature.output_factor, curvature.input_factor))
-    work, codes = weight.flatten().clone(), torch.zeros(rows * columns, dtype=torch.long)
-    by_column = torch.argsort(curvature.input_factor.diagonal(), descending=True).tolist()
-    by_row = torch.argsort(curvature.output_factor.diagonal(), descending=True).tolist()
-    for column, row in product(by_column, by_row):
-        at = row * columns + column
-        codes[at] = (work[at] - values[row].double()).abs().argmin()
-        error = work[at] - values[row, codes[at]].double()
-        work -= error / inverse[at, at] * inverse[at]
-        inverse = inverse - torch.outer(inverse[at], inverse[at]) / inverse[at, at]
-        inverse[at] = inverse[:, at] = 0
-    return codes.view(rows, columns)
+def reference(weight: Tensor, curvature: Kronecker, values: Tensor) -> Tensor:
+    """The codes (out, in) by the reference loop, columns with the largest A_jj first, rows with the largest G_ii."""
+    codes = torch.zeros(weight.shape, dtype=torch.long)
+
+    def nearest(value: Tensor, row: int, column: int) -> Tensor:
+        codes[row, column] = (value - values[row].double()).abs().argmin()
+        return values[row, codes[row, column]].double()
+
+    orders = (f.diagonal().argsort(descending=True).tolist() for f in curvature.factors)
+    two_sided(weight, *curvature.factors, *orders, nearest)
+    return codes
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (8, 6), (1, 7), (3, 150)])
 @pytest.mark.parametrize("seed", [0, 10])
-def test_both_sides_are_the_surgeon_on_the_whole_matrix(shape: tuple[int, int], seed: int) -> None:
+def test_both_sides_are_the_reference_loop(shape: tuple[int, int], seed: int) -> None:
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     plain = BOOK.encode(weight)
     search = CodebookSearch(TwoSidedFeedback().init(curvature), BOOK, weight)
-    found = search.fed_back(plain, weight)
+    found = search.feed_back(plain, weight)
     assert torch.equal(found.values, plain.values)
-    agreeing = (found.codes.long() == surgeon(weight, curvature, plain.values)).double().mean()
+    agreeing = (found.codes.long() == reference(weight, curvature, plain.values)).double().mean()
     assert agreeing == 1 if shape[1] < 100 else agreeing > 0.98  # the loops are in float32
 
 
 @pytest.mark.parametrize("order", ["given", "descending"])
-def test_one_side_is_the_surgeon_row_by_row(order: str) -> None:
+def test_one_side_is_the_reference_loop_of_gptq(order: str) -> None:
     weight, curvature = normal(3, 6, 24), gram(0, 24)
     codes = solve(weight, curvature, BOOK, ErrorFeedback(order, refit_steps=0)).encoded.codes.long()  # type: ignore[arg-type]
     values = BOOK.encode(weight, curvature.diagonal().expand_as(weight)).values.double()
-    inverse = torch.linalg.inv(curvature.second_moment + curvature.damping * torch.eye(24))
-    work, columns = weight.clone(), torch.arange(24)
-    if order == "descending":
-        columns = torch.argsort(curvature.diagonal(), descending=True)
+    columns = torch.argsort(curvature.diagonal(), descending=True) if order == "descending" else torch.arange(24)
     expected = torch.zeros_like(codes)
-    for column in columns.tolist():
+
+    def nearest(work: Tensor, column: int) -> Tensor:
         expected[:, column] = (work[:, column, None] - values).abs().argmin(1)
-        error = work[:, column] - values.gather(1, expected[:, column, None])[:, 0]
-        work -= torch.outer(error / inverse[column, column], inverse[column])
-        inverse = inverse - torch.outer(inverse[column], inverse[column]) / inverse[column, column]
-        inverse[column] = inverse[:, column] = 0
+        return values.gather(1, expected[:, column, None])[:, 0]
+
+    gptq(weight, curvature.second_moment + curvature.damping * torch.eye(24), columns.tolist(), nearest)
     plain = BOOK.encode(weight, curvature.diagonal().expand_as(weight)).codes.long()
     assert all(torch.equal(a, b) or torch.equal(a, c) for a, b, c in zip(codes, expected, plain, strict=True))
     assert (codes != plain).any()
@@ -105,15 +99,15 @@ def test_never_worse_than_the_best_tables_alone(seed: int, rows: int, columns: i
 def test_after_enough_passes_no_single_code_can_be_bettered() -> None:
     weight, curvature = normal(7, 6, 12), kronecker(7, 6, 12)
     search = CodebookSearch(TwoSidedFeedback().init(curvature), BOOK, weight)
-    best = search.priced(BOOK.encode(weight))
+    best = search.price(BOOK.encode(weight))
     first = best.cost
     for _ in range(12):
-        best = search.cheaper(best, search.descended(best))
+        best = search.cheaper(best, search.descend(best))
     assert best.cost < first
     for row, column, other in product(range(6), range(12), range(4)):
         codes = best.code.codes.clone()
         codes[row, column] = other
-        assert search.priced(CodebookCode(codes, best.code.values)).cost >= best.cost * (1 - 1e-5)
+        assert search.price(CodebookCode(codes, best.code.values)).cost >= best.cost * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("curvature", [kronecker(1, 5, 40), gram(1, 40)], ids=["both sides", "inputs"])

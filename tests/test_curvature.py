@@ -212,6 +212,8 @@ class TestSum(OfOneLayer):
 
 
 class TestBlockDiagonal(CurvatureLaws):
+    offers = ("solve", "inverse_diagonal", "diagonal", "trace", "rank", "save")  # a RankOneSum has no powers
+
     def build(self, dtype: torch.dtype) -> Curvature:
         blocks = {
             "a.weight": Gram.from_inputs(INPUTS.to(dtype)),
@@ -227,6 +229,15 @@ class TestBlockDiagonal(CurvatureLaws):
     def test_solve_without_damping(self) -> None:  # a RankOneSum always needs damping
         with pytest.raises(ConditioningError, match="damped"):
             self.build(torch.float64).solve(self._vectors(0))
+
+
+class TestBlockDiagonalWithPowers(CurvatureLaws):
+    def build(self, dtype: torch.dtype) -> Curvature:
+        blocks = {"weight": Gram.from_inputs(INPUTS.to(dtype)), "bias": Diagonal(values=ROW_VALUES[:OUT].to(dtype))}
+        return BlockDiagonal(blocks=blocks, shapes={"weight": (OUT, IN), "bias": (OUT,)})
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(hessian(layer_loss), ROW_VALUES[:OUT].diag())
 
 
 DEFICIENT = normal(10, 2, IN)  # 2 tokens in 4 dimensions
@@ -374,7 +385,7 @@ class MatvecOnly(Curvature):
     def shape(self) -> torch.Size:
         return torch.Size((2,))
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector
 
     def diagonal(self) -> Tensor:

@@ -27,7 +27,7 @@ def outputs_of(objective: Objective, inputs: Tensor) -> Callable[[Tensor], Tenso
 
 
 def point(objective: Objective) -> Tensor:
-    return objective.joined(objective.parameters).detach()
+    return objective.join(objective.parameters).detach()
 
 
 def mean_scale(objective: Objective, targets: Tensor, terms: Tensor) -> float:
@@ -135,7 +135,7 @@ def test_sampled_fisher(setting: str, loss: str, per: Any) -> None:
     objective = make(setting, loss)
     curvature = Fisher(objective=objective, kind="sampled", per=per, seed=3)
     inputs, targets = everything(objective)  # the labels do not depend on how the data is cut into batches
-    drawn = objective.loss.sampled_targets(objective.outputs(inputs), targets, torch.Generator().manual_seed(3))
+    drawn = objective.loss.sample_targets(objective.outputs(inputs), targets, torch.Generator().manual_seed(3))
     same(curvature, dense_fisher(objective, drawn, per))
     same(curvature, curvature.matrix())  # the same labels for every product
 

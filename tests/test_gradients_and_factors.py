@@ -40,7 +40,7 @@ def samples(objective: Objective, kind: str, seed: int = 0) -> list[tuple[Tensor
     generator = torch.Generator().manual_seed(seed)
     for inputs, targets in objective.batches():
         if kind == "sampled":
-            targets = objective.loss.sampled_targets(objective.outputs(inputs), targets, generator)
+            targets = objective.loss.sample_targets(objective.outputs(inputs), targets, generator)
         found += list(zip(inputs.split(1), targets.split(1), strict=True))
     return found
 
@@ -54,7 +54,7 @@ def test_per_sample_gradients(setting: str, kind: Any) -> None:
     objective = make(setting, "cross-entropy")
     expected = torch.stack(
         [
-            objective.joined(
+            objective.join(
                 torch.autograd.grad(objective.loss.terms(objective.outputs(x), y).sum(), objective.parameters)
             )
             for x, y in samples(objective, kind, seed=3)
@@ -696,7 +696,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
         list(per_sample_gradients(objective, "exact"))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="one gradient takes"):
         list(per_sample_gradients(objective, "empirical", budget=8))
-    with pytest.raises(OptionError, match="'hessian' is no curvature that data fills: use gram"):
+    with pytest.raises(OptionError, match="'hessian' is not a curvature estimated from data: use gram"):
         estimate_curvatures(objective, ["hessian"])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="per 'position' or per 'sample'"):
         estimate_curvatures(objective, ["gram"], per="token")  # type: ignore[arg-type]

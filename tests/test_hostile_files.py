@@ -282,7 +282,7 @@ def test_names_that_are_no_hub_ids(name: str, monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         locate(name)
 
 
@@ -292,5 +292,5 @@ def test_nothing_is_asked_of_the_network_when_offline(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="is no folder here, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="is not a folder here, and the hub does not provide it"):
         locate("no-one/no-model")

@@ -150,4 +150,4 @@ def test_an_error_is_one_line(hesse_command: CommandLine, tmp_path: Path) -> Non
     assert ran.code == 1
     assert ran.error.startswith("Error: ")
     assert r"\x1b]0;a title\x07\x1b[2J\x9b31m[red][/blue]:smile:\u202ehidden\r" in ran.error
-    assert r"such\nmodel is no folder" in ran.error
+    assert r"such\nmodel is not a folder" in ran.error

@@ -10,7 +10,7 @@ from hesse.constraints import Grid, GridCode, Sparse
 from hesse.curvature import Diagonal, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
 from hesse.solvers import ErrorFeedback, LearnedRounding, TwoSidedFeedback, solve
-from hesse.solvers.row_flips import settle_rows
+from hesse.solvers.sweeps.row_flips import settle_rows
 from hesse.testing import normal
 
 GRIDS = [Grid(2, 4, headroom=0.25), Grid(3, -1, signed=True, headroom=1.0), Grid(3, 5, symmetric=False)]
@@ -73,7 +73,7 @@ def test_inputs_that_are_always_zero_stay_as_they_are() -> None:
 def test_the_descent_is_that_of_autograd_and_torchs_adam(grid: Grid) -> None:
     grid, curvature, weight = grid.stored_as(torch.float64), gram(4, 10), normal(5, 6, 10)
     solver, start = LearnedRounding(steps=200), grid.encode(weight)
-    found = solver.learned(curvature, weight, grid, start)
+    found = solver.learn(curvature, weight, grid, start)
 
     moment, step = curvature.second_moment, grid.expand(start.scales.scale, 10)
     zero = 0 if start.scales.zero_point is None else grid.expand(start.scales.zero_point, 10)

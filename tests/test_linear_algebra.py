@@ -22,8 +22,8 @@ from hesse.solvers import (
     log_determinant,
     spectral_density,
 )
-from hesse.solvers.conjugate_steps import conjugate_steps
-from hesse.solvers.triangular import inverse_of
+from hesse.solvers.linear.conjugate_gradients import conjugate_steps
+from hesse.solvers.linear.triangular import inverse_of
 from hesse.testing import normal, seeds
 
 N = 12
@@ -39,7 +39,7 @@ class Matrix(Curvature):
     def shape(self) -> torch.Size:
         return self.values.shape[:1]
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector @ self.values.to(vector.dtype)
 
     def diagonal(self) -> Tensor:

@@ -261,11 +261,11 @@ def test_what_cannot_be_changed_alone_is_left_with_a_note() -> None:
     assert [layer.name for layer in report.layers] == ["wide", "narrow", "again", "after", "twice"]
     notes = "\n".join(report.notes)
     for expected in (
-        "groups: left as it is: a convolution in 2 groups is no single matrix",
-        "tied: left as it is: its weight is another module's too",
+        "groups: unchanged: a convolution in 2 groups is not a single matrix",
+        "tied: unchanged: its weight is shared with another module",
         "never: left as it is: it is never called",
         "twice: is called several times in a forward, and is solved for the inputs of its first call",
-        "free: left as they are, being no layer's weight",
+        "free: unchanged, because they are not the weight of a layer",
     ):
         assert expected in notes
     for name in ("groups", "tied", "never", "owner"):
@@ -452,7 +452,7 @@ def test_a_path_that_depends_on_the_data_is_refused() -> None:
             rows = images.flatten(1)
             if len(rows) == digits.BATCH:
                 rows = self.right(rows).repeat(1, 7)[:, :64]
-            result: Tensor = self.left(rows)
+            result: Tensor = self.residual(rows)
             return result
 
     data = digits.batches(samples=digits.BATCH + 9)

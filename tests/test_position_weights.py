@@ -20,7 +20,7 @@ from hesse.estimation.statistics.weighted_inputs import LEAST, in_range, positio
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.networks.attention import received
+from hesse.networks.attention import attention_per_key
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import advance, start
 from hesse.solvers import ErrorFeedback, solve
@@ -55,14 +55,14 @@ def test_it_is_what_eager_attention_gives(name: str, family_folder: FolderOf) ->
 def test_masks_are_kept() -> None:
     query, key = normal(0, 2, 4, 5, 3).float(), normal(1, 2, 2, 5, 3).float()
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    found = received(query, key, None, None, True)
+    found = attention_per_key(query, key, None, None, True)
     added = torch.zeros(1, 1, 5, 5).masked_fill(~causal, -torch.inf)
     for mask in (causal[None, None], added, causal.expand(2, 4, 5, 5)):
-        torch.testing.assert_close(received(query, key, mask, None, True), found)
+        torch.testing.assert_close(attention_per_key(query, key, mask, None, True), found)
     shares = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 3**0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     torch.testing.assert_close(found, shares.sum((1, 2)))
     torch.testing.assert_close(found.sum(1), torch.full((2,), 4.0 * 5))  # each query of each head gives one in all
-    assert received(query, key, None, None, False).sum() == pytest.approx(40)
+    assert attention_per_key(query, key, None, None, False).sum() == pytest.approx(40)
 
 
 def test_weights_lie_in_their_range_sample_by_sample() -> None:
@@ -131,7 +131,7 @@ def test_positions_that_reach_an_expert_are_equals_and_it_is_said(half_folder: F
 
 
 def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="does not tell how much attention a position receives"):
+    with pytest.raises(UnsupportedModelError, match=r"the attention of .* cannot be observed"):
         compress(half_folder("falcon-alibi"), tmp_path / "out", recipe=Recipe(rules=(RULE,)))
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
     with pytest.raises(OptionError, match="--statistics holds no weighted inputs"):

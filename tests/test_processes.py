@@ -136,5 +136,5 @@ def test_one_process_shares_with_nobody() -> None:
     alone, tensor = Processes(), torch.ones(3)
     alone.add(tensor)
     alone.wait()
-    assert torch.equal(alone.joined(tensor), torch.ones(3))
+    assert torch.equal(alone.all_gather(tensor), torch.ones(3))
     assert (alone.all_reduce_sum(3), alone.all_reduce_min(3), alone.is_main) == (3, 3, True)

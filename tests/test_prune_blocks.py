@@ -128,7 +128,7 @@ def test_cosines_and_quadratic_costs_are_what_they_say(deep: Any, tmp_path: Path
     assert found.removed[1].measured == pytest.approx(divergence("llama", source, [d.block for d in found.removed]))
 
     loss, ids = CrossEntropy(), torch.tensor(IDS)
-    labels = loss.sampled_targets(logits, next_tokens(ids), label_generator(0))
+    labels = loss.sample_targets(logits, next_tokens(ids), label_generator(0))
     slopes = torch.autograd.grad(loss.terms(logits, labels).sum(), seen[1:])
     expected = [
         0.5 * float((slope * (after - before).detach()).sum(-1).square().sum()) / loss.count(labels)
@@ -204,7 +204,7 @@ def test_what_has_no_meaning_is_refused_by_name(options: dict[str, Any], said: s
 
 
 def test_blocks_that_are_what_they_are_by_their_numbers_are_refused(deep: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="has decoder_sparse_step: its blocks are of a kind by their"):
+    with pytest.raises(UnsupportedModelError, match="has decoder_sparse_step: the kinds of its blocks depend on their"):
         drop(deep("qwen2-moe", decoder_sparse_step=2), tmp_path / "out", blocks=1)
     (tmp_path / "by-place").mkdir()
     settings = {"n_layer": DEPTH, "scale_attn_by_inverse_layer_idx": True}

@@ -17,7 +17,7 @@ from helpers import IDS, CommandLine, dense_tensors, left_over, output, write_id
 from hesse.errors import ConditioningError, OptionError, UnsupportedModelError
 from hesse.networks import feed_forward
 from hesse.networks.families import EXPERT_LAYERS
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 from hesse.testing import normal
 
 FolderOf = Callable[[str], Path]
@@ -51,17 +51,17 @@ def test_units_have_the_highest_ridge_leverage_and_it_sums_to_their_number() -> 
 def test_what_reads_them_is_the_least_squares_fit() -> None:
     hidden, weight = normal(2, 200, 12), normal(3, 4, 12)
     units = torch.tensor([0, 3, 7, 8])
-    found = refitted(weight, hidden.T @ hidden / 200, units)
+    found = nystroem_weight(weight, hidden.T @ hidden / 200, units)
     expected = torch.linalg.lstsq(hidden[:, units], hidden @ weight.T).solution.T
     torch.testing.assert_close(found, expected)
     copied = torch.cat([hidden[:, :6], 2 * hidden[:, :6]], 1)  # the other half says nothing new
     moment = copied.T @ copied / 200
     units = torch.arange(6, 12)
-    torch.testing.assert_close(copied[:, units] @ refitted(weight, moment, units).T, copied @ weight.T)
+    torch.testing.assert_close(copied[:, units] @ nystroem_weight(weight, moment, units).T, copied @ weight.T)
     doubled = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])  # some of them twice
-    torch.testing.assert_close(copied[:, doubled] @ refitted(weight, moment, doubled).T, copied @ weight.T)
-    with pytest.raises(ConditioningError, match="always zero"):
-        refitted(weight, torch.zeros(12, 12), units)
+    torch.testing.assert_close(copied[:, doubled] @ nystroem_weight(weight, moment, doubled).T, copied @ weight.T)
+    with pytest.raises(ConditioningError, match="all inputs of this layer are zero"):
+        nystroem_weight(weight, torch.zeros(12, 12), units)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -93,7 +93,9 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
         inputs = seen_by(dense, layer)
         small = held[f"{stored}.{reader}.weight"]
         small = small.T if transposed else small
-        expected = refitted(layer.weight.T if transposed else layer.weight, inputs.T @ inputs, torch.tensor(units))
+        expected = nystroem_weight(
+            layer.weight.T if transposed else layer.weight, inputs.T @ inputs, torch.tensor(units)
+        )
         torch.testing.assert_close(small, expected, rtol=2e-2, atol=2e-3)
         full = torch.zeros_like(layer.weight.T if transposed else layer.weight)
         full[:, units] = small

@@ -20,6 +20,7 @@ def moment(gradients: Tensor) -> Tensor:
 
 
 class TestRankOneSum(CurvatureLaws):
+    offers = ("solve", "inverse_diagonal", "diagonal", "trace", "rank", "save")
     gradients = normal(0, 5, 3, 4)
 
     def build(self, dtype: torch.dtype) -> Curvature:
@@ -34,6 +35,7 @@ class TestRankOneSumOfOneVector(TestRankOneSum):
 
 
 class TestBlockRankOneSum(CurvatureLaws):
+    offers = ("solve", "inverse_diagonal", "diagonal", "trace", "rank", "save")
     gradients, block_size = normal(2, 9, 3, 4), 5
 
     def build(self, dtype: torch.dtype) -> Curvature:

@@ -38,7 +38,7 @@ def objective(model: nn.Module | None = None) -> Objective:
 
 
 def weights_of(objective: Objective) -> Tensor:
-    return objective.joined([parameter.detach() for parameter in objective.parameters])
+    return objective.join([parameter.detach() for parameter in objective.parameters])
 
 
 def costs(

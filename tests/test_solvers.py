@@ -13,9 +13,20 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode, LowRank, Scales, Sparse, SparseCode, SparseGrid
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, ConditioningWarning, DataError, OptionError, UnsupportedProduct
-from hesse.solvers import ErrorFeedback, Nearest, Solution, Solver, TwoSidedFeedback, WhitenedSVD, solve
+from hesse.solvers import (
+    ErrorFeedback,
+    GreedySurgeon,
+    LearnedRounding,
+    Nearest,
+    Solution,
+    Solver,
+    TwoSidedFeedback,
+    WhitenedSVD,
+    solve,
+)
+from hesse.solvers._reference import gptq
 from hesse.solvers.base import solve_with
-from hesse.solvers.refit import refit
+from hesse.solvers.refit import refit_rows
 
 seeds = st.integers(0, 2**31 - 1)
 orders = st.sampled_from(["given", "descending"])
@@ -45,7 +56,7 @@ def row_costs(curvature: Curvature, change: Tensor) -> Tensor:
     return (curvature.matvec(change) * change).sum(1) / 2
 
 
-# ErrorFeedback against the recursion of Optimal Brain Surgeon
+# ErrorFeedback against the reference loop
 
 
 def parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
@@ -57,10 +68,9 @@ def parts(constraint: Constraint) -> tuple[Grid | None, Sparse | None]:
 def plain_feedback(
     weight: Tensor, gram: Gram, constraint: Constraint, descending: bool, block_size: int, mask_columns: int
 ) -> tuple[Tensor, Tensor]:
-    """The member that ErrorFeedback must find, in the slowest and plainest way.
+    """The member that ErrorFeedback must find: the reference loop of GPTQ, with scales and masks decided on the way.
 
-    H⁻¹ is explicit. A column is decided, its error is spread over the columns left by w -= (w_j - d) / H⁻¹_jj · H⁻¹_j,
-    and its row and column leave H⁻¹ by Gaussian elimination. Columns are taken as given, or those of the largest
+    Columns are taken as given, or those of the largest
     E[x²] first; then the scales of a grid are those of the whole weight. Masks are decided for `mask_columns`
     columns (or M) at once, by (w_j)² / H⁻¹_jj with every column before j gone; how many of them go is what one mask of
     all columns left gives the block that they are in, and one mask of the columns left in the block gives them. A row
@@ -82,8 +92,7 @@ def plain_feedback(
         left = order[step:]
         pivots.append(torch.linalg.inv(hessian[left][:, left])[0, 0])
 
-    inverse = torch.linalg.inv(hessian)
-    work, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    kept = torch.ones_like(weight, dtype=torch.bool)
     scales = grid.fit(weight) if grid is not None else None
     pieces: list[Scales] = []
     tied = torch.zeros(len(weight), dtype=torch.bool)
@@ -91,7 +100,10 @@ def plain_feedback(
     if sparse is not None and sparse.of is None:
         left = torch.tensor([round(sparse.amount * columns)] * len(weight))
         left = left if sparse.scope == "row" else torch.tensor([round(sparse.amount * weight.numel())])
-    for step, column in enumerate(order):
+
+    def nearest(work: Tensor, column: int) -> Tensor:
+        nonlocal left, in_block, tied
+        step = order.index(column)
         span = mask_columns if sparse is None or sparse.of is None else sparse.of
         if sparse is not None and step % span == 0:
             scores = torch.stack([work[:, c].square() / pivots[order.index(c)] for c in order], dim=1)
@@ -114,20 +126,17 @@ def plain_feedback(
             used, group_index = (scales, column // width) if descending else (pieces[-1], 0)
             tied |= half_way(allowed, used, group_index)
             allowed = plain_round(allowed, grid, used, group_index)
-        error = (work[:, column] - allowed) / inverse[column, column]
-        work -= torch.outer(error, inverse[column])
-        work[:, column] = allowed
-        inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-        inverse[column] = inverse[:, column] = 0
+        return allowed
 
+    swept = gptq(weight, hessian, order, nearest)
     plain = weight * kept
     if grid is not None:
         for column in range(columns):
             assert scales is not None
             used, group_index = (scales, column // width) if descending else (pieces[column // width], 0)
             plain[:, column] = plain_round(plain[:, column], grid, used, group_index)
-    worse = row_costs(gram, plain - weight) < row_costs(gram, work - weight)
-    return torch.where(worse[:, None], plain, work), tied
+    worse = row_costs(gram, plain - weight) < row_costs(gram, swept - weight)
+    return torch.where(worse[:, None], plain, swept), tied
 
 
 def half_way(column: Tensor, scales: Scales, group: int) -> Tensor:
@@ -199,7 +208,7 @@ def in_float64(constraint: Constraint) -> Constraint:
 
 
 @pytest.mark.parametrize(("name", "order"), [(n, o) for n, (c, *_) in REFERENCE_CASES.items() for o in orders_for(c)])
-def test_error_feedback_is_the_recursion_of_optimal_brain_surgeon(name: str, order: str) -> None:
+def test_error_feedback_is_the_reference_loop_of_gptq(name: str, order: str) -> None:
     constraint, columns, block_size = REFERENCE_CASES[name]
     mask_columns = block_size if block_size % 4 else 4
     constraint = in_float64(constraint)
@@ -414,7 +423,7 @@ def test_refitted_weights_are_the_least_squares_solution_for_their_mask() -> Non
 def test_refitting_makes_no_row_worse(seed: int, share: float, steps: int) -> None:
     weight, gram = normal(seed, 5, 16), correlated_gram(seed + 1, 16)
     kept = torch.rand(5, 16, generator=torch.Generator().manual_seed(seed)) < share
-    found = [refit(weight, weight * kept, kept, gram, n) for n in (steps, steps + 1)]
+    found = [refit_rows(weight, weight * kept, kept, gram, n) for n in (steps, steps + 1)]
     before, after = (row_costs(gram, w - weight) + gram.damping / 2 * (w - weight).square().sum(1) for w in found)
     assert bool((after <= before + 1e-12).all())
     assert not found[1][~kept].any()
@@ -422,9 +431,9 @@ def test_refitting_makes_no_row_worse(seed: int, share: float, steps: int) -> No
 
 def test_refitting_leaves_what_is_solved() -> None:
     weight, gram = normal(0, 5, 16), correlated_gram(1, 16)
-    assert torch.equal(refit(weight, weight, torch.ones(5, 16, dtype=torch.bool), gram, 5), weight)
+    assert torch.equal(refit_rows(weight, weight, torch.ones(5, 16, dtype=torch.bool), gram, 5), weight)
     nothing = torch.zeros(5, 16, dtype=torch.bool)
-    assert torch.equal(refit(weight, weight * nothing, nothing, gram, 5), weight * nothing)
+    assert torch.equal(refit_rows(weight, weight * nothing, nothing, gram, 5), weight * nothing)
 
 
 def test_predicted_loss_increase_of_one_weight_is_that_of_optimal_brain_surgeon() -> None:
@@ -723,3 +732,31 @@ def test_shapes_must_fit(shape: tuple[int, ...], curvature: Curvature, constrain
     solver = ErrorFeedback() if isinstance(curvature, Gram) else Nearest()
     with pytest.raises(OptionError):
         solve(normal(0, *shape), curvature, constraint, solver)
+
+
+# Scales in float64
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("solver", "kronecker"),
+    [
+        (ErrorFeedback(), False),
+        (GreedySurgeon(), False),
+        (LearnedRounding(steps=20), False),
+        (LearnedRounding(TwoSidedFeedback(), steps=20), True),
+        (TwoSidedFeedback(), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_scales_in_float64_are_stored_in_float64(solver: Solver, kronecker: bool, symmetric: bool) -> None:
+    weight, grid = normal(5, 12, 16), Grid(4, 8, symmetric=symmetric, headroom=0.25)  # no weight lies half-way
+    curvature = correlated_kronecker(3, 12, 16) if kronecker else correlated_gram(3, 16)
+    wide = solve(weight, curvature, grid.stored_as(torch.float64), solver)
+    narrow = solve(weight, curvature, grid.stored_as(torch.float32), solver)
+    scale = wide.encoded.scales.scale
+    assert scale.dtype == wide.weight.dtype == torch.float64
+    assert not torch.equal(scale, scale.float().double())  # more digits than float32 has
+    assert torch.equal(narrow.encoded.scales.scale, narrow.encoded.scales.scale.float().double())
+    assert torch.equal(wide.weight, grid.stored_as(torch.float64).decode(wide.encoded))
+    assert wide.predicted_loss_increase == pytest.approx(narrow.predicted_loss_increase, rel=1e-4)

@@ -11,7 +11,7 @@ from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Constraint, Grid, Sparse
 from hesse.curvature import BlockRankOneSum, Curvature, Gram, RankOneSum
 from hesse.errors import OptionError, UnsupportedProduct
-from hesse.solvers import GreedySurgeon, StepwiseSurgeon, solve
+from hesse.solvers import GreedySurgeon, StepwiseSurgeon, SummedSurgeon, solve
 from hesse.testing import normal
 
 SHAPE = (5, 8)
@@ -49,7 +49,7 @@ def test_one_step_is_the_statistic_and_the_joint_update(curvature: Curvature, sc
 @CURVATURES
 def test_the_sum_of_single_updates_is_woodfishers(curvature: Curvature) -> None:
     weight, hessian = normal(5, *SHAPE), dense(curvature)
-    found = solve(weight, curvature, Sparse(0.5).stored_as(torch.float64), StepwiseSurgeon(joint=False)).weight
+    found = solve(weight, curvature, Sparse(0.5).stored_as(torch.float64), SummedSurgeon()).weight
     inverse, flat = torch.linalg.inv(hessian), weight.flatten()
     gone = (found == 0).flatten()
     expected = flat.clone()
@@ -80,7 +80,7 @@ def test_steps_count_what_is_left(curvature: Curvature, amount: float) -> None:
 @CURVATURES
 def test_the_joint_update_costs_least_and_greed_less_still(curvature: Curvature) -> None:
     hessian, costs = dense(curvature), torch.zeros(4)
-    solvers = (StepwiseSurgeon(joint=False), StepwiseSurgeon(), StepwiseSurgeon(steps=4), GreedySurgeon())
+    solvers = (SummedSurgeon(), StepwiseSurgeon(), StepwiseSurgeon(steps=4), GreedySurgeon())
     for seed in range(6):
         weight = normal(seed, *SHAPE)
         for place, solver in enumerate(solvers[:4] if curvature is BLOCKS else solvers[:3]):

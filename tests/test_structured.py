@@ -91,7 +91,7 @@ def test_sums_over_groups_are_sums_over_their_entries(role: str) -> None:
 def sampled(objective: Objective) -> tuple[Tensor, Tensor]:
     """All inputs, and the labels that the sampled Fisher draws."""
     generator = label_generator(0)
-    pairs = [(x, objective.sampled_targets(x, y, generator)) for x, y in objective.batches()]
+    pairs = [(x, objective.sample_targets(x, y, generator)) for x, y in objective.batches()]
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 

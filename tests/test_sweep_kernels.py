@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, GridCode, Sparse
 from hesse.curvature import Gram, Kronecker
-from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, kernels, solve, two_sided_loops
-from hesse.solvers.two_sided_loops import Steps
+from hesse.solvers import ErrorFeedback, Solution, Solver, TwoSidedFeedback, solve
+from hesse.solvers.sweeps import kernels
+from hesse.solvers.sweeps import two_sided as plain_two_sided
+from hesse.solvers.sweeps.two_sided import GridLevels
 from sweep_cases import CONSTRAINTS, WEIGHTS, normal, whole
 
-two_sided = pytest.importorskip("hesse.solvers.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
+two_sided = pytest.importorskip("hesse.solvers.sweeps.kernels.two_sided", reason="needs Triton: see CONTRIBUTING.md")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -91,17 +93,17 @@ def kronecker(seed: int, rows: int, columns: int) -> Kronecker:
     return curvature.with_damped_factors(0.3, 0.01)
 
 
-def steps(seed: int, height: int, width: int, group: int, dtype: torch.dtype) -> Steps:
+def steps(seed: int, height: int, width: int, group: int, dtype: torch.dtype) -> GridLevels:
     """Settings of a 4-bit grid (groups, out), some of its scales negative."""
     groups = -(-width // group)
     scale = (normal(seed, groups, height).sign() * (normal(seed + 1, groups, height).abs() + 0.1)).to(dtype).float()
     zero = whole(seed + 2, -2, 2, groups, height)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(seed)) // group
-    return Steps(*(each.to(DEVICE) for each in (scale, -8 - zero, 7 - zero, order)), dtype)
+    return GridLevels(*(each.to(DEVICE) for each in (scale, -8 - zero, 7 - zero, order)), dtype)
 
 
-def on_cpu(settings: Steps) -> Steps:
-    return Steps(*(each.cpu() for each in settings[:4]), settings.dtype)
+def on_cpu(settings: GridLevels) -> GridLevels:
+    return GridLevels(*(each.cpu() for each in settings[:4]), settings.dtype)
 
 
 def unit_upper(matrix: Tensor) -> Tensor:
@@ -121,10 +123,10 @@ def test_feedback_in_tiles_where_every_weight_is_tied(shape: tuple[int, int], mo
         unit_upper(whole(k, -3, 3, n, n).sign() * (whole(k + 9, 0, 9, n, n) == 0)) for k, n in enumerate(shape)
     )
     bounds = torch.full((1, height), 100.0)
-    settings = Steps(torch.ones(1, height), -bounds, bounds, torch.zeros(width, dtype=torch.int64), torch.float32)
-    plain = two_sided_loops.feed_back(work.clone(), settings, columns, rows)
+    settings = GridLevels(torch.ones(1, height), -bounds, bounds, torch.zeros(width, dtype=torch.int64), torch.float32)
+    plain = plain_two_sided.feed_back(work.clone(), settings, columns, rows)
     assert bool((plain.abs() < 100).all())
-    placed = Steps(*(each.to(DEVICE) for each in settings[:4]), settings.dtype)
+    placed = GridLevels(*(each.to(DEVICE) for each in settings[:4]), settings.dtype)
     found = two_sided.feed_back(work.to(DEVICE), placed, columns.to(DEVICE), rows.to(DEVICE))
     assert torch.equal(found.cpu(), plain)
 
@@ -148,7 +150,7 @@ def test_feedback_in_tiles(
         unit_upper(normal(2, width, width) / 5),
         unit_upper(normal(3, height, height) / 5),
     )
-    plain = two_sided_loops.feed_back(work.clone(), on_cpu(settings), columns, rows)
+    plain = plain_two_sided.feed_back(work.clone(), on_cpu(settings), columns, rows)
     found = two_sided.feed_back(work.to(DEVICE), settings, columns.to(DEVICE), rows.to(DEVICE)).cpu()
     if GPU:
         assert (found != plain).float().mean() < 0.05
@@ -168,7 +170,7 @@ def test_descent(shape: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyP
     codes = (weight / scale).round().clamp(spread.lowest[spread.group], spread.highest[spread.group])
     gradient = inputs @ (codes * scale - weight) @ outputs
     plain, found = codes.clone(), codes.to(DEVICE, copy=True)
-    two_sided_loops.descend(plain, gradient.clone(), spread, inputs, outputs)
+    plain_two_sided.descend(plain, gradient.clone(), spread, inputs, outputs)
     two_sided.descend(found, gradient.to(DEVICE), settings, inputs.to(DEVICE), outputs.to(DEVICE))
     assert (width * height == 1) == torch.equal(plain, codes)
     if GPU:

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesse.compiled import lost_bits, stored
+from hesse.compiled import lost_bits, round_stored
 from hesse.constraints import Grid, GridCode, Scales, Sparse
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
-from hesse.solvers.refit_scales import refit_scales
+from hesse.solvers._reference import two_sided
+from hesse.solvers.refit_codes import refit_scales
 from hesse.solvers.two_sided_search import GridSearch
 
 seeds = st.integers(0, 2**31 - 1)
@@ -39,40 +40,31 @@ def kronecker(seed: int, rows: int, columns: int) -> Kronecker:
     )
 
 
-def surgeon(weight: Tensor, curvature: Kronecker, grid: Grid, scales: Scales) -> Tensor:
-    """The codes (out, in) by H⁻¹ written out: a weight is rounded, its error spread over all that are left.
+def reference(weight: Tensor, curvature: Kronecker, grid: Grid, scales: Scales) -> Tensor:
+    """The codes (out, in) by the reference loop, columns with the largest A_jj first, rows with the largest G_ii."""
+    each, codes = grid.expand_scales(Scales(scales.scale, scales.zeros), weight.shape[1]), torch.zeros_like(weight)
+    assert each.zero_point is not None
+    scale, zero = each.scale.double(), each.zero_point.double()
 
-    Weights leave H⁻¹ by Gaussian elimination, columns with the largest A_jj first, rows with the largest G_ii first.
-    """
-    rows, columns = weight.shape
-    inverse = torch.linalg.inv(torch.kron(curvature.output_factor, curvature.input_factor))
-    work, codes = weight.flatten().clone(), torch.zeros(rows * columns, dtype=torch.float64)
-    scale = grid.expand(scales.scale, columns).flatten().double()
-    zero = torch.zeros_like(scale) if scales.zero_point is None else grid.expand(scales.zero_point, columns).flatten()
-    by_column = torch.argsort(curvature.input_factor.diagonal(), descending=True).tolist()
-    by_row = torch.argsort(curvature.output_factor.diagonal(), descending=True).tolist()
-    for column, row in product(by_column, by_row):
-        at = row * columns + column
-        codes[at] = grid.codes(work[at], scale[at], zero[at])
-        error = work[at] - grid.values(codes[at], scale[at], zero[at])
-        work -= error / inverse[at, at] * inverse[at]
-        inverse = inverse - torch.outer(inverse[at], inverse[at]) / inverse[at, at]
-        inverse[at] = inverse[:, at] = 0
-    return codes.view(rows, columns)
+    def nearest(value: Tensor, row: int, column: int) -> Tensor:
+        codes[row, column] = grid.codes(value, scale[row, column], zero[row, column])
+        return grid.values(codes[row, column], scale[row, column], zero[row, column])
+
+    orders = (f.diagonal().argsort(descending=True).tolist() for f in curvature.factors)
+    two_sided(weight, *curvature.factors, *orders, nearest)
+    return codes
 
 
 @pytest.mark.parametrize("grid", [Grid(3, 4, signed=True, headroom=1.0), Grid(4, -1), Grid(3, 4, symmetric=False)])
 @pytest.mark.parametrize("shape", [(5, 8), (8, 6), (1, 7), (6, 1)])
 @pytest.mark.parametrize("seed", [0, 10, 20])
-def test_it_is_the_recursion_of_optimal_brain_surgeon_on_the_whole_matrix(
-    grid: Grid, shape: tuple[int, int], seed: int
-) -> None:
+def test_it_is_the_reference_loop_of_the_two_sided_update(grid: Grid, shape: tuple[int, int], seed: int) -> None:
     grid = grid.stored_as(torch.float32)
     weight, curvature = normal(seed + 3, *shape), kronecker(seed, *shape)
     state = TwoSidedFeedback().init(curvature)
     scales = grid.fit(weight)
-    found = GridSearch(state, grid, weight).fed_back(grid.round(weight, scales), weight).codes
-    assert torch.equal(found.double(), surgeon(weight, curvature, grid, scales))
+    found = GridSearch(state, grid, weight).feed_back(grid.round(weight, scales), weight).codes
+    assert torch.equal(found.double(), reference(weight, curvature, grid, scales))
 
 
 def test_wide_layers_cross_blocks_of_columns() -> None:
@@ -81,7 +73,7 @@ def test_wide_layers_cross_blocks_of_columns() -> None:
     grid = Grid(4, 50).stored_as(torch.float32)
     curvature = Kronecker(output_factor=torch.ones(3), input_factor=inputs).with_damped_factors(0.0, 0.01)
     search = GridSearch(TwoSidedFeedback().init(curvature), grid, weight)
-    ours = search.fed_back(grid.round(weight, grid.fit(weight)), weight)
+    ours = search.feed_back(grid.round(weight, grid.fit(weight)), weight)
     theirs = solve(weight, Gram(second_moment=curvature.input_factor, tokens=1000), grid, ErrorFeedback("descending"))
     assert (ours.codes != theirs.encoded.codes).double().mean() < 0.01  # where a weight lies half-way
     assert curvature.quadratic(grid.decode(ours) - weight) == pytest.approx(theirs.predicted_loss_increase, rel=1e-3)
@@ -116,16 +108,16 @@ def test_after_enough_passes_no_single_code_can_be_bettered(seed: int) -> None:
     weight, curvature = normal(seed, 4, 6), kronecker(seed, 4, 6)
     grid = Grid(3, 3, signed=True).stored_as(torch.float32)
     loops = GridSearch(TwoSidedFeedback().init(curvature), grid, weight)
-    priced = [loops.priced(grid.round(weight, grid.fit(weight)))]
+    priced = [loops.price(grid.round(weight, grid.fit(weight)))]
     for _ in range(12):
-        priced.append(loops.priced(loops.descended(priced[-1])))
+        priced.append(loops.price(loops.descend(priced[-1])))
     code, costs = priced[-1].code, [each.cost for each in priced]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
     assert costs[-1] < costs[0]
     for row, column, other in product(range(4), range(6), range(-4, 4)):
         codes = code.codes.clone()
         codes[row, column] = other
-        assert loops.priced(GridCode(codes, code.scales)).cost >= costs[-1] * (1 - 1e-5)
+        assert loops.price(GridCode(codes, code.scales)).cost >= costs[-1] * (1 - 1e-5)
 
 
 def test_it_lies_between_the_best_of_all_roundings_and_feedback_on_columns_alone() -> None:
@@ -190,14 +182,14 @@ def test_no_single_kept_code_can_be_bettered_after_enough_passes() -> None:
     weight, curvature, grid = normal(2, 4, 8), kronecker(2, 4, 8), Grid(3, 4, signed=True).stored_as(torch.float32)
     pruned = solve(weight, curvature, Sparse(2, 4), ADMM()).weight
     loops = GridSearch(TwoSidedFeedback().init(curvature), grid, weight, pruned != 0)
-    priced = loops.priced(grid.round(pruned, grid.fit(pruned)))
+    priced = loops.price(grid.round(pruned, grid.fit(pruned)))
     for _ in range(12):
-        priced = loops.priced(loops.descended(priced))
+        priced = loops.price(loops.descend(priced))
     assert (priced.code.codes[pruned == 0] == 0).all()
     for (row, column), other in product((pruned != 0).nonzero().tolist(), range(-4, 4)):
         codes = priced.code.codes.clone()
         codes[row, column] = other
-        assert loops.priced(GridCode(codes, priced.code.scales)).cost >= priced.cost * (1 - 1e-5)
+        assert loops.price(GridCode(codes, priced.code.scales)).cost >= priced.cost * (1 - 1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,9 +208,10 @@ def test_refitting_scales_never_costs(seed: int, steps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loops_round_values_as_they_are_stored(dtype: torch.dtype) -> None:
     values = torch.cat([normal(0, 2000).float(), torch.arange(-999, 999) / 256, 1 + torch.arange(99) / 2**11])
-    found = torch.tensor([float(stored(value, lost_bits(dtype))) for value in values.numpy()])
+    found = torch.tensor([float(round_stored(value, lost_bits(dtype))) for value in values.numpy()])
     assert torch.equal(found, round_to(values, dtype))
-    assert float(stored(values.numpy()[0], lost_bits(torch.float32))) == float(values[0])
+    for as_precise in (torch.float32, torch.float64):
+        assert float(round_stored(values.numpy()[0], lost_bits(as_precise))) == float(values[0])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -261,7 +254,7 @@ def test_the_loops_compile_where_no_cache_can_be_written() -> None:
     program = (
         "import numba.core.caching as c; c.FunctionCache._impl_class._locator_classes = []\n"
         "import torch, hesse.compiled as s, numpy as np\n"
-        "print(s.stored(np.float32(1.0), np.uint32(0)))"
+        "print(s.round_stored(np.float32(1.0), np.uint32(0)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1.0"

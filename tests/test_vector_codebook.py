@@ -151,5 +151,5 @@ def test_refusals(half_folder: Callable[[str], Path], tmp_path: Path) -> None:
         VectorCodebook(0)
     with pytest.raises(UnsupportedProduct, match="VectorFeedback solves VectorCodebook, not Grid"):
         solve(normal(0, 4, 8), gram(0, 8), Grid(), VectorFeedback())
-    with pytest.raises(UnsupportedProduct, match="ErrorFeedback needs a Gram"):
+    with pytest.raises(UnsupportedProduct, match="VectorFeedback needs a Gram"):
         solve(normal(0, 4, 8), Identity(), VectorCodebook(1, 2), VectorFeedback())

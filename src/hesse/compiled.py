@@ -1,7 +1,7 @@
-"""What compiled loops share: the compiler, and how they round.
+"""Shared by compiled loops: the compiler, and rounding to a stored type.
 
-The compiler (numba) keeps its result in a cache beside the loop's file, or in the user's cache folder; the first call
-ever takes seconds.
+The compiler (numba) caches machine code beside the loop's file, or in the user's cache folder; the very first call
+takes seconds.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`loop` as machine code, kept for the next process where there is a place for it."""
+def compile_loop(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Compile `loop` to machine code, cached for the next process where a folder can be written."""
     machine_code: Any
     try:
         machine_code = numba.njit(cache=True, nogil=True)(loop)
@@ -29,14 +29,14 @@ def compiled(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def lost_bits(dtype: torch.dtype) -> np.uint32:
-    """The last bits of a float32 that a number of type `dtype` does not have."""
-    lost: np.uint32 = np.uint32(0 if dtype == torch.float32 else round(np.log2(torch.finfo(dtype).eps)) + 23)
+    """Return how many of a float32's last bits a number of type `dtype` lacks: none if it is as precise or more."""
+    lost: np.uint32 = np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0))
     return lost
 
 
-@compiled
-def stored(value: np.float32, lost: np.uint32) -> np.float32:
-    """`value` rounded to the precision of the stored type, ties to even; `lost` 0 keeps it whole."""
+@compile_loop
+def round_stored(value: np.float32, lost: np.uint32) -> np.float32:
+    """Return `value` rounded to the precision of the stored type, ties to even; `lost` 0 returns it unchanged."""
     if not lost:
         return value
     bits, one = np.float32(value).view(np.uint32), np.uint32(1)
@@ -45,7 +45,7 @@ def stored(value: np.float32, lost: np.uint32) -> np.float32:
     return rounded
 
 
-@compiled
+@compile_loop
 def add(target: Floats, values: Floats, factor: np.float32) -> None:
     """Add `factor` times `values` to `target`."""
     for k in range(len(target)):

@@ -1,4 +1,4 @@
-"""Every error that Hesse raises on purpose: one line that names the thing and says what to do."""
+"""Errors that Hesse raises on purpose: each message is one line that names the cause and the remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ class HesseError(Exception):
 
 
 class OptionError(HesseError):
-    """An option, or a combination of options, that has no meaning."""
+    """An option, or a combination of options, that is not valid."""
 
 
 class DataError(HesseError):
@@ -17,7 +17,7 @@ class DataError(HesseError):
 
 
 class CheckpointError(HesseError):
-    """A checkpoint folder that is missing something, or holds something that cannot be read."""
+    """A checkpoint folder that lacks a file, or holds one that cannot be read."""
 
 
 class UnsupportedModelError(HesseError):
@@ -29,7 +29,7 @@ class OutputError(HesseError):
 
 
 class VerificationError(HesseError):
-    """A written checkpoint that differs from what was solved, or is worse than predicted beyond all proportion."""
+    """A written checkpoint that differs from the solution, or whose loss is far above the prediction."""
 
 
 class UnsupportedProduct(HesseError):
@@ -41,18 +41,18 @@ class ConditioningError(HesseError):
 
 
 class ConditioningWarning(UserWarning):
-    """A result that rounding may have spoilt."""
+    """A result that may be inaccurate because of rounding errors."""
 
 
 def check_at_least(option: str, value: int | None, least: int) -> None:
-    """Raise OptionError if the option was given as less than `least`."""
+    """Raise OptionError if the option is given and below `least`."""
     if value is not None and value < least:
         raise OptionError(f"{option} is {value}, but must be at least {least}")
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Raise a HesseError of what is done inside with `what` before its message: a layer's name, for one."""
+    """Put `what`, such as a layer's name, before the message of a HesseError that is raised inside."""
     try:
         yield
     except HesseError as error:
@@ -60,10 +60,12 @@ def naming(what: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with each character that could steer a terminal or hide others spelt out, such as ESC."""
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+    """Return `text` on one line, with escapes for characters such as ESC that control a terminal or hide others."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, on one line."""
+    """Return the message of another library's error, on one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(":. ")

@@ -1,4 +1,4 @@
-"""How long computations say how far they are, where their time went, and how much memory they took."""
+"""Progress, times and peak memory of long computations."""
 
 import resource
 import sys
@@ -10,16 +10,16 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told of each phase as it begins and of each step in it; the command line draws bars."""
+    """Receiver of a computation's phases and steps; the command line draws bars."""
 
     def begin(self, phase: str, steps: int) -> None:
-        """A phase of so many steps begins."""
+        """Begin a phase of `steps` steps."""
 
     def advance(self) -> None:
-        """One step of the present phase is done."""
+        """Finish one step of the present phase."""
 
     def say(self, sentence: str) -> None:
-        """Something that a person should know while the computation runs."""
+        """Show a message during the computation."""
 
 
 class Silence:
@@ -46,7 +46,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside to `name`."""
+        """Charge the time inside to the phase `name`."""
         self._charge()
         self._running.append(name)
         try:
@@ -64,14 +64,14 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds since the clock was made."""
+        """Return the seconds since the clock was created."""
         return time.perf_counter() - self._started
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had at once, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # resource's figure starts from that of the process that started this one
+    if status.exists():  # resource's figure includes that of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,1 +1,1 @@
-"""Files: checkpoints read and written, the output folder, resumable runs, tensors offloaded to disk."""
+"""Files: read and write checkpoints, output folders and resumable runs, and offload tensors to disk."""

@@ -1,4 +1,4 @@
-"""A model's tensors on disk: named, read one at a time, never all at once."""
+"""Read a model's tensors from disk by name, one at a time."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +21,10 @@ MOST_DIMENSIONS = 16
 
 
 class Checkpoint:
-    """A Hugging Face folder with safetensors weights.
+    """Hugging Face model folder with safetensors weights.
 
-    Shards are opened for each read and closed after it, so that pages of the file that were read do not stay in
-    memory. Subclasses in `hesse.formats` present compressed tensors under their dense names.
+    Shards are opened for each read and closed after it, so that their pages do not stay in memory. Subclasses in
+    `hesse.formats` present compressed tensors under their dense names.
 
     Raises:
         CheckpointError: the folder, its config, an index, a shard or a tensor is missing or cannot be read.
@@ -40,36 +40,36 @@ class Checkpoint:
         for name, shard in self.shard_of.items():
             by_shard.setdefault(shard, []).append(name)
         for shard, names in sorted(by_shard.items()):
-            with _opened(folder / shard) as file:
+            with _open(folder / shard) as file:
                 present = set(file.keys())
                 for name in names:
                     if name not in present:
-                        raise CheckpointError(f"{folder / shard} lacks the tensor {name} that the index says it holds")
+                        raise CheckpointError(f"{folder / shard} lacks the tensor {name} that the index lists")
                     view = file.get_slice(name)
-                    self._header[name] = _described(folder / shard, name, view.get_dtype(), view.get_shape())
+                    self._header[name] = _header_entry(folder / shard, name, view.get_dtype(), view.get_shape())
 
     def stored_names(self) -> list[str]:
-        """Names of the tensors in the files."""
+        """Return the names of the tensors in the files."""
         return list(self.shard_of)
 
     def names(self) -> list[str]:
-        """Names of the dense tensors that `read` gives."""
+        """Return the names of the dense tensors that `read` returns."""
         return self.stored_names()
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the stored tensor `name`."""
+        """Return the shape of the stored tensor `name`."""
         return self._entry(name)[1]
 
     def dense_shape(self, name: str) -> torch.Size | None:
-        """Shape of the dense tensor `name` by the headers alone; None where they do not say."""
+        """Return the shape of the dense tensor `name` by the headers alone; None if they do not give it."""
         return self.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of the stored tensor `name`."""
+        """Return the type of the stored tensor `name`."""
         return self._entry(name)[0]
 
     def input_rounding(self, layer: str) -> Callable[[Tensor], Tensor] | None:
-        """What is done to the inputs of `layer` (..., tokens, in) before they meet its weight; None for nothing."""
+        """Return the rounding of the inputs (..., tokens, in) of `layer`; None if they are not rounded."""
         return None
 
     def _entry(self, name: str) -> tuple[torch.dtype, torch.Size]:
@@ -78,47 +78,47 @@ class Checkpoint:
         return self._header[name]
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The stored tensors `names`, as copies that outlive the file."""
+        """Read the stored tensors `names`, as copies that do not depend on the file."""
         by_shard: dict[str, list[str]] = {}
         for name in names:
             if name not in self.shard_of:
                 raise CheckpointError(f"{self.folder} has no tensor {name}")
             by_shard.setdefault(self.shard_of[name], []).append(name)
         tensors = {}
-        for shard, wanted in by_shard.items():
-            with _opened(self.folder / shard) as file:
-                for name in wanted:
+        for shard, members in by_shard.items():
+            with _open(self.folder / shard) as file:
+                for name in members:
                     tensors[name] = file.get_tensor(name).clone()
         return tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The dense tensors `names`."""
+        """Read the dense tensors `names`."""
         return self.read_stored(names)
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the config and of each weights file, by name; all of them are read for it, once."""
+        """Return the SHA-256 of the config and of each weights file, by name; the files are read once."""
         return {name: file_digest(self.folder / name) for name in ("config.json", *sorted(set(self.shard_of.values())))}
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all stored tensors."""
+        """Return the size of all stored tensors, in bytes."""
         return sum(tensor_bytes(shape, dtype) for dtype, shape in self._header.values())
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the safetensors files on disk."""
+        """Return the size of the safetensors files on disk, in bytes."""
         return sum((self.folder / shard).stat().st_size for shard in set(self.shard_of.values()))
 
 
 def tensor_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
-    """Bytes of a tensor of `shape` and `dtype`."""
+    """Return the size of a tensor of `shape` and `dtype`, in bytes."""
     return shape.numel() * dtype.itemsize
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, which the library holds against its header before it gives a tensor."""
+def _open(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; the library checks the file against its header."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -126,12 +126,12 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is missing: copy the whole model folder again") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({reason(error)}): copy it again") from None
-    except (OSError, RuntimeError, MemoryError) as error:  # torch's own where it cannot map or hold so many bytes
+    except (OSError, RuntimeError, MemoryError) as error:  # torch cannot map or allocate so many bytes
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
-def _described(path: Path, name: str, dtype: str, shape: list[int]) -> tuple[torch.dtype, torch.Size]:
-    """Type and shape of a tensor, where torch has such a one."""
+def _header_entry(path: Path, name: str, dtype: str, shape: list[int]) -> tuple[torch.dtype, torch.Size]:
+    """Return the type and shape of a tensor; raise CheckpointError if torch does not have them."""
     if dtype not in _DTYPES:
         raise CheckpointError(
             f"{path}: {name} has the type {dtype}, which Hesse does not read: start from another file"
@@ -142,7 +142,7 @@ def _described(path: Path, name: str, dtype: str, shape: list[int]) -> tuple[tor
 
 
 def _shard_of(folder: Path) -> dict[str, str]:
-    """The shard file of each tensor."""
+    """Return the shard file of each tensor."""
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -154,7 +154,7 @@ def _shard_of(folder: Path) -> dict[str, str]:
                     "folder: copy it again"
                 )
         for shard in sorted(set(weight_map.values())):
-            if not os.path.isfile(folder / shard):  # and not Path's own, which raises on a name that is too long
+            if not os.path.isfile(folder / shard):  # Path.is_file raises on a name that is too long
                 raise CheckpointError(f"{folder / shard} is missing: copy the whole model folder again")
         return dict(weight_map)
     path = folder / SINGLE
@@ -163,7 +163,7 @@ def _shard_of(folder: Path) -> dict[str, str]:
             f"{folder} has neither {SINGLE} nor {INDEX}; for .bin weights load the model in transformers and "
             "save_pretrained() it, which writes safetensors"
         )
-    with _opened(path) as file:
+    with _open(path) as file:
         return dict.fromkeys(file.keys(), SINGLE)
 
 

@@ -1,4 +1,4 @@
-"""What config.json may ask for, checked against the number of tensors in the weights' files."""
+"""Check the counts in config.json against the number of tensors in the weights' files."""
 
 import re
 from pathlib import Path
@@ -6,21 +6,21 @@ from typing import Any
 
 from hesse.errors import CheckpointError
 
-# Settings that count what is built, or listed, one by one.
+# Settings that count modules or entries that are built one by one.
 COUNTS = re.compile(r"(.*_)?(layers|n_layer|blocks|labels|experts|heads|depth)")
 
 
-SPARE = 10_000  # above the number of tensors: settings that count something else, such as a window's layers
+SPARE = 10_000  # allowed above the number of tensors: some settings count something else
 
 
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
 def check_config(folder: Path, config: dict[str, Any], tensors: int) -> None:
-    """Refuse a config that asks for absurdly much, or for code from elsewhere; the files hold so many `tensors`.
+    """Refuse a config with absurd counts, or with code from the hub; `tensors` is the number of tensors in the files.
 
     Raises:
-        CheckpointError: the message names the setting.
+        CheckpointError: a setting is refused; the message names it.
     """
     for key, value in config.items():
         if isinstance(value, dict):
@@ -32,8 +32,8 @@ def check_config(folder: Path, config: dict[str, Any], tensors: int) -> None:
             )
         if key in IMPLEMENTATIONS and "/" in str(value):
             raise CheckpointError(
-                f"{folder}/config.json has {key} {_short(value)}, which is code to be fetched from the hub: remove it, "
-                "as no code comes with a model"
+                f"{folder}/config.json has {key} {_short(value)}, which is code from the hub: remove it, "
+                "because Hesse runs no code of a model"
             )
 
 

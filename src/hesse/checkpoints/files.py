@@ -1,4 +1,4 @@
-"""Files of a model folder: which belong to it, JSON as data, and new files that appear only when they are whole."""
+"""Files of a model folder: membership, JSON, and new files that appear only when they are complete."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ from typing import Any
 
 from hesse.errors import CheckpointError, reason
 
-LARGEST_JSON = 1 << 28  # bytes: ten times the largest index and tokenizer that are known
+LARGEST_JSON = 1 << 28  # bytes: ten times the largest known index or tokenizer
 READ_AT_ONCE = 1 << 22
 DEEPEST_JSON = 64  # levels: transformers copies a config by recursion
-# The hub's cache keeps large files that several models share here, below the cache itself.
+# The hub's cache keeps large files that several models share under these names, directly below the cache.
 SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Read a JSON object from a file of a model folder.
 
     Raises:
-        CheckpointError: the file is missing, too large, nested too deeply, or holds no JSON object.
+        CheckpointError: the file is missing, too large, nested too deeply, or does not hold a JSON object.
     """
     try:
-        if not path.is_file():  # a pipe or a device would never end
+        if not path.is_file():  # reading a pipe or a device would never end
             raise FileNotFoundError
         if path.stat().st_size > LARGEST_JSON:
             raise CheckpointError(
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: give the folder of a complete Hugging Face model") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number with thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object: copy it again")
@@ -61,7 +61,7 @@ def _is_shallow(content: Any) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(READ_AT_ONCE):
@@ -70,15 +70,15 @@ def file_digest(path: Path) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is that of a file in a folder, and not a path that leads elsewhere."""
+    """True if `name` is a plain file name, not a path that leads elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
 
 
 def belongs(path: Path, folder: Path) -> bool:
-    """Whether `path`, links followed, lies in the model folder `folder` or among the files of its entry in a hub cache.
+    """True if `path`, with links resolved, lies in the model folder `folder` or in the folder's entry of a hub cache.
 
-    The cache keeps `models--owner--name/snapshots/<revision>/` as links to `models--owner--name/blobs/`, and those
-    that several models share as links to `blobs/` beside them all.
+    The cache keeps `models--owner--name/snapshots/<revision>/` as links to `models--owner--name/blobs/`, and files that
+    several models share as links to `blobs/` in the cache's root.
     """
     target, home = path.resolve(), folder.resolve()
     if target.is_relative_to(home):
@@ -94,10 +94,10 @@ def belongs(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def unfinished_file(path: Path) -> Iterator[Path]:
-    """Yield a new file beside `path`; rename it to `path` at the end, or remove it if anything raises before.
+    """Yield a new file next to `path`; rename it to `path` at the end, or remove it after an error.
 
-    The file has the permissions of a new file under the umask, also where the writer replaces the file by one of its
-    own. Errors of the file system are the caller's.
+    The file has the permissions of a new file under the umask, even if the writer replaces it by a file of its own.
+    Errors of the file system are not caught.
     """
     unfinished = name_beside(path, "unfinished")
     unfinished.touch(exist_ok=False)
@@ -111,18 +111,18 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 
 
 def name_beside(path: Path, mark: str) -> Path:
-    """Return a name in the folder of `path` that nobody can guess, so that in a shared folder no link can wait there.
+    """Return an unguessable name in the folder of `path`, so that nobody can place a link there in a shared folder.
 
-    Make the file or the folder there by a call that fails if the name exists. `tempfile` makes both for their owner
-    alone, whatever the umask.
+    Create the file or folder by a call that fails if the name exists. `tempfile` is not used, because its files are
+    readable only by their owner, whatever the umask.
     """
     return path.absolute().parent / f".{path.name}.{mark}-{secrets.token_urlsafe(6)}"
 
 
 def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """Type, shape and place of each tensor in a safetensors file by its header, and where the data begin.
+    """Read a safetensors header: return the type, shape and place of each tensor, and the offset of the data.
 
-    The library has held the file against its header before, or has written it.
+    The file must have been checked by the library, or written by it.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""From what a person types to a folder: `default`, a path, or the id of a model on the hub."""
+"""Find the folder of a model given as `default`, a path, or an id on the hub."""
 
 import os
 import re
@@ -13,22 +13,26 @@ PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of `model`.
+    """Return the folder of `model`, after downloading a hub id.
 
     Raises:
-        CheckpointError: there is no such folder, and no such model on a hub that can be reached.
+        CheckpointError: there is no such folder, and no such model on a reachable hub.
     """
     if str(model) == DEFAULT:
         return DEFAULT_FOLDER
-    # os.path and not Path's own: those raise on an unknown ~user, and on a name too long for the file system.
+    # os.path, because Path raises on an unknown ~user and on a name too long for the file system.
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
         return path
     if HUB_ID.fullmatch(str(model)) is None or ".." in str(model):
-        raise CheckpointError(f"{model} is no folder; give a model folder, `default`, or a hub id such as owner/name")
+        raise CheckpointError(
+            f"{model} is not a folder; give a model folder, `default`, or a hub id such as owner/name"
+        )
     from huggingface_hub import snapshot_download  # imported late: it takes time, and most runs read a folder
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=PATTERNS))
-    except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to be had
-        raise CheckpointError(f"{model} is no folder here, and the hub did not give it: {reason(error)}") from None
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is not available
+        raise CheckpointError(
+            f"{model} is not a folder here, and the hub does not provide it: {reason(error)}"
+        ) from None

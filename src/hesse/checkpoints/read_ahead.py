@@ -1,4 +1,4 @@
-"""Weights that are read from disk while the block before them is computed with."""
+"""Read the next block's weights from disk during the computation of the present block."""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from hesse.checkpoints.files import tensor_entries
 
 
 class Place(NamedTuple):
-    """Where a stored tensor lies."""
+    """Place of a stored tensor in a file."""
 
     path: Path
     start: int  # bytes from the beginning of the file
@@ -23,47 +23,47 @@ class Place(NamedTuple):
 
 
 class ReadAhead:
-    """Reads tensors of a checkpoint, those that were announced without a wait where it can.
+    """Reader of a checkpoint's tensors that fetches announced tensors in advance.
 
-    For a CPU the system is asked to bring what is announced from the disk, which takes none of this process's memory.
-    For a GPU a thread reads it into pinned memory, so that it is copied to the GPU at the full rate; no GPU has run
-    that yet. What is announced and never read costs the reading.
+    For a CPU it asks the system to load announced tensors into the page cache, which takes no memory of this process.
+    For a GPU a thread reads them into pinned memory, so that they are copied to the GPU at the full rate; no GPU has
+    run that yet. A tensor that is announced but never read costs the reading.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.checkpoint = checkpoint
         self._thread = ThreadPoolExecutor(1, "read-ahead") if device.type == "cuda" else None
-        self._coming: tuple[list[str], Future[dict[str, Tensor]]] | None = None
+        self._pending: tuple[list[str], Future[dict[str, Tensor]]] | None = None
         self._places: dict[str, Place] | None = None
 
     def announce(self, names: Iterable[str]) -> None:
-        """The dense tensors `names` will be read next."""
-        wanted = list(names)
+        """Start to fetch the dense tensors `names`, which will be read next."""
+        requested = list(names)
         if self._thread is not None:
-            self._coming = wanted, self._thread.submit(self._pinned, wanted)
+            self._pending = requested, self._thread.submit(self._read_pinned, requested)
             return
-        for name in wanted:
+        for name in requested:
             place = self._place(name)
             if place is not None:
-                _bring(place)
+                _prefetch(place)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The dense tensors `names`, on the CPU.
+        """Read the dense tensors `names`, on the CPU.
 
         Raises:
-            CheckpointError: one is missing or cannot be read.
+            CheckpointError: a tensor is missing or cannot be read.
         """
-        wanted = list(names)
-        coming, self._coming = self._coming, None
-        if coming is not None and coming[0] == wanted:
-            return coming[1].result()
-        return self.checkpoint.read(wanted)
+        requested = list(names)
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[0] == requested:
+            return pending[1].result()
+        return self.checkpoint.read(requested)
 
-    def _pinned(self, names: list[str]) -> dict[str, Tensor]:
+    def _read_pinned(self, names: list[str]) -> dict[str, Tensor]:
         return {name: tensor.pin_memory() for name, tensor in self.checkpoint.read(names).items()}
 
     def _place(self, name: str) -> Place | None:
-        """Where a tensor lies; None where it is made of others that are stored."""
+        """Return the place of a tensor; None if it is decoded from other stored tensors."""
         if self._places is None:
             shards = {self.checkpoint.folder / shard for shard in self.checkpoint.shard_of.values()}
             self._places = {name: place for path in shards for name, place in _places(path).items()}
@@ -71,7 +71,7 @@ class ReadAhead:
 
 
 def _places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file lies; none if the file is no longer what was opened before."""
+    """Return the place of each tensor in a safetensors file; empty if the file has changed since it was opened."""
     try:
         entries, data = tensor_entries(path)
     except (OSError, ValueError):
@@ -82,8 +82,8 @@ def _places(path: Path) -> dict[str, Place]:
     }
 
 
-def _bring(place: Place) -> None:
-    """Have the system read a part of a file; where it cannot be asked, it is read when it is needed."""
+def _prefetch(place: Place) -> None:
+    """Ask the system to read a part of a file into its cache, if it supports that."""
     if not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError), place.path.open("rb") as file:

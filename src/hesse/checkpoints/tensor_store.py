@@ -1,4 +1,4 @@
-"""Tensors that wait for their turn: in memory, or in files, which the system's page cache holds while there is room."""
+"""Offload tensors to memory or to files; the system's page cache holds the files while there is room."""
 
 import ctypes
 import weakref
@@ -14,25 +14,25 @@ from hesse.errors import OutputError
 
 
 class StoredTensor(Protocol):
-    """A tensor that is not needed now."""
+    """An offloaded tensor."""
 
     def tensor(self) -> Tensor:
-        """The tensor, bit for bit as it was."""
+        """Return the tensor, bit for bit."""
 
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """A tensor that waits where it is."""
+    """A tensor that stays in memory."""
 
-    held: Tensor
+    value: Tensor
 
     def tensor(self) -> Tensor:
-        return self.held
+        return self.value
 
 
 @dataclass(frozen=True, eq=False)
 class InFile:
-    """A tensor that waits in a file."""
+    """A tensor in a file."""
 
     file: "TensorFile"
     number: int
@@ -42,23 +42,23 @@ class InFile:
 
 
 class TensorFile:
-    """Tensors one after another in a file, which goes when nothing refers to it any more, unless it is `lasting`.
+    """A file of tensors; it is deleted when nothing refers to it any more, unless it is `lasting`.
 
-    It is closed between two uses, so any number of them may exist.
+    The file is closed between uses, so any number of them may exist.
     """
 
     def __init__(
         self, path: Path, device: torch.device, lasting: bool, entries: list[dict[str, Any]] | None = None
     ) -> None:
         self.path, self.device = path, device
-        self.entries = [] if entries is None else entries  # where each tensor lies, its type and its shape
+        self.entries = [] if entries is None else entries  # offset, type and shape of each tensor
         if entries is None:
             path.unlink(missing_ok=True)
         if not lasting:
             weakref.finalize(self, path.unlink, missing_ok=True)
 
     def append(self, tensor: Tensor) -> int:
-        """Write a tensor behind the others; its number.
+        """Append a tensor, and return its number.
 
         Raises:
             OutputError: the disk is full or cannot be written.
@@ -72,31 +72,31 @@ class TensorFile:
         return len(self.entries) - 1
 
     def read(self, number: int) -> Tensor:
-        """The tensor that was written as `number`.
+        """Read the tensor with that number.
 
         Raises:
-            OutputError: the file is not as it was written.
+            OutputError: the file cannot be read, or is shorter than it was.
         """
         entry = self.entries[number]
         values = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        room = memory_of(values)
+        buffer = memory_of(values)
         with writing(self.path, "read"), self.path.open("rb") as file:
             file.seek(entry["start"])
-            found = file.readinto(room)
-        if found != len(room):
+            size = file.readinto(buffer)
+        if size != len(buffer):
             raise OutputError(f"{self.path} is shorter than what was written to it: check the disk")
         return values.to(self.device)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, to read or write; NumPy's view would keep it from being emptied."""
+    """Return the memory of a contiguous CPU tensor, to read or write; a NumPy view would keep the storage alive."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class TensorStore:
-    """Where the hidden states of flows wait between two blocks: in files below `folder`, or without one in memory.
+    """Store for hidden states between two blocks: files below `folder`, or memory without a folder.
 
-    Each step has a file of its own, `NAME-STEP.bin`.
+    Each step has its own file `NAME-STEP.bin`.
     """
 
     def __init__(self, folder: Path | None = None, name: str = "hidden", lasting: bool = False) -> None:
@@ -104,7 +104,7 @@ class TensorStore:
         self._files: weakref.WeakValueDictionary[int, TensorFile] = weakref.WeakValueDictionary()
 
     def keep(self, tensor: Tensor, step: int) -> StoredTensor:
-        """Put a tensor of step number `step` away."""
+        """Store a tensor of step `step`."""
         if self.folder is None:
             return InMemory(tensor)
         file = self._files.get(step)
@@ -113,6 +113,6 @@ class TensorStore:
         return InFile(file, file.append(tensor))
 
     def path(self, step: int) -> Path:
-        """The file of a step."""
+        """Return the file of a step."""
         assert self.folder is not None
         return self.folder / f"{self.name}-{step}.bin"

@@ -1,4 +1,4 @@
-"""A model's tensors to disk, a block at a time, and made into shards."""
+"""Write a model's tensors to disk block by block, and assemble them into shards."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from hesse.checkpoints.checkpoint import INDEX, SINGLE
 from hesse.checkpoints.files import tensor_entries, unfinished_file
 from hesse.errors import OutputError
 
-SHARD_BYTES = 1 << 30  # a checkpoint of no more is one file
-LARGE_BYTES = 1 << 26  # a part of at least so much is a shard by itself
+SHARD_BYTES = 1 << 30  # a smaller checkpoint is one file
+LARGE_BYTES = 1 << 26  # a part of at least this size is a shard by itself
 COPIED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that were written to a file of their own, which is to be a shard or a piece of one."""
+    """Tensors in a file of their own, which becomes a shard or a piece of a shard."""
 
     path: Path
     names: list[str]
@@ -32,7 +32,7 @@ class Part:
 
 
 class Parts:
-    """What is written of a checkpoint so far, a file in `folder` for each call, until shards are made of them."""
+    """Parts of a checkpoint written so far: one file in `folder` per call, until they are assembled into shards."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,7 +40,7 @@ class Parts:
         self.names: set[str] = set()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write `tensors`; nothing of them is kept.
+        """Write `tensors` to a new part, and keep no reference to them.
 
         Raises:
             OutputError: the disk is full or cannot be written.
@@ -48,8 +48,8 @@ class Parts:
         self._parts.append(write_part(self._folder / f"part-{len(self._parts)}.safetensors", tensors))
         self.names |= tensors.keys()
 
-    def add_left(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write those of `names` that are not written yet, one by one as `read` gives them."""
+    def add_missing(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write the tensors of `names` that are not written yet, each read by `read`."""
         for name in names:
             if name not in self.names:
                 self.add(read([name]))
@@ -60,17 +60,17 @@ class Parts:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, which appears only when it is whole, with the permissions of a new file.
+    """Write a safetensors file, which appears only when it is complete, with the permissions of a new file.
 
     The only caller of safetensors' `save_file`, whose files only their owner may read, whatever the umask. Errors of
-    the file system are the caller's: see `writing`.
+    the file system are not caught: see `writing`.
     """
     with unfinished_file(path) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
 
 
 def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
-    """Write `tensors`; nothing of them is kept.
+    """Write `tensors` to a file, and keep no reference to them.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -81,17 +81,17 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
 
 
 def assemble(parts: list[Part], folder: Path) -> None:
-    """Make the weights' files in `folder` of all parts, which stay as they are: one file, or shards and their index.
+    """Write the weights' files in `folder` from all parts: one file, or shards and their index. The parts are kept.
 
-    A large part is a shard by itself, by a second name for its file, so that nothing large is written twice. It may be
-    done again.
+    A large part becomes a shard by a hard link to its file, so that nothing large is written twice. The function may be
+    called again.
 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
     shards: list[list[Part]] = []
     single = sum(part.bytes for part in parts) <= SHARD_BYTES
-    small: list[Part] = []  # the shard that small parts are being put into
+    small: list[Part] = []  # the present shard of small parts
     for part in parts:
         if not single and part.bytes >= LARGE_BYTES:
             shards.append([part])
@@ -117,9 +117,9 @@ def assemble(parts: list[Part], folder: Path) -> None:
 
 
 def link_or_copy(path: Path, second: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no second names; replace what is there.
+    """Make a hard link to a file, or a copy if the file system has no hard links; replace an existing file.
 
-    Errors of the file system are the caller's.
+    Errors of the file system are not caught.
     """
     second.unlink(missing_ok=True)
     try:
@@ -130,7 +130,7 @@ def link_or_copy(path: Path, second: Path) -> None:
 
 @contextmanager
 def writing(place: Path, done: str = "written") -> Iterator[None]:
-    """Say of what goes wrong inside that `place` cannot be `done`, and what to do.
+    """Turn errors inside into an OutputError: `place` cannot be `done` (written or read), and what to do.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -142,10 +142,10 @@ def writing(place: Path, done: str = "written") -> Iterator[None]:
 
 
 def _join(parts: list[Path], path: Path) -> None:
-    """One safetensors file of all tensors of `parts`; byte by byte, so that none is in memory.
+    """Join `parts` to one safetensors file, copying bytes so that no tensor is in memory.
 
-    The format: eight bytes of header length, a JSON header with each tensor's type, shape and place, the data. Wide
-    types come first, as safetensors itself orders them, so that every tensor is aligned.
+    The format is: eight bytes of header length, a JSON header with each tensor's type, shape and place, and the data.
+    Wide types come first, as safetensors itself orders them, so that every tensor is aligned.
     """
     tensors: list[tuple[int, str, dict[str, Any], Path, int]] = []
     for part in parts:
@@ -191,7 +191,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def disk_reason(error: Exception) -> str:
-    """What a person can do about a failed write."""
+    """Return the reason of a failed write, with advice."""
     text = str(error)
     if "No space left" in text or "StorageFull" in text or "code: 28" in text:
         return "the disk is full; free some space, or give an OUT on another disk"

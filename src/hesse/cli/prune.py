@@ -12,6 +12,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     LossOption,
@@ -21,8 +22,9 @@ from hesse.cli.options import (
     RestartOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
 from hesse.options import help_of
+from hesse.result import ForecastReport
 
 
 def prune(
@@ -59,6 +61,7 @@ def prune(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove blocks, or hidden units of all blocks, and write a smaller model that transformers loads.
@@ -82,9 +85,13 @@ def prune(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
             **{name: value for name, value in given.items() if value is not None},
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

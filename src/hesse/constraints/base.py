@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from typing_extensions import Self
 class Constraint(ABC):
     """A set of weight matrices (out, in), with a stored form (`encode`) that `decode` turns back exactly.
 
-    `dtype` is what scales and unrounded values are stored in, so that a member decodes to the very numbers that a
-    loader will see.
+    `dtype` is the type that scales and unrounded values are stored in, so that a member decodes to exactly the numbers
+    that a loader will see.
     """
 
     dtype: torch.dtype = field(default=torch.float32, kw_only=True)
@@ -22,59 +22,62 @@ class Constraint(ABC):
     @property
     @abstractmethod
     def rows_are_independent(self) -> bool:
-        """Whether each row of a member may be chosen without looking at the others."""
+        """True if each row of a member can be chosen without the others."""
 
     @abstractmethod
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
-        """The stored form of the nearest member found in Σ metric · difference²; `metric` broadcasts to (out, in)."""
+        """Return the stored form of the nearest member in Σ metric · difference²; `metric` broadcasts to (out, in)."""
 
     @abstractmethod
     def decode(self, encoded: Any) -> Tensor:
-        """The weight (out, in) of a stored form, in float32 or wider."""
+        """Return the weight (out, in) of a stored form, in float32 or wider."""
 
     @abstractmethod
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """Bits to store a member of `shape` (out, in), scales, zero points and masks included, per weight."""
+        """Return the bits per weight of a member of `shape` (out, in), scales, zero points and masks included."""
 
     @abstractmethod
     def check(self, shape: torch.Size) -> None:
         """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
 
+    def workspace(self, shape: torch.Size) -> int:
+        """Return the bytes that encoding and decoding a float32 weight of `shape` (out, in) hold at most."""
+        return 28 * shape.numel()  # seven matrices of its size
+
     @property
     def together(self) -> int:
-        """Of how many neighbouring rows or columns a matrix must have a multiple, since they are chosen together."""
+        """The number of neighboring rows or columns chosen together, of which a matrix must have a multiple."""
         return 1
 
-    def __add__(self, other: "Constraint") -> "Constraint":
-        """Sums of a member of this set and a member of another."""
-        from hesse.constraints.plus import Plus
+    if TYPE_CHECKING:  # plus.py, which knows what a sum is, sets it
 
-        return Plus(self, other, dtype=self.dtype)
+        def __add__(self, other: "Constraint") -> "Constraint":
+            """Return the sums of a member of this set and a member of another."""
 
     def nearest(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """The member that `encode` stores, as a weight (out, in)."""
+        """Return the member that `encode` stores, as a weight (out, in)."""
         return self.decode(self.encode(weight, metric)).to(weight.dtype)
 
-    def left(self, weight: Tensor, encoded: Any) -> Tensor:
-        """What a stored member leaves of `weight` (out, in)."""
+    def residual(self, weight: Tensor, encoded: Any) -> Tensor:
+        """Return `weight` (out, in) minus the stored member."""
         return weight - self.decode(encoded).to(weight.dtype)
 
     def distance(self, weight: Tensor, encoded: Any, metric: Tensor) -> float:
-        """Σ metric · difference² of `weight` (out, in) and a stored member."""
-        return float((metric * self.left(weight, encoded).square()).sum())
+        """Return Σ metric · difference² of `weight` (out, in) and a stored member."""
+        return float((metric * self.residual(weight, encoded).square()).sum())
 
     def stored_as(self, dtype: torch.dtype) -> Self:
-        """The same set, made of the same sets, with scales and values stored in `dtype`."""
+        """Return the same set with scales and values, also of the sets it is made of, stored in `dtype`."""
         parts = ((each.name, getattr(self, each.name)) for each in fields(self))
         sets: dict[str, Any] = {name: part.stored_as(dtype) for name, part in parts if isinstance(part, Constraint)}
         return replace(self, **sets, dtype=dtype)
 
 
-def of_each(weight: Tensor, metric: Tensor | None) -> Tensor:
-    """What `metric`, which broadcasts to `weight` (out, in), makes each weight weigh: 1 without one."""
+def metric_or_ones(weight: Tensor, metric: Tensor | None) -> Tensor:
+    """Return `metric`, which broadcasts to `weight` (out, in), expanded to its shape; ones without a metric."""
     return torch.ones_like(weight) if metric is None else metric.to(weight).expand(weight.shape)
 
 
 def round_to(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded to `dtype` and back, in float32 or wider."""
+    """Return `value` rounded to `dtype`, in float32 or wider."""
     return value.to(dtype).to(torch.promote_types(value.dtype, torch.float32))

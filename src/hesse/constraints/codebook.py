@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
 from hesse.constraints.one_dimensional_means import best_means
 from hesse.errors import OptionError
 
@@ -31,6 +31,9 @@ class Codebook(Constraint):
         if not 1 <= self.bits <= 8:
             raise OptionError(f"bits is {self.bits}, but a Codebook has 1 to 8")
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 36 * shape.numel()  # nine matrices of its size, some in float64
+
     @property
     def rows_are_independent(self) -> bool:
         return True
@@ -44,13 +47,13 @@ class Codebook(Constraint):
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> CodebookCode:
         ordered, order = weight.detach().double().cpu().sort(1)
-        masses = of_each(weight, metric).detach().double().cpu().gather(1, order)
+        masses = metric_or_ones(weight, metric).detach().double().cpu().gather(1, order)
         means = torch.empty(len(weight), 1 << self.bits, dtype=torch.float64)
         best_means(ordered.numpy(), masses.numpy(), means.numpy())
         return self.round(weight, round_to(means.sort(1).values.to(weight), self.dtype))
 
     def round(self, weight: Tensor, values: Tensor) -> CodebookCode:
-        """`weight` (out, any) taken to the nearest of ascending `values` (out, k) of its row."""
+        """Return the codes of `weight` (out, any): the nearest of the ascending `values` (out, k) of its row."""
         held = values.to(weight)
         middles = (held[:, 1:] + held[:, :-1]) / 2
         codes = torch.searchsorted(middles.contiguous(), weight.contiguous())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each
+from hesse.constraints.base import Constraint, metric_or_ones
 from hesse.constraints.grid import Grid
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 
@@ -14,8 +14,8 @@ from hesse.constraints.grouped import GridCode, Grouped, Scales
 class AlongOutputs(Grouped):
     """`base` with a scale for every `group_size` rows of a column in place of columns of a row.
 
-    An input that stands out widens the range of its own groups only. Its scales are held once a weight (out, in), and
-    stored once a group.
+    An outlier among the inputs widens the range of its own groups only. Scales are held per weight (out, in), and
+    stored per group.
     """
 
     base: Grid = field(default_factory=Grid)
@@ -41,7 +41,7 @@ class AlongOutputs(Grouped):
         return False
 
     def fit(self, weight: Tensor) -> Scales:
-        each = self.base.expanded(self.base.fit(weight.T), len(weight))
+        each = self.base.expand_scales(self.base.fit(weight.T), len(weight))
         return Scales(each.scale.T, None if each.zero_point is None else each.zero_point.T)
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -64,7 +64,7 @@ class SideCode:
 
 @dataclass(frozen=True, eq=True)
 class EitherSide(Constraint):
-    """`base`, or `AlongOutputs(base)`: for each layer the one that comes nearer. Source: AdaDim (Heo et al., 2023)."""
+    """`base`, or `AlongOutputs(base)`: for each layer the nearer one. Source: AdaDim (Heo et al., 2023)."""
 
     base: Grid = field(default_factory=Grid)
 
@@ -76,17 +76,17 @@ class EitherSide(Constraint):
         self.base.check(shape)
 
     def side(self, along_outputs: bool) -> Grouped:
-        """The grid with its groups along rows, or along columns."""
+        """Return the grid with its groups along rows, or along columns."""
         return AlongOutputs(self.base, dtype=self.dtype) if along_outputs else self.base
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SideCode:
         found = [SideCode(self.side(along).encode(weight), along) for along in (False, True)]
-        inside = of_each(weight, metric)
+        inside = metric_or_ones(weight, metric)
         return min(found, key=lambda code: self.distance(weight, code, inside))
 
     def decode(self, encoded: SideCode) -> Tensor:
         return self.side(encoded.along_outputs).decode(encoded.code)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """Of the side that takes more, where groups do not divide both alike, and one bit that says which it is."""
+        """Return the bits of the larger side, where groups do not divide both equally, plus one bit for the choice."""
         return max(self.side(along).bits_per_weight(shape) for along in (False, True)) + 1 / shape.numel()

@@ -16,8 +16,8 @@ class Grid(Grouped):
 
     Symmetric scales are max|w| / ((2^bits - 1 + headroom) / 2), asymmetric ones (max - min) / (2^bits - 1) over a range
     that includes 0. Without headroom the largest weight of a group lies half-way between two codes, where noise
-    decides; more of it makes all steps finer and clips the largest weights, which error feedback can make good. With
-    `signed` a symmetric scale is negative where a group's largest weight is positive, so that the code without a
+    decides; more headroom makes all steps finer and clips the largest weights, for which error feedback compensates.
+    With `signed` a symmetric scale is negative where a group's largest weight is positive, so that the code without a
     counterpart, -2^(bits-1), serves the longer side. Scales are rounded to `dtype` before codes are chosen. A last
     group may be narrower than the others.
     """
@@ -53,14 +53,14 @@ class Grid(Grouped):
 
     @property
     def levels(self) -> float:
-        """Steps that the range of a group is cut into."""
+        """The number of steps in the range of a group."""
         return (1 << self.bits) - 1 + (self.headroom if self.symmetric else 0.0)
 
     def fit(self, weight: Tensor) -> Scales:
         return self._scales(*self.ranges(weight))
 
     def _scales(self, bottom: Tensor, top: Tensor) -> Scales:
-        """Scales whose range is [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
+        """Return scales of range [bottom, top], or ± the larger of the two where symmetric; 1 for an empty range."""
         extent = 2 * torch.maximum(top, -bottom) if self.symmetric else top - bottom
         if self.signed and self.symmetric:
             extent = torch.where(top > -bottom, -extent, extent)
@@ -76,13 +76,13 @@ class Grid(Grouped):
         return round_to((codes if zero_point is None else codes - zero_point) * scale, self.dtype)
 
     def steps(self, code: GridCode, like: Tensor) -> Tensor:
-        """Codes counted from their zero points (out, in), of the type and on the device of `like`."""
+        """Return codes relative to their zero points (out, in), in the type and on the device of `like`."""
         steps, zero_point = code.codes.to(like), code.scales.zero_point
         return steps if zero_point is None else steps - self.expand(zero_point.to(like), steps.shape[1])
 
 
 def nearest_whole(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """The nearest codes of a grid without ends, in a tensor of their own."""
+    """Return the nearest codes of a grid without ends, in a tensor of their own."""
     codes = weight / scale
     if zero_point is not None:
         codes += zero_point

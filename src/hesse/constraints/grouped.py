@@ -1,4 +1,4 @@
-"""What grids and tables share: one scale for every few columns of a row, and codes that count from it."""
+"""Base of grids and tables: codes with one scale for every group of columns of a row."""
 
 import math
 from abc import abstractmethod
@@ -26,14 +26,14 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class GridCode:
-    """A member as it is stored; of a Grid, weight = (codes - zero_point) · scale."""
+    """The stored form of a member; for a Grid, weight = (codes - zero_point) · scale."""
 
     codes: Tensor  # (out, in) int8 in [-2^(bits-1), 2^(bits-1) - 1]
     scales: Scales
 
 
 class Grouped(Constraint):
-    """Codes of so many bits with one scale for every `group_size` columns of a row (-1: for the whole row).
+    """Codes with one scale for every `group_size` columns of a row (-1: for the whole row).
 
     A last group may be narrower than the others.
     """
@@ -52,7 +52,7 @@ class Grouped(Constraint):
     @property
     @abstractmethod
     def symmetric(self) -> bool:
-        """Whether there are no zero points."""
+        """True if there are no zero points."""
 
     @property
     @abstractmethod
@@ -65,65 +65,65 @@ class Grouped(Constraint):
 
     @abstractmethod
     def fit(self, weight: Tensor) -> Scales:
-        """Scales that span the range of each row and group of `weight` (out, in)."""
+        """Return scales that span the range of each row and group of `weight` (out, in)."""
 
     @abstractmethod
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Nearest codes as whole floating point numbers; all arguments broadcast."""
+        """Return the nearest codes as whole floating point numbers; all arguments broadcast."""
 
     @abstractmethod
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """The weights that `codes` stand for, rounded to the stored dtype as a loader rounds them."""
+        """Return the weights that `codes` stand for, rounded to the stored dtype as a loader rounds them."""
 
     def at(self, column: int) -> "Grouped":
-        """The set that the weights of one column are in, where columns differ; it fits, rounds and reads them alike."""
+        """Return the set of one column's weights, where columns differ; it fits, rounds and decodes the same."""
         return self
 
     @property
     def bounds(self) -> tuple[int, int] | None:
-        """The lowest and the highest code, where codes are whole steps from a zero point; None where they are not."""
+        """The lowest and the highest code, if codes are whole steps from a zero point; None otherwise."""
         return None
 
     def check(self, shape: torch.Size) -> None:
-        """Every matrix can be put on one."""
+        """Accept every matrix."""
 
     def group_width(self, columns: int) -> int:
-        """Columns that share a scale, in a weight with `columns` columns."""
+        """Return how many columns share a scale in a weight with `columns` columns."""
         return columns if self.group_size == -1 else min(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
-        """Scales in a row of `columns` columns."""
+        """Return the number of scales in a row of `columns` columns."""
         return math.ceil(columns / self.group_width(columns))
 
     def by_group(self, weight: Tensor) -> Tensor:
-        """`weight` (out, in) as (out, groups, width), a narrower last group filled up with zeros."""
+        """Return `weight` (out, in) as (out, groups, width), a narrower last group padded with zeros."""
         rows, columns = weight.shape
         width = self.group_width(columns)
         missing = self.groups(columns) * width - columns
         return torch.nn.functional.pad(weight, (0, missing)).view(rows, -1, width)
 
     def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest weight of each row and group (out, groups), or 0 where that is further out."""
+        """Return the smallest and largest weight of each row and group (out, groups), at most and at least 0."""
         padded = self.by_group(weight)  # whose zeros do not change the range, which includes 0
         return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """`scale` as it is stored; 1 for a group of zeros, or one so small that its scale underflows."""
+        """Return `scale` as stored; 1 for a group of zeros, or one so small that its scale underflows."""
         stored = round_to(scale, self.dtype)
         return torch.where(stored != 0, stored, torch.ones_like(stored))
 
     def expand(self, per_group: Tensor, columns: int) -> Tensor:
-        """A value per group (out, groups) as a value per column (out, in)."""
+        """Return a value per group (out, groups) as a value per column (out, in)."""
         return per_group.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
 
-    def expanded(self, scales: Scales, columns: int) -> Scales:
-        """Scales per group as scales per column (out, in)."""
+    def expand_scales(self, scales: Scales, columns: int) -> Scales:
+        """Return scales per group as scales per column (out, in)."""
         zero_point = None if scales.zero_point is None else self.expand(scales.zero_point, columns)
         return Scales(self.expand(scales.scale, columns), zero_point)
 
     def round(self, weight: Tensor, scales: Scales) -> GridCode:
-        """Nearest codes of `weight` (out, in) for given scales."""
-        each = self.expanded(scales, weight.shape[1])
+        """Return the nearest codes of `weight` (out, in) for given scales."""
+        each = self.expand_scales(scales, weight.shape[1])
         return GridCode(self.codes(weight, each.scale, each.zero_point).to(torch.int8), scales)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
@@ -131,7 +131,7 @@ class Grouped(Constraint):
         return self.round(weight, self.fit(weight))
 
     def decode(self, encoded: GridCode) -> Tensor:
-        each = self.expanded(encoded.scales, encoded.codes.shape[1])
+        each = self.expand_scales(encoded.scales, encoded.codes.shape[1])
         return self.values(encoded.codes.to(each.scale.dtype), each.scale, each.zero_point)
 
     def bits_per_weight(self, shape: torch.Size) -> float:

@@ -27,6 +27,9 @@ class LowRank(Constraint):
         if self.rank < 1:
             raise OptionError(f"rank is {self.rank}, but must be at least 1")
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 17 * shape.numel()  # its factors of all ranks, and the weight that they give
+
     @property
     def rows_are_independent(self) -> bool:
         return False
@@ -39,13 +42,13 @@ class LowRank(Constraint):
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> LowRankCode:
-        """The nearest of all, by `factors_of`."""
+        """Return the nearest member, by `factors_of`."""
         if metric is not None:
             raise UnsupportedProduct("LowRank has no weighted nearest member; use WhitenedSVD with a Gram")
         return self.encode_factors(*factors_of(weight, self.rank))
 
     def encode_factors(self, left: Tensor, right: Tensor) -> LowRankCode:
-        """The stored form of left (out, rank) @ right (rank, in)."""
+        """Return the stored form of left (out, rank) @ right (rank, in)."""
         return LowRankCode(round_to(left, self.dtype), round_to(right, self.dtype))
 
     def decode(self, encoded: LowRankCode) -> Tensor:
@@ -56,7 +59,7 @@ class LowRank(Constraint):
 
 
 def factors_of(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The left (out, rank) and right (rank, in) whose product is nearest to a matrix (out, in).
+    """Return the left (out, rank) and right (rank, in) whose product is nearest to a matrix (out, in).
 
     Truncated SVD (Eckart and Young, 1936), the singular values shared evenly between the factors.
     """

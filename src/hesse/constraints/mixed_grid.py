@@ -1,4 +1,4 @@
-"""S = grids whose groups of columns have one bit more or fewer than the mean, as many of one as of the other."""
+"""S = grids whose groups of columns have one bit more or fewer than the mean, equally many of both."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each
+from hesse.constraints.base import Constraint, metric_or_ones
 from hesse.constraints.grid import Grid, nearest_whole
 from hesse.constraints.grouped import GridCode, Grouped, Scales
 from hesse.errors import OptionError
@@ -19,7 +19,7 @@ class Signs(Grid):
     bits: int = 1
 
     def __post_init__(self) -> None:
-        """There is nothing to choose but the group size, which whoever builds it has checked."""
+        """Skip the checks: the only option is the group size, checked by the grid that this one belongs to."""
 
     def fit(self, weight: Tensor) -> Scales:
         columns = weight.shape[1]
@@ -32,7 +32,7 @@ class Signs(Grid):
 
 @dataclass(frozen=True, eq=True)
 class GroupBits(Grouped):
-    """`base` with as many bits in each group of columns as `bits` says, in all rows alike; 1 bit is a sign."""
+    """`base` with `bits` bits in each group of columns, the same in all rows; 1 bit is a sign."""
 
     base: Grid = field(default_factory=Grid)
     bits: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class GroupBits(Grouped):
         return max(self.bits)
 
     def grid(self, bits: int) -> Grid:
-        """The grid of groups with so many bits."""
+        """Return the grid of groups with so many bits."""
         if bits == 1:
             return Signs(group_size=self.group_size, dtype=self.base.dtype)
         return replace(self.base, bits=bits)
@@ -69,7 +69,7 @@ class GroupBits(Grouped):
         return Scales(scale, torch.stack(found, 1))
 
     def codes(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Of whole rows (out, in); of single columns `at` has them."""
+        """Return the codes of whole rows (out, in); for single columns use `at`."""
         levels = torch.tensor([[1 << (bits - 1) for bits in self.bits]]).to(weight)
         highest = self.expand(levels, weight.shape[1]) - 1
         return nearest_whole(weight, scale, zero_point).clamp_(-highest - 1, highest)
@@ -80,7 +80,7 @@ class GroupBits(Grouped):
 
 @dataclass(frozen=True, eq=False)
 class MixedCode:
-    """Codes, and how many bits those of each group of columns have."""
+    """Codes, and the number of bits of each group of columns."""
 
     code: GridCode
     bits: Tensor  # (groups,) uint8
@@ -108,7 +108,7 @@ class MixedGrid(Constraint):
         self.base.check(shape)
 
     def choices(self, salience: Tensor) -> Iterator[GroupBits]:
-        """The base's own bits, and then those for k = 1, 2, ...; `salience` (in,) says how much a column matters."""
+        """Yield the base's own bits, then those for k = 1, 2, ...; `salience` (in,) is each column's importance."""
         columns = len(salience)
         width, groups = self.base.group_width(columns), self.base.groups(columns)
         whole = columns // width
@@ -121,22 +121,22 @@ class MixedGrid(Constraint):
             yield self.with_bits(bits)
 
     def with_bits(self, bits: list[int]) -> GroupBits:
-        """The grid with so many bits in each group."""
+        """Return the grid with so many bits in each group."""
         return GroupBits(self.base, tuple(bits), dtype=self.dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> MixedCode:
-        inside = of_each(weight, metric)
+        inside = metric_or_ones(weight, metric)
         choices = self.choices((inside * weight.square()).sum(0))
         codes = (self.code(grid.encode(weight), grid) for grid in choices)
         return min(codes, key=lambda code: self.distance(weight, code, inside))
 
     def code(self, code: GridCode, grid: GroupBits) -> MixedCode:
-        """The stored form of codes on one of the choices."""
+        """Return the stored form of codes on one of the choices."""
         return MixedCode(code, torch.tensor(grid.bits, dtype=torch.uint8, device=code.codes.device))
 
     def decode(self, encoded: MixedCode) -> Tensor:
         return self.with_bits(encoded.bits.tolist()).decode(encoded.code)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """Those of the base, whose mean it keeps, and two bits a group of columns that say which it has."""
+        """Return the bits of the base, whose mean stays, plus two bits per group of columns for its number of bits."""
         return self.base.bits_per_weight(shape) + 2 * self.base.groups(shape[1]) / shape.numel()

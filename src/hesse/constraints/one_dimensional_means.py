@@ -1,16 +1,16 @@
-"""The best k values for weighted numbers on a line, compiled: a table over all places where one part may end."""
+"""Exact weighted k-means on a line, compiled: dynamic programming over all ends of a part."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hesse.compiled import compiled
+from hesse.compiled import compile_loop
 
 Doubles = NDArray[np.float64]
 
 
-@compiled
+@compile_loop
 def _cost(mass: Doubles, first: Doubles, second: Doubles, start: int, stop: int) -> float:
-    """Σ m (w - mean)² of the numbers [start, stop), from sums of m, m w and m w² up to each."""
+    """Return Σ m (w - mean)² of the numbers [start, stop), from sums of m, m w and m w² up to each."""
     weight = mass[stop] - mass[start]
     if weight <= 0:
         return 0.0
@@ -19,12 +19,14 @@ def _cost(mass: Doubles, first: Doubles, second: Doubles, start: int, stop: int)
     return cost
 
 
-@compiled
+@compile_loop
 def best_means(numbers: Doubles, masses: Doubles, means: Doubles) -> None:
-    """For each row of ascending `numbers` (rows, n) with `masses` m ≥ 0 the k `means` (rows, k) of least Σ m (w - v)².
+    """Fill `means` (rows, k) with the values v of least Σ m (w - v)² for each row of numbers w.
 
-    Dynamic programming over the sorted numbers: the best cut before `stop` does not move back when `stop` moves on
-    (the cost is concave Monge), so that each part is filled by halving: rows · k · n · log n operations. Source: Wu,
+    `numbers` w ascend (rows, n); `masses` m ≥ 0 (rows, n).
+
+    Dynamic programming over the sorted numbers: the best cut before `stop` never moves back as `stop` advances (the
+    cost is concave Monge), so each part is filled by divide and conquer: rows · k · n · log n operations. Source: Wu,
     1991; Grønlund et al., 2017 (arXiv:1701.07204).
     """
     rows, n = numbers.shape

@@ -12,10 +12,10 @@ from hesse.constraints.grid import Grid
 
 @dataclass(frozen=True, eq=True)
 class Rotated(Constraint):
-    """`base` on U W Vᵀ: no weight and no input stands out there, which few codes could not follow (incoherence).
+    """`base` on U W Vᵀ, a basis without outliers among weights and inputs (incoherence), as few codes need.
 
-    U and V follow from `seed`, so they are not stored; whoever multiplies by the weight has to rotate too, or take it
-    as it decodes. Source: QuIP (Chee et al., 2023).
+    U and V follow from `seed`, so they are not stored; inference must apply the same rotations, or use the decoded
+    weight. Source: QuIP (Chee et al., 2023).
     """
 
     base: Constraint = field(default_factory=Grid)
@@ -29,20 +29,20 @@ class Rotated(Constraint):
         self.base.check(shape)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
-        # A diagonal metric is not one in the other basis: it is left out.
-        return self.base.encode(self.turned(weight))
+        # A diagonal metric is not diagonal in the other basis, so it is ignored.
+        return self.base.encode(self.rotate_weight(weight))
 
     def decode(self, encoded: Any) -> Tensor:
         inside = self.base.decode(encoded)
         across = rotate(inside, self.seed, back=True)
         return round_to(rotate(across.T, self.seed + 1, back=True).T, self.dtype)
 
-    def turned(self, weight: Tensor) -> Tensor:
-        """U W Vᵀ."""
+    def rotate_weight(self, weight: Tensor) -> Tensor:
+        """Return U W Vᵀ."""
         return rotate(rotate(weight, self.seed).T, self.seed + 1).T
 
-    def turned_inputs(self, moment: Tensor) -> Tensor:
-        """V A Vᵀ (in, in) for the A of the inputs."""
+    def rotate_inputs(self, moment: Tensor) -> Tensor:
+        """Return V A Vᵀ (in, in) for the second moment A of the inputs."""
         return rotate(rotate(moment, self.seed).T, self.seed).T
 
     def bits_per_weight(self, shape: torch.Size) -> float:
@@ -50,10 +50,10 @@ class Rotated(Constraint):
 
 
 def rotate(rows: Tensor, seed: int, back: bool = False) -> Tensor:
-    """Each row (..., n) in a random orthogonal basis of `seed`, or `back` out of it.
+    """Return each row (..., n) in a random orthogonal basis of `seed`, or `back` from it.
 
     The basis is a random order, random signs and a Kronecker product of two random orthogonal matrices whose sizes are
-    as near to each other as n allows: n (p + q) operations a row.
+    as close to each other as n allows: n (p + q) operations a row.
     """
     n = rows.shape[-1]
     generator = torch.Generator().manual_seed(seed)

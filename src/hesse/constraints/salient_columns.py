@@ -23,7 +23,7 @@ class SalientCode:
 
 @dataclass(frozen=True, eq=True)
 class SalientColumns(Constraint):
-    """The `share` of columns of the largest metric on `grid`, the others as SignRankOne; which is a bit a column.
+    """The `share` of columns of the largest metric on `grid`, the others as SignRankOne; a bit per column says which.
 
     With the diagonal of a Gram as the metric they are the inputs of the largest E[x²]; without one, the columns of the
     largest weights. Source: PTQ1.61 (Zhao et al., 2025, arXiv:2502.13179), without its preprocessing of weights.
@@ -43,19 +43,22 @@ class SalientColumns(Constraint):
         return False  # they share their columns' numbers
 
     def count(self, columns: int) -> int:
-        """How many of `columns` columns are salient."""
+        """Return how many of `columns` columns are salient."""
         return round(self.share * columns)
+
+    def workspace(self, shape: torch.Size) -> int:
+        return 18 * shape.numel()  # four matrices of its size, and signs
 
     def check(self, shape: torch.Size) -> None:
         if not 0 < self.count(shape[1]) < shape[1]:
             raise OptionError(
-                f"{self.share:.0%} of {shape[1]} columns is none of them, or all: leave the layer out with --ignore, "
-                "or choose another share"
+                f"{self.share:.0%} of {shape[1]} columns rounds to none or all of them: leave the layer out with "
+                "--ignore, or choose another share"
             )
 
     @property
     def rest(self) -> SignRankOne:
-        """What the other columns are."""
+        """The set of the other columns."""
         return SignRankOne(dtype=self.dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SalientCode:

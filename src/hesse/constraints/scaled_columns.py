@@ -20,9 +20,9 @@ class ScaledCode:
 
 @dataclass(frozen=True, eq=True)
 class ScaledColumns(Constraint):
-    """`base` on W diag(s), with an s for each input: what multiplies the inputs by s before the layer may hold.
+    """`base` on W diag(s), with one s per input; the member is divided by s again.
 
-    Stored by itself it takes one number an input more than `base`; where the layer before can take s in, none.
+    Stored by itself, s takes one number per input more than `base`; none where the layer before can absorb it.
     """
 
     base: Constraint = field(default_factory=Grid)
@@ -35,11 +35,11 @@ class ScaledColumns(Constraint):
         self.base.check(shape)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> ScaledCode:
-        """With every s at 1."""
+        """Return the nearest member with every s = 1."""
         return self.encode_scaled(weight, torch.ones_like(weight[0]), metric)
 
     def encode_scaled(self, weight: Tensor, scale: Tensor, metric: Tensor | None = None) -> ScaledCode:
-        """The nearest member for a given s (in,), under `metric` of the weight itself."""
+        """Return the nearest member for a given s (in,), under `metric` of the weight itself."""
         stored = round_to(scale, self.dtype)
         inside = None if metric is None else metric / stored.square()
         return ScaledCode(self.base.encode(weight * stored, inside), stored)

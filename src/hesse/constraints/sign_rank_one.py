@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
 
 ROUNDS = 100  # of alternation at most
-SETTLED = 1e-7  # change of a round, as a share, from which on it has converged
+SETTLED = 1e-7  # relative change of a round below which it has converged
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,20 +24,23 @@ class SignRankOneCode:
 class SignRankOne(Constraint):
     """sign(W) ⊙ (a bᵀ), with the a, b ≥ 0 of least Σ metric · (|W| - a bᵀ)²; the sign of 0 is +.
 
-    Without a metric, or with one for rows times one for columns, that is the first singular pair of |W|, which no
-    entry of is negative (Perron and Frobenius), found by power iteration; with another metric, what alternating least
-    squares finds. Source: OneBit (Xu et al., 2024, arXiv:2402.11295).
+    Without a metric, or with one for rows times one for columns, that is the first singular pair of |W|, which has
+    no negative entry (Perron and Frobenius), found by power iteration; with another metric, a local minimum found by
+    alternating least squares. Source: OneBit (Xu et al., 2024, arXiv:2402.11295).
     """
 
     @property
     def rows_are_independent(self) -> bool:
         return False  # they share b
 
+    def workspace(self, shape: torch.Size) -> int:
+        return 18 * shape.numel()  # four matrices of its size, and signs
+
     def check(self, shape: torch.Size) -> None:
-        """Every matrix can be one."""
+        """Accept every matrix."""
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SignRankOneCode:
-        rows, columns = rank_one(weight.abs(), of_each(weight, metric))
+        rows, columns = rank_one(weight.abs(), metric_or_ones(weight, metric))
         return SignRankOneCode(weight >= 0, round_to(rows, self.dtype), round_to(columns, self.dtype))
 
     def decode(self, encoded: SignRankOneCode) -> Tensor:

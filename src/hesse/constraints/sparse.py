@@ -25,8 +25,8 @@ class SparseCode:
 class Sparse(Constraint):
     """`Sparse(0.5)`: half of the weights are zero. `Sparse(2, 4)`: of every 4 columns in a row at most 2 are not.
 
-    `Sparse(0.5, block=4)`: zeros come in blocks of 4 neighbours of a row, for processors that skip such blocks (oBERT,
-    Kurtic et al., 2022). `scope` says where a share is counted: over the whole matrix ("layer") or in each row ("row").
+    `Sparse(0.5, block=4)`: zeros come in blocks of 4 neighbours of a row, for processors that skip zero blocks (oBERT,
+    Kurtic et al., 2022). `scope` says what the share refers to: the whole matrix ("layer") or each row ("row").
     """
 
     amount: float = 0.5
@@ -62,28 +62,28 @@ class Sparse(Constraint):
 
     @property
     def together(self) -> int:
-        """How many neighbours of a row are decided together: M of N:M, or a block."""
+        """The number of neighbors in a row that are decided together: M of N:M, or a block."""
         return self.of or self.block
 
     def columns_at_once(self, most: int) -> int:
-        """How many columns a sweep over columns decides together: whole groups, and of single weights `most`."""
+        """Return how many columns a sweep decides together: whole groups, or `most` columns of single weights."""
         return self.of or math.lcm(most, self.block)
 
     def of_blocks(self, scores: Tensor) -> Tensor:
-        """The sums of `scores` (out, in) over blocks (out, in / block)."""
+        """Return the sums of `scores` (out, in) over blocks (out, in / block)."""
         return scores if self.block == 1 else scores.reshape(len(scores), -1, self.block).sum(-1)
 
     def mask(self, scores: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """True at the weights to keep (out, in): those of the highest scores. Exactly the asked number is dropped.
+        """Return True at the weights of highest scores (out, in). Exactly the requested number is dropped.
 
-        A block has the sum of its weights' scores. `dropped` gives other numbers of single weights or of blocks: one,
-        or one a row, as `scope` says.
+        A block's score is the sum of its weights' scores. `dropped` gives other numbers of single weights or blocks:
+        one in all or one per row, as in `scope`.
         """
         if self.of is not None:
             grouped = scores.reshape(scores.shape[0], -1, self.of)
             lowest = grouped.topk(self.of - int(self.amount), dim=-1, largest=False).indices
             return torch.ones_like(grouped, dtype=torch.bool).scatter(-1, lowest, False).view(scores.shape)
-        number = (self.dropped(scores) if dropped is None else dropped)[:, None]
+        number = (self.drop_counts(scores) if dropped is None else dropped)[:, None]
         blocks = self.of_blocks(scores)
         grouped = blocks if self.scope == "row" else blocks.reshape(1, -1)
         threshold = smallest(grouped, number)
@@ -91,8 +91,8 @@ class Sparse(Constraint):
         drop = below | (equal & (equal.cumsum(1) <= number - below.sum(1, keepdim=True)))
         return ~drop.view(blocks.shape).repeat_interleave(self.block, dim=1)
 
-    def dropped(self, weight: Tensor) -> Tensor:
-        """How many weights, or blocks, of `weight` (out, in) a share of zeros drops (1,), or of each row (out,)."""
+    def drop_counts(self, weight: Tensor) -> Tensor:
+        """Return how many weights or blocks of `weight` (out, in) are dropped, in all (1,) or per row (out,)."""
         rows, number = (1, weight.numel()) if self.scope == "layer" else weight.shape
         return torch.full((rows,), round(self.amount * number / self.block), device=weight.device)
 
@@ -101,14 +101,14 @@ class Sparse(Constraint):
         return self.encode_masked(weight, self.mask(scores))
 
     def encode_masked(self, weight: Tensor, mask: Tensor) -> SparseCode:
-        """The stored form of `weight` (out, in) where `mask` is true."""
+        """Return the stored form of `weight` (out, in) where `mask` is true."""
         return SparseCode(mask, round_to(weight[mask], self.dtype))
 
     def decode(self, encoded: SparseCode) -> Tensor:
         return torch.zeros_like(encoded.mask, dtype=encoded.values.dtype).masked_scatter(encoded.mask, encoded.values)
 
     def bits_per_weight(self, shape: torch.Size) -> float:
-        """The kept values, and where they are: a bit for each block, or where few are kept the column of each."""
+        """Return the bits of kept values and their positions: a bit per block, or column indices where few are kept."""
         kept = self.amount / self.of if self.of is not None else 1 - self.amount
         place = min(1.0, kept * math.ceil(math.log2(max(shape[1] // self.block, 2))))
         return kept * torch.finfo(self.dtype).bits + place / self.block
@@ -120,8 +120,8 @@ class Sparse(Constraint):
 
 
 def smallest(scores: Tensor, number: Tensor) -> Tensor:
-    """The number-th smallest of each row of `scores` (rows, n), counted from 1; `number` and result are (rows, 1)."""
-    if len(scores) == 1:  # much the faster way
+    """Return the number-th smallest, from 1, of each row of `scores` (rows, n); `number` and result are (rows, 1)."""
+    if len(scores) == 1:  # much faster
         return scores.kthvalue(max(int(number), 1), dim=1, keepdim=True).values
     return scores.sort(1).values.gather(1, (number - 1).clamp(min=0))
 

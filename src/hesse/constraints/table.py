@@ -12,10 +12,10 @@ from hesse.errors import OptionError
 
 
 def floats(exponent: int, mantissa: int) -> tuple[float, ...]:
-    """All finite values of a number format with a sign, so many bits of exponent and of mantissa, ascending.
+    """Return all finite values, ascending, of a format with a sign and these bits of exponent and mantissa.
 
-    With subnormals and without infinities, as E2M1 of OCP's microscaling formats; of E4M3 the largest is left out,
-    which stands for NaN there.
+    With subnormals and without infinities, as E2M1 of OCP's microscaling formats; without the largest of E4M3,
+    which encodes NaN there.
     """
     bias = (1 << (exponent - 1)) - 1
     positive = []
@@ -29,7 +29,9 @@ def floats(exponent: int, mantissa: int) -> tuple[float, ...]:
 
 
 def normal_floats(bits: int) -> tuple[float, ...]:
-    """NF4 and the like: quantiles of a normal distribution, one more above 0 than below (8 and 7), ±1 at the ends.
+    """Return the values of NF4 and its relatives: quantiles of a normal distribution, with ±1 at the ends.
+
+    There is one more value above 0 than below (8 and 7).
 
     Source: QLoRA (Dettmers et al., 2023), appendix E; for other bits LQ-LoRA (Guo et al., 2023).
     """
@@ -60,8 +62,8 @@ class Table(Grouped):
 
     The tables are floats (fp4: E2M1, fp6: E2M3, fp8: E4M3) and normal floats (nf2, nf3, nf4).
 
-    The scale takes a group's largest |w| to the table's largest value. Codes count the table's values from the
-    smallest, less 2^(bits-1). Source of comparing such formats: Aggarwal et al., 2023 (minifloats); QLoRA for NF4.
+    The scale takes a group's largest |w| to the table's largest value. Codes are indices into the table's ascending
+    values, minus 2^(bits-1). Source of comparing such formats: Aggarwal et al., 2023 (minifloats); QLoRA for NF4.
     """
 
     name: str = "fp4"
@@ -91,12 +93,12 @@ class Table(Grouped):
 
     @property
     def _first(self) -> int:
-        """What the smallest value's code is less than 0 by."""
+        """The distance of the smallest code from 0."""
         return 1 << (self.code_bits - 1)
 
 
 @cache
 def _values(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A table's values, and the middles between them."""
+    """Return a table's values, and the middles between them."""
     values = torch.tensor(TABLES[name], dtype=dtype, device=device)
     return values, (values[1:] + values[:-1]) / 2

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.constraints.base import Constraint, of_each, round_to
-from hesse.constraints.weighted_means import nearest_vectors, weighted_means
+from hesse.constraints.base import Constraint, metric_or_ones, round_to
+from hesse.constraints.weighted_means import AT_ONCE, nearest_vectors, weighted_means
 from hesse.errors import OptionError
 
 STEPS = 30  # of k-means
@@ -23,10 +23,10 @@ class VectorCode:
 
 @dataclass(frozen=True, eq=True)
 class VectorCodebook(Constraint):
-    """`length` neighbouring outputs of one input are an entry of a codebook, or with more `books` a sum of one of each.
+    """`length` neighboring outputs of one input are an entry of a codebook, or with several `books` a sum of entries.
 
-    An index takes k = bits · length / books bits, so that indices take `bits` a weight; the codebooks of 2^k entries
-    each belong to the layer. The first is k-means of the vectors, each later one of what those before it leave.
+    An index takes k = bits · length / books bits, so that indices take `bits` per weight; each layer has its own
+    codebooks of 2^k entries. The first is k-means of the vectors, each later one k-means of the residuals.
     Source: VPTQ (Liu et al., 2024), whose residual codebook is a second book.
     """
 
@@ -50,7 +50,7 @@ class VectorCodebook(Constraint):
 
     @property
     def entries(self) -> int:
-        """Vectors in a codebook."""
+        """The number of vectors in a codebook."""
         return 1 << (self.bits * self.length // self.books)
 
     @property
@@ -60,6 +60,10 @@ class VectorCodebook(Constraint):
     @property
     def together(self) -> int:
         return self.length
+
+    def workspace(self, shape: torch.Size) -> int:
+        distances = min(shape.numel() // self.length * self.entries, AT_ONCE + self.entries)
+        return 4 * (6 * shape.numel() + 2 * distances)
 
     def check(self, shape: torch.Size) -> None:
         if shape[0] % self.length:
@@ -74,7 +78,7 @@ class VectorCodebook(Constraint):
             )
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> VectorCode:
-        masses = self.vectors(of_each(weight, metric))
+        masses = self.vectors(metric_or_ones(weight, metric))
         left, books, codes = self.vectors(weight), [], []
         for book in range(self.books):
             means = weighted_means(left, masses, self.entries, STEPS, seed=book)
@@ -84,7 +88,7 @@ class VectorCodebook(Constraint):
         return self.code(torch.stack(codes), torch.stack(books), weight.shape)
 
     def choose(self, vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices (books, n) of entries whose sums come near to `vectors` (n, v), book after book, and the sums."""
+        """Return indices (books, n) of entries whose sums approximate `vectors` (n, v), book by book, and the sums."""
         left, codes = vectors, []
         for book in centroids.to(vectors):
             codes.append(nearest_vectors(left, book))
@@ -92,11 +96,11 @@ class VectorCodebook(Constraint):
         return torch.stack(codes), vectors - left
 
     def vectors(self, weight: Tensor) -> Tensor:
-        """The vectors (n, v) of a weight (out, in), input by input."""
+        """Return the vectors (n, v) of a weight (out, in), input by input."""
         return weight.T.reshape(-1, self.length)
 
     def code(self, codes: Tensor, centroids: Tensor, shape: torch.Size) -> VectorCode:
-        """The stored form of indices (books, n) of the vectors of a weight of `shape`."""
+        """Return the stored form of indices (books, n) of the vectors of a weight of `shape`."""
         placed = codes.view(len(codes), shape[1], -1).transpose(1, 2)
         return VectorCode(placed.to(torch.int32).contiguous(), centroids)
 

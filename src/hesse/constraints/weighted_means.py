@@ -1,17 +1,17 @@
-"""k-means of weighted vectors: a start by k-means++, then steps of which none raises the cost."""
+"""k-means of weighted vectors: k-means++, then Lloyd's steps, none of which raises the cost."""
 
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 22  # distances that are held together
+AT_ONCE = 1 << 22  # distances in memory together
 
 
 def weighted_means(vectors: Tensor, masses: Tensor, count: int, steps: int, seed: int = 0) -> Tensor:
-    """`count` centroids (count, v) that lower Σ masses · (vector - its centroid)²; `vectors`, `masses` are (n, v).
+    """Return `count` centroids (count, v) that lower Σ masses · (vector - its centroid)²; both inputs are (n, v).
 
     Each of at most `steps` steps takes every vector to the nearest centroid and every centroid to the weighted mean of
-    its vectors, entry by entry; a centroid whose vectors weigh nothing stays. The same for the same `seed`. Source:
-    Lloyd, 1982; k-means++ (Arthur and Vassilvitskii, 2007).
+    its vectors, entry by entry; a centroid whose vectors have no mass stays. The result depends only on the inputs and
+    `seed`. Source: Lloyd, 1982; k-means++ (Arthur and Vassilvitskii, 2007).
     """
     centroids = _start(vectors, masses, count, seed)
     before: Tensor | None = None
@@ -29,7 +29,7 @@ def weighted_means(vectors: Tensor, masses: Tensor, count: int, steps: int, seed
 
 
 def nearest_vectors(vectors: Tensor, centroids: Tensor, masses: Tensor | None = None) -> Tensor:
-    """The number (n,) of the centroid (k, v) with the least Σ masses · (vector - centroid)² for each vector (n, v)."""
+    """Return the index (n,) of the centroid (k, v) of least Σ masses · (vector - centroid)² for each vector (n, v)."""
     found, squares = [], centroids.square()
     size = max(AT_ONCE // len(centroids), 1)
     parts = (torch.split(each, size) for each in (vectors, vectors if masses is None else masses))
@@ -43,7 +43,7 @@ def nearest_vectors(vectors: Tensor, centroids: Tensor, masses: Tensor | None = 
 
 
 def _start(vectors: Tensor, masses: Tensor, count: int, seed: int) -> Tensor:
-    """Vectors drawn one after another, each with a chance in proportion to what it costs with those drawn before."""
+    """Return vectors drawn in turn, each with a chance proportional to its cost under those drawn before."""
     draws = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(vectors.device)
     costs = masses.sum(1).double()
     centroids = torch.empty(count, vectors.shape[1]).to(vectors)

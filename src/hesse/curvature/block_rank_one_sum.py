@@ -14,11 +14,18 @@ from hesse.finite import all_finite
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockRankOneSum(Curvature):
-    """The blocks of neighbouring weights on the diagonal of (1/m) Σ gᵢgᵢᵀ, all worked on at once.
+    """The blocks of neighbouring weights on the diagonal of (1/m) Σ gᵢgᵢᵀ, all processed together.
 
-    The gradients themselves are not kept: memory is d · block_size. The last block is filled up with zeros. Blocks as
+    The gradients themselves are not kept: memory is d · block_size. The last block is padded with zeros. Blocks as
     large as a whole parameter are better kept as a RankOneSum. Units: see RankOneSum. Source: WoodFisher (Singh and
     Alistarh, 2020), oBERT (Kurtic et al., 2022).
+
+    Example:
+        >>> H = BlockRankOneSum.from_gradients(torch.tensor([[1.0, 1.0, 2.0]]), block_size=2)
+        >>> H.matrix()
+        tensor([[1., 1., 0.],
+                [1., 1., 0.],
+                [0., 0., 4.]])
     """
 
     matrices: Tensor  # (blocks, block_size, block_size), the blocks of H
@@ -26,7 +33,7 @@ class BlockRankOneSum(Curvature):
 
     @classmethod
     def from_gradients(cls, gradients: Tensor, block_size: int) -> Self:
-        """The blocks for `gradients` (m, *shape), one a sample.
+        """Return the blocks of `gradients` (m, *shape), one a sample.
 
         Raises:
             DataError: there is none, or one is not finite.
@@ -48,11 +55,11 @@ class BlockRankOneSum(Curvature):
 
     @property
     def block_size(self) -> int:
-        """Weights a block."""
+        """The number of weights in a block."""
         return self.matrices.shape[-1]
 
     def _joined(self, blocks: Tensor, like: Tensor) -> Tensor:
-        """(blocks, k, block_size) as `like` (..., *shape)."""
+        """Return (blocks, k, block_size) in the shape and type of `like` (..., *shape)."""
         flat = blocks.transpose(0, 1).reshape(blocks.shape[1], -1)[:, : self.shape.numel()]
         return flat.reshape(like.shape).to(like.dtype)
 
@@ -75,28 +82,28 @@ class BlockRankOneSum(Curvature):
         lower: Tensor = factor
         return lower
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return self._joined(self._split(vector) @ self.matrices, vector)
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         columns = torch.cholesky_solve(self._split(vector).transpose(1, 2), self._factor)
         return self._joined(columns.transpose(1, 2), vector)
 
     def inverse_blocks(self) -> Tensor:
-        """The blocks of (H + λI)⁻¹ (blocks, block_size, block_size), as greedy pruning of weights needs them."""
+        """Return the blocks of (H + λI)⁻¹ (blocks, block_size, block_size), as greedy pruning of weights needs them."""
         inverses: Tensor = torch.cholesky_inverse(self._factor)
         return inverses
 
     def split(self, vector: Tensor) -> Tensor:
-        """A tensor of H's shape as (blocks, block_size), the last block filled up with zeros."""
+        """Return a tensor of H's shape as (blocks, block_size), the last block padded with zeros."""
         return self._split(vector)[:, 0]
 
-    def joined(self, blocks: Tensor) -> Tensor:
-        """What `split` takes apart, put together."""
+    def join(self, blocks: Tensor) -> Tensor:
+        """Undo `split`."""
         return blocks.reshape(-1)[: self.shape.numel()].view(self.shape)
 
     def _diagonals(self, blocks: Tensor) -> Tensor:
-        return self.joined(blocks.diagonal(dim1=1, dim2=2))
+        return self.join(blocks.diagonal(dim1=1, dim2=2))
 
     def diagonal(self) -> Tensor:
         return self._diagonals(self.matrices)
@@ -109,7 +116,7 @@ class BlockRankOneSum(Curvature):
 
 
 class BlockAccumulator:
-    """The blocks of gradients as they come, a few at a time: more at once costs less."""
+    """Accumulates the blocks of gradients, several at a time: more at once is faster."""
 
     def __init__(
         self,
@@ -132,8 +139,8 @@ class BlockAccumulator:
             DataError: there is none, one is not finite, or they have another shape.
         """
         if gradients.ndim < 2 or gradients.shape[0] == 0 or gradients.shape[1:] != self.shape:
-            wanted = ", ".join(("m", *map(str, self.shape)))
-            raise DataError(f"gradients must be ({wanted}) with m of 1 or more, not {tuple(gradients.shape)}")
+            expected = ", ".join(("m", *map(str, self.shape)))
+            raise DataError(f"gradients must be ({expected}) with m of 1 or more, not {tuple(gradients.shape)}")
         if not all_finite(gradients):
             raise DataError("the gradients hold NaN or infinity")
         grouped = in_blocks(gradients.to(self.total.dtype).reshape(len(gradients), -1), self.total.shape[-1])
@@ -141,7 +148,7 @@ class BlockAccumulator:
         self.count += len(gradients)
 
     def curvature(self) -> BlockRankOneSum:
-        """The blocks of the mean over all gradients so far.
+        """Return the blocks of the mean over all gradients added so far.
 
         Raises:
             DataError: there was none.
@@ -152,7 +159,7 @@ class BlockAccumulator:
 
 
 def in_blocks(rows: Tensor, block_size: int) -> Tensor:
-    """`rows` (k, d) as (blocks, k, block_size), the last block filled up with zeros."""
+    """Return `rows` (k, d) as (blocks, k, block_size), the last block padded with zeros."""
     missing = -rows.shape[1] % block_size
     filled = torch.nn.functional.pad(rows, (0, missing)) if missing else rows  # padding by nothing copies
     return filled.view(len(rows), -1, block_size).transpose(0, 1)

@@ -15,7 +15,12 @@ from hesse.errors import OptionError, UnsupportedProduct
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaled(Curvature):
-    """A curvature times a number above 0; damping is added after. Every product of the original."""
+    """A curvature times a number above 0, with every product of the original; damping is added after.
+
+    Example:
+        >>> Scaled(original=Diagonal(values=torch.ones(2)), factor=3.0) @ torch.ones(2)
+        tensor([3., 3.])
+    """
 
     original: Curvature
     factor: float
@@ -41,14 +46,17 @@ class Scaled(Curvature):
         """The original, damped so that the multiple is damped by λ."""
         return self.original.with_damping(self.damping / self.factor)
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return self.factor * self.original.matvec(vector)
 
     def diagonal(self) -> Tensor:
         return self.factor * self.original.diagonal()
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return self._inner.solve(vector) / self.factor
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        return self._inner.power(vector, exponent) * math.pow(self.factor, exponent)
 
     def inverse_diagonal(self) -> Tensor:
         return self._inner.inverse_diagonal() / self.factor
@@ -65,7 +73,12 @@ class Scaled(Curvature):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sum(Curvature):
-    """Several curvatures of one parameter added up. It has no inverse product of its own: use conjugate gradients."""
+    """The sum of several curvatures of one parameter. It has no inverse product of its own: use conjugate gradients.
+
+    Example:
+        >>> Sum(terms=(Diagonal(values=torch.ones(2)), Diagonal(values=torch.tensor([1.0, 2.0])))) @ torch.ones(2)
+        tensor([2., 3.])
+    """
 
     terms: tuple[Curvature, ...]
 
@@ -86,7 +99,7 @@ class Sum(Curvature):
     def _held(self) -> Tensor:
         return self.terms[0]._held
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return torch.stack([term.matvec(vector) for term in self.terms]).sum(0)
 
     def diagonal(self) -> Tensor:
@@ -95,7 +108,7 @@ class Sum(Curvature):
     def trace(self) -> float:
         return sum(term.trace() for term in self.terms)
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         raise UnsupportedProduct("a Sum has no inverse product of its own: use hesse.solvers.conjugate_gradients")
 
     def rank(self) -> int:
@@ -109,6 +122,12 @@ class BlockDiagonal(Curvature):
     `shapes` are the parameters' own, since a block may act on a part of them that repeats (a Gram on each row), or on
     the same entries in another shape (a convolution's weight as a matrix). The damping is added to every block; blocks
     have none of their own, and all have one origin: a block per position beside one per sample is refused.
+
+    Example:
+        >>> blocks = {"weight": Gram.from_inputs(2 * torch.eye(2)), "bias": Diagonal(values=torch.ones(1))}
+        >>> H = BlockDiagonal(blocks=blocks, shapes={"weight": (1, 2), "bias": (1,)})
+        >>> H @ torch.ones(3)
+        tensor([2., 2., 1.])
     """
 
     blocks: dict[str, Curvature]
@@ -135,7 +154,7 @@ class BlockDiagonal(Curvature):
         return next(iter(self.blocks.values()))._held
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector (..., d) as one tensor (..., *shape) a parameter."""
+        """Return a flat vector (..., d) as one tensor (..., *shape) a parameter."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         pieces = zip(self.shapes.items(), torch.split(vector, sizes, dim=-1), strict=True)
         return {name: piece.reshape(*vector.shape[:-1], *shape) for (name, shape), piece in pieces}
@@ -156,11 +175,14 @@ class BlockDiagonal(Curvature):
             pieces.append(result.reshape(*lead, -1))
         return torch.cat(pieces, dim=-1)
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return self._each(vector, lambda block, piece: block.matvec(piece), self.blocks)
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return self._each(vector, lambda block, piece: block.solve(piece), self._damped)
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        return self._each(vector, lambda block, piece: block.power(piece, exponent), self._damped)
 
     def _spread(self, values: dict[str, Tensor]) -> Tensor:
         return torch.cat([values[name].flatten().repeat(self._repeats(name)) for name in self.shapes])
@@ -172,7 +194,7 @@ class BlockDiagonal(Curvature):
         return self._spread({name: block.inverse_diagonal() for name, block in self._damped.items()})
 
     def _repeats(self, name: str) -> int:
-        """How often a block stands side by side in its parameter."""
+        """Return how many times a block repeats within its parameter."""
         return math.prod(self.shapes[name]) // self.blocks[name].shape.numel()
 
     def rank(self) -> int:

@@ -14,6 +14,13 @@ from hesse.finite import all_finite
 class Diagonal(Curvature):
     """A diagonal curvature with entries `values` (*shape), in the unit of whatever estimated them.
 
+    Example:
+        >>> H = Diagonal(values=torch.tensor([1.0, 4.0]))
+        >>> H @ torch.ones(2)
+        tensor([1., 4.])
+        >>> H.power(torch.ones(2), -0.5)
+        tensor([1.0000, 0.5000])
+
     Raises:
         ConditioningError: an entry is negative or not finite.
     """
@@ -28,17 +35,24 @@ class Diagonal(Curvature):
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector * self.values
 
     def diagonal(self) -> Tensor:
         return self.values
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return vector * self.inverse_diagonal()
 
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        return vector * (self._invertible() if exponent < 0 else self.values + self.damping) ** exponent
+
     def inverse_diagonal(self) -> Tensor:
+        return 1 / self._invertible()
+
+    def _invertible(self) -> Tensor:
+        """Return the entries of H + λI, none of which is zero."""
         damped = self.values + self.damping
         if bool((damped == 0).any()):
             raise ConditioningError("this Diagonal has zero entries and no damping; use .damped(0.01) first")
-        return 1 / damped
+        return damped

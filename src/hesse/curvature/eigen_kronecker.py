@@ -21,6 +21,11 @@ class EigenKronecker(Curvature):
     For a linear layer's weight (out, in) R holds the eigenvectors of G and C those of A. With Λ = E[(Rᵀ g C)²] over
     the weight's gradients g it is the nearest such matrix to E[g gᵀ] in the Frobenius norm, so never further from it
     than G ⊗ A. Unit as of the gradients: see `origin`. Source: George et al., 2018.
+
+    Example:
+        >>> H = EigenKronecker(row_vectors=None, column_vectors=None, eigenvalues=torch.tensor([[1.0, 2.0]]))
+        >>> H @ torch.ones(1, 2)
+        tensor([[1., 2.]])
     """
 
     row_vectors: Tensor | None  # R (rows, rows), eigenvectors as columns; None is the identity
@@ -29,10 +34,11 @@ class EigenKronecker(Curvature):
 
     @classmethod
     def from_gradients(cls, kronecker: Kronecker, gradients: Tensor, origin: Origin | None = None) -> Self:
-        """The eigenvectors of `kronecker`, with eigenvalues from `gradients` (m, rows, columns) of the stated origin.
+        """Return the eigenvectors of `kronecker` with eigenvalues from `gradients` (m, rows, columns) of an `origin`.
 
         Raises:
-            OptionError: the factors have another origin: positions' eigenvalues differ from samples' by orders.
+            OptionError: the factors have another origin; eigenvalues per position and per sample differ by orders of
+                magnitude.
             DataError: there is no gradient, or one is not finite.
         """
         if gradients.ndim != 3 or not len(gradients):
@@ -58,7 +64,7 @@ class EigenKronecker(Curvature):
     def _through(self, vector: Tensor, values: Tensor) -> Tensor:
         return through_eigenvectors(vector.to(self.dtype), values, self.row_vectors, self.column_vectors).to(vector)
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return self._through(vector, self.eigenvalues)
 
     @cached_property
@@ -69,8 +75,12 @@ class EigenKronecker(Curvature):
             raise ConditioningError("this EigenKronecker curvature is singular without damping; use .damped(0.01)")
         return 1 / damped
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return self._through(vector, self._inverse)
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        damped = 1 / self._inverse if exponent < 0 else self.eigenvalues + self.damping
+        return self._through(vector, damped**exponent)
 
     def diagonal(self) -> Tensor:
         return spread(self.eigenvalues, self.row_vectors, self.column_vectors)

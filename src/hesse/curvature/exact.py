@@ -23,8 +23,8 @@ COLUMNS = 8
 class Exact(Curvature):
     """A matrix on the flat vector of an objective's parameters, in the unit of its loss; never formed.
 
-    Each product walks the data. Several right-hand sides share a walk, `columns` of them at once in memory: by default
-    8, or 1 where that is faster.
+    Each product takes one pass over the data. Several right-hand sides share a pass, `columns` of them at once in
+    memory: by default 8, or 1 where that is faster.
     """
 
     objective: Objective
@@ -34,7 +34,7 @@ class Exact(Curvature):
         object.__setattr__(self, "origin", self._origin())
 
     def _origin(self) -> Origin:
-        """Which matrix this is: that of every term, whatever sample it is in, unless it says otherwise."""
+        """Return the origin of the matrix: by default per term of the loss, whatever sample the term is in."""
         name = {"GaussNewton": "Gauss-Newton"}.get(type(self).__name__, type(self).__name__)
         return Origin(name, "term", f"{self.objective.loss.reduction} loss")
 
@@ -47,7 +47,7 @@ class Exact(Curvature):
         return self.objective.parameters[0]
 
     @torch.no_grad()
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         try:
             return self._product(vector)
         except (NotImplementedError, RuntimeError) as error:
@@ -72,7 +72,7 @@ class Exact(Curvature):
 
     @abstractmethod
     def _batches(self) -> Iterator[Callable[[Columns], Columns]]:
-        """Products with the matrix of the summed terms of each batch."""
+        """Yield the product with the matrix of each batch's summed terms."""
 
     def diagonal(self) -> Tensor:
         raise UnsupportedProduct(
@@ -89,7 +89,7 @@ class Exact(Curvature):
     def largest_eigenvalue(self) -> float:
         raise UnsupportedProduct(f"use hesse.solvers.lanczos for eigenvalues of a {type(self).__name__}")
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         raise UnsupportedProduct(f"use hesse.solvers.conjugate_gradients to solve with a {type(self).__name__}")
 
 
@@ -98,7 +98,13 @@ class Hessian(Exact):
     """∇²L: symmetric, and with negative eigenvalues away from a minimum. By backward over backward (Pearlmutter, 1994).
 
     With `keep_graph` the graph of the gradient is kept for further products: faster, at the memory of all batches'
-    graphs. It is then of the parameters as they were at the first product.
+    graphs. The matrix is then that of the parameters at the first product.
+
+    Example:
+        >>> data = [(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))]
+        >>> objective = Objective.of(nn.Linear(1, 1, bias=False), nn.MSELoss(), data)
+        >>> Hessian(objective=objective) @ torch.ones(1)  # of the mean of (w x)²
+        tensor([5.])
     """
 
     keep_graph: bool = False
@@ -146,6 +152,12 @@ class GaussNewton(Exact):
     """Σ Jᵀ (∂²ℓ/∂outputs²) J: the Hessian without the curvature of the network itself.
 
     Positive semi-definite for a convex ℓ. Forward mode for J and backward for Jᵀ (Schraudolph, 2002).
+
+    Example:
+        >>> data = [(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))]
+        >>> objective = Objective.of(nn.Linear(1, 1, bias=False), nn.MSELoss(), data)
+        >>> GaussNewton(objective=objective).matrix()
+        tensor([[5.]])
     """
 
     def _best_columns(self) -> int:
@@ -177,8 +189,14 @@ class Fisher(Exact):
     `per="sample"` squares the gradient of a whole sample (a sequence), `per="term"` that of each of its terms (a
     token); for the first two kinds they have the same expectation. The gradient of a batch's mean is never squared.
 
-    `seed` draws the same labels for every product, in the order of the data, however it is cut into batches; None
-    draws new ones for each.
+    `seed` draws the same labels for every product, in the order of the data, however the data is split into batches;
+    None draws new labels for each product.
+
+    Example:
+        >>> data = [(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))]
+        >>> objective = Objective.of(nn.Linear(1, 1, bias=False), nn.MSELoss(), data)
+        >>> Fisher(objective=objective, kind="exact").matrix()
+        tensor([[5.]])
     """
 
     kind: Literal["exact", "sampled", "empirical"]
@@ -195,7 +213,7 @@ class Fisher(Exact):
             raise OptionError(f"a Fisher is per 'sample' or per 'term', not {self.per!r}")
         if self.kind != "empirical":  # refuses a loss without a distribution
             generator = torch.Generator().manual_seed(0)
-            self.objective.loss.sampled_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
+            self.objective.loss.sample_targets(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), generator)
         super().__post_init__()
 
     def _best_columns(self) -> int:
@@ -208,7 +226,7 @@ class Fisher(Exact):
             return
         for inputs, targets in objective.batches():
             if self.kind == "sampled":
-                targets = objective.sampled_targets(inputs, targets, generator)
+                targets = objective.sample_targets(inputs, targets, generator)
             yield self._products(inputs, targets)
 
     def _products(self, inputs: Any, targets: Tensor) -> Callable[[Columns], Columns]:
@@ -222,7 +240,7 @@ class Fisher(Exact):
 
 
 def _best_vmap(objective: Objective) -> int:
-    """Columns that go through vmap together: one where convolutions would become slow grouped ones."""
+    """Return how many columns vmap takes together: one where convolutions would become slow grouped ones."""
     convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in objective.model.modules())
     return 1 if convolutions else COLUMNS
 
@@ -230,7 +248,7 @@ def _best_vmap(objective: Objective) -> int:
 def _sandwich(
     function: Callable[..., Tensor], parameters: Sequence[Tensor], inner: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Columns], Columns]:
-    """V ↦ Jᵀ M J v for each column, J the derivative of `function` and M what `inner(function's value, ·)` applies."""
+    """Return v ↦ Jᵀ M J v for columns v, J being the derivative of `function` and M v = inner(function's value, v)."""
     point = tuple(p.detach() for p in parameters)
     value, pull_back = vjp(function, *point)[:2]
 

@@ -22,7 +22,18 @@ class Gram(Curvature):
     Hessian of the layer-wise loss ½‖Wx - W₀x‖² exactly; it knows nothing of how the output is used later.
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), per layer: Optimal Brain Compression (Frantar and
     Alistarh, 2022).
+
+    Example:
+        >>> H = Gram.from_inputs(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        >>> H @ torch.ones(3, 2)  # each row of a weight (3, 2) times E[xxᵀ]
+        tensor([[2., 8.],
+                [2., 8.],
+                [2., 8.]])
+        >>> H.inverse() @ torch.tensor([2.0, 8.0])
+        tensor([1., 1.])
     """
+
+    undamped = ("eigen",)
 
     second_moment: Tensor  # (in, in)
     tokens: int
@@ -30,10 +41,10 @@ class Gram(Curvature):
 
     @classmethod
     def from_inputs(cls, inputs: Tensor, reference: Tensor | None = None) -> Self:
-        """The Gram of `inputs` (..., tokens, in), accumulated in float32 at least.
+        """Return the Gram of `inputs` (..., tokens, in), accumulated in float32 at least.
 
-        With `reference`, the same tokens' inputs in another stream (the dense network's, where `inputs` are a
-        compressed one's), it holds their cross moment too.
+        `reference` are the same tokens' inputs in another network (the dense one, where `inputs` are those of a
+        compressed one); with it, the Gram also holds their cross moment.
 
         Raises:
             DataError: there are no tokens, the streams differ in shape, or an input is not finite.
@@ -53,6 +64,12 @@ class Gram(Curvature):
     @property
     def shape(self) -> torch.Size:
         return self.second_moment.shape[:1]
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (in,) and eigenvectors as columns (in, in) of A in float64."""
+        values, vectors = torch.linalg.eigh(self.second_moment.double())
+        return values.clamp(min=0), vectors
 
     @cached_property
     def factor(self) -> Tensor:
@@ -75,10 +92,10 @@ class Gram(Curvature):
         return factor
 
     def resolves(self, inverse_diagonal: Tensor) -> bool:
-        """Whether an inverse with the diagonal `inverse_diagonal` (in,) is more than the rounding noise of A.
+        """Return True if an inverse with the diagonal `inverse_diagonal` (in,) is more than the rounding noise of A.
 
-        A_jj [A⁻¹]_jj is 1 / (1 - R²) of input j on the others, whatever the inputs' scales; noise in a direction that
-        no token has takes it to nearly 1 / (in · eps) or above. With damping such a direction is λ, known exactly.
+        A_jj [A⁻¹]_jj is 1 / (1 - R²) of input j on the others, whatever the inputs' scales; rounding noise in a
+        direction without data raises it to about 1 / (in · eps) or above. With damping, A + λI is exactly λ there.
         """
         if self.damping > 0:
             return True
@@ -86,25 +103,38 @@ class Gram(Curvature):
         return bool((inverse_diagonal * self.diagonal() * noise < 1).all())
 
     def singular(self) -> ConditioningError:
-        """The error to raise where A + λI cannot be inverted."""
+        """Return the error to raise where A + λI cannot be inverted."""
         return ConditioningError(
             f"the Gram of {self.tokens} tokens in {self.shape[0]} dimensions is singular at damping "
             f"{self.damping:.3g}: use more damping (.damped(0.01)) or more tokens"
         )
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector @ self.second_moment.to(vector.dtype)
 
     def row_quadratics(self, change: Tensor) -> Tensor:
-        """½ d A dᵀ of each row d of `change` (..., in), as (...,): at little more than half of what `matvec` takes."""
+        """Return ½ d A dᵀ of each row d of `change` (..., in), as (...,): a little more than half the work of `matvec`.
+
+        Raises:
+            OptionError: the tensor has another shape or device, or no floating-point type.
+        """
+        self._check(change)
         return 0.5 * row_products(change, self.second_moment.to(change.dtype))
 
     def quadratic(self, change: Tensor) -> float:
         return float(self.row_quadratics(change).double().sum())
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         flat = vector.reshape(-1, self.shape[0]).to(self.factor.dtype)
         return torch.cholesky_solve(flat.T, self.factor).T.reshape(vector.shape).to(vector.dtype)
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        values, vectors = self.eigen
+        damped = values + self.damping
+        rounding = torch.finfo(self.dtype).eps * self.shape[0] * values.amax()
+        if exponent < 0 and not bool((damped > (0 if self.damping else rounding)).all()):
+            raise self.singular()
+        return (((vector.double() @ vectors) * damped**exponent) @ vectors.T).to(vector.dtype)
 
     def diagonal(self) -> Tensor:
         return self.second_moment.diagonal()
@@ -116,16 +146,15 @@ class Gram(Curvature):
         return int(torch.linalg.matrix_rank(self.second_moment, hermitian=True))
 
     def target(self, weight: Tensor) -> Tensor:
-        """The weight (out, in) whose outputs on x are nearest to those of `weight` W₀ on the reference inputs x₀.
+        """Return the weight (out, in) whose outputs on x are nearest to those of `weight` W₀ on reference inputs x₀.
 
         The minimum over W of E‖Wx - W₀x₀‖² + λ‖W - W₀‖² is W₀ (E[x₀xᵀ] + λI)(A + λI)⁻¹, and around it the loss is
-        `quadratic`. Without a cross moment x₀ is x, and the answer `weight` itself.
+        `quadratic`. Without a cross moment x₀ is x, and the result is `weight` itself.
         """
         if self.cross_moment is None:
             return weight
-        wanted = weight @ self.cross_moment.T.to(weight.dtype) + self.damping * weight
-        return self.solve(wanted)
+        return self.solve(weight @ self.cross_moment.T.to(weight.dtype) + self.damping * weight)
 
     def diagonal_part(self) -> Diagonal:
-        """Only E[x²] per input, which is what Wanda uses."""
+        """Return the Diagonal of E[x²] per input, which Wanda uses."""
         return Diagonal(values=self.diagonal(), damping=self.damping)

@@ -1,5 +1,6 @@
 """H = I: every weight matters the same (magnitude pruning, round to nearest)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +11,27 @@ from hesse.curvature.base import Curvature
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Identity(Curvature):
-    """The identity on single weights, so of every shape; `quadratic` is half the squared change, without a unit."""
+    """The identity on single weights, so of every shape; `quadratic` is half the squared change, without a unit.
+
+    Example:
+        >>> Identity().quadratic(torch.tensor([3.0, 4.0]))
+        12.5
+    """
 
     @property
     def shape(self) -> torch.Size:
         return torch.Size(())
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         return vector
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        return vector * math.pow(1 + self.damping, exponent)
 
     def diagonal(self) -> Tensor:
         return torch.ones(())
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return vector / (1 + self.damping)
 
     def inverse_diagonal(self) -> Tensor:

@@ -22,14 +22,26 @@ class Kronecker(Curvature):
     per token, `quadratic(d)` has that unit. Positions are taken as independent (`origin.per` is "position": K-FAC
     expand) or summed over a sample first ("sample": K-FAC reduce). A factor that is diagonal, such as an embedding's
     A, is held as its diagonal (n,). Damping is added to the product: G ⊗ A + λI, solved exactly in the factors'
-    eigenbases. Source: Martens and Grosse, 2015; shared weights: Eschenhagen et al., 2023.
+    eigenbases.
+
+    Source: K-FAC (Martens and Grosse, 2015); shared weights: Eschenhagen et al., 2023. As the curvature that weights
+    are rounded under: YAQA (Tseng et al., 2025, arXiv:2505.22988); output-side Fisher information for rounding also in
+    GuidedQuant (Kim et al., 2025) and OAC (Edalati et al., 2024).
+
+    Example:
+        >>> H = Kronecker(output_factor=torch.tensor([1.0, 2.0]), input_factor=torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> H @ torch.eye(2)
+        tensor([[2., 1.],
+                [2., 4.]])
+        >>> H.quadratic(torch.eye(2))
+        3.0
     """
 
     undamped = ("eigen",)
 
     output_factor: Tensor  # (out, out) or (out,)
     input_factor: Tensor  # (in, in) or (in,)
-    transposed: bool = False  # whether the weight is (in, out), as that of an embedding is
+    transposed: bool = False  # True for a weight (in, out), as that of an embedding is
 
     def __post_init__(self) -> None:
         if self.output_factor.ndim not in (1, 2) or self.input_factor.ndim not in (1, 2):
@@ -51,7 +63,7 @@ class Kronecker(Curvature):
     def _held(self) -> Tensor:
         return self.input_factor
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def _matvec(self, vector: Tensor) -> Tensor:
         left, right = (factor.to(vector.dtype) for factor in self.factors)
         columns = vector * right if right.ndim == 1 else vector @ right
         return left[:, None] * columns if left.ndim == 1 else left @ columns
@@ -61,14 +73,14 @@ class Kronecker(Curvature):
         return left[:, None] * right
 
     def with_damped_factors(self, of_outputs: float, of_inputs: float) -> Self:
-        """(G + γI) ⊗ (A + αI), where γ and α are such shares of the mean eigenvalue of G and of A.
+        """Return (G + γI) ⊗ (A + αI), γ and α being these shares of the mean eigenvalue of G and of A.
 
         Unlike `damped` it stays a Kronecker product, whose inverse's Cholesky factor is one too; `matvec` and
         `quadratic` see it. Source: the factored damping of Martens and Grosse, 2015.
         """
         if not all(math.isfinite(amount) and amount >= 0 for amount in (of_outputs, of_inputs)):
             raise OptionError(f"dampings are {of_outputs} and {of_inputs}, but must be finite and not negative")
-        outputs, inputs = _ridged(self.output_factor, of_outputs), _ridged(self.input_factor, of_inputs)
+        outputs, inputs = _add_ridge(self.output_factor, of_outputs), _add_ridge(self.input_factor, of_inputs)
         return replace(self, output_factor=outputs, input_factor=inputs)
 
     @cached_property
@@ -86,10 +98,16 @@ class Kronecker(Curvature):
             raise ConditioningError("this Kronecker curvature is singular and has no damping; use .damped(0.01) first")
         return values
 
-    def solve(self, vector: Tensor) -> Tensor:
+    def _solve(self, vector: Tensor) -> Tensor:
         return through_eigenvectors(vector.double(), 1 / self._values, self.eigen[0][1], self.eigen[1][1]).to(
             vector.dtype
         )
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        (left, rows), (right, columns) = self.eigen
+        damped = left.clamp(min=0)[:, None] * right.clamp(min=0) + self.damping
+        values = (self._values if exponent < 0 else damped) ** exponent
+        return through_eigenvectors(vector.double(), values, rows, columns).to(vector.dtype)
 
     def inverse_diagonal(self) -> Tensor:
         return spread(1 / self._values, self.eigen[0][1], self.eigen[1][1]).to(self.dtype)
@@ -103,8 +121,8 @@ class Kronecker(Curvature):
         return left * right
 
 
-def _ridged(factor: Tensor, amount: float) -> Tensor:
-    """`factor` plus `amount` times its mean eigenvalue."""
+def _add_ridge(factor: Tensor, amount: float) -> Tensor:
+    """Return `factor` plus `amount` times its mean eigenvalue."""
     if factor.ndim == 1:
         return factor + amount * factor.mean()
     return factor + amount * factor.diagonal().mean() * torch.eye(len(factor)).to(factor)
@@ -124,7 +142,7 @@ def _rank(factor: Tensor) -> int:
 
 
 def through_eigenvectors(vector: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """R (values ⊙ (Rᵀ V C)) Cᵀ for `vector` V (..., rows, columns); None is the identity."""
+    """Return R (values ⊙ (Rᵀ V C)) Cᵀ for `vector` V (..., rows, columns); None is the identity."""
     rotated = vector if columns is None else vector @ columns
     rotated = (rotated if rows is None else rows.T @ rotated) * values
     rotated = rotated if columns is None else rotated @ columns.T
@@ -132,6 +150,6 @@ def through_eigenvectors(vector: Tensor, values: Tensor, rows: Tensor | None, co
 
 
 def spread(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """The diagonal of the matrix with eigenvalues `values` (rows, columns) in the basis of `rows` and `columns`."""
+    """Return the diagonal of the matrix of eigenvalues `values` (rows, columns) and these eigenvectors."""
     values = values if rows is None else rows.square() @ values
     return values if columns is None else values @ columns.square().T

@@ -1,4 +1,4 @@
-"""Losses as exact curvatures need them: term by term, and with the distribution that they are the likelihood of."""
+"""Losses for exact curvatures: term by term, with the distribution whose likelihood they are."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hesse.errors import DataError, OptionError, UnsupportedProduct
 
 Reduction = Literal["mean", "sum"]
-ROWS = 128  # of logits, handled together: their copies in float64 should be small beside the logits
+ROWS = 128  # of logits taken together, so that their copies in float64 stay small
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(ABC):
     """A loss that is a sum, or a mean, of terms: one for each sample, and within a sample one for each position.
 
-    The mean is over all terms of all data, not of a batch: batches of unequal size weigh as they should.
+    The mean is over all terms of all data, not of a batch, so that batches of unequal size count by their terms.
     """
 
     reduction: Reduction = "mean"
@@ -30,22 +30,22 @@ class Loss(ABC):
 
     @abstractmethod
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each term, (samples, ...); masked ones are 0."""
+        """Return the loss of each term, (samples, ...); masked ones are 0."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """See that `terms` can be taken of them.
+        """Check that outputs and targets fit.
 
         Raises:
-            DataError: their shapes, types or values do not belong together.
+            DataError: their shapes, types or values do not fit.
         """
         return None
 
     def count(self, targets: Tensor) -> int | None:
-        """How many terms a mean divides by, where the targets alone say it."""
+        """Return how many terms a mean divides by, if the targets alone determine it."""
         return None
 
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
-        """The second derivative of the summed terms with respect to the outputs, times `change` (outputs' shape)."""
+        """Return the second derivative of the summed terms in the outputs, times `change` (outputs' shape)."""
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()
             (first,) = torch.autograd.grad(self.terms(point, targets).sum(), point, create_graph=True)
@@ -54,10 +54,10 @@ class Loss(ABC):
             (second,) = torch.autograd.grad(first, point, change, allow_unused=True)
         return torch.zeros_like(outputs) if second is None else second
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Targets drawn from the distribution whose negative log-likelihood this loss is; masks stay.
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return targets drawn from the distribution whose negative log-likelihood this loss is; masks stay.
 
-        The generator's numbers are used sample by sample: a batch cut into parts gets the labels that it gets whole.
+        The generator's numbers are used sample by sample: a batch gets the same labels whole and in parts.
         """
         raise UnsupportedProduct(
             f"{type(self).__name__} is not known to be the likelihood of a distribution, so there is no true Fisher: "
@@ -100,7 +100,7 @@ class CrossEntropy(Loss):
         product = weighted - probabilities * weighted.sum(-1, keepdim=True)
         return product * (targets != self.ignore_index).unsqueeze(-1)
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
         labels = sampled_labels(outputs.detach().flatten(0, -2), generator).view(targets.shape)
         kept: Tensor = torch.where(targets == self.ignore_index, targets, labels)
         return kept
@@ -108,7 +108,7 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredError(Loss):
-    """(output - target)², one term an entry, as torch's MSELoss: the likelihood of Gaussian noise of variance ½."""
+    """(output - target)², one term per entry, as torch's MSELoss: the likelihood of Gaussian noise of variance ½."""
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape != targets.shape:
@@ -121,15 +121,15 @@ class SquaredError(Loss):
     def output_product(self, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
         return 2 * change
 
-    def sampled_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        # Sample by sample, so that the same numbers come whatever samples are taken together.
+    def sample_targets(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        # Sample by sample, so that the numbers do not depend on how samples are batched.
         noise = torch.stack([torch.randn(o.shape, generator=generator, dtype=outputs.dtype) for o in outputs])
         return outputs.detach() + noise.to(outputs.device) * math.sqrt(0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserLoss(Loss):
-    """Any `function(outputs, targets)` that gives one term a sample, or one a position: (samples, ...)."""
+    """Any `function(outputs, targets)` that returns one term per sample or position: (samples, ...)."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
@@ -144,10 +144,10 @@ class UserLoss(Loss):
 
 
 def as_loss(loss: Loss | nn.Module) -> Loss:
-    """`loss` itself, or ours for torch's CrossEntropyLoss and MSELoss.
+    """Return `loss`, or its counterpart here for torch's CrossEntropyLoss and MSELoss.
 
     Raises:
-        OptionError: the loss is another one, or has settings that ours do not.
+        OptionError: the loss is another one, or has settings that its counterpart lacks.
     """
     if isinstance(loss, Loss):
         return loss
@@ -163,14 +163,14 @@ def as_loss(loss: Loss | nn.Module) -> Loss:
 
 
 def next_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
-    """A language model's targets for `ids` (samples, tokens): the token after each, and none after the last."""
+    """Return a language model's targets for `ids` (samples, tokens): the token after each, and none after the last."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], ignore_index)], dim=1)
 
 
 def sampled_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A label for each row of `logits` (tokens, vocabulary), drawn from its softmax by inverting the distribution.
+    """Return a label for each row of `logits` (tokens, vocabulary), drawn from its softmax by inverse sampling.
 
-    One random number a token, so that a large vocabulary costs no random numbers of its own.
+    One random number per token, whatever the size of the vocabulary.
     """
     labels = []
     for rows in torch.split(logits, ROWS):

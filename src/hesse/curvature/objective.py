@@ -22,9 +22,9 @@ Batch = tuple[Any, Tensor]  # inputs, targets
 class Objective:
     """L(θ) over all batches of `data`, θ the parameters called `names` one after another, row by row.
 
-    `data` is walked anew for each product, so it must give the same batches each time, or other ones on purpose (a
+    Each product iterates over `data` again, so it must give the same batches each time, or other ones on purpose (a
     stochastic product). `forward(model, inputs)` gives the outputs; by default `model(inputs)`. The model is
-    used as it is: put it into eval mode where dropout or batch statistics should rest.
+    used in its present mode: call eval() where dropout or batch statistics should be off.
 
     Raises:
         OptionError: a name is no parameter of the model, or the parameter takes no gradient.
@@ -45,7 +45,7 @@ class Objective:
         names: Sequence[str] | None = None,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> "Objective":
-        """The objective over the parameters `names`, or over all that take a gradient."""
+        """Return the objective over the parameters `names`, or over all that take a gradient."""
         if isinstance(data, Iterator):
             raise OptionError("the data is an iterator, which can be walked only once: give a list or a DataLoader")
         chosen = [name for name, p in model.named_parameters() if p.requires_grad] if names is None else names
@@ -78,14 +78,14 @@ class Objective:
         return sum(p.numel() for p in self.parameters)
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A flat vector (..., size) as one tensor (..., *shape) a parameter."""
+        """Return a flat vector (..., size) as one tensor (..., *shape) a parameter."""
         pieces = torch.split(vector, [p.numel() for p in self.parameters], dim=-1)
         return tuple(
             piece.reshape(*vector.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)
         )
 
-    def joined(self, pieces: Sequence[Tensor | None]) -> Tensor:
-        """One tensor a parameter as a flat vector (size,); zeros for those without."""
+    def join(self, pieces: Sequence[Tensor | None]) -> Tensor:
+        """Undo `split`: return one tensor a parameter as a flat vector (size,), with zeros for None."""
         return torch.cat(
             [
                 torch.zeros_like(p).flatten() if piece is None else piece.flatten()
@@ -94,7 +94,7 @@ class Objective:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """The data, on the model's device.
+        """Return the data, on the model's device.
 
         Raises:
             DataError: there is none.
@@ -102,33 +102,33 @@ class Objective:
         device, some = self.parameters[0].device, False
         for inputs, targets in self.data:
             some = True
-            yield _moved(inputs, device), targets.to(device)
+            yield _to_device(inputs, device), targets.to(device)
         if not some:
             raise DataError("the data holds no batch: give at least one sample")
 
-    def sampled_targets(self, inputs: Any, targets: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Targets of a batch drawn from the model itself."""
+    def sample_targets(self, inputs: Any, targets: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return targets of a batch drawn from the model's own distribution."""
         with torch.no_grad():
-            return self.loss.sampled_targets(self.outputs(inputs), targets, generator)
+            return self.loss.sample_targets(self.outputs(inputs), targets, generator)
 
     def outputs(self, inputs: Any, parameters: Sequence[Tensor] | None = None) -> Tensor:
-        """The model's outputs, with `parameters` in the place of its own ones where given."""
+        """Return the model's outputs, with `parameters` in the place of its own ones where given."""
         with differentiable_twice():
             if parameters is None:
                 return self.call(self.model, inputs)
             replaced = dict(zip(self.names, parameters, strict=True))
-            result: Tensor = functional_call(_Forward(self.model, self.call), _prefixed(replaced), (inputs,))
+            result: Tensor = functional_call(_Forward(self.model, self.call), _add_prefix(replaced), (inputs,))
             return result
 
     def outputs_once(self, inputs: Any) -> Tensor:
-        """The model's outputs where one derivative of them is enough: attention may be fused."""
+        """Return the model's outputs where one derivative of them is enough: attention may be fused."""
         return self.call(self.model, inputs)
 
     def call(self, model: nn.Module, inputs: Any) -> Tensor:
-        """What `model`, this one or another of its kind, gives for inputs.
+        """Return the outputs of `model`, this one or a copy, for `inputs`.
 
         Raises:
-            OptionError: it is no tensor.
+            OptionError: the output is no tensor.
         """
         with layer_by_layer():
             outputs = model(inputs) if self.forward is None else self.forward(model, inputs)
@@ -140,7 +140,7 @@ class Objective:
 
     @cached_property
     def scale(self) -> float:
-        """What the sum over terms is multiplied by: 1, or one over the number of terms in all data.
+        """The factor of the sum over terms: 1, or one over the number of terms in all data.
 
         Raises:
             DataError: there is no term.
@@ -150,7 +150,7 @@ class Objective:
         return self.scale_of(sum(self.count(inputs, targets) for inputs, targets in self.batches()))
 
     def count(self, inputs: Any, targets: Tensor) -> int:
-        """Terms of the loss of some samples."""
+        """Return the number of terms of the loss of some samples."""
         known = self.loss.count(targets)
         if known is not None:
             return known
@@ -158,7 +158,7 @@ class Objective:
             return self.loss.terms(self.outputs(inputs), targets).numel()
 
     def scale_of(self, terms: int) -> float:
-        """What the sum over `terms` terms, all there are, is multiplied by.
+        """Return the factor of the sum over all `terms` terms.
 
         Raises:
             DataError: there is none.
@@ -168,10 +168,10 @@ class Objective:
         return 1.0 if self.loss.reduction == "sum" else 1 / terms
 
     def value(self) -> float:
-        """L(θ).
+        """Return L(θ).
 
         Raises:
-            DataError: the loss cannot be taken of these targets.
+            DataError: the loss is not defined for these targets.
         """
         total = 0.0
         with torch.no_grad():
@@ -182,7 +182,7 @@ class Objective:
         return total * self.scale
 
     def gradient(self) -> Tensor:
-        """∂L/∂θ (size,).
+        """Return ∂L/∂θ (size,).
 
         Raises:
             DataError: it is not finite.
@@ -190,21 +190,21 @@ class Objective:
         total = torch.zeros(self.size, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
         for inputs, targets in self.batches():
             loss = self.loss.terms(self.outputs(inputs), targets).sum()
-            total += self.joined(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            total += self.join(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         if not all_finite(total):
             raise DataError("the gradient holds NaN or infinity: the loss overflows on this data")
         return total * self.scale
 
 
 def label_generator(seed: int | None) -> torch.Generator | None:
-    """What draws the labels of all data, in its order; other ones each time for None."""
+    """Return the generator that draws the labels of all data in order; None draws new labels each time."""
     return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def each(function: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
-    """`function` of each leading index of `columns`: all at once, or one by one for networks that vmap cannot take.
+    """Return `function` of each leading index of `columns`, together by vmap or one by one where vmap fails.
 
-    Those are networks whose path depends on the data, such as mixtures of experts; the result is the same.
+    vmap fails for networks whose path depends on the data, such as mixtures of experts; the result is the same.
     """
     try:
         return vmap(function, randomness="different")(*columns)
@@ -218,7 +218,7 @@ def each(function: Callable[..., Any], columns: tuple[Tensor, ...]) -> Any:
 
 
 class _Forward(nn.Module):
-    """The model behind a forward of the user's, so that functional_call replaces its parameters there too."""
+    """The model behind a user's forward function, so that functional_call replaces its parameters there too."""
 
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -229,23 +229,23 @@ class _Forward(nn.Module):
         return self.call(self.model, inputs)
 
 
-def _prefixed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in parameters.items()}
 
 
-def _moved(inputs: Any, device: torch.device) -> Any:
+def _to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, dict):
-        return {key: _moved(value, device) for key, value in inputs.items()}
+        return {key: _to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(_moved(value, device) for value in inputs)
+        return type(inputs)(_to_device(value, device) for value in inputs)
     return inputs
 
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Transformers of torch's own in eval mode without their fused form, which calls none of their layers."""
+    """Turn off the fused path of torch's own transformer layers in eval mode, which bypasses their submodules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -256,6 +256,6 @@ def layer_by_layer() -> Iterator[None]:
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Attention in plain operations: its fused forms have no second derivative and no forward mode."""
+    """Compute attention in plain operations: fused ones have no second derivative and no forward mode."""
     with sdpa_kernel(SDPBackend.MATH):
         yield

@@ -1,4 +1,4 @@
-"""What a curvature was estimated as, so that two of different meaning are not taken for one."""
+"""Origin of a curvature: which matrix it estimates, per what and in which unit, so that none are mixed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Per = Literal["position", "sample", "term"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Which matrix a curvature stands for.
+    """The matrix that a curvature estimates.
 
     `matrix` is "sampled Fisher", "empirical Fisher", "exact Fisher", "Gauss-Newton", "Hessian" or "layer output".
-    `per` is the reduction: what is squared is the gradient of a "sample" (a sequence), of a "term" of the loss (a
-    token), or of each "position" of a sample, taken as if they were independent. `unit` is that of ½ dᵀHd, such as
+    `per` is the reduction: the squared gradient is that of a "sample" (a sequence), of a "term" of the loss (a token),
+    or of each "position" of a sample, as if positions were independent. `unit` is that of ½ dᵀHd, such as
     "mean loss" or "nats per token".
     """
 
@@ -28,10 +28,10 @@ class Origin:
 
 
 def common_origin(origins: Iterable[Origin | None], where: str) -> Origin | None:
-    """The one origin of curvatures that `where` joins; those that nobody stated (None) go with any.
+    """Return the one origin of curvatures that `where` joins; an unstated origin (None) matches any.
 
     Raises:
-        OptionError: two differ, and with them the scale of their entries, by up to the length of a sequence.
+        OptionError: two differ; the scale of their entries then differs by up to the length of a sequence.
     """
     known = list(dict.fromkeys(origin for origin in origins if origin is not None))
     if len(known) > 1:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from hesse.curvature.base import Curvature
 from hesse.curvature.origin import Origin
-from hesse.curvature.symmetric import add_upper, mirrored
+from hesse.curvature.symmetric import add_upper, symmetric_from_upper
 from hesse.errors import ConditioningError, DataError, OptionError
 from hesse.finite import all_finite
 
@@ -22,12 +22,19 @@ class RankOneSum(Curvature):
     """H = (1/m) Σ gᵢgᵢᵀ + λI over m gradients of one parameter, or of many as one flat vector.
 
     With one gradient a sample this is an empirical Fisher (true labels) or a sampled true Fisher (labels drawn from the
-    model), in nats for each thing that a gradient is of: a sequence, or a token. The gradient of a mini-batch's mean
-    is neither. Costs in d dimensions: set-up O(d m²), a product O(d m), an entry of the inverse O(m) once
+    model), in nats per sequence or per token, whichever the gradients are of. The gradient of a mini-batch's mean
+    gives neither. Costs in d dimensions: set-up O(d m²), a product O(d m), an entry of the inverse O(m) once
     `whitened` has been formed. `gradients` may be memory-mapped: they are read in parts.
 
-    The m × m inner products are kept instead of M-FAC's recursion: the same promises from one Cholesky factor.
+    The m × m inner products are kept instead of M-FAC's recursion: the same products from one Cholesky factor.
     Source: WoodFisher (Singh and Alistarh, 2020), M-FAC (Frantar, Kurtic and Alistarh, 2021); Woodbury, 1950.
+
+    Example:
+        >>> H = RankOneSum.from_gradients(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))  # H = diag(2, 2)
+        >>> H @ torch.tensor([1.0, 2.0])
+        tensor([2., 4.])
+        >>> H.with_damping(2.0).inverse() @ torch.tensor([1.0, 2.0])
+        tensor([0.2500, 0.5000])
     """
 
     gradients: Tensor  # (m, *shape)
@@ -35,7 +42,7 @@ class RankOneSum(Curvature):
 
     @classmethod
     def from_gradients(cls, gradients: Tensor, origin: Origin | None = None) -> Self:
-        """The sum over `gradients` (m, *shape), one a sample, of the stated origin.
+        """Return the sum over `gradients` (m, *shape), one a sample, of the stated origin.
 
         Raises:
             DataError: there is none, or one is not finite.
@@ -51,7 +58,7 @@ class RankOneSum(Curvature):
         if not all_finite(total):
             index = int((~torch.isfinite(total.diagonal())).nonzero().flatten().tolist()[0])
             raise DataError(f"gradient {index} holds NaN or infinity, or overflows when it is squared")
-        return cls(gradients=gradients, inner_products=mirrored(total), origin=origin)
+        return cls(gradients=gradients, inner_products=symmetric_from_upper(total), origin=origin)
 
     def __post_init__(self) -> None:
         if self.inner_products.shape != (len(self.gradients), len(self.gradients)):
@@ -70,20 +77,20 @@ class RankOneSum(Curvature):
         return self.gradients.reshape(len(self.gradients), -1)
 
     def along(self, vector: Tensor) -> Tensor:
-        """⟨gᵢ, v⟩ for each gradient (..., m) in float64, from `vector` (..., *shape)."""
+        """Return ⟨gᵢ, v⟩ for each gradient (..., m) in float64, from `vector` (..., *shape)."""
         flat = vector.reshape(-1, self.shape.numel())
         total = torch.zeros(len(flat), len(self.gradients), dtype=torch.float64, device=flat.device)
         for ours, theirs in zip(_parts(self._rows), _parts(flat), strict=True):
             total += theirs.to(ours.dtype) @ ours.T
         return total.view(*vector.shape[: vector.ndim - len(self.shape)], -1)
 
-    def combined(self, coefficients: Tensor) -> Tensor:
-        """Σ cᵢ gᵢ (..., *shape), from `coefficients` (..., m)."""
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return Σ cᵢ gᵢ (..., *shape), from `coefficients` (..., m)."""
         summed = coefficients.reshape(-1, len(self.gradients)).to(self.gradients.dtype) @ self._rows
         return summed.view(*coefficients.shape[:-1], *self.shape)
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self.combined(self.along(vector) / len(self.gradients)).to(vector.dtype)
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self.combine(self.along(vector) / len(self.gradients)).to(vector.dtype)
 
     @cached_property
     def factor(self) -> Tensor:
@@ -106,24 +113,22 @@ class RankOneSum(Curvature):
         return lower
 
     def _core_solve(self, right: Tensor) -> Tensor:
-        """(mλI + GGᵀ)⁻¹ for `right` (..., m) in float64."""
+        """Return (mλI + GGᵀ)⁻¹ times `right` (..., m) in float64."""
         flat = right.reshape(-1, len(self.gradients)).double()
         return torch.cholesky_solve(flat.T, self.factor).T.reshape(right.shape)
 
-    def solve(self, vector: Tensor) -> Tensor:
-        """(H + λI)⁻¹ v. Where v is a sum of the gradients themselves and λ is small, use `solve_in_span`.
-
-        There the result is the small difference of two large terms, which float32 cannot hold.
-        """
-        correction = self.combined(self._core_solve(self.along(vector)))
+    def _solve(self, vector: Tensor) -> Tensor:
+        # For a v that is a sum of the gradients, with a small λ, this is a small difference of two large terms, which
+        # float32 cannot hold: use `solve_in_span` there.
+        correction = self.combine(self._core_solve(self.along(vector)))
         return (vector - correction.to(vector.dtype)) / self.damping
 
     def solve_in_span(self, coefficients: Tensor) -> Tensor:
-        """(H + λI)⁻¹ Σ cᵢ gᵢ (..., *shape) of `coefficients` (..., m), exact to rounding at any damping.
+        """Return (H + λI)⁻¹ Σ cᵢ gᵢ (..., *shape) of `coefficients` (..., m), exact to rounding at any damping.
 
         The push-through identity: H⁻¹Gᵀc = Gᵀ (λI + GGᵀ/m)⁻¹ c, without cancellation.
         """
-        return self.combined(self._core_solve(coefficients) * len(self.gradients))
+        return self.combine(self._core_solve(coefficients) * len(self.gradients))
 
     def diagonal(self) -> Tensor:
         parts = [part.double().square().mean(0) for part in _parts(self._rows)]
@@ -131,14 +136,14 @@ class RankOneSum(Curvature):
 
     @cached_property
     def whitened(self) -> Tensor:
-        """S (m, d) with (H + λI)⁻¹ = (I - SᵀS) / λ, in the gradients' type: as large as they are."""
+        """S (m, d) with (H + λI)⁻¹ = (I - SᵀS) / λ, of the size and type of the gradients."""
         result = torch.empty_like(self._rows)
         for part, place in zip(_parts(self._rows), _parts(result), strict=True):
             place.copy_(torch.linalg.solve_triangular(self.factor, part.double(), upper=False))
         return result
 
     def inverse_entry(self, row: int, column: int) -> float:
-        """An entry of (H + λI)⁻¹ by indices into the flat parameter: O(m), once `whitened` is there."""
+        """Return an entry of (H + λI)⁻¹ by indices into the flat parameter: O(m), once `whitened` has been formed."""
         left, right = (self.whitened[:, index].double() for index in (row, column))
         return (float(row == column) - float(left @ right)) / self.damping
 
@@ -166,5 +171,5 @@ class RankOneSum(Curvature):
 
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
-    """`rows` (k, d) as (k, CHUNK) parts."""
+    """Yield `rows` (k, d) as (k, CHUNK) parts."""
     yield from torch.split(rows, CHUNK, dim=1)

@@ -1,4 +1,4 @@
-"""Products that are known to be symmetric, with little more than half of the work."""
+"""Symmetric products with little more than half of the work."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def add_upper(total: Tensor, flat: Tensor) -> None:
 
 
 def multiplies_exactly(flat: Tensor) -> bool:
-    """Whether products of such numbers come as float32 sums of exact products: 16 bits, on a GPU."""
+    """Return True if a product of this type is a float32 sum of exact products: 16 bits, on a GPU."""
     return flat.device.type == "cuda" and flat.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -36,9 +36,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
-    """R M rᵀ of each row r of `rows` (..., n) for a symmetric `matrix` M (n, n), as (...,).
+    """Return r M rᵀ of each row r of `rows` (..., n) for a symmetric `matrix` M (n, n), as (...,).
 
-    The part of M above its diagonal stands for both.
+    Only the part of M on and above its diagonal is read.
     """
     flat = rows.reshape(-1, len(matrix))
     total, images = flat.new_zeros(len(flat)), flat.new_empty(len(flat), min(LEAF, len(matrix)))
@@ -60,8 +60,8 @@ def mirror(upper: Tensor) -> None:
         upper[start + LEAF :, rows] = upper[rows, start + LEAF :].T
 
 
-def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the upper triangle of `upper`."""
+def symmetric_from_upper(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix with the upper triangle of `upper`."""
     result = upper.clone()
     mirror(result)
     return result

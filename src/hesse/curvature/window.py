@@ -1,4 +1,4 @@
-"""The last m gradients of a stream, and their RankOneSum, kept up to date as gradients come and go."""
+"""Gradient window: a sliding sum of rank-one terms over the last m gradients of a stream."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from hesse.finite import all_finite
 
 
 class GradientWindow:
-    """A sliding window of at most `size` gradients of shape `shape`, in which nothing is ever rebuilt.
+    """A sliding window of at most `size` gradients of shape `shape`, updated without rebuilding.
 
-    One gradient in or out costs O(d m), and the next inverse product O(m³) more. Source: the dynamic algorithm of
-    M-FAC (Frantar, Kurtic and Alistarh, 2021), with the inner products kept instead of its recursion.
+    Adding or replacing a gradient costs O(d m), and the next inverse product O(m³) more. Source: the dynamic algorithm
+    of M-FAC (Frantar, Kurtic and Alistarh, 2021), with the inner products kept instead of its recursion.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class GradientWindow:
         device: torch.device | str = "cpu",
     ) -> None:
         if size < 1:
-            raise OptionError(f"a window of {size} gradients was asked: use 1 or more")
+            raise OptionError(f"a window of {size} gradients was requested: use 1 or more")
         self._rows = torch.zeros(size, *shape, dtype=dtype, device=device)
         self._inner_products = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._count = 0
@@ -33,11 +33,11 @@ class GradientWindow:
         return self._count
 
     def push(self, gradient: Tensor) -> None:
-        """Take in `gradient` (*shape), in the place of the oldest one where the window is full.
+        """Add `gradient` (*shape), replacing the oldest one if the window is full.
 
         Raises:
             OptionError: the gradient has another shape.
-            DataError: the gradient is not finite; the window is as before.
+            DataError: the gradient is not finite; the window is unchanged.
         """
         if gradient.shape != self._rows.shape[1:]:
             raise OptionError(
@@ -53,9 +53,9 @@ class GradientWindow:
         self._count, self._next = count, (place + 1) % len(self._rows)
 
     def curvature(self, damping: float = 0.0) -> RankOneSum:
-        """The RankOneSum of the gradients in the window, with λ = `damping`.
+        """Return the RankOneSum of the gradients in the window, with λ = `damping`.
 
-        It looks at the window's own memory: the next `push` makes it worthless.
+        It shares the window's memory: the next `push` invalidates it.
 
         Raises:
             DataError: the window is empty.

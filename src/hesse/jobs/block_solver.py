@@ -63,7 +63,7 @@ class BlockSolver:
         tensors: dict[str, Tensor] = {}
         for layer, statistics in layers:
             if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, statistics, result))
+                tensors.update(self.solve_layer(layer, statistics, result))
         with self.clock.phase("write"):
             for name in self.plan.network.stored_in(block):
                 layer_name, _, kind = name.rpartition(".")
@@ -71,7 +71,7 @@ class BlockSolver:
                     tensors.update(self.plan.checkpoint.read_stored([name]))
         return result, tensors
 
-    def _solve(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
+    def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
         """Solve one layer, put the solution in its place, and return the tensors to write for it."""
         rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
         assert rule is not None and constraint is not None

@@ -1,7 +1,11 @@
 """`hesse compress`: compress a model from disk to disk."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
@@ -11,19 +15,24 @@ from hesse.checkpoints.writer import SHARD_BYTES, writing
 from hesse.data.selection import Calibration, Data
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
+from hesse.estimation.calibrated import LayerStatistics
 from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.formats import open_checkpoint
+from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.compression import Compression
+from hesse.jobs.forecast import Work, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryPlan, plan_memory, waiting_bytes
 from hesse.jobs.options import RunOptions, run_options
 from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
+from hesse.layerwise.rules import statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.networks.allocator import keep_no_large_memory
+from hesse.networks.network import Layer
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
-from hesse.progress import Progress
-from hesse.result import Result
+from hesse.progress import Clock, Progress
+from hesse.result import ForecastReport, Result
 from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
 
 
@@ -50,10 +59,11 @@ def compress(
     allocation: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     memory: str | int | None = None,
     measure: bool = False,
     progress: Progress | None = None,
-) -> Result[CompressionReport]:
+) -> Result[CompressionReport | ForecastReport]:
     """Compress a language model or encoder on disk into a new folder that other programs load.
 
     A run that was killed resumes behind the last block it finished, to the same result bit for bit.
@@ -82,6 +92,7 @@ def compress(
         allocation: how a budget's choices are priced: `hawq` or `hawq-v2`; None solves every layer for every choice.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         memory: the most that the process may take, such as "8GiB" or a number of bytes: what is kept in memory and what
             on disk follows from it. None for most of what is free.
         measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
@@ -109,7 +120,7 @@ def compress(
             find_method(method, "compress").recipe(options or Options(), tuple(ignore)) if recipe is None else recipe
         )
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, memory, overwrite, restart, progress=progress)
+    run = run_options(device, memory, overwrite, restart, dry_run, progress)
     folder = None if statistics is None else Path(statistics)
     return compress_folder(model, Path(out), request, calibration, run, folder, format, target, measure)
 
@@ -124,7 +135,7 @@ def compress_folder(
     format: str,
     target: str | None,
     measure: bool,
-) -> Result[CompressionReport]:
+) -> Result[CompressionReport | ForecastReport]:
     """Compress a model by a recipe, or by the recipe that is planned for a budget; see `compress`."""
     source = locate(model)
     with Job("compress", str(model), [source], out, calibration, run) as job:
@@ -135,6 +146,11 @@ def compress_folder(
                 return make_plan(source, recipe, calibration, estimated, format, run.device, target)
 
         plan = open_plan(request) if isinstance(request, Recipe) else None
+        if run.dry_run:
+            if isinstance(request, BudgetRequest):
+                plan = open_plan(request.method.recipe(request.options, request.ignore))
+            assert plan is not None
+            return Result(_forecast(job, plan, request))
         checkpoint = open_checkpoint(source) if plan is None else plan.checkpoint
         needed = _most_bytes(checkpoint, plan)
         text = request.to_yaml() if isinstance(request, Recipe) else repr(request)
@@ -158,6 +174,66 @@ def compress_folder(
         report = Compression(job, plan, budget, fits).run(measure)
         job.finish(report)
     return Result(report)
+
+
+def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> ForecastReport:
+    """Return what a run would take; `plan` is that of the method alone where a budget is still to be planned."""
+    network, checkpoint, calibration = plan.network, plan.checkpoint, job.calibration
+    fits = plan_memory(plan, job.run.memory)
+    needed = _most_bytes(checkpoint, plan) + waiting_bytes(plan)
+    rules = {name: rule for name, rule in plan.rules.items() if rule is not None}
+    shapes = {layer.name: layer.weight.shape for layer in network.layers if layer.name in rules}
+    size = checkpoint.stored_bytes
+    for name, shape in shapes.items():
+        stored = checkpoint.dtype(f"{name}.weight").itemsize
+        size += int(shape.numel() * (plan.format.stored_bits(name) / 8 - stored))
+    solver = BlockSolver(plan, Clock())
+    calibrated = 0 if plan.statistics is not None else tokens_of(plan.samples)
+    probed = 0 if plan.statistics is not None else tokens_of(plan.probes)
+    blocks = len(network.blocks)
+    work = Work(
+        forward=blocks * (2 * tokens_of(plan.check) + probed),
+        calibrated=blocks * calibrated,
+        backward=blocks * probed,
+        bytes=6 * checkpoint.file_bytes,
+        layers=shapes,
+    )
+
+    def solve(layer: Layer, statistics: LayerStatistics) -> object:
+        return solver.solve_layer(
+            layer, LayerStatistics({**statistics, **_unit_statistics(plan, layer)}), BlockResult()
+        )
+
+    by_sample = {"fisher blocks", "fisher gradients"}
+    known = not any(by_sample & set(names) for names in statistics_needed(plan.rules).values())
+    seconds, notes = seconds_of(work, network, plan.samples, calibration.batch_size, solve if known else None)
+    if not known:
+        notes.append("the time to solve layers by gradients of samples is not part of the estimate")
+    if isinstance(request, BudgetRequest):
+        budget = request.budget
+        weights = sum(shape.numel() for shape in shapes.values())
+        if budget.size is not None:
+            size = budget.bytes_of(checkpoint.file_bytes)
+        elif budget.bits is not None:
+            dense = sum(x.numel() * checkpoint.dtype(f"{n}.weight").itemsize for n, x in shapes.items())
+            size = checkpoint.stored_bytes - dense + int(weights * budget.bits / 8)
+        else:
+            size = checkpoint.file_bytes
+        notes.append("the time to plan, which solves every layer for each choice, is not part of the estimate")
+    job.notes = list(plan.notes)
+    report = job.forecast((checkpoint.file_bytes, size, size), needed, {fits.largest: 0}, (seconds, notes))
+    return replace(report, memory_bytes=fits.bound, method=plan.recipe.method)
+
+
+def _unit_statistics(plan: Plan, layer: Layer) -> dict[str, Tensor]:
+    """Return backward statistics of a layer as large as those that a run estimates, to take as long to solve with."""
+    rows, columns = layer.weight.shape
+    made = {
+        "output factor": lambda: torch.eye(rows),
+        "output diagonal": lambda: torch.ones(rows),
+        "fisher diagonal": lambda: torch.ones(rows, columns),
+    }
+    return {name: made[name]() for name in statistics_needed(plan.rules).get(layer.name, ()) if name in made}
 
 
 def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:

@@ -38,6 +38,7 @@ def prune(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result[Any]:
@@ -73,6 +74,7 @@ def prune(
         device: on disk, `auto`, `cpu`, or `cuda`.
         overwrite: on disk, replace a model folder at `out`.
         restart: on disk, discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: on disk, only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
         options: options of the method by name.
 
@@ -112,7 +114,7 @@ def prune(
     strategy.check()
     samples = samples if samples is not None else 16 if kind == "blocks" else 128
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     run_on = prune_blocks if kind == "blocks" else prune_hidden
     return run_on(model, Path(out), strategy, calibration, run)
 

@@ -14,15 +14,17 @@ from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
 from hesse.jobs.options import RunOptions
 from hesse.methods.strategies import STRATEGIES
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.options import setting
 from hesse.passes.stream import calibration_batch, start
-from hesse.result import Report, Result
-from hesse.solvers.nystroem import kept_units, refitted
+from hesse.result import ForecastReport, Report, Result
+from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
 MULTIPLE = 8  # of hidden units, which kernels want
 
@@ -64,7 +66,7 @@ class UnitsByLeverage:
 
 def prune_hidden(
     model: str | Path, out: Path, strategy: UnitsByLeverage, calibration: Calibration, run: RunOptions
-) -> Result[HiddenReport]:
+) -> Result[HiddenReport | ForecastReport]:
     """Make a model's feed-forward layers narrower; see `hesse.prune`."""
     source = locate(model)
     with Job("prune", str(model), [source], out, calibration, run) as job:
@@ -72,7 +74,11 @@ def prune_hidden(
         with job.clock.phase("read"):
             _, network, _ = open_networks(source, run.device)
             narrowing = _Narrowing(job, network, strategy.keep, select_samples(source, calibration, network))
-        job.begin([network.checkpoint], {"options": repr(strategy)}, 2 * network.checkpoint.file_bytes)
+        needed = 2 * network.checkpoint.file_bytes
+        needed += 3 * hidden_bytes(network, tokens_of(narrowing.selected.samples))
+        if run.dry_run:
+            return Result(narrowing.forecast(needed))
+        job.begin([network.checkpoint], {"options": repr(strategy)}, needed)
         narrowing.narrow_blocks()
         report = narrowing.report()
         job.finish(report)
@@ -95,6 +101,44 @@ class _Narrowing:
         self.settings = width_settings(network, every, self.widths)
         self.layers: list[NarrowedLayer] = []
         self.notes: list[str] = []
+
+    def forecast(self, needed: int) -> ForecastReport:
+        """Return what the run would take."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
+        batch = (job.calibration.batch_size or calibration_batch(length)) * length
+        phases, removed = {COMPARING: comparing(network, length)}, 0
+        for block, parts in zip(network.blocks, self.parts, strict=True):
+            solving = max(
+                (self._refit_bytes(part.reader) + collecting(part.reader, batch) for part in parts), default=0
+            )
+            waiting = activations(network, block, tokens, network.dtype.itemsize)
+            phases[f"narrow {block.name}"] = stopping(network, block, waiting) + solving
+            phases[f"run {block.name} in float32"] = running(network, block, evaluated_tokens(network, length))
+            removed += sum(self._removed_bytes(part) for part in parts)
+        size = network.checkpoint.file_bytes
+        readers = {part.reader.name: part.reader.weight.shape for parts in self.parts for part in parts}
+        check = tokens_of(self.selected.check)
+        work = Work(2 * blocks * check, blocks * tokens, 0, 5 * size, readers)
+        estimate = seconds_of(
+            work, network, samples, job.calibration.batch_size, lambda layer, known: self._refit(layer, known.gram)
+        )
+        job.notes = [*self.selected.notes]
+        return job.forecast((size, size - removed, size - removed), needed, phases, estimate)
+
+    def _refit_bytes(self, reader: Layer) -> int:
+        """Return the bytes of workspace that refitting a layer takes: eigenvectors, and copies of the weight."""
+        rows, columns = reader.weight.shape
+        return 8 * 6 * columns**2 + 8 * 3 * rows * columns
+
+    def _removed_bytes(self, part: FeedForward) -> int:
+        """Return the bytes of the weights and biases that a feed-forward layer loses."""
+        kept, checkpoint = self.widths[part.width], self.network.checkpoint
+        numbers = part.reader.weight.shape[0] * (part.width - kept)
+        for layer in part.writers:
+            rows = layer.weight.shape[0] - len(part.rows(layer, torch.arange(kept)))
+            numbers += rows * (layer.weight.shape[1] + (f"{layer.name}.bias" in checkpoint.shard_of))
+        return numbers * checkpoint.dtype(f"{part.reader.name}.weight").itemsize
 
     def narrow_blocks(self) -> None:
         """Narrow, write and note one block after another."""
@@ -145,7 +189,7 @@ class _Narrowing:
         count = self.widths[weight.shape[1]]
         if gram.tokens:
             units = kept_units(gram.second_moment, count)
-            fitted = refitted(weight, gram.second_moment, units)
+            fitted = nystroem_weight(weight, gram.second_moment, units)
         else:  # an expert that no token reached
             units = weight.square().sum(0).topk(count).indices.sort().values
             fitted = weight[:, units]
@@ -162,7 +206,7 @@ class _Narrowing:
         tensors = self.network.checkpoint.read_stored(self.network.stored_in(block))
         for part in parts:
             units, fitted = kept[part.reader]
-            for layer in part.makers:
+            for layer in part.writers:
                 weight, bias, rows = f"{layer.name}.weight", f"{layer.name}.bias", part.rows(layer, units)
                 tensors[weight] = tensors[weight][:, rows] if layer.transposed else tensors[weight][rows]
                 if bias in tensors:

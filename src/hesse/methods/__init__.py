@@ -15,6 +15,7 @@ A package that names such a module under the entry point group `hesse.methods` a
 
 from hesse.methods.constraint_parts import PARTS, ConstraintPart, constraint
 from hesse.methods.curvatures import CURVATURES, CurvatureKind
+from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.methods.method import Method
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver
@@ -26,6 +27,7 @@ __all__ = [
     "CURVATURES",
     "DEFAULT_METHOD",
     "FAMILIES",
+    "LOSS_CURVATURES",
     "METHODS",
     "PARTS",
     "SOLVERS",

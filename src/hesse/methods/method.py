@@ -7,6 +7,7 @@ from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
 from hesse.methods.curvatures import CURVATURES
+from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
 from hesse.methods.strategies import STRATEGIES
@@ -24,7 +25,7 @@ class Method:
     - `curvature` is a name of `CURVATURES`; None for a method that judges by something else, such as its `score`.
     - `constraints` are names of `PARTS` that the method always has, `optional` those that an option may add (so that
       GPTQ with a sparsity is joint pruning and quantization); `basis` is a name of `BASES`.
-    - `solver` is a name in the verb's table: `SOLVERS` for verbs that solve layers.
+    - `solver` is a name in the verb's table of solvers: `SOLVERS` for verbs that solve layers.
     - `partition` says which weights are changed together; `score` is a name in that verb's table of scores.
     - `schedule` is a name of training's `SCHEDULES`, for methods that change a network little by little.
     - `rewrite` is done to the model before, and leaves its function as it is.
@@ -55,6 +56,11 @@ class Method:
         return VERBS[self.verb].run(self.name, *arguments, **options)
 
     @property
+    def curvatures(self) -> tuple[str, ...]:
+        """All curvatures that the method can use, its usual one first."""
+        return (*((self.curvature,) if self.curvature else ()), *self.other_curvatures)
+
+    @property
     def example(self) -> str:
         """A command or call that runs the method."""
         return VERBS[self.verb].example.format(name=self.name, what=self.partition)
@@ -74,10 +80,30 @@ class Method:
             constraint += f" of {self.partition}"
         return curvature, constraint, self.solver if self.schedule is None else f"{self.solver}, {self.schedule}"
 
+    def constraint(self, options: Options) -> ConstraintOptions:
+        """Return the method's constraint with `options` in place of its defaults.
+
+        Raises:
+            OptionError: a value has no meaning.
+        """
+        return self._constraint(options.over(self.defaults))
+
     def options(self) -> tuple[Option, ...]:
         """Return what a call can change about the method, with defaults and help."""
         strategy = settings_of(STRATEGIES[self.solver]) if self.verb in PRUNING else ()
         return (*self._options_of_parts(), *strategy, *self.settings)
+
+    def check_options(self, options: Options) -> None:
+        """Refuse options that the method does not take.
+
+        Raises:
+            OptionError: an option would have no effect.
+        """
+        takes = [option.name for option in self.options()]
+        for name in options.given():
+            if name not in takes:
+                has = f"it has {', '.join(takes)}" if takes else "it has none"
+                raise OptionError(f"the method {self.name} has no option {name!r}: {has}")
 
     def setting(self, name: str) -> Any:
         """Return the default of one of the `settings`.
@@ -118,14 +144,13 @@ class Method:
         Raises:
             OptionError: a name is not registered.
         """
-        VERBS.find(self.verb)
-        for curvature in (self.curvature, *self.other_curvatures):
-            if curvature is not None:
+        VERBS.find(self.verb).solver(self.solver)
+        for curvature in self.curvatures:
+            if curvature not in LOSS_CURVATURES:
                 CURVATURES.find(curvature)
         for part in (*self.constraints, *self.optional):
             PARTS.find(part)
         if self.verb == "compress":
-            SOLVERS.find(self.solver)
             self.recipe(Options())
 
     @property
@@ -183,7 +208,8 @@ class Method:
 
     def _options_of_parts(self) -> tuple[Option, ...]:
         """The options of the method's constraints and solver."""
-        if not self.solves_layers:
+        entry = VERBS[self.verb].solver(self.solver)
+        if not (self.solves_layers or getattr(entry, "takes_parts", False)):
             return ()
         always = self._parts(self.defaults)
         known: dict[str, Option] = {}
@@ -193,7 +219,7 @@ class Method:
         usual = {"damping": SolverOptions.model_fields["damping"].default, "act_order": False, "input_bits": None}
         for name in (name for name, has in self._of_solver(always).items() if has):
             known[name] = known_option(name, usual[name])
-        known |= {option.name: option for option in SOLVERS[self.solver].settings}
+        known |= {option.name: option for option in getattr(entry, "settings", ())}
         chosen = {**{name: option.default for name, option in known.items()}, **self.defaults.given()}
         order = [option.name for option in KNOWN if option.name in known]
         return tuple(replace(known[name], default=chosen[name]) for name in dict.fromkeys((*order, *known)))
@@ -218,6 +244,8 @@ class Method:
 
     def _of_solver(self, there: list[str]) -> dict[str, bool]:
         """Whether the options that are no part's have a meaning."""
+        if not self.solves_layers:
+            return {}
         return {
             "act_order": SOLVERS[self.solver].ordered,
             "damping": SOLVERS[self.solver].damped,

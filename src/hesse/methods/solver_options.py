@@ -29,6 +29,7 @@ from hesse.solvers import (
     SalientBits,
     Solver,
     StepwiseSurgeon,
+    SummedSurgeon,
     TwoSidedFeedback,
     VectorFeedback,
     WhitenedSVD,
@@ -77,7 +78,7 @@ _ENTRIES = (
     SolverEntry("error_feedback", lambda options: ErrorFeedback(order=options.order), ordered=True),
     SolverEntry("two_sided_feedback", lambda _: TwoSidedFeedback()),
     SolverEntry("greedy_surgeon", lambda _: GreedySurgeon()),
-    SolverEntry("surgeon_at_once", lambda _: StepwiseSurgeon(joint=False)),
+    SolverEntry("surgeon_at_once", lambda _: SummedSurgeon()),
     SolverEntry("surgeon_in_steps", lambda _: StepwiseSurgeon(steps=4)),
     SolverEntry("admm", lambda _: ADMM()),
     SolverEntry("whitened_svd", lambda _: WhitenedSVD()),
@@ -109,7 +110,7 @@ Algorithm = TypeVar("Algorithm", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
-class FunctionSolver:
+class FunctionSolver(Solver):
     """A solver made of one function of weight (out, in), curvature and constraint, which returns a weight (out, in).
 
     What is stored is the member of the constraint nearest to the returned weight.
@@ -145,7 +146,7 @@ def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm
         entry = SolverEntry(
             name,
             lambda options: FunctionSolver(algorithm, tuple((options.own or {}).items())),
-            settings=settings_of(algorithm),
+            settings=keyword_settings(algorithm),
             damped=damped,
         )
         SOLVERS.register(name, entry)
@@ -154,7 +155,7 @@ def solver(name: str, *, damped: bool = True) -> Callable[[Algorithm], Algorithm
     return register
 
 
-def settings_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+def keyword_settings(function: Callable[..., Any]) -> tuple[Option, ...]:
     """Return the keyword-only parameters of a function as options."""
     hints = get_type_hints(function, include_extras=True)
     options = []

@@ -12,6 +12,9 @@ from hesse.registry import Registry
 class Verb:
     """A function that runs methods, as `function` of the package, which gets a method's name as `keyword`.
 
+    `solvers` is the registry that its methods' solvers are in, by module and name, imported on first use;
+    None where a verb has one way only.
+
     `example` is the call or command that the table shows, with {name} for the method's. A verb without `keyword` runs
     one method only.
     """
@@ -20,8 +23,20 @@ class Verb:
     function: str  # such as "hesse:compress"
     example: str
     keyword: str | None = "method"
+    solvers: str | None = "hesse.methods:SOLVERS"
 
-    def run(self, method: str, *arguments: Any, **options: Any) -> Any:
+    def solver(self, name: str) -> Any:
+        """Return the entry of a solver that the verb's methods can name.
+
+        Raises:
+            OptionError: there is none.
+        """
+        if self.solvers is None:
+            return None
+        table: Registry[Any] = resolve_name(self.solvers)
+        return table.find(name)
+
+    def run(self, method: str, /, *arguments: Any, **options: Any) -> Any:
         """Call the function for a method."""
         function: Callable[..., Any] = resolve_name(self.function)
         named = {} if self.keyword is None else {self.keyword: method}
@@ -38,21 +53,43 @@ for _verb in (
         "hesse:prune_gradually",
         'hesse.prune_gradually(model, data, training, 0.9, loss_function=loss, method="{name}")',
     ),
-    Verb("finetune", "hesse:finetune", 'hesse.finetune(model, data, training, loss_function=loss, method="{name}")'),
+    Verb(
+        "finetune",
+        "hesse:finetune",
+        'hesse.finetune(model, data, training, loss_function=loss, method="{name}")',
+        solvers="hesse.training.trainings:TRAININGS",
+    ),
     Verb(
         "allocate",
         "hesse:compress",
         "hesse compress MODEL OUT --size 40% --allocation {name}",
         keyword="allocation",
+        solvers="hesse.planning.planners:PLANNERS",
     ),
     Verb(
         "price",
         "hesse.planning:price",
-        'hesse.planning.price(objective, menu, "{name}")',
-        keyword="sensitivity",
+        'hesse.planning.price(objective, menu, "{name}").choose(limit)',
+        keyword="method",
+        solvers="hesse.planning.planners:PLANNERS",
     ),
-    Verb("plan_tiles", "hesse.planning:plan_tiles", "hesse.planning.plan_tiles(objective, kept)", keyword=None),
-    Verb("prune", "hesse:prune", 'hesse.prune(model, data=data, what="{what}", method="{name}")'),
-    Verb("prune_checkpoint", "hesse:prune", "hesse prune MODEL OUT --what {what} --method {name} --keep 0.75"),
+    Verb(
+        "plan_tiles",
+        "hesse.planning:plan_tiles",
+        "hesse.planning.plan_tiles(objective, kept)",
+        solvers="hesse.planning.planners:PLANNERS",
+    ),
+    Verb(
+        "prune",
+        "hesse:prune",
+        'hesse.prune(model, data=data, what="{what}", method="{name}")',
+        solvers="hesse.methods.strategies:STRATEGIES",
+    ),
+    Verb(
+        "prune_checkpoint",
+        "hesse:prune",
+        "hesse prune MODEL OUT --what {what} --method {name} --keep 0.75",
+        solvers="hesse.methods.strategies:STRATEGIES",
+    ),
 ):
     VERBS.register(_verb.name, _verb)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
-from hesse.methods import Options, Recipe
+from hesse.methods import Options, Recipe, find_method
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.modules.pruning_steps import Cut, Cutting
 from hesse.progress import Progress, Silence
@@ -21,7 +21,7 @@ from hesse.training.held import HeldZeros
 from hesse.training.loop import Loop
 from hesse.training.movement import share_of
 from hesse.training.prunable import prunable, pruning_recipe
-from hesse.training.schedules import GradualSchedule
+from hesse.training.schedules import SCHEDULES
 from hesse.training.training import Training
 
 FIRST = 0.7  # of the final sparsity, at the first cut
@@ -43,7 +43,7 @@ def prune_gradually(
     sparsity: float | str,
     *,
     loss_function: Loss | nn.Module,
-    method: str = "magnitude",
+    method: str = "gmp",
     options: Options | None = None,
     cuts: int = 10,
     first: float | None = None,
@@ -59,9 +59,9 @@ def prune_gradually(
     """Prune the layers of `model`, in place, in several cuts with training between and after them.
 
     `method` is any row of `hesse methods` that makes zeros, with its `options`: at each cut its curvature is estimated
-    anew on the first `calibration` batches, and its solver finds masks and weights; then the masks are held. So
-    "magnitude" with a teacher is GMP* (Kurtic and Alistarh, 2022, arXiv:2210.06384), "obert" gradual oBERT (Kurtic et
-    al., 2022, arXiv:2203.07259).
+    anew on the first `calibration` batches, and its solver finds masks and weights; then the masks are held. With a
+    teacher "gmp" is GMP* (Kurtic and Alistarh, 2022, arXiv:2210.06384), "gradual-obert" is gradual oBERT (Kurtic et
+    al., 2022, arXiv:2203.07259). A row that prunes in one shot is run by the cubic schedule of both.
 
     There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
@@ -73,7 +73,8 @@ def prune_gradually(
     """
     pattern, options = parse_sparsity(sparsity), Options() if options is None else options
     share = share_of(pattern)
-    schedule = GradualSchedule(share, training.steps, cuts, FIRST * share if first is None else first, rest)
+    kind = SCHEDULES.find(find_method(method, "compress", "prune_gradually").schedule or "cubic")
+    schedule = kind(share, training.steps, cuts, FIRST * share if first is None else first, rest)
     rate = schedule.rate if training.rate is None else training.rate
 
     def recipe(amount: float | str) -> Recipe:

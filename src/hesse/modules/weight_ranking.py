@@ -93,7 +93,7 @@ class WeightRanking:
             else:
                 like = {name: parameter.detach() for name, parameter in objective.named.items()}
                 masks = tiles.spread(stays, like)
-                _put(objective, _weights(objective) * objective.joined([masks[name] for name in objective.names]))
+                _put(objective, _weights(objective) * objective.join([masks[name] for name in objective.names]))
             kept = stays
         after, change = objective.value(), _weights(objective) - dense
         _put(objective, dense)
@@ -131,7 +131,7 @@ class WeightRanking:
 
 def _weights(objective: Objective) -> Tensor:
     """The objective's parameters as one vector (size,)."""
-    return objective.joined([parameter.detach() for parameter in objective.parameters])
+    return objective.join([parameter.detach() for parameter in objective.parameters])
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""A network as blocks of linear layers, and what is known of architectures."""
+"""Networks as lists of blocks of linear layers, and the tables of architectures."""

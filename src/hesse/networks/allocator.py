@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed, so that a process takes no more than it needs."""
+"""Settings of the C allocator, so that freed memory returns to the system."""
 
 import ctypes
 import sys
@@ -9,16 +9,16 @@ LARGE_BYTES = 1 << 22
 
 
 def give_back_memory() -> None:
-    """Let the C library give memory that was freed back to the system, where it can; it keeps most of it otherwise."""
+    """Ask the C library to return freed memory to the system; by default it keeps most of it."""
     trim = _allocator("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def keep_no_large_memory() -> None:
-    """From now on let the C library take large memory from the system each time, and give it back when it is freed.
+    """Make the C library map each large allocation separately, so that it returns to the system when freed.
 
-    Otherwise it keeps what it once had, in pieces that may not fit what comes next: more memory by a quarter was seen.
+    Otherwise freed pieces stay in the process and may not fit later allocations: a quarter more memory was measured.
     """
     option = _allocator("mallopt")
     if option is not None:
@@ -26,5 +26,5 @@ def keep_no_large_memory() -> None:
 
 
 def _allocator(name: str) -> Any:
-    """A function of the GNU C library; None under another."""
+    """Return a function of the GNU C library; None with another library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

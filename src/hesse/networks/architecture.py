@@ -1,4 +1,4 @@
-"""From config.json to the modules of transformers, without weights; code that lies beside them is never run."""
+"""Build transformers' modules from config.json, without weights; code in the model folder is never run."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from hesse.checkpoints.checkpoint import Checkpoint, tensor_bytes
 from hesse.checkpoints.config_limits import IMPLEMENTATIONS
 from hesse.errors import HesseError, UnsupportedModelError, reason
 
-LARGEST_BUFFERS = 1 << 30  # bytes that a model may compute and not store, masks and frequencies, above its weights
-# What config.json says of other things than the architecture: packed weights, code, and how transformers is to run it.
+LARGEST_BUFFERS = 1 << 30  # bytes of computed buffers (masks, frequencies) that a model may have beyond its weights
+# Settings of config.json that do not describe the architecture: packed weights, code, and implementations.
 LEFT_OUT = ("quantization_config", "auto_map", *IMPLEMENTATIONS)
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The architecture that config.json names, its parameters on the meta device, its computed buffers real.
+    """Build the architecture that config.json names, with parameters on the meta device and real computed buffers.
 
     Raises:
-        UnsupportedModelError: transformers does not have it, or cannot make it of these settings.
+        UnsupportedModelError: transformers does not have the architecture, or cannot build it with these settings.
     """
     settings = {key: value for key, value in checkpoint.config.items() if key not in LEFT_OUT}
     place, model_type = f"{checkpoint.folder}/config.json", settings.get("model_type")
     if not model_type or not isinstance(model_type, str):
-        raise UnsupportedModelError(f"{place} names no model_type: it is no transformers model")
+        raise UnsupportedModelError(f"{place} names no model_type: it is not a transformers model")
     try:
         config = AutoConfig.for_model(**settings)
         factory = find_architecture(checkpoint.folder, settings)
@@ -43,10 +43,10 @@ def build(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def find_architecture(folder: Path, config: dict[str, Any]) -> type[PreTrainedModel]:
-    """The class of transformers that the config of the model in `folder` names.
+    """Return the class of transformers that the config of the model in `folder` names.
 
     Raises:
-        UnsupportedModelError: transformers does not have it.
+        UnsupportedModelError: transformers does not have the class.
     """
     names = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))]
     name = names[0] if isinstance(names, list) else None
@@ -60,7 +60,7 @@ def find_architecture(folder: Path, config: dict[str, Any]) -> type[PreTrainedMo
 
 
 def _compute_buffers(model: PreTrainedModel, most: int) -> None:
-    """Give buffers that are computed and not stored their values; refuse more than `most` bytes of them."""
+    """Compute the buffers that checkpoints do not store; raise if they need more than `most` bytes."""
     computed = {
         module: {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""How much attention each position of a sample receives in a block, as it passes through."""
+"""Record how much attention each position of a sample receives in a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ NAME = "hesse_attention_received"
 
 
 def tells_attention(model: nn.Module) -> bool:
-    """Whether the attention of a model's blocks goes the common way, on which it can be looked at."""
+    """True if the model's blocks use transformers' attention interface, through which attention can be recorded."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     return bool(getattr(model, "_supports_attention_backend", False)) and config._attn_implementation == "sdpa"
 
 
 @contextmanager
 def attention_received(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Meanwhile, each attention below `block` that runs adds what its positions receive (samples, tokens) to the list.
+    """Record the attention that positions receive while inside: each attention below `block` appends to the list.
 
-    That is the sum over heads and over the positions that look, of the shares that these give.
+    An entry is (samples, tokens): the attention probabilities summed over heads and queries.
     """
-    found: list[Tensor] = []
+    received: list[Tensor] = []
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, None]:
         causal = settings.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        found.append(received(query, key, attention_mask, settings.get("scaling"), bool(causal)))
+        received.append(attention_per_key(query, key, attention_mask, settings.get("scaling"), bool(causal)))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
     configs = {id(config): config for module in block.modules() if (config := getattr(module, "config", None))}
@@ -40,18 +40,19 @@ def attention_received(block: nn.Module) -> Iterator[list[Tensor]]:
     try:
         for config in chosen:
             config._attn_implementation = NAME
-        yield found
+        yield received
     finally:
         for config in chosen:
             config._attn_implementation = "sdpa"
         AttentionInterface._global_mapping.pop(NAME, None)
 
 
-def received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, causal: bool) -> Tensor:
-    """Attention that each key receives (samples, keys), summed over heads and queries, in float32.
+def attention_per_key(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, causal: bool) -> Tensor:
+    """Return the attention that each key receives (samples, keys), summed over heads and queries, in float32.
 
-    `query` is (samples, heads, queries, width), `key` (samples, heads or fewer, keys, width); a `mask` (samples or 1,
-    heads or 1, queries, keys) is true where a query may look, or is added. Memory: one head of one sample.
+    `query` is (samples, heads, queries, width), `key` (samples, heads or fewer, keys, width). A boolean `mask` (samples
+    or 1, heads or 1, queries, keys) is true where a query may attend; a floating-point mask is added to the scores. One
+    head of one sample is in memory at a time.
     """
     samples, heads, queries, width = query.shape
     keys, share = key.shape[2], heads // key.shape[1]
@@ -62,8 +63,8 @@ def received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | N
             scores = query[sample, head].float() @ key[sample, head // share].float().T
             scores *= width**-0.5 if scaling is None else scaling
             if mask is not None:
-                own = mask[sample % len(mask), head % mask.shape[1]]
-                scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own
+                part = mask[sample % len(mask), head % mask.shape[1]]
+                scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
             elif causal and queries > 1:
                 scores = scores.masked_fill(ahead, -torch.inf)
             total[sample] += scores.softmax(-1).nan_to_num().sum(0)

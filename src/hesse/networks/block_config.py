@@ -1,4 +1,4 @@
-"""A model with fewer blocks as transformers loads it: its config, and the names of its tensors."""
+"""Config and tensor names of a model with fewer blocks, as transformers loads it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,24 @@ from hesse.networks.network import CheckpointNetwork
 
 
 def fewer_blocks_config(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, Any]:
-    """config.json of the model with only the blocks `kept`, in their order.
+    """Return the config.json of the model with only the blocks `kept`, in order.
 
-    Lists with an entry for each block keep those of the blocks that stay; also those that transformers makes when it
-    loads the model, such as `layer_types`, since it would make others for fewer blocks.
+    A list with one entry per block keeps the entries of the kept blocks. That includes lists that transformers computes
+    when it loads the model, such as `layer_types`, because it would compute other values for fewer blocks.
 
     Raises:
-        UnsupportedModelError: the config nests that of its text model, or kinds of blocks follow from their numbers.
+        UnsupportedModelError: the config nests a text model's config, or the kinds of blocks depend on their numbers.
     """
     config, settings = dict(network.checkpoint.config), network.model.config
     count, name = len(network.blocks), type(network.model).__name__
     key = settings.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if settings.get_text_config() is not settings or config.get(key) != count:
-        raise UnsupportedModelError(f"config.json of {name} does not say {key} {count}: its blocks cannot be dropped")
+        raise UnsupportedModelError(f"config.json of {name} does not say {key} {count}: its blocks cannot be removed")
     for rule, harmless in BLOCK_RULES.items():
         if config.get(rule, harmless) not in (harmless, None):
-            raise UnsupportedModelError(f"config.json of {name} has {rule}: its blocks are of a kind by their numbers")
+            raise UnsupportedModelError(
+                f"config.json of {name} has {rule}: the kinds of its blocks depend on their numbers"
+            )
     for setting, value in {**settings.to_dict(), **config}.items():
         if not isinstance(value, list):
             continue
@@ -36,16 +38,16 @@ def fewer_blocks_config(network: CheckpointNetwork, kept: Sequence[int]) -> dict
 
 
 def fewer_blocks_names(network: CheckpointNetwork, kept: Sequence[int]) -> dict[str, str]:
-    """The name in the new checkpoint of each stored tensor that stays.
+    """Return the name in the new checkpoint of each stored tensor that is kept.
 
     Raises:
-        UnsupportedModelError: a tensor of a block is not named by the block's number.
+        UnsupportedModelError: the name of a block's tensor does not contain the block's number.
     """
     of_block: dict[str, int] = {}
     for index, block in enumerate(network.blocks):
         of_block |= dict.fromkeys(network.stored_in(block), index)
     places = {old: new for new, old in enumerate(kept)}
-    blocks = network.blocks[0].name.split(".")[-2]  # what the list of blocks is called
+    blocks = network.blocks[0].name.split(".")[-2]  # the name of the list of blocks
     names = {}
     for source in network.checkpoint.stored_names():
         number = of_block.get(source)

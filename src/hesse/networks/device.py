@@ -1,4 +1,4 @@
-"""The device that a network runs on."""
+"""Device that a network runs on."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""Mixture-of-experts layers as plain linear layers, so that each expert's matrices can be seen and changed.
+"""Mixture-of-experts layers as separate linear layers, so that each expert's matrices can be observed and changed.
 
-transformers keeps all experts of a block in two 3-D parameters; their checkpoints hold one matrix an expert.
+transformers keeps all experts of a block in two 3-D parameters; their checkpoints hold one matrix per expert.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from hesse.networks.families import EXPERT_LAYERS
 
 
 class LinearExperts(nn.Module):
-    """The experts of one block: `{expert}.{gate, up, down}` linear layers, with the forward of the fused module.
+    """Experts of one block: linear layers `{expert}.{gate, up, down}`, with the forward of the fused module.
 
-    Every expert is called for every batch, if need be with no tokens at all, so that a walk that stops at each layer
-    meets the same layers in each batch.
+    Every expert is called for every batch, possibly with no tokens, so that a pass that stops at each layer reaches the
+    same layers in each batch.
     """
 
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
@@ -33,7 +33,7 @@ class LinearExperts(nn.Module):
         self.count = count
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Σ over the chosen experts of weight · expert(x); hidden_states (tokens, hidden), top_k_* (tokens, k)."""
+        """Return Σ weight · expert(x) over the chosen experts; hidden_states (tokens, hidden), top_k_* (tokens, k)."""
         total = torch.zeros_like(hidden_states)
         for expert in range(self.count):
             layers = self.get_submodule(str(expert))
@@ -48,7 +48,7 @@ class LinearExperts(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `module` holds all experts of a block as `gate_up_proj` (experts, 2·inner, hidden) and `down_proj`."""
+    """True if `module` holds all experts of a block as `gate_up_proj` (experts, 2·inner, hidden) and `down_proj`."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.ndim == down.ndim == 3):
         return False

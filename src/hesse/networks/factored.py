@@ -1,4 +1,4 @@
-"""Two smaller modules in the place of a layer whose weight became left @ right."""
+"""Replace a layer whose weight is left @ right by two smaller modules."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ from hesse.networks.network import Layer
 
 
 class Factored(nn.Sequential):
-    """A layer and a second one, which a network that looks at their weight and bias instead of calling them can read.
+    """Two modules in sequence, with the `weight` and `bias` of their product.
 
-    As torch's own transformer layers do.
+    torch's own transformer layers read the weight and bias of their layers instead of calling them.
     """
 
     @property
     def weight(self) -> Tensor:
-        """What the two make together (out, in), or (out, in, *kernel)."""
+        """Return the weight of the product (out, in), or (out, in, *kernel)."""
         first, second = (module.get_parameter("weight") for module in self)
         return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:])
 
     @property
     def bias(self) -> Tensor | None:
-        """The second one's."""
+        """Return the bias of the second module."""
         bias = self[1].bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
 
 def factored(layer: Layer, code: LowRankCode) -> Factored:
-    """Linear + Linear, or a convolution with `rank` outputs + one with a kernel of 1, of the layer's type."""
+    """Return the layer as Linear + Linear, or as a convolution with `rank` outputs + a convolution with kernel 1."""
     module, rank = layer.module, len(code.right)
     bias = module._parameters.get("bias")
     pair = _pair(module, rank, bias is not None)
@@ -43,12 +43,12 @@ def factored(layer: Layer, code: LowRankCode) -> Factored:
 
 
 def _pair(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
-    """The two, with weights of no meaning yet; only the first one of convolutions moves and pads."""
+    """Return the two modules with uninitialised weights; of convolutions the first has the stride and the padding."""
     with torch.device("meta"):
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             kind: type[Any] = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-            how = (module.kernel_size, module.stride, module.padding, module.dilation)
-            first = kind(module.in_channels, rank, *how, bias=False, padding_mode=module.padding_mode)
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+            first = kind(module.in_channels, rank, *geometry, bias=False, padding_mode=module.padding_mode)
             return first, kind(rank, module.out_channels, 1, bias=bias)
         assert isinstance(module.weight, Tensor)
         outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -56,7 +56,7 @@ def _pair(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linea
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the submodule called `name`, wherever it has further names too."""
+    """Replace the submodule `name` by `new`, under all names that it has."""
     old = model.get_submodule(name)
     for parent in model.modules():
         for key, child in list(parent._modules.items()):

@@ -1,8 +1,8 @@
-"""Everything that Hesse knows of single architectures, in one place: a new model family is an entry here.
+"""Tables of everything that depends on single architectures: a new model family is an entry here.
 
-Most families need none: blocks, layers and the names on disk are found from the model and from transformers' own
-conversion table. What is here is what cannot be found so: which tensors pass features on unchanged, what other programs
-call a family, how experts are named, and which settings of config.json say a size.
+Most families need no entry: blocks, layers and names on disk follow from the model and from transformers' conversion
+table. The tables hold the rest: the tensors that pass features on unchanged, the names of families in other programs,
+the names of experts, and the settings of config.json that give sizes.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 # --- names of layers -------------------------------------------------------------------------------------------------
 
-# Linear layers that decide where tokens go: a few thousand weights that no loader wants quantised.
+# Linear layers that route tokens to experts: a few thousand weights that no loader supports in quantised form.
 ROUTER_LAYERS = ("gate", "router", "shared_expert_gate")
 
 # Names of an expert's gate, up and down projections in the checkpoint.
@@ -23,7 +23,7 @@ _EXPERT_NUMBER = re.compile(r".*\.experts\.(\d+)\.")
 # Layers that vLLM reads as one matrix, so that they need one scheme.
 READ_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
-# Feed-forward layers inside a block, beside those of experts: the layers that write hidden units, and their reader.
+# Feed-forward layers inside a block, apart from experts: the layers that write hidden units, and their reader.
 FEED_FORWARD_LAYERS = (
     (("mlp.gate_up_proj",), "mlp.down_proj"),
     (("mlp.fc1",), "mlp.fc2"),
@@ -42,13 +42,13 @@ def is_expert(layer: str) -> bool:
 
 def expert_number(layer: str) -> str | None:
     """Return the number of the expert that a layer belongs to; None if it belongs to none."""
-    found = _EXPERT_NUMBER.match(layer)
-    return None if found is None else found[1]
+    match = _EXPERT_NUMBER.match(layer)
+    return None if match is None else match[1]
 
 
 # --- settings of config.json, and attributes of modules --------------------------------------------------------------
 
-# Numbers of heads, as attention modules and configurations call them; the attributes that are multiples of them.
+# Names of the numbers of heads in attention modules and configurations, and of attributes that are multiples of them.
 HEAD_COUNTS = (
     "num_heads",
     "num_attention_heads",
@@ -62,7 +62,7 @@ HEAD_COUNTS = (
 )
 HEAD_MULTIPLES = ("all_head_size", "split_size", "inner_dim")
 
-# Widths of feed-forward layers: as modules keep them, and as config.json may set them.
+# Names of the widths of feed-forward layers: in modules, and in config.json.
 MODULE_WIDTHS = ("intermediate_size", "intermediate_dim")
 CONFIG_WIDTHS = (
     "intermediate_size",
@@ -101,7 +101,7 @@ BLOCK_RULES = {
 
 @dataclass(frozen=True)
 class FeatureStreams:
-    """Where features pass between layers unchanged, as far as a family differs from Llama."""
+    """Differences from Llama in how a family passes features between layers unchanged."""
 
     feedforward_norm: str = "post_attention_layernorm"
     norm_offset: float = 0.0  # what the model adds to a norm's stored scale
@@ -110,23 +110,23 @@ class FeatureStreams:
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """How llama.cpp takes a family; `metadata` and `row_order` name functions of hesse.runtimes.gguf_families."""
+    """A family in llama.cpp; `metadata` and `row_order` name functions of hesse.runtimes.gguf_families."""
 
     architecture: str  # llama.cpp's name
     metadata: str = "rotary"
     row_order: str = "unchanged"
-    settings: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # what llama.cpp takes for granted
+    settings: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # values that llama.cpp assumes
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What is known of the models of one `model_type`; None or False: not supported there."""
+    """Properties of the models of one `model_type`; None or False: not supported."""
 
     streams: FeatureStreams | None = None  # for rotations and scalings
     gguf: GgufFamily | None = None
     onnx: bool = False
     transposed: bool = False  # linear layers are (in, out) on disk
-    positions_after_padding: bool = False  # position ids start behind the padding token's id
+    positions_after_padding: bool = False  # position ids start after the padding token's id
 
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
@@ -170,5 +170,5 @@ UNKNOWN = ModelFamily()
 
 
 def family_of(model_type: str) -> ModelFamily:
-    """Return what is known of a `model_type`: nothing in particular for most."""
+    """Return the family of a `model_type`; most have no entry, and get the defaults."""
     return FAMILIES.get(model_type, UNKNOWN)

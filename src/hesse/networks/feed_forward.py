@@ -1,4 +1,4 @@
-"""The feed-forward layers of a block: what makes their hidden units, what reads them, and what says how many."""
+"""Feed-forward layers of a block: the layers that write and read hidden units, and the settings of their width."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -16,66 +16,66 @@ from hesse.networks.network import Block, CheckpointNetwork, Layer
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """The layers that make some hidden units of a block, and the one that reads them."""
+    """The layers that write some hidden units of a block, and the layer that reads them."""
 
-    makers: list[Layer]
+    writers: list[Layer]
     reader: Layer
 
     @property
     def width(self) -> int:
-        """How many hidden units there are."""
+        """Return the number of hidden units."""
         return self.reader.weight.shape[1]
 
-    def rows(self, maker: Layer, units: Tensor) -> Tensor:
-        """The outputs of a maker that `units` are made of: several each where gate and values are one layer."""
-        whole = range(0, maker.weight.shape[0], self.width)
-        return torch.cat([units + first for first in whole])
+    def rows(self, writer: Layer, units: Tensor) -> Tensor:
+        """Return the rows of a writer that produce `units`: several per unit if gate and values are one layer."""
+        starts = range(0, writer.weight.shape[0], self.width)
+        return torch.cat([units + first for first in starts])
 
 
 def feed_forwards(block: Block) -> list[FeedForward]:
-    """Those of a block: one, or those of its experts.
+    """Return the feed-forward layers of a block: one, or one per expert.
 
     Raises:
-        UnsupportedModelError: there is none of a known shape.
+        UnsupportedModelError: the block has none of a known shape.
     """
-    number, found = block.name.rpartition(".")[2], list[FeedForward]()
+    number, layers = block.name.rpartition(".")[2], list[FeedForward]()
     shapes = [
         *((f".{down}", (gate, up), down) for gate, up, down in EXPERT_LAYERS),
-        *((f".{number}.{reader}", makers, reader) for makers, reader in FEED_FORWARD_LAYERS),
+        *((f".{number}.{reader}", writers, reader) for writers, reader in FEED_FORWARD_LAYERS),
     ]
     named = {layer.name: layer for layer in block.layers}
     for name, layer in named.items():
-        for ending, makers, reader in shapes:
-            names = [name.removesuffix(reader) + maker for maker in makers]
-            if name.endswith(ending) and all(maker in named for maker in names):
-                found.append(FeedForward([named[maker] for maker in names], layer))
-    if not found:
+        for ending, writers, reader in shapes:
+            names = [name.removesuffix(reader) + writer for writer in writers]
+            if name.endswith(ending) and all(writer in named for writer in names):
+                layers.append(FeedForward([named[writer] for writer in names], layer))
+    if not layers:
         raise UnsupportedModelError(
             f"{block.name} has no feed-forward layer of a known shape, such as gate_proj, up_proj and down_proj"
         )
-    return found
+    return layers
 
 
 def width_settings(
-    network: CheckpointNetwork, parts: Sequence[FeedForward], wanted: Mapping[int, int]
+    network: CheckpointNetwork, parts: Sequence[FeedForward], new_widths: Mapping[int, int]
 ) -> dict[str, int]:
-    """The settings of config.json that give every feed-forward layer the width that is `wanted` for its own.
+    """Return the settings of config.json that change the width of every feed-forward layer as `new_widths` maps it.
 
-    Each is tried out on a model without weights.
+    Each candidate is tried on a model without weights.
 
     Raises:
-        UnsupportedModelError: there are none.
+        UnsupportedModelError: no such settings exist.
     """
     names = {module: name for name, module in network.model.named_modules()}
-    found: dict[str, int] = {}
+    settings: dict[str, int] = {}
     for setting in (each for each in CONFIG_WIDTHS if hasattr(network.model.config, each)):
-        for before, after in wanted.items():
-            widths = _widths(network, {**found, setting: after}, [names[part.reader.module] for part in parts])
+        for before, after in new_widths.items():
+            widths = _widths(network, {**settings, setting: after}, [names[part.reader.module] for part in parts])
             changed = [(part.width, now) for part, now in zip(parts, widths, strict=True) if now != part.width]
-            if (before, after) in changed and all(now == wanted[was] for was, now in changed):
-                found[setting] = after
+            if (before, after) in changed and all(now == new_widths[was] for was, now in changed):
+                settings[setting] = after
                 if len(changed) == len(parts):
-                    return found
+                    return settings
                 break
     raise UnsupportedModelError(
         f"config.json of {type(network.model).__name__} has no settings for the width of all feed-forward layers: "
@@ -84,12 +84,12 @@ def width_settings(
 
 
 def _widths(network: CheckpointNetwork, settings: Mapping[str, int], readers: Sequence[str]) -> list[int]:
-    """The widths of feed-forward layers, by the names of what reads them, in a model with other settings."""
+    """Return the widths of feed-forward layers in a model with other settings; `readers` are the readers' names."""
     changed = copy(network.checkpoint)
     changed.config = {**network.checkpoint.config, **settings}
     try:
         model = build(changed)
-    except UnsupportedModelError:  # settings that cannot be had together
+    except UnsupportedModelError:  # settings that contradict each other
         return [-1 for _ in readers]
     unfuse(model, set(network.checkpoint.names()))
     return [Layer(name, model.get_submodule(name)).weight.shape[1] for name in readers]

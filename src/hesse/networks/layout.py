@@ -1,4 +1,4 @@
-"""What a model of transformers is: its kind, where its blocks are, and what its parameters are called on disk."""
+"""Layout of a transformers model: its kind, its list of blocks, and the names of its parameters on disk."""
 
 from typing import Any, Literal
 
@@ -15,12 +15,12 @@ Kind = Literal["causal-lm", "encoder"]
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
-    """What the model is, by its class."""
+    """Return the kind of a model, by its class."""
     return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The ModuleList with the most parameters: the blocks. Lists inside it (experts) have fewer."""
+    """Return the blocks and their name: the ModuleList with the most parameters (lists of experts have fewer)."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     sized = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists]
     if not sized or max(size for size, _, _ in sized) == 0:
@@ -32,9 +32,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def sources_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
-    """The checkpoint's name for each parameter and buffer of `model` that it holds, tied ones included."""
-    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wanted |= {name for name, _ in model.named_buffers()}
+    """Return the checkpoint's name of each parameter and buffer of `model` that it holds, including tied ones."""
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    expected |= {name for name, _ in model.named_buffers()}
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     prefix = f"{model.base_model_prefix}."
     sources: dict[str, str] = {}
@@ -43,7 +43,7 @@ def sources_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
         for name in (key, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if name in wanted:
+            if name in expected:
                 sources.setdefault(name, key)
                 break
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}

@@ -1,4 +1,4 @@
-"""What config.json may ask for, held against what the weights' files hold before anything is built of it."""
+"""Check, while a model is built, that config.json does not ask for far more than the weights' files hold."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from hesse.checkpoints.config_limits import SPARE
 from hesse.errors import CheckpointError
 
-PARAMETERS_A_TENSOR = 4  # at most: where transformers splits what a file holds in one
+PARAMETERS_A_TENSOR = 4  # at most: transformers may split one stored tensor
 
 
 @contextmanager
 def bounded_modules(folder: Path, tensors: int) -> Iterator[None]:
-    """Refuse, while a model is built, more parameters than files with so many `tensors` can fill.
+    """Limit the parameters of models built inside to what files with `tensors` tensors can fill.
 
     Raises:
-        CheckpointError: there are more.
+        CheckpointError: a model has more parameters.
     """
-    limit, seen = PARAMETERS_A_TENSOR * tensors + SPARE, 0
+    limit, built = PARAMETERS_A_TENSOR * tensors + SPARE, 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Tensor | None:
-        nonlocal seen
-        seen += 1
-        if seen > limit:
+        nonlocal built
+        built += 1
+        if built > limit:
             raise CheckpointError(
                 f"{folder}/config.json describes more than {limit} parameters, but the files hold {tensors} tensors: "
                 "config and weights do not belong together"

@@ -1,4 +1,4 @@
-"""The layers of a module whose weights are matrices, and why others are left as they are."""
+"""Find the layers of a module whose weights are matrices, and the reasons why others are unchanged."""
 
 from collections import Counter
 
@@ -7,12 +7,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.networks.network import Layer
 
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
-NAMED = 3  # names that a line has room for
+LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+NAMES_SHOWN = 3  # names in one message
 
 
 def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
-    """The layers whose weights are matrices (out, in), of a convolution (out, in · kernel), and notes on others."""
+    """Return the layers with matrices (out, in), or (out, in · kernel) of convolutions, and notes on other layers."""
     layers, notes = list[Layer](), list[str]()
     owners = Counter(
         id(parameter)
@@ -21,42 +21,42 @@ def layers_of(model: nn.Module) -> tuple[list[Layer], list[str]]:
         if parameter is not None
     )
     for name, module in model.named_modules():
-        if not isinstance(module, KINDS):
+        if not isinstance(module, LAYER_TYPES):
             continue
         reason = _refusal(module, owners)
         if reason is None:
             layers.append(Layer(name, module))
         else:
-            notes.append(f"{name}: left as it is: {reason}")
-    return layers, [*notes, *_others(model)]
+            notes.append(f"{name}: unchanged: {reason}")
+    return layers, [*notes, *_other_matrices(model)]
 
 
 def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
-    """Why a layer cannot be changed as a matrix."""
+    """Return the reason why a layer cannot be treated as a matrix; None if it can."""
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
-        return "its weight is no parameter of floating-point numbers"
+        return "its weight is not a floating-point parameter"
     if owners[id(weight)] > 1:
-        return "its weight is another module's too"
+        return "its weight is shared with another module"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
-        return f"a convolution in {module.groups} groups is no single matrix"
+        return f"a convolution in {module.groups} groups is not a single matrix"
     return None
 
 
-def _others(model: nn.Module) -> list[str]:
-    """A note on matrices that are no layer's weight; embeddings are left alone without one."""
-    left = [
+def _other_matrices(model: nn.Module) -> list[str]:
+    """Return a note on matrices that are not a layer's weight; embeddings get no note."""
+    names = [
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
         for key, parameter in module._parameters.items()
-        if isinstance(parameter, Tensor) and parameter.ndim > 1 and not isinstance(module, (*KINDS, nn.Embedding))
+        if isinstance(parameter, Tensor) and parameter.ndim > 1 and not isinstance(module, (*LAYER_TYPES, nn.Embedding))
     ]
-    if not left:
+    if not names:
         return []
-    return [f"{some_of(left)}: left as they are, being no layer's weight"]
+    return [f"{some_of(names)}: unchanged, because they are not the weight of a layer"]
 
 
 def some_of(names: list[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    """Return the first of `names` and the number of the others, for messages."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

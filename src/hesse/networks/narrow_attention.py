@@ -1,4 +1,4 @@
-"""torch's MultiheadAttention in plain operations: its layers are called, and its heads need not fill its width."""
+"""torch's MultiheadAttention in plain operations, with layers that are called and heads that may be fewer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from hesse.errors import UnsupportedModelError
 
 
 class NarrowAttention(nn.MultiheadAttention):
-    """Attention whose heads need not fill the width: `num_heads` · `head_dim` may be less than `embed_dim`.
+    """MultiheadAttention whose `num_heads` · `head_dim` may be less than `embed_dim`.
 
-    Its weights are `in_proj_weight` (3 · inner, embed_dim) and `out_proj.weight` (embed_dim, inner), inner being
+    Its weights are `in_proj_weight` (3 · inner, embed_dim) and `out_proj.weight` (embed_dim, inner), with inner =
     `num_heads` · `head_dim`.
     """
 
     @classmethod
     def narrowed(cls, attention: nn.MultiheadAttention, heads: int) -> None:
-        """Make `attention`, whose weights were cut, one of these.
+        """Convert `attention`, whose weights have been sliced to `heads` heads, to this class in place.
 
         Raises:
-            UnsupportedModelError: it has weights of a kind that this class does not know.
+            UnsupportedModelError: it has weights that this class does not support.
         """
         if not _is_plain(attention):
             raise UnsupportedModelError(
@@ -30,10 +30,10 @@ class NarrowAttention(nn.MultiheadAttention):
             )
         attention.__class__ = cls
         attention.num_heads = heads
-        attention._qkv_same_embed_dim = False  # no fused path, which knows the full width only
+        attention._qkv_same_embed_dim = False  # disables the fused path, which assumes the full width
 
     def widened(self) -> None:
-        """Be a MultiheadAttention of torch again, with all of its heads."""
+        """Convert to torch's MultiheadAttention again, in place; all heads must be present."""
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         self._qkv_same_embed_dim = True
 
@@ -48,40 +48,40 @@ class NarrowAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention: (batch, positions, embed_dim), or (positions, batch, embed_dim); masks (q, k)."""
+        """Compute torch's attention on (batch, positions, embed_dim) or (positions, batch, embed_dim); masks (q, k)."""
         first = query.ndim == 3 and not self.batch_first
         parts = [x.transpose(0, 1) if first else x for x in (query, key, value)]
-        queries, keys, values = (self._heads(projected) for projected in self._projected(parts))
+        queries, keys, values = (self._heads(projected) for projected in self._project(parts))
         scores = queries @ keys.mT / self.head_dim**0.5
         if attn_mask is not None:  # one for all heads, or (batch · heads, q, k)
-            scores = _masked(scores, attn_mask if attn_mask.ndim == 2 else attn_mask.view(scores.shape))
+            scores = _mask(scores, attn_mask if attn_mask.ndim == 2 else attn_mask.view(scores.shape))
         if key_padding_mask is not None:
-            scores = _masked(scores, key_padding_mask[..., None, None, :])
-        chosen = scores.softmax(-1)
-        mixed = functional.dropout(chosen, self.dropout, self.training) @ values
+            scores = _mask(scores, key_padding_mask[..., None, None, :])
+        probabilities = scores.softmax(-1)
+        mixed = functional.dropout(probabilities, self.dropout, self.training) @ values
         result = self.out_proj(mixed.transpose(-2, -3).flatten(-2))
-        shown = (chosen.mean(-3) if average_attn_weights else chosen) if need_weights else None
-        return (result.transpose(0, 1) if first else result), shown
+        weights = (probabilities.mean(-3) if average_attn_weights else probabilities) if need_weights else None
+        return (result.transpose(0, 1) if first else result), weights
 
-    def _projected(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Queries, keys and values (..., positions, inner) of what each is made of."""
+    def _project(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return queries, keys and values (..., positions, inner), each from its input."""
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        weights = self.in_proj_weight.chunk(3)
-        return [functional.linear(x, w, b) for x, w, b in zip(parts, weights, biases, strict=True)]
+        matrices = self.in_proj_weight.chunk(3)
+        return [functional.linear(x, w, b) for x, w, b in zip(parts, matrices, biases, strict=True)]
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:-1], self.num_heads, self.head_dim).transpose(-2, -3)
 
 
 def plain_attentions(model: nn.Module) -> list[nn.MultiheadAttention]:
-    """Those of torch's own below `model` that can be taken apart."""
-    found = (module for module in model.modules() if type(module) is nn.MultiheadAttention)
-    return [attention for attention in found if _is_plain(attention)]
+    """Return torch's own attentions below `model` that can be converted to NarrowAttention."""
+    attentions = (module for module in model.modules() if type(module) is nn.MultiheadAttention)
+    return [attention for attention in attentions if _is_plain(attention)]
 
 
 @contextmanager
 def outputs_called(model: nn.Module) -> Iterator[None]:
-    """The attentions of torch's own below `model` with `out_proj` called as a layer, so that hooks see it."""
+    """Make torch's own attentions below `model` call `out_proj` as a layer while inside, so that its hooks run."""
     attentions = plain_attentions(model)
     for attention in attentions:
         NarrowAttention.narrowed(attention, attention.num_heads)
@@ -94,7 +94,7 @@ def outputs_called(model: nn.Module) -> Iterator[None]:
 
 
 def without_nested_tensors(model: nn.Module) -> None:
-    """Have torch's encoders pad where attentions below are not torch's own, and know nothing else."""
+    """Disable nested tensors in torch's encoders that contain NarrowAttention, which supports only padded tensors."""
     for encoder in model.modules():
         inside = any(isinstance(module, NarrowAttention) for module in encoder.modules())
         if inside and isinstance(encoder, nn.TransformerEncoder):
@@ -105,5 +105,5 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
     return bool(attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn)
 
 
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+def _mask(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

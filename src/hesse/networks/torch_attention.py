@@ -1,4 +1,4 @@
-"""torch's MultiheadAttention with layers of their own for queries, keys and values, as methods see them."""
+"""torch's MultiheadAttention with separate layers for queries, keys and values."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-WHOLE = ("in_proj_weight", "in_proj_bias")  # what torch keeps the three together as
+FUSED = ("in_proj_weight", "in_proj_bias")  # torch's parameters that hold the three projections
 
 
 class SplitAttention(NarrowAttention):
-    """Attention that calls `q_proj`, `k_proj` and `v_proj`."""
+    """MultiheadAttention that calls the layers `q_proj`, `k_proj` and `v_proj`."""
 
     @property
     def projections(self) -> list[nn.Module]:
-        """The three layers."""
+        """Return the three layers."""
         return [self.get_submodule(name) for name in PROJECTIONS]
 
     @classmethod
     def split(cls, attention: nn.MultiheadAttention) -> dict[str, nn.Parameter | None]:
-        """Make `attention` one of these; what it held before by name, for `join`."""
-        held = {name: attention._parameters.pop(name) for name in WHOLE}
-        weight, bias = held.values()
+        """Convert `attention` to this class in place; return its fused parameters by name, for `join`."""
+        fused = {name: attention._parameters.pop(name) for name in FUSED}
+        weight, bias = fused.values()
         assert weight is not None
         for number, name in enumerate(PROJECTIONS):
             with torch.device("meta"):
@@ -34,28 +34,28 @@ class SplitAttention(NarrowAttention):
                 layer.bias = nn.Parameter(bias.detach().chunk(3)[number])
             attention.add_module(name, layer.train(attention.training))
         cls.narrowed(attention, attention.num_heads)
-        return held
+        return fused
 
     @torch.no_grad()
-    def join(self, held: dict[str, nn.Parameter | None]) -> None:
-        """Be torch's own again with the layers' weights in what was `held`, unless a layer is no nn.Linear any more."""
+    def join(self, fused: dict[str, nn.Parameter | None]) -> None:
+        """Convert back to torch's class with the weights in `fused`, unless a layer is no longer an nn.Linear."""
         if not all(type(layer) is nn.Linear for layer in self.projections):
             return
-        for name, whole in held.items():
-            if whole is not None:
+        for name, parameter in fused.items():
+            if parameter is not None:
                 key = name.removeprefix("in_proj_")
-                whole.copy_(torch.cat([layer.get_parameter(key) for layer in self.projections]))
-            self._parameters[name] = whole
+                parameter.copy_(torch.cat([layer.get_parameter(key) for layer in self.projections]))
+            self._parameters[name] = parameter
         for name in PROJECTIONS:
             del self._modules[name]
         self.widened()
 
-    def _projected(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def _project(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [layer(x) for layer, x in zip(self.projections, parts, strict=True)]
 
 
 def stored_as(model: nn.Module, name: str) -> str:
-    """What holds the parameter `name` of a model whose attentions are split when they are not."""
+    """Return the name, before attentions were split, of the parameter that holds the parameter `name`."""
     *path, projection, key = name.split(".")
     attention = ".".join(path)
     if projection in PROJECTIONS and isinstance(model.get_submodule(attention), SplitAttention):
@@ -65,15 +65,15 @@ def stored_as(model: nn.Module, name: str) -> str:
 
 @contextmanager
 def split_attentions(model: nn.Module) -> Iterator[None]:
-    """The attentions of torch's own below `model` as SplitAttention, and afterwards as they were, but for the weights.
+    """Convert torch's own attentions below `model` to SplitAttention while inside; changes of weights remain.
 
-    Those whose layers were factorised meanwhile stay split.
+    Attentions whose layers were factorised inside stay split.
     """
     split = [(attention, SplitAttention.split(attention)) for attention in plain_attentions(model)]
     try:
         yield
     finally:
-        for attention, held in split:
+        for attention, fused in split:
             assert isinstance(attention, SplitAttention)
-            attention.join(held)
+            attention.join(fused)
         without_nested_tensors(model)

@@ -10,8 +10,9 @@ from torch import Tensor
 from hesse.curvature import Objective
 from hesse.errors import OptionError
 from hesse.estimation import per_sample_gradients
+from hesse.methods import find_method
+from hesse.planning.planners import PLANNERS
 from hesse.planning.problem import Candidate, Group, Problem
-from hesse.planning.slope import by_common_slope
 
 Gradients = Literal["mean", "sampled", "empirical"]
 
@@ -64,6 +65,7 @@ def plan_tiles(
     cost: Mapping[str, float] | None = None,
     levels: int = 32,
     seed: int = 0,
+    method: str = "lpvit",
 ) -> TilePlan:
     """Which tiles (rows, columns) of each matrix of the objective to keep, for a share `kept` of what all of them cost.
 
@@ -102,7 +104,7 @@ def plan_tiles(
         counts.append(dropped)
     problem = Problem(tuple(groups))
     whole = sum(group.candidates[0].size for group in groups)
-    choice = by_common_slope(problem, int(kept * whole))
+    choice = PLANNERS.find(find_method(method, "plan_tiles").solver)(problem, int(kept * whole))
     removed = {name: own[place] for name, own, place in zip(costs, counts, choice, strict=True)}
     masks = {name: _mask(costs[name], removed[name], tile) for name in costs}
     shares = {name: float((~mask).sum()) / mask.numel() for name, mask in masks.items()}

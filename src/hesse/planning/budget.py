@@ -17,12 +17,13 @@ from hesse.estimation.statistics import probe_tokens
 from hesse.formats.opening import open_networks
 from hesse.formats.targets import check_target
 from hesse.layerwise.rules import check_patterns
-from hesse.methods import DEFAULT_METHOD, Method, Options, find_method
+from hesse.methods import DEFAULT_METHOD, Method, Options, find_method, methods_of
 from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.device import find_device
-from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, size_loss_front, smallest_within
+from hesse.planning import Candidate, Choice, Group, Problem, size_loss_front, smallest_within
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, Offer, make_menu
+from hesse.planning.planners import PLANNERS
 from hesse.planning.sizes import read_size
 from hesse.progress import Clock, Progress, Silence
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity
@@ -73,6 +74,16 @@ class BudgetRequest:
     allocation: str | None = None  # a predictor of costs by name; None: by solving each layer for each choice
 
     @property
+    def _allocation_row(self) -> Method | None:
+        rows = methods_of("allocate") | methods_of("price")
+        return None if self.allocation is None else rows.get(self.allocation)
+
+    @property
+    def planner(self) -> str:
+        """The planner of the allocation's row."""
+        return "knapsack" if self._allocation_row is None else self._allocation_row.solver
+
+    @property
     def sensitivity(self) -> Sensitivity | None:
         """The predictor.
 
@@ -81,7 +92,8 @@ class BudgetRequest:
         """
         if self.allocation is None:
             return None
-        found = find_sensitivity(self.allocation)
+        row = self._allocation_row
+        found = find_sensitivity(self.allocation if row is None or row.score is None else row.score)
         if found.shards:
             raise OptionError(
                 f"--allocation {found.name} compares parts of the data, which the walk over a checkpoint does not keep "
@@ -214,7 +226,7 @@ def plan_budget(
         estimated.check_model(checkpoint)
         estimated.check_holds("gram")
         meter.read(network, estimated, progress)
-    priced = PricedMenu(checkpoint, menu, meter.costs)
+    priced = PricedMenu(checkpoint, menu, meter.costs, request.planner)
     choice = priced.choose(request.budget)
     return BudgetPlan(
         recipe=priced.recipe(choice, request.method, request.ignore),
@@ -230,8 +242,10 @@ def plan_budget(
 class PricedMenu:
     """A menu with its costs, as a problem of planning."""
 
-    def __init__(self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]]) -> None:
-        self.menu, self.checkpoint = menu, checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]], planner: str = "knapsack"
+    ) -> None:
+        self.menu, self.checkpoint, self.planner = menu, checkpoint, planner
         self.problem = Problem(
             tuple(
                 Group(
@@ -261,7 +275,7 @@ class PricedMenu:
         if budget.loss is not None:
             choice = smallest_within(self.problem, budget.loss)
         else:
-            choice = cheapest_within(self.problem, self._room(budget))
+            choice = PLANNERS.find(self.planner)(self.problem, self._room(budget))
         if not any(group.offers[place].rule for group, place in zip(self.menu, choice, strict=True)):
             raise OptionError("the dense model is within this budget already: nothing is to be compressed")
         return choice

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Grid
-from hesse.curvature import Curvature, GaussNewton, Objective
+from hesse.curvature import Curvature, Objective
+from hesse.methods import METHODS, methods_of
+from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
+from hesse.planning.planners import PLANNERS
 from hesse.planning.problem import Candidate, Choice, Group, Problem
 from hesse.planning.solve import cheapest_within
 from hesse.scores.interactions import interactions
@@ -16,6 +20,7 @@ from hesse.scores.sensitivities import predicted_costs
 
 THRESHOLD = 0.1  # of what two layers do alone, above which they are planned together
 MOST_JOINED = 3  # layers
+LAYER_BLOCKS = "layer-blocks"  # a partition: consecutive layers that interact
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,17 @@ class Pricing:
     problem: Problem  # a group for each parameter
     joint: Problem
     blocks: list[list[int]]  # places of groups
+    planner: Callable[[Problem, Any], Choice]
+
+    def choose(self, limit: Any) -> Choice:
+        """Return the choice of the method's own planner within `limit`, as places of members.
+
+        `limit` is a size in bytes, or for a method that plans by bisection a function that accepts a choice or not.
+
+        Raises:
+            OptionError: nothing is within the limit; the message says what would be.
+        """
+        return single_choice(self.problem, self.blocks, self.planner(self.joint, limit))
 
     def cheapest(self, size: int) -> Choice:
         """The members of the least predicted cost among those of at most `size` bytes together, by their places.
@@ -88,36 +104,43 @@ class Pricing:
 def price(
     objective: Objective,
     menu: Menu,
-    sensitivity: str = "second-order",
-    curvature: Callable[[Objective], Curvature] = lambda objective: GaussNewton(objective=objective),
+    method: str = "second-order",
+    curvature: Callable[[Objective], Curvature] | None = None,
 ) -> Pricing:
-    """What each member of `menu` is predicted to cost by a predictor of that name.
+    """Return what each member of `menu` is predicted to cost, with the planner that chooses among them.
 
-    `sensitivity` is a name of `predicted_costs`, or "q-vlm": consecutive layers whose changes interact are planned as
-    one, with all that they do to one another counted (Wang et al., 2024, arXiv:2410.08119).
+    `method` is a row of `hesse methods allocation` for modules in memory: its score predicts the costs, under its
+    curvature unless another is given. If its partition is blocks of layers, consecutive layers whose changes interact
+    are planned as one, with all interactions counted. `method` may also be a score of changes; the planner is then the
+    knapsack.
 
     Raises:
-        OptionError: there is no such predictor.
+        OptionError: there is no such method or score.
     """
-    changes = changes_of(objective, menu)
-    if sensitivity != "q-vlm":
-        problem = priced(menu, predicted_costs(objective, changes, sensitivity, curvature))
-        return Pricing(problem, problem, [[place] for place in range(len(menu))])
+    row = METHODS[method] if method in methods_of("price") | methods_of("allocate") else None
+    name, planner = (method, "knapsack") if row is None else (row.score or "second-order", row.solver)
+    if curvature is None:
+        known = [own for own in (() if row is None else row.curvatures) if own in LOSS_CURVATURES]
+        curvature = LOSS_CURVATURES[(known or ["gauss_newton"])[0]]
+    changes, choose = changes_of(objective, menu), PLANNERS.find(planner)
+    if row is None or row.partition != LAYER_BLOCKS:
+        problem = priced(menu, predicted_costs(objective, changes, name, curvature))
+        return Pricing(problem, problem, [[place] for place in range(len(menu))], choose)
     costs = interactions(curvature(objective), objective, changes)
     parts = torch.split(costs.diagonal().clamp(min=0), [len(own) for own in menu.values()])
     problem = priced(menu, {name: part.tolist() for name, part in zip(menu, parts, strict=True)})
     lasts = torch.tensor([len(own) for own in menu.values()]).cumsum(0) - 1
     blocks = dependent_blocks(costs[lasts][:, lasts], THRESHOLD, MOST_JOINED)
-    return Pricing(problem, joint_problem(problem, costs, blocks), blocks)
+    return Pricing(problem, joint_problem(problem, costs, blocks), blocks, choose)
 
 
-def allocate(objective: Objective, menu: Menu, size: int, sensitivity: str = "second-order") -> Choice:
-    """The members of `menu` that are predicted to cost least in at most `size` bytes: `price`, and its `cheapest`.
+def allocate(objective: Objective, menu: Menu, size: int, method: str = "second-order") -> Choice:
+    """Return the members of `menu` that are predicted to cost least in at most `size` bytes, as places.
 
     Raises:
-        OptionError: there is no such predictor, or the smallest members do not fit; the message says what would.
+        OptionError: there is no such method, or the smallest members do not fit; the message says what would.
     """
-    return price(objective, menu, sensitivity).cheapest(size)
+    return price(objective, menu, method).cheapest(size)
 
 
 def use(objective: Objective, menu: Menu, choice: Choice) -> None:

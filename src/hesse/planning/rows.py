@@ -6,7 +6,8 @@ register(
     Method(
         name="hawq",
         curvature="kronecker",
-        score="largest_eigenvalue",
+        other_curvatures=("gauss_newton",),
+        score="hawq",
         constraints=("grid",),
         optional=("sparse", "low_rank"),
         solver="knapsack",
@@ -18,7 +19,8 @@ register(
     Method(
         name="hawq-v2",
         curvature="kronecker",
-        score="trace",
+        other_curvatures=("gauss_newton",),
+        score="hawq-v2",
         constraints=("grid",),
         optional=("sparse", "low_rank"),
         solver="knapsack",
@@ -30,7 +32,7 @@ register(
     Method(
         name="q-bert",
         curvature="gauss_newton",
-        score="eigenvalues_of_shards",
+        score="q-bert",
         constraints=("grid",),
         solver="knapsack",
         source="Shen et al., 2019, arXiv:1909.05840",
@@ -41,7 +43,7 @@ register(
     Method(
         name="inter-layer",
         curvature="gauss_newton",
-        score="with_all_layers",
+        score="inter-layer",
         constraints=("grid",),
         solver="bisection",
         source="Schaefer et al., 2023, arXiv:2306.04879",
@@ -52,7 +54,8 @@ register(
     Method(
         name="q-vlm",
         curvature="gauss_newton",
-        score="blocks_of_layers",
+        score="second-order",
+        partition="layer-blocks",
         constraints=("grid",),
         solver="knapsack",
         source="Wang et al., 2024, arXiv:2410.08119, blocks by the Hessian in place of an entropy",
@@ -63,7 +66,6 @@ register(
     Method(
         name="lpvit",
         curvature="fisher_gradients",
-        score="tiles",
         constraints=("sparse",),
         partition="tiles",
         solver="common_slope",

@@ -21,7 +21,7 @@ from hesse.planning.slope import by_common_slope
 from hesse.progress import Progress
 from hesse.solvers import WhitenedSVD
 
-METHOD = "kronecker-svd"  # whose metric the directions are ranked in, and which makes the factors
+METHOD = "acip"  # whose metric the directions are ranked in, and which makes the factors
 
 
 def cut_recipe(

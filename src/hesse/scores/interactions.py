@@ -60,4 +60,4 @@ def _alone(objective: Objective, changes: Mapping[str, Tensor]) -> Tensor:
     for name, change in changes.items():
         if name not in objective.named or change.shape != objective.named[name].shape:
             raise OptionError(f"a change {tuple(change.shape)} does not fit the parameter {name} of the objective")
-    return objective.joined([changes.get(name) for name in objective.names])
+    return objective.join([changes.get(name) for name in objective.names])

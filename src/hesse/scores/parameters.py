@@ -83,7 +83,7 @@ def apoptosis(evidence: LossEvidence, partition: Partition) -> Tensor:
     """
     outgoing = partition.restricted("outgoing")
     objective, weights = evidence.on(outgoing), evidence.weights(outgoing)
-    flat = objective.joined([parameter.detach() for parameter in objective.parameters])
+    flat = objective.join([parameter.detach() for parameter in objective.parameters])
     products = _by_name(objective, Hessian(objective=objective).matvec(flat))
     return outgoing.sums({name: weight * products[name] for name, weight in weights.items()}).abs()
 

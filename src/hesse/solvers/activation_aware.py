@@ -1,4 +1,4 @@
-"""AWQ: columns scaled up before they are rounded, the more the larger their inputs."""
+"""AWQ: scale columns up before rounding, the more the larger their inputs."""
 
 from dataclasses import dataclass
 
@@ -7,33 +7,38 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import as_gram, as_kind, cost_of
+from hesse.solvers.base import Solver, member_cost, require_constraint, require_gram
 
 
 @dataclass(frozen=True)
-class ActivationAware:
-    """W ≈ Q(W diag(s)) diag(s)⁻¹ with s = E[x²]^(a/2), the exponent a searched for in [0, 1].
+class ActivationAware(Solver):
+    """Scale columns up before rounding, the more the larger their inputs: W ≈ Q(W diag(s)) diag(s)⁻¹.
 
-    A column that is scaled up is rounded more finely as long as it does not widen its group's range. The cost of each a
-    is ½ tr(d A dᵀ) of the whole layer, from the Gram in place of a pass of data. a = 0 is plain rounding, so that the
-    result is never worse. Source: AWQ (Lin et al., 2023), with the inputs' root mean square for their mean magnitude.
+    Use it where the inverse scales can be folded into the layer before, and error feedback is not wanted.
+
+    Equivalent to AWQ (Lin et al., 2023), with the inputs' root mean square for their mean magnitude and the Gram in
+    place of a pass of data: s = E[x²]^(a/2), with the exponent a in [0, 1] searched in `steps` by the cost
+    ½ tr(d A dᵀ) of the whole layer. A column that is scaled up is rounded more finely as long as it does not widen its
+    group's range. a = 0 is plain rounding, so the result is never worse.
+
+    The curvature must be a Gram; the constraint a ScaledColumns.
     """
 
     steps: int = 20
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> ScaledCode:
-        constraint = as_kind(self, constraint, ScaledColumns)
+        constraint = require_constraint(self, constraint, ScaledColumns)
         size = state.diagonal().to(weight).sqrt()
         size = torch.where(size > 0, size, size[size > 0].min() if bool((size > 0).any()) else torch.ones_like(size))
         best: tuple[float, ScaledCode] | None = None
         for step in range(self.steps + 1):
             scale = size ** (step / self.steps)
-            scale = scale / (scale.amax() * scale.amin()).sqrt()  # which keeps codes' scales in their type's range
+            scale = scale / (scale.amax() * scale.amin()).sqrt()  # keeps the grid's scales in the range of their type
             code = constraint.encode_scaled(weight, scale)
-            cost = cost_of(state, constraint, code, weight)
+            cost = member_cost(state, constraint, code, weight)
             if best is None or cost < best[0]:
                 best = cost, code
         assert best is not None

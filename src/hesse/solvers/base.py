@@ -1,8 +1,10 @@
-"""The join of the three nouns: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
+"""Solver protocol and `solve`: the cheapest allowed weights, min ½ dᵀHd with w + d in S."""
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,29 +14,47 @@ from hesse.curvature import Curvature, Gram
 from hesse.errors import DataError, OptionError, UnsupportedProduct
 from hesse.finite import all_finite
 
-Kind = TypeVar("Kind", bound=Constraint)
+AnyConstraint = TypeVar("AnyConstraint", bound=Constraint)
+
+OVERHEAD = 1 << 14  # bytes of vectors and small buffers beside the matrices
 
 
-class Solver(Protocol):
-    """Two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
+class Solver(ABC):
+    """An algorithm in two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
 
+    @abstractmethod
     def init(self, curvature: Curvature) -> Any:
-        """Whatever depends on the curvature alone.
+        """Return whatever depends on the curvature alone.
 
         Raises:
             UnsupportedProduct: this solver cannot use that curvature.
-            ConditioningError: the curvature cannot be factorised at its damping.
+            ConditioningError: the curvature cannot be factorized at its damping.
         """
 
+    @abstractmethod
     def compute(self, state: Any, weight: Tensor, constraint: Constraint) -> Any:
-        """The stored form of the cheapest member found for `weight` (out, in)."""
+        """Return the stored form of the cheapest member found for `weight` (out, in)."""
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        """Return the bytes that `solve` holds at most beside its inputs, for a float32 weight of `shape` (out, in).
+
+        The curvature's inputs are in float32 too; `held` are the numbers in its own tensors, which count where a
+        solver copies them. By default what the constraint takes to encode and decode a weight.
+        """
+        return constraint.workspace(shape) + OVERHEAD
+
+
+def float32_bytes(shape: torch.Size, weights: float = 0, inputs: float = 0, outputs: float = 0) -> int:
+    """Return the bytes of so many float32 matrices (out, in), (in, in) and (out, out)."""
+    rows, columns = shape
+    return math.ceil(4 * (weights * rows * columns + inputs * columns**2 + outputs * rows**2)) + OVERHEAD
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Allowed weights and what they cost."""
+    """Allowed weights and their cost."""
 
-    weight: Tensor  # (out, in), exactly what `encoded` decodes to
+    weight: Tensor  # (out, in), exactly the decoded `encoded`
     encoded: Any
     original: Tensor  # (out, in), the weight that was solved for
     curvature: Curvature
@@ -45,8 +65,8 @@ class Solution:
         return self.curvature.quadratic(self.weight - self.original)
 
 
-def as_kind(solver: Solver, constraint: Constraint, kind: type[Kind]) -> Kind:
-    """`constraint`, which must be of the only kind that the solver has an answer for.
+def require_constraint(solver: Solver, constraint: Constraint, kind: type[AnyConstraint]) -> AnyConstraint:
+    """Return `constraint`, which must be of the only kind that the solver supports.
 
     Raises:
         UnsupportedProduct: it is not.
@@ -56,8 +76,8 @@ def as_kind(solver: Solver, constraint: Constraint, kind: type[Kind]) -> Kind:
     return constraint
 
 
-def as_gram(solver: Solver, curvature: Curvature) -> Gram:
-    """`curvature`, which must be a Gram.
+def require_gram(solver: Solver, curvature: Curvature) -> Gram:
+    """Return `curvature`, which must be a Gram.
 
     Raises:
         UnsupportedProduct: it is not.
@@ -67,25 +87,25 @@ def as_gram(solver: Solver, curvature: Curvature) -> Gram:
     return curvature
 
 
-def cost_of(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
-    """½ dᵀHd of the member of `constraint` that is stored as `code`, d being its difference from `weight` (out, in)."""
+def member_cost(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:
+    """Return ½ dᵀHd of the member stored as `code`, with d its difference from `weight` (out, in)."""
     return curvature.quadratic(constraint.decode(code).to(weight.dtype) - weight)
 
 
 def solve(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver) -> Solution:
-    """The member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
+    """Return the member of `constraint` that `solver` finds for `weight` (out, in) under `curvature`.
 
     Raises:
         OptionError: the shapes do not fit each other or the constraint.
-        DataError: the weight holds NaN or infinity, or is too large for the dtype that it is to be stored in.
+        DataError: the weight holds NaN or infinity, or is too large for the dtype of the constraint.
         UnsupportedProduct: the solver needs something that the curvature or the constraint does not offer.
-        ConditioningError: the curvature cannot be factorised at its damping.
+        ConditioningError: the curvature cannot be factorized at its damping.
     """
     return solve_with(weight, curvature, constraint, solver, solver.init(curvature))
 
 
 def solve_with(weight: Tensor, curvature: Curvature, constraint: Constraint, solver: Solver, state: Any) -> Solution:
-    """As `solve`, with the state that `solver.init(curvature)` gave before."""
+    """Solve with the `state` that `solver.init(curvature)` returned before."""
     if weight.ndim != 2:
         raise OptionError(f"a weight must be a matrix (out, in), but this one has shape {tuple(weight.shape)}")
     dimensions = len(curvature.shape)

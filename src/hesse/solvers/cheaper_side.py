@@ -1,27 +1,33 @@
-"""AdaDim: groups along a layer's inputs or along its outputs, whichever comes out cheaper."""
+"""AdaDim: groups along a layer's inputs or along its outputs, whichever costs less."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, as_kind, cost_of
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 
 
 class SideState(NamedTuple):
-    """What both sides are priced by, and the state of the solver that rounds."""
+    """The curvature that prices both sides, and the state of the solver that rounds."""
 
     curvature: Curvature
     inner: Any
 
 
 @dataclass(frozen=True)
-class CheaperSide:
-    """`inner` on both sides of an EitherSide, or plain rounding without one; the side with less ½ dᵀHd is kept.
+class CheaperSide(Solver):
+    """Solve with groups along the inputs and along the outputs, and keep the side with less ½ dᵀHd.
 
-    Never worse than `inner` with groups along rows. Source: AdaDim (Heo et al., 2023), for plain rounding and for GPTQ.
+    Use it for narrow groups where some inputs or some outputs have outliers; it costs `inner` twice.
+
+    Equivalent to AdaDim (Heo et al., 2023), for plain rounding (without `inner`) and for GPTQ. Never worse than `inner`
+    with groups along rows.
+
+    The curvature must be one that `inner` can use; the constraint an EitherSide.
     """
 
     inner: Solver | None = None
@@ -30,11 +36,17 @@ class CheaperSide:
         return SideState(curvature, None if self.inner is None else self.inner.init(curvature))
 
     def compute(self, state: SideState, weight: Tensor, constraint: Constraint) -> SideCode:
-        constraint = as_kind(self, constraint, EitherSide)
+        constraint = require_constraint(self, constraint, EitherSide)
         found = []
         for along in (False, True):
             side = constraint.side(along)
             code = side.encode(weight) if self.inner is None else self.inner.compute(state.inner, weight, side)
-            found.append((cost_of(state.curvature, side, code, weight), along, code))
+            found.append((member_cost(state.curvature, side, code, weight), along, code))
         _, along, code = min(found, key=lambda each: each[0])
         return SideCode(code, along)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if self.inner is None or not isinstance(constraint, EitherSide):
+            return super().workspace(shape, curvature, constraint, held) + float32_bytes(shape, weights=2.5)
+        sides = (self.inner.workspace(shape, curvature, constraint.side(along), held) for along in (False, True))
+        return max(sides) + float32_bytes(shape, weights=2)

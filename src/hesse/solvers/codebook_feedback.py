@@ -6,13 +6,13 @@ from torch import Tensor
 from hesse.constraints import Codebook, CodebookCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram
-from hesse.solvers.block_sweep import sweep_blocks
-from hesse.solvers.never_worse import plain_is_cheaper
-from hesse.solvers.refit_values import in_order, refit_values
+from hesse.solvers.never_worse import rows_cheaper_plain
+from hesse.solvers.refit_codes import in_order, refit_values
+from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
-def fed_back(
-    codebook: Codebook, weight: Tensor, gram: Gram, taken: Tensor, feedback: Tensor, block_size: int, refit_steps: int
+def feed_back(
+    codebook: Codebook, weight: Tensor, gram: Gram, order: Tensor, feedback: Tensor, block_size: int, refit_steps: int
 ) -> CodebookCode:
     """Codes of `weight` (out, in) by Optimal Brain Surgeon's update, columns `taken` in this order; values refitted.
 
@@ -20,7 +20,7 @@ def fed_back(
     than by k-means alone.
     """
     plain = codebook.encode(weight, gram.diagonal().to(weight.dtype).expand_as(weight))
-    work = weight.T.contiguous()[taken]
+    work = weight.T.contiguous()[order]
     codes = plain.codes.new_empty(work.shape)
 
     def walk(start: int, stop: int, errors: Tensor, update: Tensor) -> None:
@@ -33,12 +33,12 @@ def fed_back(
             work[j + 1 : stop].addr_(update[j - start, j - start + 1 : stop - start], error, alpha=-1)
 
     sweep_blocks(work, feedback.to(work), block_size, walk)
-    swept = CodebookCode(codes[torch.argsort(taken)].T.contiguous(), plain.values)
+    swept = CodebookCode(codes[torch.argsort(order)].T.contiguous(), plain.values)
     slope = gram.matvec(codebook.decode(swept).to(weight.dtype) - weight)
     refitted = in_order(swept, round_to(refit_values(swept, slope, gram, refit_steps), codebook.dtype))
     best = plain
     for code in (swept, refitted):
         solved, other = (codebook.decode(each).to(weight.dtype) for each in (code, best))
-        worse = plain_is_cheaper(gram, weight, solved, other)
+        worse = rows_cheaper_plain(gram, weight, solved, other)
         best = CodebookCode(torch.where(worse, best.codes, code.codes), torch.where(worse, best.values, code.values))
     return best

@@ -1,4 +1,4 @@
-"""One column at a time, each column's error made good by the columns after it (OBS; GPTQ, LDLQ, SparseGPT)."""
+"""Error feedback over columns: GPTQ, LDLQ and SparseGPT, the updates of Optimal Brain Surgeon in one shared order."""
 
 import math
 from collections.abc import Callable
@@ -23,51 +23,51 @@ from hesse.constraints import (
 )
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers import codebook_feedback, column_sweep, kernels
-from hesse.solvers.base import as_gram
-from hesse.solvers.block_sweep import sweep_blocks
-from hesse.solvers.column_sweep import Block
-from hesse.solvers.late_mask import LateMask
-from hesse.solvers.never_worse import cheaper_codes, refitted_code
-from hesse.solvers.triangular import backwards_in, inverse_of, read_backwards
+from hesse.solvers import codebook_feedback
+from hesse.solvers.base import Solver, float32_bytes, require_gram
+from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
+from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
+from hesse.solvers.sweeps import columns, kernels
+from hesse.solvers.sweeps.blocks import sweep_blocks
+from hesse.solvers.sweeps.columns import Block
+from hesse.solvers.sweeps.late_mask import LateMask
 
 Walk = Callable[[Block, int, int, Grouped | None], None]
 
 
 @dataclass(frozen=True, eq=False)
 class FeedbackState:
-    """A Gram, the order in which its columns are taken, and its inverse in that order as (A + λI)⁻¹ = UᵀU."""
+    """A Gram, the order of its columns in the sweep, and its inverse in that order as (A + λI)⁻¹ = UᵀU."""
 
     curvature: Gram
     order: Tensor | None  # (in,) column indices; None for the given order
-    feedback: Tensor  # (in, in) U_j / U_jj, unit upper triangular: taking a column's plain difference saves dividing it
+    feedback: Tensor  # (in, in) U_j / U_jj, unit upper triangular: it takes the plain error of a column, undivided
     pivots: Tensor  # (in,) U_jj
 
     @property
-    def taken(self) -> Tensor:
-        """The columns (in,) in the order in which they are taken."""
-        return _taken(self.curvature, self.order)
+    def columns(self) -> Tensor:
+        """The column indices (in,) in the order of the sweep."""
+        return _columns(self.curvature, self.order)
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
-    """Optimal Brain Surgeon's update with all rows sharing one order of columns.
+class ErrorFeedback(Solver):
+    """Round or prune one column after another, and let the columns after it compensate for its error.
 
-    For column j: d = nearest allowed value, e = (w_j - d) / U_jj, and every later column k gets w_k -= e U_jk.
-    `order="descending"` takes the columns with the largest E[x²] first; the scales of a Grid are then fitted before, so
-    that groups stay contiguous on disk. No row comes out worse than by plain rounding or zeroing on the same grid and
-    mask. Needs a Gram, with damping where it is singular.
+    Use it for grids, tables, codebooks and zeros wherever there are calibration inputs but no gradients: it costs one
+    Cholesky factor and one product of the size of the weight. Use TwoSidedFeedback where the loss's curvature is known.
 
-    A Codebook's values are those of k-means weighted by E[x²], refitted to the codes in the end. The weights that an
-    unstructured Sparse drops are chosen for `mask_columns` columns at a time. Without a Grid, the
-    weights that are kept are refitted afterwards by `refit_steps` of conjugate gradients, since the sweep leaves a
-    column as it is when columns after it are dropped.
+    Equivalent to GPTQ (Frantar et al., 2022) on grids, to LDLQ (QuIP; Chee et al., 2023), which rounds the same, and to
+    SparseGPT (Frantar and Alistarh, 2023) on zeros; the plain loop is `hesse.solvers._reference.gptq`. For column j
+    with allowed value d: e = (w_j - d) / U_jj, and w_k -= e U_jk for every later column k, with (A + λI)⁻¹ = UᵀU. Ours
+    on top: no row is worse than by plain rounding or zeroing on the same grid and mask; an unstructured mask is decided
+    `mask_columns` columns at a time; weights kept without a Grid are refitted by `refit_steps` of conjugate gradients,
+    since the sweep cannot change a column when later columns are dropped; the values of a Codebook are those of k-means
+    weighted by E[x²], refitted to the codes at the end.
 
-    A float32 weight is swept by a compiled loop, on a GPU with Triton by a kernel: one call for the columns between two
-    decisions on scales or masks. Others are swept by a few operations for each column.
-
-    Source: GPTQ (Frantar et al., 2022), SparseGPT (Frantar and Alistarh, 2023); the same rounding as LDLQ (QuIP, Chee
-    et al., 2023).
+    The curvature must be a Gram, damped where it is singular. `order="descending"` takes the columns with the largest
+    E[x²] first; the scales of a Grid are then fitted before the sweep, so that groups stay contiguous on disk. Float32
+    weights are swept by a compiled loop, on a GPU with Triton by a kernel; others by a few operations per column.
     """
 
     order: Literal["given", "descending"] = "given"
@@ -76,7 +76,7 @@ class ErrorFeedback:
     refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        gram, order = as_gram(self, curvature), None
+        gram, order = require_gram(self, curvature), None
         if self.order == "descending":
             order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         return FeedbackState(gram, order, *inverse_factor(gram, order))
@@ -85,12 +85,12 @@ class ErrorFeedback:
         self, state: FeedbackState, weight: Tensor, constraint: Constraint
     ) -> GridCode | SparseCode | CodebookCode:
         if isinstance(constraint, Codebook):
-            how = state.curvature, state.taken, state.feedback, self.block_size, self.refit_steps
-            return codebook_feedback.fed_back(constraint, weight, *how)
+            how = state.curvature, state.columns, state.feedback, self.block_size, self.refit_steps
+            return codebook_feedback.feed_back(constraint, weight, *how)
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
-        order = state.taken
+        order = state.columns
         grids = None if grid is None else [grid.at(column) for column in order.tolist()]
         sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
         late = state.order is None or (grid is not None and grid.group_width(weight.shape[1]) == 1)
@@ -102,14 +102,20 @@ class ErrorFeedback:
         if grid is None:
             assert sparse is not None
             kept = sweep.kept[back].T
-            return refitted_code(state.curvature, sparse, weight, sweep.work[back].T, kept, self.refit_steps)
+            return refit_or_keep(state.curvature, sparse, weight, sweep.work[back].T, kept, self.refit_steps)
         scales = sweep.scales(grid, back)
         solved_code = GridCode(sweep.codes[back].T.contiguous(), scales)
         plain_code = grid.round(weight if sparse is None else weight * sweep.kept[back].T, scales)
-        return cheaper_codes(state.curvature, grid, weight, solved_code, plain_code)
+        return cheaper_rows(state.curvature, grid, weight, solved_code, plain_code)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        inverting = float32_bytes(shape, inputs=4.1)
+        if isinstance(constraint, Codebook):
+            return max(inverting, float32_bytes(shape, weights=9, inputs=2) + constraint.workspace(shape))
+        return max(inverting, float32_bytes(shape, weights=13, inputs=2))
 
     def _block_size(self, columns: int, grid: Grouped | None, sparse: Sparse | None) -> int:
-        """Columns a block, such that no columns that are decided together lie across two blocks."""
+        """Return the columns of a block, a multiple of the columns that are decided together."""
         unit = 1
         if grid is not None and grid.group_width(columns) < columns:
             unit = grid.group_width(columns)
@@ -119,7 +125,7 @@ class ErrorFeedback:
 
 
 class _Sweep:
-    """The walk over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
+    """The sweep over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
     def __init__(
         self,
@@ -144,7 +150,7 @@ class _Sweep:
         self.zero_point = torch.zeros_like(self.work) if grid is not None and not grid.symmetric else None
 
     def set_scales(self, start: int, grid: Grouped, scales: Scales, order: Tensor | None = None) -> None:
-        """Spread scales per group over the columns from `start` on, taken in `order`."""
+        """Expand scales per group to the columns from `start` on, in `order`."""
         for target, source in ((self.scale, scales.scale), (self.zero_point, scales.zero_point)):
             if target is not None and source is not None:
                 columns = len(self.work) if order is not None else grid.group_width(len(self.work))
@@ -153,7 +159,7 @@ class _Sweep:
                 target[start:stop] = spread if order is None else spread[order]
 
     def scales(self, grid: Grouped, back: Tensor) -> Scales:
-        """The scales used, one a group (out, groups), `back` giving the columns' own order."""
+        """Return the scales used, one a group (out, groups); `back` restores the columns' own order."""
         assert self.scale is not None
         step = grid.group_width(len(self.work))
         zero_point = None if self.zero_point is None else self.zero_point[back][::step].T
@@ -174,7 +180,7 @@ class _Sweep:
             self.mask.enter(start, stop)
         block = self.work[start:stop]
         allowed, codes = [], []
-        # Taken apart at once, since to index a row of a tensor costs as much as to compute with it.
+        # Unbound once, since indexing a row of a tensor costs as much as computing with it.
         rows = zip(block, errors, factor, *self._settings(start, stop), strict=True)
         for k, (column, error, update, kept, scale, zero_point) in enumerate(rows):
             left = stop - start - k - 1
@@ -192,7 +198,7 @@ class _Sweep:
             self.codes[start:stop] = torch.stack(codes)
 
     def _walk_compiled(self, compiled: Walk, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
-        """As `_walk`, with one call from one decision to the next."""
+        """Do what `_walk` does, with one call between two decisions."""
         if self.mask is not None:
             self.mask.enter(start, stop)
 
@@ -214,7 +220,7 @@ class _Sweep:
             compiled(block, first - start, last - start, None if self.grids is None else self.grids[first])
 
     def _decides(self, j: int) -> bool:
-        """Whether something of the columns from `j` on is decided only when `j` is reached, or is other than before."""
+        """Return True if scales, mask or grid of column `j` are decided, or change, when the sweep reaches it."""
         return (
             (self.group > 0 and j % self.group == 0)
             or (self.mask is not None and j % self.mask.columns_at_once == 0)
@@ -222,7 +228,7 @@ class _Sweep:
         )
 
     def _decide(self, j: int) -> None:
-        """Decide what has to be before column `j`: scales of its group, a mask of it and the next."""
+        """Decide what column `j` needs: the scales of its group, the mask of the columns from `j` on."""
         if self.group and j % self.group == 0:
             assert self.grid is not None and self.grids is not None
             self.set_scales(j, self.grid, self.grids[j].fit(self.work[j : j + self.group].T))
@@ -230,20 +236,20 @@ class _Sweep:
             self.mask.decide(j)
 
     def _settings(self, start: int, stop: int) -> list[list[Any]]:
-        """What `_walk` needs to know of each column: which weights are kept, their scales and their zero points."""
+        """Return the kept weights, scales and zero points of each column, None where there are none."""
         parts = (None if self.mask is None else self.kept, self.scale, self.zero_point)
         return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
 
 
 def _compiled_walk(work: Tensor) -> Walk | None:
-    """The compiled loop for such weights, if there is one."""
+    """Return the compiled loop for weights of this type and device, if there is one."""
     if work.dtype != torch.float32:
         return None
     if not kernels.run_on(work.device):
-        return column_sweep.walk if work.device.type == "cpu" else None
-    from hesse.solvers.kernels import columns
+        return columns.walk if work.device.type == "cpu" else None
+    from hesse.solvers.sweeps.kernels.columns import walk
 
-    return columns.walk
+    return walk
 
 
 def _parts(constraint: Constraint) -> tuple[Grouped | None, Sparse | None]:
@@ -257,26 +263,26 @@ def _parts(constraint: Constraint) -> tuple[Grouped | None, Sparse | None]:
 
 
 def inverse_factor(gram: Gram, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """U_j / U_jj (in, in), and U_jj (in,), of the upper triangular U with (A + λI)⁻¹ = UᵀU, taken in `order`.
+    """Return U_j / U_jj (in, in) and U_jj (in,) of the upper triangular U with (A + λI)⁻¹ = UᵀU, in `order`.
 
-    From the Cholesky factor L of A in reverse order, whose inverse read backwards is U: one factorisation instead of
-    three, and better conditioned. In float32, and again in float64 where that fails.
+    U is the inverse, read backwards, of the Cholesky factor L of A in reverse order: one factorization instead of
+    three, and better conditioned. It is computed in float32, and again in float64 where that fails.
 
     Raises:
         ConditioningError: A + λI is not positive definite to working precision.
     """
-    moment = backwards_in(gram.second_moment, _taken(gram, order))
+    moment = backwards_in(gram.second_moment, _columns(gram, order))
     backwards = Gram(second_moment=moment, tokens=gram.tokens, damping=gram.damping)
     try:
         lower = backwards.factor
     except ConditioningError:
         lower = Gram(second_moment=moment.double(), tokens=gram.tokens, damping=gram.damping).factor
     inverse = inverse_of(lower)
-    # float64 factorises what float32 merely rounded, so what A itself resolves is asked again.
+    # float64 factorizes what is only rounding noise in float32, so check again what A itself resolves.
     if not backwards.resolves(inverse.square().sum(0)):
         raise gram.singular()
     return read_backwards(inverse.to(moment.dtype))
 
 
-def _taken(gram: Gram, order: Tensor | None) -> Tensor:
+def _columns(gram: Gram, order: Tensor | None) -> Tensor:
     return torch.arange(gram.shape[0], device=gram.device) if order is None else order

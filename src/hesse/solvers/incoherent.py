@@ -1,31 +1,41 @@
-"""QuIP: any solver in a basis where nothing stands out."""
+"""QuIP: any solver in a random basis without outliers."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Rotated
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, as_gram, as_kind
+from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback
 
 
 @dataclass(frozen=True)
-class Incoherent:
-    """`inner` on U W Vᵀ under V A Vᵀ, where ½ tr(d A dᵀ) is what it was.
+class Incoherent(Solver):
+    """Apply `inner` to the rotated weight U W Vᵀ under V A Vᵀ, which leaves ½ tr(d A dᵀ) unchanged.
 
-    With ErrorFeedback this is QuIP's LDLQ in its incoherent basis (Chee et al., 2023). Choose it at 2 and 3 bits, where
-    a few large weights would spend the codes.
+    Use it at 2 and 3 bits, where a few large weights would waste codes, if inference can apply the same rotations.
+
+    Equivalent to QuIP (Chee et al., 2023) with ErrorFeedback, which is its LDLQ.
+
+    The curvature must be a Gram; the constraint a Rotated set that `inner` can solve.
     """
 
     inner: Solver = field(default_factory=ErrorFeedback)
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> Any:
-        constraint = as_kind(self, constraint, Rotated)
-        moment = constraint.turned_inputs(state.second_moment)
+        constraint = require_constraint(self, constraint, Rotated)
+        moment = constraint.rotate_inputs(state.second_moment)
         turned = Gram(second_moment=(moment + moment.T) / 2, tokens=state.tokens, damping=state.damping)
-        return self.inner.compute(self.inner.init(turned), constraint.turned(weight), constraint.base)
+        return self.inner.compute(self.inner.init(turned), constraint.rotate_weight(weight), constraint.base)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if not isinstance(constraint, Rotated):
+            return super().workspace(shape, curvature, constraint, held)
+        inner = self.inner.workspace(shape, curvature, constraint.base, held)
+        return inner + float32_bytes(shape, weights=1, inputs=2)

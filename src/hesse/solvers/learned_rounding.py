@@ -1,4 +1,4 @@
-"""AdaRound: which way each weight is rounded, learned by gradient descent on the whole layer's error."""
+"""AdaRound: learn which way each weight is rounded, by gradient descent on the whole layer's cost."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,36 +10,38 @@ from torch import Tensor
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind, cost_of
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback
-from hesse.solvers.never_worse import cheaper_codes
-from hesse.solvers.row_flips import settle_rows
+from hesse.solvers.never_worse import cheaper_rows
+from hesse.solvers.sweeps.row_flips import settle_rows
 from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 
-LOW, HIGH = -0.1, 1.1  # what a sigmoid is stretched to before it is cut to [0, 1]
+LOW, HIGH = -0.1, 1.1  # range that a sigmoid is stretched to before it is cut to [0, 1]
 SHARPEST, BLUNTEST = 2.0, 20.0  # exponents of the regulariser, which falls from the second to the first
 FREE = 0.2  # share of the steps without the regulariser
 
 
 class LearnedState(NamedTuple):
-    """The curvature, and the state of the solver that gives scales and first codes."""
+    """The curvature, and the state of the solver that gives the scales and the first codes."""
 
     curvature: Gram | Kronecker
     start: Any
 
 
 @dataclass(frozen=True)
-class LearnedRounding:
-    """Codes c + h · u with h in [0, 1] learned, around the codes c of `start`, whose scales they keep.
+class LearnedRounding(Solver):
+    """Learn which way each weight is rounded, by gradient descent on the cost of the whole layer.
 
-    u is one step down the slope H d. h is a stretched sigmoid cut at both ends; all h of a layer take `steps` steps of
-    Adam on ½ dᵀHd and a term that drives each h to an end, by the exact gradient: one product with H each. Before and
-    after it codes are changed one at a time until no change lowers the cost; of both the cheaper is kept, row by row
-    under a Gram. So never worse than `start`. Needs a Gram, or with TwoSidedFeedback to start with a Kronecker.
+    Use it where time does not matter: it improves `start` by hundreds of products with H.
 
-    Source: AdaRound (Nagel et al., 2020), on the second moments of all inputs in place of batches, and around the
-    codes of error feedback in place of floor(w / s), from where it comes to less on correlated inputs; under a
-    curvature of the loss: BRECQ (Li et al., 2021).
+    Equivalent to AdaRound (Nagel et al., 2020) on the second moments of all inputs in place of batches, and under a
+    curvature of the loss to BRECQ (Li et al., 2021). Codes are c + h · u around the codes c of `start`, not around
+    floor(w / s), which costs less on correlated inputs; u is one step down the slope H d, and h in [0, 1] a stretched
+    sigmoid cut at both ends. All h of a layer take `steps` steps of Adam on ½ dᵀHd and a term that drives each h to an
+    end, with the exact gradient: one product with H each. Before and after, codes are changed one at a time until no
+    change lowers the cost; the cheaper of both is kept, row by row under a Gram. So never worse than `start`.
+
+    The curvature must be a Gram, or a Kronecker if `start` is a TwoSidedFeedback; the constraint a Grid.
     """
 
     start: ErrorFeedback | TwoSidedFeedback = field(default_factory=ErrorFeedback)
@@ -53,23 +55,31 @@ class LearnedRounding:
         return LearnedState(curvature, self.start.init(curvature))
 
     def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
-        constraint = as_kind(self, constraint, Grid)
+        constraint = require_constraint(self, constraint, Grid)
         start = self.start.compute(state.start, weight, constraint)
         assert isinstance(start, GridCode)
-        settled = self._settled(state, weight, constraint, start)
-        learned = self._settled(state, weight, constraint, self.learned(state.curvature, weight, constraint, settled))
+        settled = self._settle_codes(state, weight, constraint, start)
+        learned = self._settle_codes(
+            state, weight, constraint, self.learn(state.curvature, weight, constraint, settled)
+        )
         if isinstance(state.curvature, Gram):
-            return cheaper_codes(state.curvature, constraint, weight, learned, settled)
-        return min((settled, learned), key=lambda code: cost_of(state.curvature, constraint, code, weight))
+            return cheaper_rows(state.curvature, constraint, weight, learned, settled)
+        return min((settled, learned), key=lambda code: member_cost(state.curvature, constraint, code, weight))
 
-    def _settled(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        start = self.start.workspace(shape, curvature, constraint, held)
+        if issubclass(curvature, Kronecker):
+            return max(start, float32_bytes(shape, weights=20, inputs=2, outputs=2))
+        return max(start, float32_bytes(shape, weights=22, inputs=2))
+
+    def _settle_codes(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):
             return settle_rows(code, state.curvature, grid, weight)
         assert isinstance(self.start, TwoSidedFeedback)
-        return self.start.settled(state.start, weight, grid, code)
+        return self.start.settle(state.start, weight, grid, code)
 
-    def learned(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
-        """The codes that descent from `start` on comes to, of the same scales."""
+    def learn(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
+        """Return the codes that descent from `start` reaches, with the same scales."""
         step = grid.expand(start.scales.scale, weight.shape[1]).to(weight)
         codes, member = start.codes.to(weight), grid.steps(start, weight) * step
         downhill = torch.where(curvature.matvec(member - weight) * step < 0, 1.0, -1.0)
@@ -95,7 +105,7 @@ class LearnedRounding:
 
 
 def _adam(values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: float, number: int) -> None:
-    """Step `number`, counted from 1, of Adam (Kingma and Ba, 2015), in place."""
+    """Take step `number`, counted from 1, of Adam (Kingma and Ba, 2015), in place."""
     first, second = moments
     first.lerp_(gradient, 0.1)
     second.lerp_(gradient.square(), 0.001)

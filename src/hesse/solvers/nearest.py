@@ -1,4 +1,4 @@
-"""Each weight on its own: round to nearest, magnitude pruning, Wanda, plain SVD."""
+"""Round to nearest, magnitude pruning, Wanda and plain SVD: the projection in a metric without interactions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,20 @@ from torch import Tensor
 from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Diagonal, Identity, Kronecker
 from hesse.errors import UnsupportedProduct
+from hesse.solvers.base import Solver
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """The nearest member in a metric without interactions, for which it is exact.
-
-    An Identity, a Diagonal, or a Kronecker of two diagonals.
+class Nearest(Solver):
+    """Project each weight alone: round to nearest, magnitude pruning, Wanda, plain SVD.
 
     Use it as the baseline, where there is no calibration data, or where time matters most.
+
+    Equivalent to `constraint.encode(weight, curvature.diagonal())`; with a Sparse and the diagonal of a Gram it is
+    Wanda (Sun et al., 2023), with a LowRank under an Identity the truncated SVD.
+
+    The curvature must have no interactions, so that the projection is exact: an Identity, a Diagonal, or a Kronecker of
+    two diagonals.
     """
 
     def init(self, curvature: Curvature) -> Tensor | None:

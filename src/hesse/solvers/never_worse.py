@@ -1,39 +1,37 @@
-"""Solved rows, or the plain ones where these cost less: no row comes out worse than without a solver."""
+"""Keep the plain rows where the solved ones cost more, so that no row is worse than without a solver."""
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import GridCode, Grouped, Sparse, SparseCode
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import cost_of
-from hesse.solvers.masked_refit import masked_refit
-from hesse.solvers.refit import refit
+from hesse.solvers.base import member_cost
+from hesse.solvers.refit import refit_rows, refit_whole
 
 
-def cheaper_codes(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
-    """Of two codes with the same scales, row by row the one that costs less."""
-    rows = plain_is_cheaper(gram, weight, grid.decode(solved), grid.decode(plain))
+def cheaper_rows(gram: Gram, grid: Grouped, weight: Tensor, solved: GridCode, plain: GridCode) -> GridCode:
+    """Return, row by row, the cheaper of two codes with the same scales."""
+    rows = rows_cheaper_plain(gram, weight, grid.decode(solved), grid.decode(plain))
     return GridCode(torch.where(rows, plain.codes, solved.codes), solved.scales)
 
 
-def refitted_code(
+def refit_or_keep(
     curvature: Curvature, sparse: Sparse, weight: Tensor, start: Tensor, kept: Tensor, steps: int
 ) -> SparseCode:
-    """The weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
+    """Return the weights that are `kept` (out, in), refitted from `start`, or as they were where that costs less.
 
-    Under a Gram that is judged row by row, under other curvatures, which couple rows, as a whole.
+    The choice is made row by row under a Gram, and for the whole under other curvatures, which couple rows.
     """
     if isinstance(curvature, Gram):
-        solved = refit(weight, start, kept, curvature, steps)
-        rows = plain_is_cheaper(curvature, weight, solved, weight * kept)
+        solved = refit_rows(weight, start, kept, curvature, steps)
+        rows = rows_cheaper_plain(curvature, weight, solved, weight * kept)
         return sparse.encode_masked(torch.where(rows, weight, solved), kept)
-    codes = [
-        sparse.encode_masked(values, kept) for values in (masked_refit(weight, start, kept, curvature, steps), weight)
-    ]
-    return min(codes, key=lambda code: cost_of(curvature, sparse, code, weight))
+    solved = refit_whole(weight, start, kept, curvature, steps)
+    codes = [sparse.encode_masked(values, kept) for values in (solved, weight)]
+    return min(codes, key=lambda code: member_cost(curvature, sparse, code, weight))
 
 
-def plain_is_cheaper(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
-    """True (out / together, 1) where so many rows of the plain member cost less than those of the solved one."""
+def rows_cheaper_plain(gram: Gram, weight: Tensor, solved: Tensor, plain: Tensor, together: int = 1) -> Tensor:
+    """Return True (out / together, 1) where a strip of `together` rows of the plain member costs less."""
     costs = [gram.row_quadratics(member - weight).view(-1, together).sum(1) for member in (plain, solved)]
     return (costs[0] < costs[1])[:, None]

@@ -1,4 +1,4 @@
-"""PTQ1.61's fit: the numbers of rows and columns around codes and signs that stay, under the Gram of the inputs."""
+"""PTQ1.61's fit: refit the scales of rows and columns for fixed codes and signs, under the Gram of the inputs."""
 
 from dataclasses import dataclass
 
@@ -9,38 +9,46 @@ from hesse.constraints import Constraint, GridCode, SalientCode, SalientColumns,
 from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import as_gram, as_kind, cost_of
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
 
 
 @dataclass(frozen=True)
-class RefitSalient:
-    """Codes and signs that SalientColumns finds in the Gram's diagonal, then scales by least squares under all of it.
+class RefitSalient(Solver):
+    """Refit the scales of SalientColumns by least squares under the whole Gram, with codes and signs as encoded.
 
-    In turn, `rounds` times, each exact given the other: the columns' numbers b of all rows together, one system of
-    (in - salient) unknowns, and for each row its number a and a factor on its grid's scales, two unknowns. So a round
-    takes about out · in² + in³ operations, and none is kept that raises ½ tr(d A dᵀ). Grids must be symmetric.
+    Use it below two bits a weight, for every SalientColumns with a Gram.
+
+    Equivalent to PTQ1.61's fit (Zhao et al., 2025, arXiv:2502.13179), in closed form. Alternately, `rounds` times, each
+    exact given the other: the columns' numbers b of all rows together, one system of (in - salient) unknowns, and for
+    each row its number a and a factor on its grid's scales, two unknowns. A round takes about out · in² + in³
+    operations; the cheapest is kept, so none raises ½ tr(d A dᵀ).
+
+    The curvature must be a Gram; the constraint a SalientColumns, whose grid is symmetric.
     """
 
     rounds: int = 4
 
     def init(self, curvature: Curvature) -> Gram:
-        return as_gram(self, curvature)
+        return require_gram(self, curvature)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> SalientCode:
-        constraint = as_kind(self, constraint, SalientColumns)
+        constraint = require_constraint(self, constraint, SalientColumns)
         best = constraint.encode(weight, state.diagonal().to(weight))
-        least = cost_of(state, constraint, best, weight)
+        least = member_cost(state, constraint, best, weight)
         code = best
         for _ in range(self.rounds):
-            code = _rows_refitted(state, weight, constraint, _columns_refitted(state, weight, constraint, code))
-            cost = cost_of(state, constraint, code, weight)
+            code = _refit_rows(state, weight, constraint, _refit_columns(state, weight, constraint, code))
+            cost = member_cost(state, constraint, code, weight)
             if cost < least:
                 best, least = code, cost
         return best
 
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        return float32_bytes(shape, weights=5.5, inputs=2)
 
-def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
-    """With the b of least cost: (A ⊙ Sᵀ diag(a²) S) b = Σ a_i s_i ⊙ (A r_i), r what the grid leaves of the weight."""
+
+def _refit_columns(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
+    """Return `code` with the b of least cost: (A ⊙ Sᵀ diag(a²) S) b = Σ a_i s_i ⊙ (A r_i), r = weight - grid."""
     others = ~code.salient
     moment = gram.second_moment.to(weight)
     left = weight.clone()
@@ -56,8 +64,8 @@ def _columns_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, co
     return SalientCode(code.salient, code.grid, rest)
 
 
-def _rows_refitted(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
-    """With the a, and the factor on the grid's scales, of least cost in each row."""
+def _refit_rows(gram: Gram, weight: Tensor, constraint: SalientColumns, code: SalientCode) -> SalientCode:
+    """Return `code` with the a, and the factor on the grid's scales, of least cost in each row."""
     parts = torch.zeros(2, *weight.shape).to(weight)
     parts[0][:, code.salient] = constraint.grid.decode(code.grid).to(weight)
     signs = torch.where(code.rest.positive, 1.0, -1.0).to(weight)

@@ -1,14 +1,15 @@
-"""Any solution repaired: what it leaves is made good by a second constraint beside it."""
+"""Repair a solution by a second constraint that is added to it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
-from hesse.curvature import Curvature
+from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import Solver
+from hesse.solvers.base import Solver, float32_bytes
 
 
 class SumState(NamedTuple):
@@ -20,11 +21,16 @@ class SumState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Repair:
-    """For A + B: `first` finds a member of A, then `second` the member of B for what that leaves.
+class Repair(Solver):
+    """Solve a sum A + B in two steps: `first` finds a member of A, `second` the member of B for what A leaves.
 
-    With a Grid, a LowRank and WhitenedSVD this is EoRA (Liu et al., 2024), the closed-form optimum of the correction;
-    under an Identity LoRC (ZeroQuant-V2, Yao et al., 2023).
+    Use it to repair a quantized or pruned weight by a small correction, at the cost of both solvers. Use Alternating
+    where quality counts more than time.
+
+    Equivalent to EoRA (Liu et al., 2024), the closed-form optimum of the correction, with a Grid, a LowRank and
+    WhitenedSVD; to LoRC (ZeroQuant-V2; Yao et al., 2023) under an Identity.
+
+    The curvature must be one that both solvers can use; the constraint a sum such as `Grid(4) + LowRank(16)`.
     """
 
     first: Solver
@@ -36,12 +42,15 @@ class Repair:
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
         constraint = as_sum(self, constraint)
         base = self.first.compute(state.first, weight, constraint.base)
-        left = constraint.base.left(weight, base)
+        left = constraint.base.residual(weight, base)
         return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        return sum_workspace(self.first, self.second, shape, curvature, constraint, held)
 
 
 def as_sum(solver: Solver, constraint: Constraint) -> Plus:
-    """`constraint`, which must be a sum.
+    """Return `constraint`, which must be a sum.
 
     Raises:
         UnsupportedProduct: it is not.
@@ -51,3 +60,15 @@ def as_sum(solver: Solver, constraint: Constraint) -> Plus:
             f"{type(solver).__name__} solves sums such as Grid + LowRank, not {type(constraint).__name__}"
         )
     return constraint
+
+
+def sum_workspace(
+    first: Solver, second: Solver, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int
+) -> int:
+    """Return the bytes of the more demanding of two solvers, the other's state and the parts of a sum beside it."""
+    if not isinstance(constraint, Plus):
+        return first.workspace(shape, curvature, constraint, held)
+    parts = ((first, constraint.base), (second, constraint.correction))
+    largest = max(solver.workspace(shape, curvature, part, held) for solver, part in parts)
+    sides = float(issubclass(curvature, Gram | Kronecker)), float(issubclass(curvature, Kronecker))
+    return largest + float32_bytes(shape, weights=2, inputs=sides[0], outputs=sides[1])

@@ -1,4 +1,4 @@
-"""CUR: a low rank made of the weight's own rows and columns."""
+"""CUR: a low rank built from rows and columns of the weight."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,21 @@ from torch import Tensor
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 
 
 @dataclass(frozen=True)
-class RowsAndColumns:
-    """W ≈ C U R of `rank` columns C and rows R of W, U the best join of the two under the curvature.
+class RowsAndColumns(Solver):
+    """Approximate W by C U R, with `rank` of its own columns C and rows R, and the best U under the curvature.
 
-    Rows and columns are those that DEIM picks from the leading singular vectors of W A^½: at each step the largest
-    entry of what interpolation at the places picked so far leaves. U = C⁺ W A Rᵀ (R A Rᵀ)⁺ minimises
-    ‖(W - C U R) A^½‖. Choose it where the factors should stay readable as parts of W, or only U is to be trained
-    afterwards; WhitenedSVD is never worse. Source: CURing (Park and Moon, 2025), whose U is C⁺ W R⁺; DEIM for CUR
-    (Sorensen and Embree, 2016).
+    Use it where the factors should stay readable as parts of W, or where only U is to be trained afterwards;
+    WhitenedSVD is never worse.
+
+    Equivalent to CURing (Park and Moon, 2025), whose U is C⁺ W R⁺; here U = C⁺ W A Rᵀ (R A Rᵀ)⁺ minimizes ‖(W - C U R)
+    A^½‖. DEIM (Sorensen and Embree, 2016) picks rows and columns from the leading singular vectors of W A^½: at each
+    step the largest entry of what interpolation at the indices picked so far leaves.
+
+    The curvature must be an Identity or a Gram; the constraint a LowRank.
     """
 
     def init(self, curvature: Curvature) -> Curvature:
@@ -28,7 +31,7 @@ class RowsAndColumns:
         return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        constraint = as_kind(self, constraint, LowRank)
+        constraint = require_constraint(self, constraint, LowRank)
         root = state.factor.to(weight.dtype) if isinstance(state, Gram) else None
         important = weight if root is None else weight @ root
         left, _, right = torch.linalg.svd(important, full_matrices=False)
@@ -41,9 +44,14 @@ class RowsAndColumns:
         join = torch.linalg.pinv(own_columns) @ important @ torch.linalg.pinv(across)
         return constraint.encode_factors(own_columns @ join, own_rows)
 
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, Gram):
+            return max(float32_bytes(shape, inputs=2.1), float32_bytes(shape, weights=5, inputs=1))
+        return float32_bytes(shape, weights=4.2)
+
 
 def interpolation_points(vectors: Tensor) -> Tensor:
-    """The places (k,) that DEIM picks for orthonormal `vectors` (n, k)."""
+    """Return the indices (k,) that DEIM picks for orthonormal `vectors` (n, k)."""
     places: list[int] = []
     for number in range(vectors.shape[1]):
         vector = vectors[:, number]

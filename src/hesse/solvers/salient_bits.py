@@ -8,42 +8,46 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
 from hesse.curvature import Curvature
-from hesse.solvers.base import as_kind, cost_of
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 
 
 class BitsState(NamedTuple):
-    """The state of error feedback, and U_jj of each column in its own place."""
+    """The state of error feedback, and U_jj in the columns' own order."""
 
     feedback: FeedbackState
     pivots: Tensor  # (in,)
 
 
 @dataclass(frozen=True)
-class SalientBits:
-    """`inner` on the bits of a MixedGrid that cost least, columns judged by Σ w² / U_jj², (A + λI)⁻¹ = UᵀU.
+class SalientBits(Solver):
+    """Move bits from the groups of columns that matter least to those that matter most, then solve by `inner`.
 
-    That is what removing a weight costs once later ones have made it good. How many groups k change their bits is
-    settled by `inner`'s own ½ tr(d A dᵀ), k = 0 included, so that uniform bits are never better: one solution for each
-    k, until `patience` of them in turn were no better. Source: SliM-LLM (Huang et al., 2024), which settles k by the
-    divergence of plainly rounded outputs and starts at 1.
+    Use it at a mean of 2 to 4 bits; it costs `inner` once for every number of groups that is tried.
+
+    Equivalent to SliM-LLM (Huang et al., 2024): columns are judged by Σ w² / U_jj² with (A + λI)⁻¹ = UᵀU, the cost of
+    removing a weight after later ones have compensated. The number k of groups that change their bits is chosen by
+    `inner`'s own ½ tr(d A dᵀ), k = 0 included, so uniform bits are never better; the search ends when `patience`
+    successive k were no better. SliM-LLM chooses k by the divergence of plainly rounded outputs and starts at 1.
+
+    The curvature must be a Gram, damped where it is singular; the constraint a MixedGrid.
     """
 
     inner: ErrorFeedback = field(default_factory=ErrorFeedback)
     patience: int = 2
 
     def init(self, curvature: Curvature) -> BitsState:
-        feedback = self.inner.init(curvature)
-        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.taken)])
+        feedback = self.inner.init(require_gram(self, curvature))
+        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.columns)])
 
     def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
-        constraint = as_kind(self, constraint, MixedGrid)
+        constraint = require_constraint(self, constraint, MixedGrid)
         best: tuple[float, MixedCode] | None = None
         since = 0
         for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
             code = self.inner.compute(state.feedback, weight, grid)
             assert isinstance(code, GridCode)
-            cost = cost_of(state.feedback.curvature, grid, code, weight)
+            cost = member_cost(state.feedback.curvature, grid, code, weight)
             since += 1
             if best is None or cost < best[0]:
                 best, since = (cost, constraint.code(code, grid)), 0
@@ -51,3 +55,9 @@ class SalientBits:
                 break
         assert best is not None
         return best[1]
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if not isinstance(constraint, MixedGrid):
+            return super().workspace(shape, curvature, constraint, held)
+        inner = self.inner.workspace(shape, curvature, constraint.base, held)
+        return inner + float32_bytes(shape, weights=1)

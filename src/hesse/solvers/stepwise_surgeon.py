@@ -1,5 +1,6 @@
 """Many weights pruned at once by what each alone would cost: WoodFisher, and M-FAC's in steps."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,54 +8,107 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Sparse, SparseCode
 from hesse.curvature import BlockRankOneSum, Curvature, RankOneSum
+from hesse.curvature.rank_one_sum import CHUNK
 from hesse.errors import UnsupportedProduct
-from hesse.solvers.base import as_kind
-from hesse.solvers.refit import best_values, kept_part
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
+from hesse.solvers.refit import OfGradients, best_values, kept_part
 
 
 @dataclass(frozen=True)
-class StepwiseSurgeon:
-    """In each of `steps` the weights of the least w_i² / (2 [H⁻¹]_ii) go together, H⁻¹ being that of what is left then.
+class StepwiseSurgeon(Solver):
+    """Prune in `steps`: in each, remove the weights of the least w_i² / (2 [H⁻¹]_ii) together, then refit the others.
 
-    With `joint`, what is kept then moves to where ½ dᵀHd is least, by -H⁻¹E_Q ([H⁻¹]_QQ)⁻¹ w_Q for all weights Q that
-    are gone. Without, by the sum of what each of them alone would ask for, -Σ w_i H⁻¹e_i / [H⁻¹]_ii, as if they did not
-    feel one another: cheaper where H is a product only, and no minimum. Steps leave as many weights, in ratio, each.
+    Use it where a layer is too wide for GreedySurgeon: removing many weights at once ignores how each removal changes
+    the cost of the next one, and under a RankOneSum a step costs out · in · m².
 
-    Use it where a layer is too wide for GreedySurgeon, which counts what all that is gone has changed in the cost of
-    every next weight: under a RankOneSum a step costs out · in · m². Needs one of these, or a BlockRankOneSum, damped.
-    Source: WoodFisher (Singh and Alistarh, 2020: one step, sums), M-FAC (Frantar, Kurtic and Alistarh, 2021).
+    H is restricted to the weights still kept before each step. They move to where ½ dᵀHd is least, by
+    -H⁻¹E_Q ([H⁻¹]_QQ)⁻¹ w_Q for all removed weights Q. Each step keeps the same ratio of the weights. Equivalent to
+    M-FAC's pruning (Frantar, Kurtic and Alistarh, 2021), with the joint update instead of the sum of single ones.
+
+    The curvature must be a RankOneSum or a BlockRankOneSum, damped; the constraint a Sparse of single weights.
     """
 
     steps: int = 1
-    joint: bool = True
 
-    def init(self, curvature: Curvature) -> BlockRankOneSum | RankOneSum:
+    def init(self, curvature: Curvature) -> OfGradients:
         if not isinstance(curvature, BlockRankOneSum | RankOneSum):
             raise UnsupportedProduct(
-                f"StepwiseSurgeon needs a BlockRankOneSum or a RankOneSum, not a {type(curvature).__name__}"
+                f"{type(self).__name__} needs a BlockRankOneSum or a RankOneSum, not a {type(curvature).__name__}"
             )
         return curvature
 
-    def compute(self, state: BlockRankOneSum | RankOneSum, weight: Tensor, constraint: Constraint) -> SparseCode:
-        constraint = as_kind(self, constraint, Sparse)
+    def compute(self, state: OfGradients, weight: Tensor, constraint: Constraint) -> SparseCode:
+        constraint = require_constraint(self, constraint, Sparse)
         if constraint.block > 1:
-            raise UnsupportedProduct("StepwiseSurgeon counts the costs of single weights: for blocks use GreedySurgeon")
-        kept, found, left = torch.ones_like(weight, dtype=torch.bool), weight, state
+            raise UnsupportedProduct(
+                f"{type(self).__name__} counts the costs of single weights: for blocks use GreedySurgeon"
+            )
+        kept, values, part = torch.ones_like(weight, dtype=torch.bool), weight, state
         for number in _dropped(constraint, weight, self.steps):
-            inverse = left.inverse_diagonal().to(weight)
-            scores = torch.where(kept, found.square() / inverse, -1)  # what is gone stays gone
+            inverse = part.inverse_diagonal().to(weight)
+            scores = torch.where(kept, values.square() / inverse, -1)  # what is removed stays removed
             after = constraint.mask(scores, number)
-            summed = None if self.joint else left.solve(torch.where(kept & ~after, found / inverse, 0))
-            kept, left = after, kept_part(state, after)
-            found = best_values(state, left, weight, kept) if summed is None else (found - summed) * kept
-        return constraint.encode_masked(found, kept)
+            removed = torch.where(kept & ~after, values / inverse, 0)
+            remaining = kept_part(state, after)
+            values = self._moved(state, part, remaining, weight, values, removed, after)
+            kept, part = after, remaining
+        return constraint.encode_masked(values, kept)
+
+    def _moved(
+        self,
+        whole: OfGradients,
+        before: OfGradients,
+        after: OfGradients,
+        weight: Tensor,
+        values: Tensor,
+        removed: Tensor,
+        kept: Tensor,
+    ) -> Tensor:
+        """Return the values of the `kept` weights after a step, zeros elsewhere.
+
+        `before` and `after` are the curvature of what was kept before and after it, `removed` w_i / [H⁻¹]_ii of the
+        weights that the step removes, from `values`.
+        """
+        return best_values(whole, after, weight, kept)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, BlockRankOneSum):
+            return float32_bytes(shape, weights=9) + 4 * 6 * held
+        part = min(CHUNK / shape.numel(), 1.0)  # of the gradients that is worked on in float64
+        return float32_bytes(shape, weights=5) + math.ceil(4 * (2 + 3.5 * part) * held)
+
+
+@dataclass(frozen=True)
+class SummedSurgeon(StepwiseSurgeon):
+    """Prune as StepwiseSurgeon does, but move by the sum of the updates that each removed weight alone asks for.
+
+    Use it where H offers a product only, or to reproduce WoodFisher: the sum -Σ w_i H⁻¹e_i / [H⁻¹]_ii ignores that
+    removed weights interact, so the result is no minimum and may cost more than zeroing them.
+
+    Equivalent to WoodFisher (Singh and Alistarh, 2020) with one step, and to M-FAC (Frantar, Kurtic and Alistarh, 2021)
+    with several.
+
+    The curvature must be a RankOneSum or a BlockRankOneSum, damped; the constraint a Sparse of single weights.
+    """
+
+    def _moved(
+        self,
+        whole: OfGradients,
+        before: OfGradients,
+        after: OfGradients,
+        weight: Tensor,
+        values: Tensor,
+        removed: Tensor,
+        kept: Tensor,
+    ) -> Tensor:
+        return (values - before.solve(removed)) * kept
 
 
 def _dropped(sparse: Sparse, weight: Tensor, steps: int) -> list[Tensor | None]:
-    """How many weights are gone after each step; a pattern is chosen in one."""
+    """Return how many weights are removed after each step; a pattern is chosen in one."""
     if sparse.of is not None:
         return [None]
-    last = sparse.dropped(weight)
+    last = sparse.drop_counts(weight)
     whole = weight.numel() / len(last)
     kept = 1 - last / whole
     return [*(((1 - kept ** (step / steps)) * whole).round().long() for step in range(1, steps)), last]

@@ -1,4 +1,4 @@
-"""The codes of one weight under a Kronecker curvature: fed back, and then bettered by descent and refits."""
+"""Search for the codes of one weight under a Kronecker curvature: error feedback, then descent and refits."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from torch import Tensor
 from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode, Scales
 from hesse.constraints.base import round_to
 from hesse.curvature import Kronecker
-from hesse.solvers import kernels, two_sided_loops
 from hesse.solvers.admm import ADMM, ADMMState
-from hesse.solvers.refit_scales import refit_scales
-from hesse.solvers.refit_values import in_order, refit_values
-from hesse.solvers.two_sided_loops import Steps, Tables, TwoSidedSweeps
+from hesse.solvers.refit_codes import in_order, refit_scales, refit_values
+from hesse.solvers.sweeps import kernels, two_sided
+from hesse.solvers.sweeps.two_sided import GridLevels, TableLevels, TwoSidedSweeps
 
 
 @dataclass(frozen=True, eq=False)
 class TwoSidedState:
-    """Both factors of a Kronecker, each in the order in which its side is taken, and what feeds errors back in it."""
+    """Both factors of a Kronecker in the order of the sweep, and the triangular factors that feed errors back."""
 
     curvature: Kronecker
     columns: Tensor  # (in,) indices, the inputs with the largest curvature first
@@ -32,96 +31,96 @@ class TwoSidedState:
 
     @cached_property
     def pruning(self) -> ADMMState:
-        """What chooses the weights that a Sparse drops."""
+        """The state of ADMM, which chooses the weights that a Sparse drops."""
         return ADMM().init(self.curvature)
 
 
 Code = TypeVar("Code", GridCode, CodebookCode)
 
 
-class Priced(NamedTuple):
-    """A code, and what it costs."""
+class PricedCode(NamedTuple):
+    """A code and its cost."""
 
     code: Any
-    slope: Tensor  # H d (out, in), d being the difference from the weight
+    slope: Tensor  # H d (out, in), with d the difference from the weight
     cost: float  # ½ dᵀHd
 
 
 class Search(ABC, Generic[Code]):
-    """The sweeps over one weight (out, in), from and to codes in the weight's own order."""
+    """Sweeps over one weight (out, in), with codes in the weight's own order before and after."""
 
     def __init__(self, state: TwoSidedState, constraint: Constraint, weight: Tensor) -> None:
         self.state, self.constraint, self.weight = state, constraint, weight
 
-    def found(self, plain: Code, start: Tensor, passes: int, refit_steps: int) -> Code:
-        """What feedback from the values `start` on finds with the steps or values of `plain`, bettered `passes` times.
+    def best_code(self, plain: Code, start: Tensor, passes: int, refit_steps: int) -> Code:
+        """Return the codes of error feedback from the values `start`, improved `passes` times by refits and descent.
 
-        Never worse than `plain`.
+        Scales or values are at first those of `plain`; the result is never worse than `plain`.
         """
-        best = self.cheaper(self.priced(self.fed_back(plain, start)), plain)
+        best = self.cheaper(self.price(self.feed_back(plain, start)), plain)
         for _ in range(passes):
-            best = self.cheaper(best, self.refitted(best, refit_steps))
-            best = self.cheaper(best, self.descended(best))
-        code: Code = self.cheaper(best, self.refitted(best, refit_steps)).code
+            best = self.cheaper(best, self.refit(best, refit_steps))
+            best = self.cheaper(best, self.descend(best))
+        code: Code = self.cheaper(best, self.refit(best, refit_steps)).code
         return code
 
-    def priced(self, code: Code) -> Priced:
-        """`code` with H d and ½ dᵀHd."""
+    def price(self, code: Code) -> PricedCode:
+        """Return `code` with H d and ½ dᵀHd."""
         difference = self.constraint.decode(code) - self.weight
         slope = self.state.curvature.matvec(difference)
-        return Priced(code, slope, float(torch.linalg.vecdot(difference, slope).double().sum()) / 2)
+        return PricedCode(code, slope, float(torch.linalg.vecdot(difference, slope).double().sum()) / 2)
 
-    def cheaper(self, best: Priced, code: Code) -> Priced:
-        """The one that costs less."""
-        return min(best, self.priced(code), key=lambda priced: priced.cost)
+    def cheaper(self, best: PricedCode, code: Code) -> PricedCode:
+        """Return the cheaper of two codes."""
+        return min(best, self.price(code), key=lambda priced: priced.cost)
 
-    def fed_back(self, like: Code, start: Tensor) -> Code:
-        """The codes that error feedback finds from the values `start` on, of the same steps or values as `like`."""
-        state, work = self.state, self.taken(start)
-        found = self.sweeps.feed_back(work, self.steps(like), state.column_feedback, state.row_feedback)
-        return self.code(self.given_back(found), like)
+    def feed_back(self, template: Code, start: Tensor) -> Code:
+        """Return the codes of error feedback from the values `start`, with the scales or values of `template`."""
+        state, work = self.state, self.to_sweep_order(start)
+        found = self.sweeps.feed_back(work, self.levels(template), state.column_feedback, state.row_feedback)
+        return self.from_sweep_codes(self.from_sweep_order(found), template)
 
-    def descended(self, best: Priced) -> Code:
-        """The codes after one pass of coordinate descent."""
-        gradient, codes = self.taken(best.slope), self.taken(self.counted(best.code))
-        steps, state = self.steps(best.code), self.state
+    def descend(self, best: PricedCode) -> Code:
+        """Return the codes after one pass of coordinate descent."""
+        gradient, codes = self.to_sweep_order(best.slope), self.to_sweep_order(self.sweep_codes(best.code))
+        steps, state = self.levels(best.code), self.state
         self.sweeps.descend(codes, gradient, steps, state.input_factor, state.output_factor)
-        return self.code(self.given_back(codes), best.code)
+        return self.from_sweep_codes(self.from_sweep_order(codes), best.code)
 
-    def taken(self, matrix: Tensor) -> Tensor:
-        """A copy of a matrix (out, in) as the loops take it: transposed, both sides in their order."""
+    def to_sweep_order(self, matrix: Tensor) -> Tensor:
+        """Return a copy of a matrix (out, in) for the loops: transposed, both sides in the order of the sweep."""
         return for_loops(matrix.T[self.state.columns][:, self.state.rows])
 
-    def given_back(self, matrix: Tensor) -> Tensor:
-        """The matrix (out, in) that `taken` gives `matrix` of."""
+    def from_sweep_order(self, matrix: Tensor) -> Tensor:
+        """Undo `to_sweep_order`."""
         found = torch.empty_like(self.weight)
         found[self.state.rows[:, None], self.state.columns] = matrix.T.to(found)
         return found
 
     @property
     def sweeps(self) -> TwoSidedSweeps:
-        """The loops that round."""
-        return two_sided_loops
+        """The loops that round, compiled or as kernels."""
+        return two_sided
 
     @abstractmethod
-    def steps(self, code: Code) -> Any:
-        """What the weights may be, with the steps or values of `code`, as the sweeps take it."""
+    def levels(self, code: Code) -> Any:
+        """Return the allowed values of each weight, with the scales or values of `code`, for the sweeps."""
 
     @abstractmethod
-    def counted(self, code: Code) -> Tensor:
-        """The codes (out, in) as the sweeps count them."""
+    def sweep_codes(self, code: Code) -> Tensor:
+        """Return the codes (out, in) as the sweeps count them."""
 
     @abstractmethod
-    def code(self, codes: Tensor, like: Code) -> Code:
+    def from_sweep_codes(self, codes: Tensor, template: Code) -> Code:
         """Codes (out, in) as the sweeps count them, with the steps or values of `like`."""
 
     @abstractmethod
-    def refitted(self, best: Priced, steps: int) -> Code:
-        """The same codes with better steps or values, after so many steps of conjugate gradients."""
+    def refit(self, best: PricedCode, steps: int) -> Code:
+        """Return the same codes with better scales or values, after `steps` of conjugate gradients."""
 
 
 class GridSearch(Search[GridCode]):
-    """On a grid; of the weights that are not `kept` the code is that of zero."""
+    """Search on a grid; the weights that are not `kept` have the code of zero."""
 
     def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor, kept: Tensor | None = None) -> None:
         super().__init__(state, grid, weight)
@@ -130,32 +129,32 @@ class GridSearch(Search[GridCode]):
     @property
     def sweeps(self) -> TwoSidedSweeps:
         if not kernels.run_on(self.state.input_factor.device):
-            return two_sided_loops
-        from hesse.solvers.kernels import two_sided
+            return two_sided
+        from hesse.solvers.sweeps.kernels import two_sided as on_gpu
 
-        return two_sided
+        return on_gpu
 
-    def steps(self, code: GridCode) -> Steps:
+    def levels(self, code: GridCode) -> GridLevels:
         scales = code.scales
         values = (scales.scale, self.grid.lowest - scales.zeros, self.grid.highest - scales.zeros)
         scale, lowest, highest = (for_loops(each[self.state.rows].T) for each in values)
         group = (self.state.columns // self.grid.group_width(len(self.state.columns))).to(scale.device)
         if self.kept is None:
-            return Steps(scale, lowest, highest, group, self.grid.dtype)
-        # What is dropped has the code of zero to choose from, and no other.
-        kept = self.taken(self.kept.to(self.weight))
+            return GridLevels(scale, lowest, highest, group, self.grid.dtype)
+        # A dropped weight may only have the code of zero.
+        kept = self.to_sweep_order(self.kept.to(self.weight))
         each = torch.arange(len(group), device=scale.device)
-        return Steps(scale[group], lowest[group] * kept, highest[group] * kept, each, self.grid.dtype)
+        return GridLevels(scale[group], lowest[group] * kept, highest[group] * kept, each, self.grid.dtype)
 
-    def counted(self, code: GridCode) -> Tensor:
+    def sweep_codes(self, code: GridCode) -> Tensor:
         return self.grid.steps(code, self.weight)
 
-    def code(self, codes: Tensor, like: GridCode) -> GridCode:
-        if like.scales.zero_point is not None:
-            codes = codes + self.grid.expand(like.scales.zero_point, codes.shape[1])
-        return GridCode(codes.to(torch.int8), like.scales)
+    def from_sweep_codes(self, codes: Tensor, template: GridCode) -> GridCode:
+        if template.scales.zero_point is not None:
+            codes = codes + self.grid.expand(template.scales.zero_point, codes.shape[1])
+        return GridCode(codes.to(torch.int8), template.scales)
 
-    def refitted(self, best: Priced, steps: int) -> GridCode:
+    def refit(self, best: PricedCode, steps: int) -> GridCode:
         scales = best.code.scales
         found = refit_scales(best.code, best.slope, self.state.curvature, self.grid, steps)
         stored = round_to(found, self.grid.dtype)
@@ -164,27 +163,27 @@ class GridSearch(Search[GridCode]):
 
 
 class CodebookSearch(Search[CodebookCode]):
-    """On a codebook for each row. Its loops run on the CPU."""
+    """Search on a codebook for each row; its loops run on the CPU."""
 
     def __init__(self, state: TwoSidedState, codebook: Codebook, weight: Tensor) -> None:
         super().__init__(state, codebook, weight)
         self.codebook = codebook
 
-    def steps(self, code: CodebookCode) -> Tables:
-        return Tables(code.values[self.state.rows].to("cpu", torch.float32).contiguous())
+    def levels(self, code: CodebookCode) -> TableLevels:
+        return TableLevels(code.values[self.state.rows].to("cpu", torch.float32).contiguous())
 
-    def counted(self, code: CodebookCode) -> Tensor:
+    def sweep_codes(self, code: CodebookCode) -> Tensor:
         return code.codes.to(self.weight)
 
-    def code(self, codes: Tensor, like: CodebookCode) -> CodebookCode:
-        return CodebookCode(codes.to(torch.uint8), like.values)
+    def from_sweep_codes(self, codes: Tensor, template: CodebookCode) -> CodebookCode:
+        return CodebookCode(codes.to(torch.uint8), template.values)
 
-    def refitted(self, best: Priced, steps: int) -> CodebookCode:
+    def refit(self, best: PricedCode, steps: int) -> CodebookCode:
         found = refit_values(best.code, best.slope, self.state.curvature, steps)
         return in_order(best.code, round_to(found, self.codebook.dtype))
 
 
 def for_loops(tensor: Tensor) -> Tensor:
-    """`tensor` as the sweeps read it, where they run."""
+    """Return `tensor` as the sweeps read it, on the device that they run on."""
     device = tensor.device if kernels.run_on(tensor.device) else torch.device("cpu")
     return tensor.to(device, torch.float32).contiguous()

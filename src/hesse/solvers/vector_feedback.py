@@ -1,4 +1,4 @@
-"""VPTQ: error feedback over columns, each taken to the nearest entries of a codebook."""
+"""VPTQ: error feedback over columns, each rounded to the nearest entries of a codebook."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,39 +9,46 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
 from hesse.curvature import Curvature
-from hesse.solvers.base import as_kind
-from hesse.solvers.block_sweep import sweep_blocks
+from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
-from hesse.solvers.never_worse import plain_is_cheaper
+from hesse.solvers.never_worse import rows_cheaper_plain
+from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
 @dataclass(frozen=True)
-class VectorFeedback:
-    """Codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update from column to column.
+class VectorFeedback(Solver):
+    """Take one column after another to the nearest entries of a codebook of vectors, with error feedback.
 
-    A column's vectors go to their nearest entries, and its error to the columns after it, as in ErrorFeedback. No
-    vectors of a layer's height come out worse than by k-means alone. Needs a Gram, with damping where it is singular.
-    Source: VPTQ (Liu et al., 2024).
+    Use it at 1 to 3 bits, where a codebook of vectors stores a layer better than a grid.
+
+    Equivalent to VPTQ (Liu et al., 2024): codebooks by k-means weighted with E[x²], then Optimal Brain Surgeon's update
+    from column to column, as in ErrorFeedback. No strip of `length` rows is worse than by k-means alone.
+
+    The curvature must be a Gram, damped where it is singular; the constraint a VectorCodebook.
     """
 
     order: Literal["given", "descending"] = "given"
     block_size: int = 128
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        return ErrorFeedback(self.order).init(curvature)
+        return ErrorFeedback(self.order).init(require_gram(self, curvature))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
-        constraint = as_kind(self, constraint, VectorCodebook)
+        constraint = require_constraint(self, constraint, VectorCodebook)
         plain = constraint.encode(weight, state.curvature.diagonal())
-        work = weight.T.contiguous()[state.taken]
+        work = weight.T.contiguous()[state.columns]
         codes = plain.codes.new_empty(constraint.books, len(work), work.shape[1] // constraint.length)
         walk = partial(_walk, work, codes, constraint, plain.centroids.to(work))
         sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
 
-        swept = constraint.code(codes[:, torch.argsort(state.taken)].flatten(1), plain.centroids, weight.shape)
+        swept = constraint.code(codes[:, torch.argsort(state.columns)].flatten(1), plain.centroids, weight.shape)
         solved, unswept = (constraint.decode(code).to(weight.dtype) for code in (swept, plain))
-        heights = plain_is_cheaper(state.curvature, weight, solved, unswept, constraint.length)
+        heights = rows_cheaper_plain(state.curvature, weight, solved, unswept, constraint.length)
         return VectorCode(torch.where(heights, plain.codes, swept.codes), plain.centroids)
+
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        inverting = float32_bytes(shape, inputs=4.1)
+        return max(inverting, constraint.workspace(shape) + float32_bytes(shape, inputs=1))
 
 
 def _walk(
@@ -54,7 +61,7 @@ def _walk(
     errors: Tensor,
     feedback: Tensor,
 ) -> None:
-    """Take the columns [start, stop) of `work` to entries of the codebooks, whose indices are put into `codes`."""
+    """Round the columns [start, stop) of `work` to entries of the codebooks; write their indices to `codes`."""
     for j in range(start, stop):
         found, values = constraint.choose(work[j].view(-1, constraint.length), centroids)
         codes[:, j] = found

@@ -1,4 +1,4 @@
-"""The best low rank under a curvature that is a product of two sides: truncated SVD in their own metric."""
+"""The best low rank under a curvature that is a product of two sides: truncated SVD in their metric."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.constraints.low_rank import factors_of
 from hesse.curvature import Curvature, Diagonal, Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, UnsupportedProduct
-from hesse.solvers.base import as_kind
-from hesse.solvers.triangular import kronecker_root
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
+from hesse.solvers.linear.triangular import kronecker_root
 
 
 class Sides(NamedTuple):
@@ -22,13 +22,17 @@ class Sides(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WhitenedSVD:
-    """min ‖G^½ (W - LR) A^½‖ over rank-r LR, in closed form: SVD of C_Gᵀ W C_A, then the inverses on both sides.
+class WhitenedSVD(Solver):
+    """Find the best low rank in closed form: min ‖G^½ (W - LR) A^½‖ over rank-r LR.
 
-    Exact for an Identity, a Gram (A alone), its diagonal, and a Kronecker whose factors are positive definite. Columns
-    that weigh nothing in a diagonal come out as zero. Source: the Eckart-Young theorem in a metric of two sides; for
-    language models SVD-LLM (Wang et al., 2024) and EoRA (Liu et al., 2024) on the inputs' side, FWSVD (Hsu et al.,
-    2022) with a diagonal there, LQ-LoRA (Guo et al., 2023) with diagonals on both.
+    Use it for every LowRank: it is exact for the curvatures below.
+
+    Equivalent to an SVD of C_Gᵀ W C_A, then the inverses on both sides: the Eckart-Young theorem in a metric of two
+    sides. For language models SVD-LLM (Wang et al., 2024) and EoRA (Liu et al., 2024) on the inputs' side, FWSVD (Hsu
+    et al., 2022) with a diagonal there, LQ-LoRA (Guo et al., 2023) with diagonals on both.
+
+    The curvature must be an Identity, a Gram (A alone), a Diagonal of the inputs (in,), or a Kronecker (out, in) with
+    positive definite factors. Columns of weight 0 in a diagonal come out as zero.
     """
 
     def init(self, curvature: Curvature) -> Sides:
@@ -46,33 +50,41 @@ class WhitenedSVD:
         )
 
     def compute(self, state: Sides, weight: Tensor, constraint: Constraint) -> LowRankCode:
-        constraint = as_kind(self, constraint, LowRank)
+        constraint = require_constraint(self, constraint, LowRank)
         outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
         left, right = factors_of(_whitened(state, weight), constraint.rank)
         return constraint.encode_factors(_over(left.T, outputs).T, _over(right, inputs))
 
+    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
+        if issubclass(curvature, Kronecker):
+            factoring = max(float32_bytes(shape, outputs=3), float32_bytes(shape, inputs=3, outputs=1))
+            return max(factoring, float32_bytes(shape, weights=4.2, inputs=1, outputs=1))
+        if issubclass(curvature, Gram):
+            return max(float32_bytes(shape, inputs=2.1), float32_bytes(shape, weights=4.2, inputs=1))
+        return float32_bytes(shape, weights=4.2)
+
     def values(self, state: Sides, weight: Tensor) -> Tensor:
-        """The singular values of C_Gᵀ W C_A, falling: leaving out the k-th costs half its square."""
+        """Return the singular values of C_Gᵀ W C_A in falling order: leaving out the k-th costs half its square."""
         found: Tensor = torch.linalg.svdvals(_whitened(state, weight))
         return found
 
 
 def _whitened(state: Sides, weight: Tensor) -> Tensor:
-    """C_Gᵀ W C_A."""
+    """Return C_Gᵀ W C_A."""
     outputs, inputs = (None if side is None else side.to(weight.dtype) for side in state)
     # Transposed, the outputs' side is one of columns too.
     return _times(_times(weight, inputs).T, outputs).T
 
 
 def _times(matrix: Tensor, side: Tensor | None) -> Tensor:
-    """Matrix C."""
+    """Return `matrix` times C, the `side`."""
     if side is None:
         return matrix
     return matrix * side if side.ndim == 1 else matrix @ side
 
 
 def _over(matrix: Tensor, side: Tensor | None) -> Tensor:
-    """Matrix C⁻¹."""
+    """Return `matrix` times C⁻¹, of the `side` C."""
     if side is None or side.ndim == 1:
         return matrix if side is None else torch.where(side > 0, matrix / side, 0)
     divided: Tensor = torch.linalg.solve_triangular(side, matrix, upper=False, left=False)
@@ -80,7 +92,7 @@ def _over(matrix: Tensor, side: Tensor | None) -> Tensor:
 
 
 def _root(factor: Tensor) -> Tensor:
-    """C with C Cᵀ = factor."""
+    """Return C with C Cᵀ = factor."""
     if factor.ndim == 1:
         if not bool((factor > 0).all()):
             raise ConditioningError("a Kronecker factor is singular: use more damping (with_damped_factors)")

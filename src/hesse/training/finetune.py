@@ -1,6 +1,6 @@
 """Fine-tuning of a compressed network that leaves it compressed."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
+from hesse.errors import OptionError
+from hesse.methods import Options, find_method
 from hesse.progress import Progress, Silence
 from hesse.result import NOT_WRITTEN, Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import Held, held_zeros
 from hesse.training.loop import Loop, StepRule
 from hesse.training.training import Training
+from hesse.training.trainings import TRAININGS, TrainingRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,10 @@ def finetune(
     training: Training,
     *,
     loss_function: Loss | nn.Module,
+    method: str = "finetune",
+    options: Options | None = None,
+    layers: Sequence[str] = ("*",),
+    ignore: Sequence[str] = (),
     held: Mapping[str, Held] | None = None,
     rule: StepRule | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -44,10 +51,13 @@ def finetune(
 ) -> Result[FinetuneReport]:
     """Train the parameters of `model` that take a gradient, in place, with what is `held` kept held after every step.
 
-    By default its zeros are held. `data` are pairs of inputs and targets that can be walked again, as `Objective`
-    takes them, and `forward(model, inputs)` gives the outputs. The model trains in the mode that it is in: call
-    `model.train()` first if dropout or batch statistics should be at work. `rule` gives the direction of a step in
-    place of the gradient.
+    `method` is a row of `hesse methods training` that this verb runs, with its `options`, for the layers that match one
+    of `layers` and none of `ignore`; by default the zeros of the model are held. `held`, by the names of weights, and
+    `rule`, the direction of a step in place of the gradient, say the same without a row.
+
+    `data` are pairs of inputs and targets that can be walked again, as `Objective` takes them, and `forward(model,
+    inputs)` gives the outputs. The model trains in the mode that it is in: call `model.train()` first if dropout or
+    batch statistics should be at work.
 
     With a folder `checkpoint` the training is saved there, and if it was cut short the same call with the same model,
     data and options goes on to weights that are equal bit by bit. Randomness of libraries other than torch is not
@@ -58,10 +68,18 @@ def finetune(
         DataError: there is no data, or the loss is not finite; the model is as it was after the step before.
         OutputError: the folder holds another training, or cannot be written.
     """
+    row, options = find_method(method, "finetune"), Options() if options is None else options
+    if held is None and rule is None:
+        row.check_options(options)
+        setup = TRAININGS.find(row.solver).set_up(TrainingRequest(model, training, row, options, layers, ignore))
+        held, rule = setup.held, setup.rule
+    elif method != "finetune" or options != Options():
+        raise OptionError("a method says what is held and how it steps: leave out held and rule, or method and options")
     objective = Objective.of(model, loss_function, data, forward=forward)
     loop = Loop(objective, training, held_zeros(model) if held is None else held, rule)
     progress = Silence() if progress is None else progress
-    kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop)
+    settings = "" if method == "finetune" else f"{method} {options} {layers} {ignore}"
+    kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop, settings)
     if kept is not None:
         kept.resume()
     progress.begin("finetune", training.steps - loop.step)
@@ -69,5 +87,5 @@ def finetune(
     if kept is not None:
         kept.save()
     free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}
-    report = FinetuneReport(model=type(model).__name__, losses=tuple(loop.losses), free=free)
+    report = FinetuneReport(model=type(model).__name__, method=method, losses=tuple(loop.losses), free=free)
     return Result(report, model)

@@ -1,6 +1,6 @@
 """Rows of the table that need training: loops over a user's model and data."""
 
-from hesse.methods import Method, Options, register
+from hesse.methods import Method, Option, Options, register
 
 NEEDS = "training data and a loss"
 
@@ -9,10 +9,30 @@ register(
         name="finetune",
         curvature=None,
         constraints=("sparse",),
-        optional=("grid", "codebook", "table"),
         solver="held_zeros",
-        source="masks: Han et al., 2015; codes: Kim et al., 2023, arXiv:2305.14152; others: straight-through",
+        source="Han et al., 2015, arXiv:1506.02626: the zeros of a pruned model stay",
         needs=NEEDS,
+        verb="finetune",
+    ),
+    Method(
+        name="peqa",
+        curvature=None,
+        constraints=("grid",),
+        solver="held_codes",
+        source="PEQA, Kim et al., 2023, arXiv:2305.14152: the codes of a rounded model stay, its scales are trained",
+        needs=NEEDS,
+        defaults=Options(bits=4, group_size=128, symmetric=True),
+        verb="finetune",
+    ),
+    Method(
+        name="straight-through",
+        curvature=None,
+        constraints=("grid",),
+        optional=("sparse",),
+        solver="straight_through",
+        source="Bengio et al., 2013, arXiv:1308.3432; of masks, Zhou et al., 2021, arXiv:2102.04010",
+        needs=NEEDS,
+        defaults=Options(bits=4, group_size=128, symmetric=True),
         verb="finetune",
     ),
     Method(
@@ -41,10 +61,15 @@ register(
         name="movement",
         curvature=None,
         constraints=("sparse",),
-        solver="movement",
+        solver="movement_scores",
         schedule="cubic",
         source="Sanh et al., 2020, arXiv:2005.07683",
         needs=NEEDS,
+        defaults=Options(sparsity=0.9),
+        settings=(
+            Option("cuts", "int", 10, "Steps in which the share of zeros rises."),
+            Option("rest", "float", 0.3, "Share of the training after the last cut."),
+        ),
         verb="finetune",
     ),
     Method(
@@ -54,13 +79,17 @@ register(
         solver="compression_aware",
         source="Peste et al., 2022, arXiv:2207.14200 (CrAM+)",
         needs=f"{NEEDS}; two gradients a step",
+        settings=(
+            Option("patterns", "str", "0.5, 0.7, 0.9", "Sparsities of which each step draws one."),
+            Option("rho", "float", 0.05, "Length of the step along the gradient before the weights are pruned."),
+        ),
         verb="finetune",
     ),
     Method(
         name="onebit-training",
         curvature=None,
         constraints=("sign_rank_one",),
-        solver="one_bit",
+        solver="signs_and_vectors",
         source="Xu et al., 2024, arXiv:2402.11295",
         needs=f"{NEEDS}; a dense teacher",
         verb="finetune",

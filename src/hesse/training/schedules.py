@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hesse.errors import OptionError
+from hesse.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,7 @@ class GradualSchedule:
         last = stretch == self.cuts - 1
         end, floor = (self.steps, 0.0) if last else (self.cut_steps[stretch + 1], self.floor)
         return 1 - (1 - floor) * (step - begin) / (end - begin)
+
+
+SCHEDULES: Registry[type[GradualSchedule]] = Registry("schedule")
+SCHEDULES.register("cubic", GradualSchedule)

@@ -1,0 +1,1 @@
+"""Plain linear algebra: solving, eigenvalues and traces from products alone, triangular matrices, estimates."""
