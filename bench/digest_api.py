@@ -26,7 +26,8 @@ Batches = list[tuple[Any, Tensor]]
 
 
 def with_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with those that are a method's options as one `hesse.Options`."""
+    """The arguments with a method's options as one `hesse.Options`, and a folder of statistics by its name."""
+    arguments = {"statistics" if name == "curvature" else name: value for name, value in arguments.items()}
     options = {name: value for name, value in arguments.items() if name in OPTIONS}
     rest = {name: value for name, value in arguments.items() if name not in OPTIONS}
     return {**rest, "options": hesse.Options(**options)} if options else rest
@@ -90,7 +91,7 @@ def export(model: str | Path, out: Path, to: str) -> Any:
 
 def inspect(model: str | Path, **arguments: Any) -> Any:
     """Inspect the loss around a model."""
-    return hesse.inspect(model, **arguments)
+    return hesse.inspect(model, **with_options(arguments))
 
 
 def evaluate(model: str | Path, **arguments: Any) -> Any:
@@ -100,7 +101,13 @@ def evaluate(model: str | Path, **arguments: Any) -> Any:
 
 def compress_module(model: nn.Module, batches: Batches, **arguments: Any) -> Any:
     """Compress a module by a method of the table."""
-    return hesse.compress_module(model, batches, **with_options(arguments))
+    if "loss" in arguments:
+        arguments["loss_function"] = arguments.pop("loss")
+    result = hesse.compress(model, data=batches, **with_options(arguments))
+    return {
+        "module": result.model,
+        **{key: getattr(result.report, key) for key in vars(result.report) if key != "loss"},
+    }
 
 
 def prune_module(model: nn.Module, batches: Batches, score: str, scope: str, **arguments: Any) -> Any:

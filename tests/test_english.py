@@ -18,11 +18,17 @@ FOLDERS_DONE = (
     "finite.py",
     "formats",
     "inspection",
+    "layerwise",
+    "methods",
     "networks",
+    "partitions",
     "passes",
+    "planning",
     "progress.py",
+    "reporting",
     "rewriting",
     "runtimes",
+    "training",
 )
 BAD_BEGINNING = re.compile(r"(What|Which|Whether|How|Those|Of|That|Where|Everything that|Meanwhile)\b")
 HOUSE_WORDS = re.compile(

@@ -1,18 +1,21 @@
 """`hesse compress`: compress a model from disk to disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.output import check_room
 from hesse.checkpoints.writer import SHARD_BYTES, writing
-from hesse.data.selection import Calibration, Data
+from hesse.curvature import Loss
+from hesse.data.batches import token_ids
+from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.calibrated import LayerStatistics
@@ -28,23 +31,43 @@ from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
 from hesse.layerwise.rules import statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
+from hesse.modules.compress import compress_in_memory
 from hesse.networks.allocator import keep_no_large_memory
 from hesse.networks.network import Layer
+from hesse.passes.per_sample import Kind
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Clock, Progress
 from hesse.result import ForecastReport, Result
 from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
 
+# Why settings have no meaning for a module in memory.
+FOR_FILES = {
+    "out": "is a folder, and a module stays in memory",
+    "statistics": "are of the files of a checkpoint",
+    "size": "is a budget of the files of a checkpoint",
+    "mean_bits": "is a budget that is planned on the files of a checkpoint",
+    "loss": "is a budget that is planned on the files of a checkpoint (a loss is given as loss_function)",
+    "target": "is a program that loads files",
+    "allocation": "is how a budget of files is shared out",
+    "memory": "bounds how much of a checkpoint is in memory, and a module is there as a whole",
+    "overwrite": "is of a folder",
+    "restart": "is of a run to a folder",
+    "measure": "is of a checkpoint beside the dense one",
+    "dry_run": "says what a run to a folder would take",
+    "format": "is how files are written",
+    "device": "is where a checkpoint is loaded, and a module is already somewhere",
+}
+
 
 def compress(
-    model: str | Path,
-    out: str | Path,
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
     *,
     method: str = DEFAULT_METHOD,
     recipe: Recipe | None = None,
     options: Options | None = None,
     ignore: Sequence[str] = (),
-    data: Data = None,
+    data: Any = None,
     statistics: str | Path | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -62,20 +85,28 @@ def compress(
     dry_run: bool = False,
     memory: str | int | None = None,
     measure: bool = False,
+    layers: Sequence[str] = ("*",),
+    loss_function: Loss | nn.Module | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    kind: Kind = "sampled",
     progress: Progress | None = None,
-) -> Result[CompressionReport | ForecastReport]:
-    """Compress a language model or encoder on disk into a new folder that other programs load.
+) -> Result[Any]:
+    """Compress a language model or encoder on disk into a new folder that other programs load, or a module in memory.
 
-    A run that was killed resumes behind the last block it finished, to the same result bit for bit.
+    A run on disk that was killed resumes behind the last block it finished, to the same result bit for bit. A module
+    is copied and the copy is changed: see `hesse.modules.compress.compress_in_memory`, which takes `layers`,
+    `loss_function`, `forward` and `kind`; what only has a meaning for files is refused for it.
 
     Args:
-        model: a model folder, `default`, or a hub id; dense.
-        out: the folder to write; it must not exist unless `overwrite`.
+        model: a model folder, `default`, or a hub id, dense; or any `torch.nn.Module`.
+        out: the folder to write; it must not exist unless `overwrite`. None for a module.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
         recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         ignore: patterns of layer names to leave as they are.
-        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        data: a text, JSON lines or parquet file, a datasets id, a `datasets.Dataset` with a column `input_ids`, or
+            lists of token ids; None for the shipped text. For a module also batches: (inputs, targets) pairs or
+            dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
         samples: calibration samples.
@@ -97,6 +128,10 @@ def compress(
             on disk follows from it. None for most of what is free.
         measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
             calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It takes time.
+        layers: patterns of the layers of a module to change.
+        loss_function: the loss of a module; None for cross-entropy, or a language model's own.
+        forward: `forward(model, inputs)` gives the outputs of a module.
+        kind: "sampled" or "empirical" labels for the Fisher of a module.
         progress: told how far the run is.
 
     Returns:
@@ -105,6 +140,41 @@ def compress(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
     """
+    if isinstance(model, nn.Module):
+        settings = {"out": out, "statistics": statistics, "size": size, "mean_bits": mean_bits, "loss": loss}
+        settings |= {"target": target, "allocation": allocation, "memory": memory, "overwrite": overwrite or None}
+        settings |= {
+            "restart": restart or None,
+            "measure": measure or None,
+            "dry_run": dry_run or None,
+            "format": {"auto": None}.get(format, format),
+        }
+        settings |= {"device": {"auto": None}.get(device, device)}
+        for name, value in settings.items():
+            if value is not None:
+                raise OptionError(f"{name} {FOR_FILES[name]}: save the model and give the folder, or leave it out")
+        return compress_in_memory(
+            model,
+            data,
+            method=method,
+            recipe=recipe,
+            options=options,
+            layers=layers,
+            ignore=ignore,
+            loss_function=loss_function,
+            forward=forward,
+            kind=kind,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    if out is None:
+        raise OptionError("a model on disk needs a folder to write: give out")
+    if tuple(layers) != ("*",) or loss_function is not None or forward is not None or kind != "sampled":
+        raise OptionError("layers, loss_function, forward and kind are for modules: give a recipe for other layers")
+    if data is not None and not isinstance(data, str | Path) and (ids := token_ids(data)) is not None:
+        data = ids  # of a datasets.Dataset too
     budget = Budget(size, mean_bits, loss) if any(x is not None for x in (size, mean_bits, loss)) else None
     if budget is not None and recipe is not None:
         raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
@@ -159,8 +229,11 @@ def compress_folder(
         budget = None
         if plan is None:
             assert isinstance(request, BudgetRequest)
+            fits = None  # how planning keeps within a limit: as the method alone does
+            if run.memory is not None:
+                fits = plan_memory(open_plan(request.method.recipe(request.options, request.ignore)), run.memory)
             with job.clock.phase("plan"):
-                budget = _plan_once(job, source, request, statistics, format)
+                budget = _plan_once(job, source, request, statistics, format, fits)
             plan = open_plan(budget.recipe)
         if not job.work.resumed:
             check_room(job.work.folder, out, needed + waiting_bytes(plan))
@@ -242,11 +315,21 @@ def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:
     return int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)
 
 
-def _plan_once(job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str) -> BudgetPlan:
-    """Return the plan for a budget, which rank 0 makes and notes."""
-    work, device, progress = job.work, job.run.device, job.progress
+def _plan_once(
+    job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str, fits: MemoryPlan | None
+) -> BudgetPlan:
+    """Return the plan for a budget, which rank 0 makes and notes.
+
+    Planning calibrates and solves each layer as a run of the method does, so that `fits` keeps both within a limit.
+    """
+    work, device, progress, calibration = job.work, job.run.device, job.progress, job.calibration
     if job.processes.is_main and work.journal.recall("plan") is None:
-        plan = plan_budget(model, request, job.calibration, statistics, format=format, device=device, progress=progress)
+        offload = work.own.folder if fits is not None and fits.paused_on_disk else None
+        if fits is not None:
+            calibration = replace(calibration, batch_size=fits.batch_size)
+        plan = plan_budget(
+            model, request, calibration, statistics, format=format, device=device, progress=progress, offload=offload
+        )
         work.journal.record("plan", plan.to_dict())
     job.processes.barrier()
     return BudgetPlan.from_dict(work.journal.expect("plan"))

@@ -1,4 +1,4 @@
-"""FlexiGPT: make a block of another one, scaled, and a low rank beside each of its layers."""
+"""FlexiGPT: replace a block by a scaled copy of another block, plus a low rank for each of its layers."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -10,6 +10,7 @@ from hesse.curvature import Gram
 from hesse.errors import OptionError, naming
 from hesse.estimation.calibrated import calibrated_blocks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
+from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import StreamBatch
@@ -17,7 +18,7 @@ from hesse.progress import Clock
 
 
 class SharedWeights:
-    """Make the weights of blocks from those of others: W_k ≈ s ⊙ W_j + LR, s one factor an output.
+    """Weights of blocks as functions of other blocks' weights: W_k ≈ s ⊙ W_j + LR, with one factor of s per output.
 
     s is the scale with which W_j's outputs are nearest to W_k's on the layer's inputs (the paper renormalises the
     donor's outputs), and LR the best low rank for the rest, in the metric of these inputs (there the SVD of the
@@ -83,8 +84,8 @@ class SharedWeights:
 
     def workspace(self, layer: Layer) -> int:
         """Return the bytes that making a layer's weight of another holds at most."""
-        rows, columns = layer.weight.shape
-        return 4 * (14 * rows * columns + 9 * columns**2)
+        shape = layer.weight.shape
+        return 12 * shape.numel() + layer_bytes(self._rule, LowRank(self.rank), shape, {"inputs"}, 0)
 
     def parameters(self, block: Block) -> int:
         """Return how many numbers describe the layers of a block made of another: factors, and scales of outputs."""

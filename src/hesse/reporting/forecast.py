@@ -7,7 +7,7 @@ from hesse.result import ForecastReport
 
 
 def forecast_summary(report: ForecastReport) -> RenderableType:
-    """What a run would take, and how that is known."""
+    """Return the summary of a dry run: the resources that a run needs, and the basis of the estimates."""
     lines = [
         f"{report.out}: at most {size(report.out_bytes)} of weights, from {size(report.bytes_before or 0)}",
         f"disk: {size(report.disk_bytes)} free while it runs",
@@ -20,7 +20,7 @@ def forecast_summary(report: ForecastReport) -> RenderableType:
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds as a person reads them."""
+    """Return seconds as text, in minutes or hours if long."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
