@@ -119,7 +119,7 @@ REFUSED = [(name, kind) for name in ("gpt2", "phi3", "mixtral", "bert") for kind
 def test_other_families_are_refused_by_name(name: str, kind: str, family_folder: FolderOf) -> None:
     network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
     with pytest.raises(
-        UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|no rotation)"
+        UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|forbid rotations)"
     ):
         Rewriting(kind, network)
 
