@@ -18,7 +18,8 @@ from hesse.checkpoints.writer import write_tensors
 from hesse.curvature import Gram, SquaredError
 from hesse.estimation import save_curvature
 from hesse.reporting.page import write_page
-from hesse.training import Training, recover
+from hesse.training import Training
+from hesse.training.finetune import finetune
 
 FolderOf = Callable[[str], Path]
 PACKAGE = Path(hesse.__file__).parent
@@ -121,7 +122,13 @@ def test_of_a_page(umask: int, tmp_path: Path) -> None:
 def test_of_a_training(umask: int, tmp_path: Path) -> None:
     data = [(torch.ones(2, 3), torch.ones(2, 1))]
     settings = Training(steps=1, optimizer=lambda named: torch.optim.SGD(named, lr=0.1))
-    recover(nn.Sequential(nn.Linear(3, 1)), data, settings, loss=SquaredError(), checkpoint=tmp_path / "new" / "kept")
+    finetune(
+        nn.Sequential(nn.Linear(3, 1)),
+        data,
+        settings,
+        loss_function=SquaredError(),
+        checkpoint=tmp_path / "new" / "kept",
+    )
     assert wrong(umask, tmp_path / "new") == {}
 
 
