@@ -25,6 +25,7 @@ from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
 from hesse.networks.network import CheckpointNetwork
 from hesse.options import setting
 from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import advance, start
 from hesse.result import ForecastReport, Result
 from hesse.scores import find_score
@@ -318,9 +319,8 @@ class _Removal:
         network, check = self.network, self.selected.check
         batches = check.batches(evaluation_batch(network, check.longest))
         passed, skipping = pass_through(result, batches, self.job.progress, "verify"), start(network, batches)
-        for number in self.kept:
-            with network.loaded(network.blocks[number]) as module:
-                advance(skipping, module, number)
+        for number, block in each_loaded(network, self.kept):
+            advance(skipping, block.module, number)
         same = compare(result, passed, network, skipping, self.job.progress)
         if not same.difference <= MOST_DIFFERENCE:
             raise VerificationError(
