@@ -35,7 +35,7 @@ MOST_DIFFERENCE = 1e-6  # nats per token between the result and the dense model 
 
 @dataclass(frozen=True)
 class DropRequest:
-    """How many blocks are removed, or what loss that may cost at most, and how they are chosen.
+    """Number of blocks to remove, or the largest loss increase, and the way to choose them.
 
     Raises:
         OptionError: not exactly one limit is given, or a value has no meaning.
@@ -94,29 +94,29 @@ def drop_blocks(
         model: a model folder, `default`, or a hub id; dense.
         out: the folder to write; it must not exist unless `overwrite`.
         blocks: how many blocks to remove; or give `loss`.
-        loss: remove as many as cost no more than this together, in nats per token, measured on the samples.
+        loss: the largest joint loss increase of the removed blocks, in nats per token, measured on the samples.
         importance: "loss", measured (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); "cosine", how little
             a block turns the hidden states (ShortGPT, Men et al., 2024, arXiv:2403.03853); or "quadratic", what the
             true Fisher predicts.
         share_rank: do not remove blocks, but make each of the most similar one that stays, its outputs scaled, and a
-            low rank beside each layer (FlexiGPT, Smith et al., 2025, arXiv:2501.14713). The files hold the sums, in as
-            many bytes as before; the report counts what has to be stored.
+            low rank for each layer (FlexiGPT, Smith et al., 2025, arXiv:2501.14713). The files hold the sums, in the
+            same bytes as before; the report counts the numbers that need to be stored.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
         samples: samples that blocks are judged by.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together.
+        batch_size: samples per batch.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        progress: receives each phase and step.
 
     Returns:
         Every block's score, what each removal cost by measurement, and what the whole change costs on other samples.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     request = DropRequest(blocks, loss, importance, share_rank)
     calibration = Calibration(data, samples, length, seed, batch_size)

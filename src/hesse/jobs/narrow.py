@@ -72,20 +72,20 @@ def narrow(
         keep: share of the hidden units that stay, the same for every block.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
         samples: calibration samples.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples.
-        batch_size: samples that go through the model together.
+        batch_size: samples per batch.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        progress: receives each phase and step.
 
     Returns:
         Each block's error, and what the change costs on samples that were held out, in nats per token.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     if not 0 < keep < 1:
         raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
