@@ -83,7 +83,7 @@ def compress_in_memory(
             model also lists of token ids, a text file, or a `datasets.Dataset` with `input_ids`. Read once and kept.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
         recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
-        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
+        options: options such as `Options(bits=3, group_size=64)`; None keeps the method's default.
         layers: patterns of the names of layers to change, as `model.named_modules()` has them.
         ignore: patterns of those to leave as they are.
         loss_function: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
