@@ -314,7 +314,7 @@ def test_every_name_of_a_row_is_in_its_table() -> None:
 @pytest.mark.parametrize("name", rows_of("cut"))
 def test_rows_of_sizes_build_what_they_print(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source = family_folder("llama")
-    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=IDS[:2])
+    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=tiny_models.DATA, samples=2)
     with recording() as built:
         METHODS[name].run(source, tmp_path / "statistics", tmp_path / "out", size="60%")
     check_built(METHODS[name], built)
