@@ -13,7 +13,7 @@ from torch import nn
 
 import digits
 import hesse
-from helpers import IDS
+from helpers import IDS, write_ids
 from hesse import solvers
 from hesse.constraints import (
     Codebook,
@@ -67,7 +67,7 @@ SOLVERS: dict[str, type] = {
     "error_feedback": solvers.ErrorFeedback,
     "two_sided_feedback": solvers.TwoSidedFeedback,
     "greedy_surgeon": solvers.GreedySurgeon,
-    "surgeon_at_once": solvers.StepwiseSurgeon,
+    "surgeon_at_once": solvers.SummedSurgeon,
     "surgeon_in_steps": solvers.StepwiseSurgeon,
     "admm": solvers.ADMM,
     "whitened_svd": solvers.WhitenedSVD,
@@ -313,8 +313,8 @@ def test_every_name_of_a_row_is_in_its_table() -> None:
 
 @pytest.mark.parametrize("name", rows_of("cut"))
 def test_rows_of_sizes_build_what_they_print(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
-    source = family_folder("llama")
-    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=tiny_models.DATA, samples=2)
+    source, data = family_folder("llama"), write_ids(tmp_path / "ids.jsonl")
+    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=data)
     with recording() as built:
         METHODS[name].run(source, tmp_path / "statistics", tmp_path / "out", size="60%")
     check_built(METHODS[name], built)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
@@ -31,7 +31,7 @@ class Compression:
     def __init__(self, job: Job, plan: Plan, budget: BudgetPlan | None, memory: MemoryPlan) -> None:
         self.job, self.plan, self.budget, self.memory = job, plan, budget, memory
         self.result = BlockResult()
-        self.known: Known = {}  # the backward statistics
+        self.known: KnownStatistics = {}  # the backward statistics
 
     def run(self, with_measurements: bool) -> CompressionReport:
         """Do everything but give the result its name."""

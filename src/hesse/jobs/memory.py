@@ -16,7 +16,6 @@ from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
-from hesse.planning.sizes import read_size
 
 LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
 # How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
@@ -85,18 +84,6 @@ def waiting_bytes(plan: Plan) -> int:
     probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
     factors = sum(sum(_backward(plan, layer).values()) for layer in plan.network.layers)
     return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
-
-
-def bytes_of(text: str) -> int:
-    """A number of bytes from what a person writes, such as 8GiB.
-
-    Raises:
-        OptionError: it is no such thing.
-    """
-    found = read_size(text)
-    if found is None:
-        raise OptionError(f"--memory is {text!r}: give bytes such as 8GiB or 500MB")
-    return int(found)
 
 
 def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:

@@ -19,13 +19,13 @@ from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.layerwise.report import LayerReport
 from hesse.layerwise.rules import rules_for, statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
-from hesse.modules.preparation import copied, objective_of
+from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
 from hesse.networks.factored import factored, replace_module
 from hesse.networks.network import Block, Layer
 from hesse.passes.activation_offload import KeepInMemory
 from hesse.passes.layer_stops import layer_stops
-from hesse.passes.per_sample import GradientPass, Kind
+from hesse.passes.per_sample import FisherKind, GradientPass
 from hesse.progress import Clock
 
 
@@ -40,7 +40,7 @@ def compress_module(
     layers: Sequence[str] = ("*",),
     ignore: Sequence[str] = (),
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    kind: Kind = "sampled",
+    kind: FisherKind = "sampled",
     seed: int = 0,
 ) -> ModuleReport:
     """Prune, quantise or factorise the layers of any `torch.nn.Module`; `model` itself is left as it is.
@@ -81,14 +81,14 @@ def compress_module(
         raise OptionError(f"{wanted.rewrite} rewrites language models on disk, not modules: choose another method")
     if any(rule.input_bits is not None for rule in wanted.rules):
         raise OptionError("inputs are rounded in language models on disk, not in modules: leave out the bits of inputs")
-    with copied(model) as (copy, found, notes):
+    with copy_model(model) as (copy, found, notes):
         shapes = {layer.name: layer.weight.shape for layer in found}
         weights = {layer.name: partial(_weight, layer) for layer in found}
         rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
         if by_statistic(statistics_needed(rules)).keys() & {"attention factor", "weighted inputs"}:
             raise OptionError("attention is found in language models on disk, not in modules: use curvature kronecker")
         chosen = [layer for layer in found if rules[layer.name] is not None]
-        with objective_of(copy, chosen, batches, loss, forward) as objective:
+        with layers_objective(copy, chosen, batches, loss, forward) as objective:
             return _Run(objective, chosen, rules, notes).run(wanted, kind, seed)
 
 
@@ -120,7 +120,7 @@ class _Run:
         self.encoded: dict[str, Any] = {}
         self.solver = LayerSolver()
 
-    def run(self, recipe: Recipe, kind: Kind, seed: int) -> ModuleReport:
+    def run(self, recipe: Recipe, kind: FisherKind, seed: int) -> ModuleReport:
         """Probe, solve, replace and measure."""
         before = self._dense_loss()
         self._probe(kind, seed)
@@ -164,7 +164,7 @@ class _Run:
                 self.notes.append(f"{layer.name}: {several}")
         return value
 
-    def _probe(self, kind: Kind, seed: int) -> None:
+    def _probe(self, kind: FisherKind, seed: int) -> None:
         """What the loss feels of the dense model's layers."""
         needs = statistics_needed(self.rules)
         walk = GradientPass(self.objective, kind, seed=seed, apart=needs_samples(needs))

@@ -16,7 +16,7 @@ from hesse.networks.torch_attention import split_attentions
 
 
 @contextmanager
-def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
+def copy_model(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
     """A copy in eval mode, its layers, and notes on what else has weights.
 
     Meanwhile the projections of torch's own attention are layers.
@@ -35,7 +35,7 @@ def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]
 
 
 @contextmanager
-def objective_of(
+def layers_objective(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Iterable[Batch],

@@ -1,7 +1,7 @@
 """One slope for all groups: what a byte more is worth is the same everywhere (Lagrange; Shoham and Gersho, 1988)."""
 
 from hesse.errors import OptionError
-from hesse.planning.problem import Choice, Group, Problem
+from hesse.planning.problem import Choice, ChoiceGroup, Problem
 
 
 def by_common_slope(problem: Problem, size: int) -> Choice:
@@ -31,7 +31,7 @@ def by_common_slope(problem: Problem, size: int) -> Choice:
     return tuple(hull[place] for hull, place in zip(hulls, places, strict=True))
 
 
-def lower_hull(group: Group) -> list[int]:
+def lower_hull(group: ChoiceGroup) -> list[int]:
     """The places of the candidates on the lower convex hull of loss over size, from the smallest size on."""
     candidates = group.candidates
     order = sorted(range(len(candidates)), key=lambda place: (candidates[place].size, candidates[place].loss))

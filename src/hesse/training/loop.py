@@ -15,7 +15,7 @@ from hesse.training.held import Held, check_names
 from hesse.training.passes import USE, Passes, seed_all
 from hesse.training.training import Training, linear_decay
 
-Gradients = dict[str, Tensor]  # of the parameters that a loss reached
+NamedGradients = dict[str, Tensor]  # of the parameters that a loss reached
 
 
 class StepRule(Protocol):
@@ -25,8 +25,8 @@ class StepRule(Protocol):
         """Raise OptionError if it cannot train these weights."""
 
     def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
-    ) -> Gradients:
+        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
+    ) -> NamedGradients:
         """What an optimiser is given as the gradient.
 
         `gradients()` takes it on the step's batches at the weights as they then are. They may be changed in place,
@@ -42,13 +42,13 @@ class PlainStep:
         """Any can be trained."""
 
     def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
-    ) -> Gradients:
+        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
+    ) -> NamedGradients:
         """The gradient where the weights are."""
         return gradients()
 
 
-class Loop:
+class TrainingLoop:
     """A training that can be stopped and gone on with after any step.
 
     The model's own parameters are allowed weights after every step. In the place of one that is held other tensors are
@@ -148,7 +148,7 @@ class Loop:
         self.losses.append(found[0])
         self.allow()
 
-    def _gradients(self, batches: list[Batch], found: list[float]) -> Gradients:
+    def _gradients(self, batches: list[Batch], found: list[float]) -> NamedGradients:
         """Those of all batches as if they were one; the loss is added to `found`."""
         total, count = 0.0, 0
         for weight in self.objective.parameters:
