@@ -210,8 +210,8 @@ def test_rows_of_finetuning_build_what_they_print(name: str, monkeypatch: pytest
     with torch.no_grad():
         model[1].weight.mul_(Sparse(0.5).mask(model[1].weight.square()))
     loops: list[Any] = []
-    loop = FINETUNE.Loop
-    monkeypatch.setattr(FINETUNE, "Loop", lambda *given: loops.append(loop(*given)) or loops[-1])
+    loop = FINETUNE.TrainingLoop
+    monkeypatch.setattr(FINETUNE, "TrainingLoop", lambda *given: loops.append(loop(*given)) or loops[-1])
     options = hesse.Options(own={"cuts": 2}) if name == "movement" else narrow_options(method)
     options = hesse.Options() if name == "onebit-training" else options
     method.run(model, digits.batches(samples=64), Training(steps=4), loss_function=CrossEntropy(), options=options)
