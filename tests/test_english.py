@@ -18,9 +18,12 @@ FOLDERS_DONE = (
     "finite.py",
     "formats",
     "inspection",
+    "layerwise",
     "networks",
     "passes",
     "progress.py",
+    "planning",
+    "reporting",
     "rewriting",
     "runtimes",
 )

@@ -58,19 +58,20 @@ class Cutting:
         self.loop.run(self.loop.training.steps, after_step)
 
     def _cut(self, amount: float | str) -> None:
-        from hesse.modules import compress_module
+        from hesse.modules.compress import compress_in_memory
 
         loop = self.loop
         objective = loop.objective
-        report = compress_module(
+        result = compress_in_memory(
             objective.model,
             loop.first_batches(self.calibration),
             recipe=self.recipe(amount),
-            loss=objective.loss,
+            loss_function=objective.loss,
             forward=objective.forward,
             seed=loop.training.seed + self.passed,
         )
-        pruned = dict(report.module.named_parameters())
+        assert result.model is not None
+        pruned, report = dict(result.model.named_parameters()), result.report
         weights = {name: pruned[name].detach() for name in loop.held}
         loop.go_on_from(weights, {name: HeldZeros(weight != 0) for name, weight in weights.items()})
         changes = (report.loss_before, report.loss_after, report.predicted_loss_increase)

@@ -52,7 +52,7 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
 def prunable_weights(
     model: nn.Module, sparsity: float | str = 0.5, layers: Sequence[str] = ("*",), ignore: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The names of the weights that can be pruned to `sparsity`, as `compress_module` would: for Movement and CrAM.
+    """The names of the weights that can be pruned to `sparsity`, as `compress` would: for Movement and CrAM.
 
     Raises:
         HesseError: the model has none, a pattern of names matches none, or one does not fit `sparsity`.
