@@ -19,13 +19,16 @@ FOLDERS_DONE = (
     "formats",
     "inspection",
     "layerwise",
+    "methods",
     "networks",
+    "partitions",
     "passes",
-    "progress.py",
     "planning",
+    "progress.py",
     "reporting",
     "rewriting",
     "runtimes",
+    "training",
 )
 BAD_BEGINNING = re.compile(r"(What|Which|Whether|How|Those|Of|That|Where|Everything that|Meanwhile)\b")
 HOUSE_WORDS = re.compile(

@@ -177,7 +177,7 @@ ON_DISK = [
 @pytest.mark.parametrize("name", [name for name in rows_of("compress") if name not in ON_DISK])
 def test_rows_of_compress_build_what_they_print(name: str) -> None:
     with recording() as built:
-        hesse.compress_module(net(), digits.batches(samples=64), method=name, options=narrow_options(METHODS[name]))
+        METHODS[name].run(net(), data=digits.batches(samples=64), options=narrow_options(METHODS[name]))
     check_built(METHODS[name], built)
 
 

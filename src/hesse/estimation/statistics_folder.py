@@ -17,7 +17,7 @@ from hesse.errors import CheckpointError, DataError
 from hesse.estimation.storage import load_curvature
 
 INDEX_FILE = "statistics.json"
-SENSITIVITIES_FILE = "sensitivities.safetensors"
+OUTPUT_FACTORS_FILE = "output_factors.safetensors"
 SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # the samples' entries in an index
 StoredCurvature = TypeVar("StoredCurvature", bound=Curvature)
 
@@ -102,12 +102,12 @@ class Statistics:
         return found
 
     @cached_property
-    def sensitivities(self) -> dict[str, Tensor]:
+    def output_factors(self) -> dict[str, Tensor]:
         """Return each layer's output factor E[ggᵀ], in nats per token; its diagonal if there are Kronecker factors."""
         try:
-            return load_file(self.folder / SENSITIVITIES_FILE)
+            return load_file(self.folder / OUTPUT_FACTORS_FILE)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / SENSITIVITIES_FILE} cannot be read ({error})") from None
+            raise CheckpointError(f"{self.folder / OUTPUT_FACTORS_FILE} cannot be read ({error})") from None
 
 
 def _is_index(content: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from hesse.estimation import Sums, save_curvature
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
 from hesse.estimation.statistics import probe_tokens
-from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
+from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
 from hesse.formats.opening import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
@@ -237,7 +237,7 @@ class _Estimation:
         with job.clock.phase("write"), writing(job.out):
             for name in {name for files in self.files.kinds.values() for name in files.values()}:
                 link_or_copy(job.journal.folder / name, job.folder / name)
-            write_tensors(job.folder / SENSITIVITIES_FILE, factors)
+            write_tensors(job.folder / OUTPUT_FACTORS_FILE, factors)
         return self.files.kinds
 
     def _probe(self) -> dict[str, Tensor]:
