@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from hesse.errors import OptionError
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.implant import Implant, implant
 from hesse.modules.sites import BySite, Removal, Sites, pruning_objective
 from hesse.options import setting
@@ -199,3 +200,6 @@ def _smaller_rows(model: nn.Module, removed: BySite, chosen: Sequence[Group]) ->
                 before = sorted(lost[piece.parameter])
                 rows[name] += [index - bisect_left(before, index) for index in piece.indices]
     return dict(rows)
+
+
+STRATEGIES.register("group_ranking", GroupRanking)

@@ -24,7 +24,7 @@ from hesse.rewriting import Rewriting
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Setup:
     """The model, each layer's rule, how the result is stored, and the samples."""
 
     model: Path
@@ -51,7 +51,7 @@ class Plan:
         return self.samples.longest
 
 
-def make_plan(
+def open_setup(
     model: Path,
     recipe: Recipe,
     calibration: Calibration,
@@ -59,7 +59,7 @@ def make_plan(
     format_name: str,
     device: torch.device,
     target: str | None = None,
-) -> Plan:
+) -> Setup:
     """Open the model folder `model` and settle everything.
 
     With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data
@@ -113,7 +113,7 @@ def make_plan(
     if statistics is not None or not calibrated:
         samples = selected.probes  # only the prediction looks at them
     seen = samples.first(len(selected.check.ids))
-    return Plan(
+    return Setup(
         model=model,
         recipe=recipe,
         calibration=calibration,
