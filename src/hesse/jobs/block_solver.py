@@ -1,4 +1,4 @@
-"""The layers of one block: solved, put in their places, and written."""
+"""Solve the layers of one block, set their weights, and return the tensors to write."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from hesse.progress import Clock
 
 @dataclass(eq=False)
 class BlockResult:
-    """What became of a block's layers."""
+    """Results of a block's layers."""
 
     layers: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -30,12 +30,12 @@ class BlockResult:
         self.digests |= other.digests
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold, for `from_dict`."""
+        """Return the result as plain JSON values, for `from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "BlockResult":
-        """A result from what `to_dict` gave."""
+        """Return the result that `to_dict` described."""
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
         return cls(layers, content["notes"], content["digests"])
 
@@ -70,7 +70,7 @@ class BlockSolver:
         return result, tensors
 
     def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
-        """Solve one layer, put the solution in its place, and return the tensors to write for it."""
+        """Solve one layer, set its weight to the solution, and return the tensors to write for it."""
         rule = self.setup.rules[layer.name]
         assert rule is not None
         solved = solve_layer(layer, statistics, rule, self.setup.format, self.solver, self.clock)

@@ -93,52 +93,52 @@ def compress(
 ) -> Result[Any]:
     """Compress a language model or encoder on disk into a new folder that other programs load, or a module in memory.
 
-    A run on disk that was killed resumes behind the last block it finished, to the same result bit for bit. A module
+    A killed run on disk resumes after the last block it finished, with the same result bit for bit. A module
     is copied and the copy is changed: see `hesse.modules.compress.compress_in_memory`, which takes `layers`,
-    `loss_function`, `forward` and `kind`; what only has a meaning for files is refused for it.
+    `loss_function`, `forward` and `kind`; options that concern files are refused for it.
 
     Args:
         model: a model folder, `default`, or a hub id, dense; or any `torch.nn.Module`.
         out: the folder to write; it must not exist unless `overwrite`. None for a module.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
-        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
-        ignore: patterns of layer names to leave as they are.
+        recipe: rules per layer, from `hesse.methods.load_recipe` or built in Python.
+        options: options such as `Options(bits=3, group_size=64)`; None keeps the method's default.
+        ignore: patterns of layers to leave unchanged.
         data: a text, JSON lines or parquet file, a datasets id, a `datasets.Dataset` with a column `input_ids`, or
             lists of token ids; None for the shipped text. For a module also batches: (inputs, targets) pairs or
             dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
         samples: calibration samples.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together; it changes memory and time, not the result.
+        batch_size: samples per batch; it changes memory and time, not the result.
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `int-quantized`, `dense` or `low-rank`.
         size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
             `mean_bits` or `loss` the recipe is planned: see `plan`.
         mean_bits: a budget of bits a weight over the planned layers, scales included.
         loss: a budget of predicted loss in nats per token.
-        target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
-        allocation: how a budget's choices are priced: `hawq` or `hawq-v2`; None solves every layer for every choice.
+        target: `transformers`, `vllm` or `any`: refuse, or do not plan, schemes that this loader does not support.
+        allocation: the predictor of a budget's costs: `hawq` or `hawq-v2`; None solves every layer for every choice.
         overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        memory: the most that the process may take, such as "8GiB" or a number of bytes: what is kept in memory and what
-            on disk follows from it. None for most of what is free.
-        measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
-            calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It takes time.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        memory: the memory limit of the process, such as "8GiB" or a number of bytes; it determines which activations
+            are kept on disk. None for most of the free memory.
+        measure: also measure the cost of each layer alone, the range of the quadratic model, and the loss on text of
+            the calibration, and generate continuations, for `hesse.reporting.compression_page`. It takes time.
         layers: patterns of the layers of a module to change.
         loss_function: the loss of a module; None for cross-entropy, or a language model's own.
         forward: `forward(model, inputs)` gives the outputs of a module.
         kind: "sampled" or "empirical" labels for the Fisher of a module.
-        progress: told how far the run is.
+        progress: receives each phase and step.
 
     Returns:
-        What was done to each layer, sizes in bytes, seconds by phase, and losses in nats per token.
+        A record of each layer, sizes in bytes, seconds by phase, and losses in nats per token.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     if isinstance(model, nn.Module):
         settings = {"out": out, "statistics": statistics, "size": size, "mean_bits": mean_bits, "loss": loss}
@@ -250,7 +250,7 @@ def compress_folder(
 
 
 def _forecast(job: Job, setup: Setup, request: Recipe | BudgetRequest) -> ForecastReport:
-    """Return what a run would take; `plan` is that of the method alone where a budget is still to be planned."""
+    """Return the forecast of a run; `plan` is that of the method alone if a budget is still to be planned."""
     network, checkpoint, calibration = setup.network, setup.checkpoint, job.calibration
     fits = fit_memory(setup, job.run.memory)
     needed = _most_bytes(checkpoint, setup) + waiting_bytes(setup)
@@ -336,7 +336,7 @@ def _plan_once(
 
 
 def _rewrite(job: Job, setup: Setup, rewriting: Rewriting, batch_size: int) -> None:
-    """Have the model read as it is rewritten; rank 0 finds the rewriting and notes it."""
+    """Apply the rewriting to the model as it is read; rank 0 finds the rewriting and records it."""
     journal, progress = job.work.journal, job.progress
     path = journal.folder / "rewriting.safetensors"
     if job.processes.is_main and journal.recall("rewriting") is None:
@@ -354,7 +354,7 @@ def _rewrite(job: Job, setup: Setup, rewriting: Rewriting, batch_size: int) -> N
 
 
 def _fit_memory(job: Job, setup: Setup) -> MemoryBound:
-    """Return how the run keeps within its memory, at the batch size it began with: the last digits depend on it."""
+    """Return the memory plan of the run, at the batch size it began with: the last digits depend on it."""
     noted = job.journal.recall("memory")
     fits = fit_memory(setup, job.run.memory, None if noted is None else noted["batch_size"])
     least = job.processes.all_reduce_min(fits.batch_size)

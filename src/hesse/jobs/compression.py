@@ -1,4 +1,4 @@
-"""One compression of a folder: the dense model's pass, blocks solved in order, the result read back and measured."""
+"""Compression of a folder: the dense model's pass, solving blocks in order, reading back and measuring the result."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,7 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 class Compression:
-    """The state of one run of `job`: what it is going to do, and what is done."""
+    """State of one run of `job`: its plan, and its finished work."""
 
     def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
         self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
@@ -34,7 +34,7 @@ class Compression:
         self.known: KnownStatistics = {}  # the backward statistics
 
     def run(self, with_measurements: bool) -> CompressionReport:
-        """Do everything but give the result its name."""
+        """Do everything except renaming the result to OUT."""
         setup, job = self.setup, self.job
         dense = self._dense_pass()
         self._solve_blocks()
@@ -53,7 +53,7 @@ class Compression:
         return self._report(verification, measurements)
 
     def _dense_pass(self) -> list[StreamBatch]:
-        """Collect the backward statistics, and return the check samples behind the unchanged model's last block."""
+        """Collect the backward statistics, and return the check samples after the unchanged model's last block."""
         setup, job = self.setup, self.job
         clock, journal, step, processes = job.clock, job.journal, job.progress.advance, job.processes
         passes = 1 if setup.statistics is not None else 3
@@ -67,7 +67,7 @@ class Compression:
         return flows
 
     def _solve_blocks(self) -> None:
-        """Take the calibration samples through the blocks; solve, write and note one after another."""
+        """Pass the calibration samples through the blocks; solve, write and record one block after another."""
         setup, job, blocks = self.setup, self.job, self.setup.network.blocks
         job.progress.begin("compress", len(blocks))
         flows = self._flows()
@@ -116,7 +116,7 @@ class Compression:
         )
 
     def _verify(self, dense: list[StreamBatch]) -> None:
-        """Read the result back, compare it with what was solved and predicted, and note how far it is from it."""
+        """Read the result back, compare it with the solution and the prediction, and record the difference."""
         setup, job = self.setup, self.job
         predicted = {
             layer.name: (layer.predicted_loss_increase or 0.0) + (layer.predicted_input_loss or 0.0)
@@ -136,7 +136,7 @@ class Compression:
         job.work.journal.record("verified", asdict(verification))
 
     def _measure(self) -> Measurements:
-        """Measure each layer alone, along the change, and in words."""
+        """Measure each layer alone, points along the change, and continuations."""
         setup, job = self.setup, self.job
         costs = {layer.name: layer.predicted_loss_increase for layer in self.result.layers}
         result, folder = open_checkpoint(job.folder), job.journal.folder

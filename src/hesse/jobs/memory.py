@@ -1,4 +1,4 @@
-"""How much memory a run will take at most, and how it is kept within a limit."""
+"""Bound the memory of a run, and keep it within a limit."""
 
 import re
 from collections.abc import Mapping
@@ -20,24 +20,24 @@ from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
 
 COMPARING = "compare the result with the dense model"
-LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
+LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
 OF_LOGITS = 6  # as many while two models are compared
 OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
-SHARE_FREE = 0.05  # of what is freed that the allocator keeps
+SHARE_FREE = 0.05  # share of freed memory that the allocator keeps
 
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """What a run does to stay within its memory, and how much that is."""
+    """Batch size and offloading of a run, and the resulting bound of its memory."""
 
     bound: int  # bytes
-    batch_size: int  # samples that are calibrated on together
+    batch_size: int  # samples per calibration batch
     offloads: bool  # whether what a block holds for waiting samples is in files
-    largest: str  # when the most is needed
+    largest: str  # the phase that needs the most memory
 
     def sentence(self) -> str:
-        """What a person is told before the run."""
+        """Return the message that is shown before the run."""
         where = "on disk" if self.offloads else "in memory"
         samples = "1 sample" if self.batch_size == 1 else f"{self.batch_size} samples"
         return (
@@ -49,10 +49,10 @@ class MemoryBound:
 def fit_memory(setup: Setup, limit: int | None, batch_size: int | None = None) -> MemoryBound:
     """The fastest way to run `setup` in at most `limit` bytes; without a limit, in what is free now if that will do.
 
-    A `batch_size` is kept to.
+    A given `batch_size` is not changed.
 
     Raises:
-        OptionError: there is none; the message says how much is enough.
+        OptionError: the limit is too small; the message says how much is enough.
     """
     usual = batch_size or setup.calibration.batch_size or calibration_batch(setup.length)
     usual = min(usual, len(setup.samples.ids))
@@ -76,7 +76,7 @@ def fit_memory(setup: Setup, limit: int | None, batch_size: int | None = None) -
 
 
 def waiting_bytes(setup: Setup) -> int:
-    """What a run has on disk at once besides its result, at most: hidden states of three steps, inputs, factors."""
+    """Return the bytes on disk in addition to the result, at most: hidden states of three steps, inputs, factors."""
     width = int(setup.network.model.config.get_text_config().hidden_size) * setup.network.dtype.itemsize
     tokens = 0 if setup.statistics is not None else sum(len(ids) for ids in setup.samples.ids)
     probed = 0 if setup.statistics is not None else sum(len(ids) for ids in setup.probes.ids)
@@ -112,9 +112,9 @@ def _bound(setup: Setup, batch_size: int, paused: bool) -> MemoryBound:
 
 
 def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, str]:
-    """Return the most bytes that this process will have, and the phase that takes them.
+    """Return the largest memory of this process, in bytes, and the phase that needs it.
 
-    `phases` are bytes by what is done then, beside what the process has now and `working_bytes`.
+    `phases` are bytes by phase, in addition to the process's present memory and `working_bytes`.
     """
     largest = max(phases, key=phases.__getitem__)
     base = psutil.Process().memory_info().rss + LATER + working_bytes
@@ -122,7 +122,7 @@ def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, st
 
 
 def evaluated_tokens(network: CheckpointNetwork, length: int) -> int:
-    """Return the tokens that pass a network together where a result is measured."""
+    """Return the tokens per batch when a result is measured."""
     return min(evaluation_batch(network, length) * length, max(PROBE_TOKENS, 2 * length))
 
 
@@ -135,12 +135,12 @@ def comparing(dense: CheckpointNetwork, length: int) -> int:
 
 
 def running(network: CheckpointNetwork, block: Block, tokens: int) -> int:
-    """Return the bytes of a loaded block and of what it makes of `tokens` in float32."""
+    """Return the bytes of a loaded block and of its activations for `tokens` in float32."""
     return _loaded(network, parameters(block)) + activations(network, block, tokens, 4)
 
 
 def taking_gradients(network: CheckpointNetwork, block: Block, tokens: int, kept: int) -> int:
-    """Return the bytes of a backward pass through a block, `kept` being those of the statistics that it fills."""
+    """Return the bytes of a backward pass through a block; `kept` are the bytes of its statistics."""
     widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
     gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
     return _loaded(network, parameters(block)) + kept + gradients + 4 * tokens * widest + 4 * widest**2
@@ -163,7 +163,7 @@ def parameters(block: Block) -> int:
 
 
 def _attention_factors(setup: Setup, block: Block) -> int:
-    """Bytes of the statistics that a pass over a block gives before its layers are solved."""
+    """Return the bytes of the statistics of a pass over a block before its layers are solved."""
     needs = statistics_needed(setup.rules)
     wanted = {name for layer in block.layers for name in needs.get(layer.name, ())}
     return sum(
@@ -175,7 +175,7 @@ def _attention_factors(setup: Setup, block: Block) -> int:
 
 
 def _free() -> int:
-    """What this process may take in all, of what the system and its control group have left."""
+    """Return the total bytes that this process may take, by the free memory of the system and its control group."""
     free = int(psutil.virtual_memory().available)
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if path.exists() and (text := path.read_text().strip()).isdigit():
@@ -201,7 +201,7 @@ def _solving(setup: Setup, layer: Layer, tokens: int) -> int:
 
 
 def _backward(setup: Setup, layer: Layer) -> dict[str, int]:
-    """Bytes of the backward statistics that are kept of a layer, by name."""
+    """Return the bytes of a layer's backward statistics, by name."""
     if setup.statistics is not None:
         return {}
     return {
@@ -212,9 +212,9 @@ def _backward(setup: Setup, layer: Layer) -> dict[str, int]:
 
 
 def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
-    """Return the bytes that a block makes of `tokens`, at most: what goes into and comes out of its layers.
+    """Return an upper bound of the bytes of a block's activations for `tokens`: the layers' inputs and outputs.
 
-    A token reaches some of a block's experts only.
+    A token reaches only some of a block's experts.
     """
     experts = {layer.name for layer in block.layers if ".experts." in layer.name}
     chosen, number = 1, 1
@@ -230,7 +230,7 @@ def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize:
 
 
 def _loaded(network: CheckpointNetwork, elements: int) -> int:
-    """Bytes while `elements` weights are read and brought into the network's type."""
+    """Return the bytes while `elements` weights are read and converted to the network's type."""
     stored, own = _stored(network), network.dtype.itemsize
     return elements * (own if stored == own else own + stored)
 
@@ -242,11 +242,11 @@ def _stored(network: CheckpointNetwork) -> int:
 
 
 def _outside(network: CheckpointNetwork) -> int:
-    """Parameters outside the blocks."""
+    """Return the number of parameters outside the blocks."""
     inside = {id(parameter) for block in network.blocks for parameter in block.module.parameters()}
     return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)
 
 
 def shown_bytes(size: int) -> str:
-    """Return a size as people write it, rounded up."""
+    """Return a size as text with a unit, rounded up."""
     return f"{size / 2**30:.2f}GiB" if size >= 1 << 30 else f"{-(-size // 2**20)}MiB"

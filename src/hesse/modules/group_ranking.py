@@ -125,7 +125,7 @@ class GroupRanking:
 
 
 def share_removed(keep: float) -> float:
-    """Return 1 - keep, as the decimal number that a person means: 0.3 of 0.7."""
+    """Return 1 - keep without binary rounding errors: exactly 0.3 for 0.7."""
     return round(1 - keep, 12)
 
 

@@ -202,14 +202,14 @@ def _prune_weights(
 ) -> Result[PruneReport]:
     """Set weights of a copy of the model to zero."""
     ranking.check([])
-    with preparation.copied(model) as (copy, found, notes):
+    with preparation.copy_model(model) as (copy, found, notes):
         names = [layer.name for layer in found]
         check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
         chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
         if not chosen:
             raise OptionError("no layer is left to prune: ignore fewer")
         ranking.check(chosen)
-        with preparation.objective_of(copy, chosen, data, loss_function, forward) as objective:
+        with preparation.layers_objective(copy, chosen, data, loss_function, forward) as objective:
             pruned, size = ranking.prune(objective, seed), objective.size
             reports = [ranking.report(layer) for layer in chosen]
         zeros = {layer.name: int((layer.weight == 0).sum()) for layer in chosen}
