@@ -29,8 +29,7 @@ class Rows:
     @cached_property
     def live(self) -> Tensor:
         """Which positions (samples, positions) have a gradient: padding has none, and counts nowhere."""
-        live: Tensor = (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
-        return live
+        return (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
 
     @cached_property
     def positions(self) -> Flat:
