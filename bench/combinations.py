@@ -112,7 +112,7 @@ def statistics_folder() -> Path:
 def shapes() -> dict[str, torch.Size]:
     """Of the layers' weights."""
     checkpoint = open_checkpoint(DEFAULT_FOLDER)
-    names = Statistics(statistics_folder()).sensitivities
+    names = Statistics(statistics_folder()).output_factors
     return {name: checkpoint.read([f"{name}.weight"])[f"{name}.weight"].shape for name in names}
 
 
@@ -121,7 +121,7 @@ def costs(scheme: Scheme) -> dict[str, tuple[int, float]]:
     """Of each layer: bits in all, and nats per token that the scheme costs there alone."""
     statistics, checkpoint, solver = Statistics(statistics_folder()), open_checkpoint(DEFAULT_FOLDER), LayerSolver()
     found, device = {}, torch.device("cpu")
-    for name in statistics.sensitivities:
+    for name in statistics.output_factors:
         weight = checkpoint.read([f"{name}.weight"])[f"{name}.weight"].float()
         gram, kronecker = statistics.gram(name, device), statistics.kronecker(name, device)
         assert gram is not None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from machine import best_of, limits
+from prose import paragraph
 from torch import Tensor
 
 from hesse.curvature import BlockAccumulator, GradientWindow, RankOneSum
@@ -107,16 +108,26 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Curvature benchmarks",
         "",
-        f"Made by `python bench/curvature.py`. Machine: {machine['processor']}, {machine['threads']} threads, no GPU; "
-        f"Python {machine['python']}, torch {machine['torch']}. Measured in the same run: matrix product "
-        f"{flops / 1e9:.0f} GFLOP/s in float32, reading memory {bandwidth / 1e9:.0f} GB/s. The fastest of three.",
+        paragraph(
+            "What do set-up, products and solves of a [RankOneSum](curvatures/rank-one-sum.md) or "
+            "[BlockRankOneSum](curvatures/block-rank-one-sum.md) cost at your number of weights d and gradients m? "
+            "These tables compare them with the machine's limits; `python bench/curvature.py` repeats them."
+        ),
+        "",
+        paragraph(
+            f"Machine: {machine['processor']}, {machine['threads']} threads, no GPU; Python {machine['python']}, torch "
+            f"{machine['torch']}. Measured in the same run: matrix product {flops / 1e9:.0f} GFLOP/s in float32, "
+            f"reading memory {bandwidth / 1e9:.0f} GB/s. The fastest of three."
+        ),
         "",
         "## RankOneSum",
         "",
-        "d weights, m gradients. Set-up is the inner products and their Cholesky factor; its rate counts d m² "
-        "operations (one triangle of the symmetric product), so 50 % is what a full product at the peak rate would "
-        "show. A product reads the gradients twice; its share is of the memory's rate. Woodbury is the textbook in "
-        "float32.",
+        paragraph(
+            "d weights, m gradients. Set-up is the inner products and their Cholesky factor. Its rate counts d m² "
+            "operations (one triangle of the symmetric product), so a full product at the peak rate would show 50 %. A "
+            "product reads the gradients twice; its share is of the memory's rate. Woodbury is the textbook formula in "
+            "float32."
+        ),
         "",
         "| d | m | set-up, s | of peak | Woodbury | matvec, s | of memory | solve, s | of memory | Woodbury | "
         "in span, s | push, s |",
@@ -134,8 +145,10 @@ def page(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Relative error of H⁻¹g for a gradient g of the sum, at λ = {DAMPING:g} of the mean eigenvalue of the range, "
-        "against float64:",
+        paragraph(
+            f"Relative error of H⁻¹g for a gradient g of the sum, at λ = {DAMPING:g} of the mean eigenvalue of the "
+            "range, against float64:"
+        ),
         "",
         "| d | m | `solve_in_span` | `solve` | Woodbury |",
         "|---|---|---|---|---|",
@@ -158,7 +171,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "| | seconds |",
         "|---|---|",
-        f"| {row['at_once']} gradients in | {row['add']:.2f}, {100 * rate:.0f} % of the peak rate |",
+        f"| {row['at_once']} gradients added | {row['add']:.2f}, {100 * rate:.0f} % of the peak rate |",
         f"| all {row['m']} | {row['all_gradients']:.1f} |",
         f"| Cholesky factors, and a first solve | {row['factor']:.2f} |",
         f"| solve | {row['solve']:.3f} |",

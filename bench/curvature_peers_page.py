@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from prose import paragraph
+
 NETWORKS = {
     "mlp": "perceptron, 1 million parameters, 1024 samples",
     "conv": "convolutional network, 512 samples of 3 × 32 × 32",
@@ -22,15 +24,15 @@ STEPS = {
 NOTES = {
     "ekfac": "The linear layers of the blocks (q, k, v, o, gate, up, down: 4.7 million weights), labels drawn from the "
     "model. The three stages are timed one by one; the total is their sum. kronfluence writes each stage's result to a "
-    "file and reads it back, which is in its time. The corrected eigenvalues are of different things: kronfluence "
+    "file and reads it back, which its time includes. The corrected eigenvalues differ in meaning: kronfluence "
     "squares the gradient of a whole sequence, in the eigenvectors of factors over positions; Hesse does so with the "
     "gradients of positions (`per position`) or of sequences with factors of sequences (`per sample`). The inverse "
     "product is of one gradient of each layer, with damping of 0.1 of the mean eigenvalue. The plain gradient, one "
-    "forward and backward pass over the data, is there for scale.",
+    "forward and backward pass over the data, is shown for scale.",
     "hessian": "One product over all data, the mean of ten after one to warm up. `keep_graph` and `one batch` keep the "
-    "graph of the gradient between products, for its memory.",
-    "trace": "Hutchinson's estimate from 16 random vectors, after one to warm up, with the making of a kept graph.",
-    "gauss_newton": "The same, for one vector and for eight at once.",
+    "graph of the gradient between products, which takes memory.",
+    "trace": "Hutchinson's estimate from 16 random vectors, after one to warm up; making a kept graph is included.",
+    "gauss_newton": "The same, for one vector and for eight together.",
     "diagonal": "The mean square of samples' gradients, with the labels of the data.",
 }
 
@@ -39,23 +41,34 @@ def page(results: dict[str, Any]) -> str:
     """The tables, with ratios to Hesse."""
     machine = results["machine"]
     lines = [
-        "# Curvature beside other programs",
+        "# Curvature compared with other programs",
         "",
-        f"Made by `python bench/curvature_peers.py`. Machine: {machine['processor']}, {machine['threads']} threads, no "
-        f"GPU; Python {machine['python']}, torch {machine['torch']} for all. Measured in the same run: matrix product "
-        f"{machine['gemm_float32'] / 1e9:.0f} GFLOP/s in float32, memory {machine['memory_bandwidth'] / 1e9:.0f} GB/s.",
+        paragraph(
+            "Which program computes your curvature fastest, in how much memory, and do the programs agree? "
+            "These tables compare Hesse with curvlinops, kronfluence, PyHessian, hessian-eigenthings, BackPACK and "
+            "NNGeometry; `python bench/curvature_peers.py` repeats them."
+        ),
         "",
-        "Each program in a process and an environment of its own, in float32, on the same weights, data and batches, "
-        f"taking turns; the fastest of {results['repeats']}. In brackets after seconds: Hesse's time over "
-        "the row's, so below 1 Hesse is faster. Memory: the peak of the process above what it had before the step, "
-        "and the peak itself, with the packages. Difference: of the last product, from Hesse's, relative to its "
-        "largest entry.",
+        paragraph(
+            f"Machine: {machine['processor']}, {machine['threads']} threads, no GPU; Python {machine['python']}, torch "
+            f"{machine['torch']} for all. Measured in the same run: matrix product "
+            f"{machine['gemm_float32'] / 1e9:.0f} GFLOP/s in float32, memory "
+            f"{machine['memory_bandwidth'] / 1e9:.0f} GB/s."
+        ),
+        "",
+        paragraph(
+            "Each program has a process and an environment of its own, and runs in float32 on the same weights, data "
+            f"and batches. The programs alternate; the fastest of {results['repeats']}. In brackets after seconds: "
+            "Hesse's time over the row's, so below 1 Hesse is faster. Memory: the peak of the process above its memory "
+            "before the step, and the peak itself, packages included. Difference: of the last product from Hesse's, "
+            "relative to its largest entry."
+        ),
     ]
     if results["repeats"] < 3:
         lines += ["", "**Provisional: fewer than three repeats, so other work on the machine shows in these seconds.**"]
     for step in STEPS:
         rows = [row for row in results["rows"] if row["step"] == step]
-        lines += ["", f"## {STEPS[step]}", "", NOTES[step]] if rows else []
+        lines += ["", f"## {STEPS[step]}", "", paragraph(NOTES[step])] if rows else []
         for problem in dict.fromkeys(row["problem"] for row in rows):
             lines += ["", f"{NETWORKS[problem][0].upper()}{NETWORKS[problem][1:]}:", ""]
             lines += _table([row for row in rows if row["problem"] == problem])
@@ -84,11 +97,13 @@ def _agreement(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Agreement",
         "",
-        "Small networks in float64 without biases, with the labels of the data: the largest difference between a "
-        "program's result and Hesse's, relative to Hesse's largest entry, over all layers. Scales are brought to "
-        "Hesse's where they differ (`bench/peers/run_curvature_*.py` say how). Where weights are shared over places, "
-        "curvlinops, kronfluence and NNGeometry correct the eigenvalues of expanded factors with whole samples' "
-        "gradients, another matrix: those are not compared.",
+        paragraph(
+            "Small networks in float64 without biases, with the labels of the data: the largest difference between a "
+            "program's result and Hesse's, relative to Hesse's largest entry, over all layers. Scales are converted to "
+            "Hesse's where they differ (`bench/peers/run_curvature_*.py` describe how). Where weights are shared over "
+            "places, curvlinops, kronfluence and NNGeometry correct the eigenvalues of expanded factors with whole "
+            "samples' gradients. That is another matrix, and is not compared."
+        ),
         "",
         "| quantity | network | program | difference |",
         "|---|---|---|---|",

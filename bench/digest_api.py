@@ -88,7 +88,13 @@ def evaluate(model: str | Path, **arguments: Any) -> Any:
 
 def compress_module(model: nn.Module, batches: Batches, **arguments: Any) -> Any:
     """Compress a module by a method of the table."""
-    return hesse.compress_module(model, batches, **with_options(arguments))
+    if "loss" in arguments:
+        arguments["loss_function"] = arguments.pop("loss")
+    result = hesse.compress(model, data=batches, **with_options(arguments))
+    return {
+        "module": result.model,
+        **{key: getattr(result.report, key) for key in vars(result.report) if key != "loss"},
+    }
 
 
 def prune_module(model: nn.Module, batches: Batches, score: str, scope: str, **arguments: Any) -> Any:

@@ -34,6 +34,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB
 # dropped on purpose. Names that still match nothing are compared by their values alone.
 TOP = r"numbers:(?:0|hesse-report\.json)"  # a report as it is returned, and as it is written
 RENAMED: list[tuple[str, str | None]] = [
+    (r":sensitivities\.safetensors:", ":output_factors.safetensors:"),
+    (
+        r"^repair/dense \w+:compression\.json\.",
+        None,
+    ),  # the compressed model's: was copied
     (r":(compression|narrow|blocks|repair)\.json\.", ":hesse-report.json."),
     (rf"^((?:compress|cut)/\S+ {TOP})\.predicted_loss_increase$", r"\1.loss.predicted"),
     (r"\.verification\.tensors_equal$", ".tensors_equal"),

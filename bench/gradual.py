@@ -61,9 +61,9 @@ class Task:
 def one_shot(task: Task, training: Training | None, sparsity: float, method: str = "magnitude") -> nn.Module:
     """Pruned at once, then trained with its zeros held; not trained for None."""
     options = hesse.Options(sparsity=sparsity, scope="layer")
-    how = {"loss": LOSS, "forward": task.forward, "layers": task.layers}
+    how = {"loss_function": LOSS, "forward": task.forward, "layers": task.layers}
     few = [batch for batch, _ in zip(task.train, range(8), strict=False)]
-    model = hesse.compress_module(task.dense, few, method=method, options=options, **how).module  # type: ignore[arg-type]
+    model = hesse.compress(task.dense, data=few, method=method, options=options, **how).model
     if training is None:
         return model
     hesse.finetune(model, task.train, training, loss_function=LOSS, forward=task.forward)
@@ -185,7 +185,7 @@ def one_bit(task: Task, seeds: int) -> None:
         "`HeldSigns`": lambda weight: HeldSigns(weight >= 0),
         "`OneBit`": lambda weight: OneBit(),
     }
-    fitted = hesse.compress_module(task.dense, task.test, method="onebit", loss=LOSS, layers=task.layers).module
+    fitted = hesse.compress(task.dense, data=task.test, method="onebit", loss_function=LOSS, layers=task.layers).model
     print(f"\n| one bit a weight | test loss |\n|---|---|\n| dense | {task.loss(task.dense):.3f} |")
     print(f"| `onebit`, not trained | {task.loss(fitted):.3f} ({task.accuracy(fitted):.1%}) |")
     for way, make in ways.items():

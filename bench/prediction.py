@@ -43,7 +43,7 @@ BITS = (8, 4, 3, 2)
 
 def main(out: Path) -> None:
     """Run everything and write it to `out`."""
-    lines = ["| scheme | KL | likeliest token | ratio | ratio, layers: least, median, most | outside | holds up to |"]
+    lines = ["| scheme | KL | most likely token | ratio | ratio, layers: least, median, most | outside | holds up to |"]
     lines.append("|---|---|---|---|---|---|---|")
     with TemporaryDirectory() as folder:
         for number, (name, method, options) in enumerate(SCHEMES):

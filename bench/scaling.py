@@ -87,7 +87,7 @@ def phases(model: Model, method: str, machine: Machine) -> dict[str, tuple[float
     # A GPU adds exact products of 16-bit numbers in float32; a CPU multiplies in float32.
     gram_rate = machine.half if machine.on_gpu else machine.single
     add("Grams", count * tokens * sum(n**2 for n in model.inputs), gram_rate)
-    add("walk through the dense model and back", 3 * forward * probed, machine.half)
+    add("forward and backward pass, dense model", 3 * forward * probed, machine.half)
     squares = sum(rows**2 for rows, _ in model.layers) if kronecker else 0
     add("output factors", count * probed * squares, gram_rate)
     factoring = count * sum(n**3 for n in model.inputs)
@@ -113,7 +113,7 @@ def disk(model: Model, method: str) -> dict[str, float]:
     return {
         "result": model.blocks * model.block_weights * 0.53 + 4 * model.vocabulary * model.width,
         "hidden states": 2 * 2 * TOKENS * model.width,
-        "inputs of the walk back": 2.0 * model.blocks * probed * model.width,
+        "inputs of the backward pass": 2.0 * model.blocks * probed * model.width,
         "output factors": 4.0 * model.blocks * squares,
     }
 

@@ -99,15 +99,16 @@ def by_method(method: str, scope: str | None = None) -> Run:
 
     def run(subject: Subject, share: float) -> tuple[nn.Module, list[str]]:
         options = hesse.Options(sparsity=share, scope=scope)
-        report = hesse.compress_module(
+        result = hesse.compress(
             subject.model,
-            subject.calibration,
+            data=subject.calibration,
             method=method,
             options=options,
             layers=subject.layers,
             forward=subject.forward,
         )
-        return report.module, [layer.name for layer in report.layers]
+        assert result.model is not None
+        return result.model, [layer.name for layer in result.report.layers]
 
     return run
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from prose import paragraph
+
 import hesse
 from hesse.checkpoints.checkpoint import Checkpoint
 
@@ -26,48 +28,66 @@ def operations(model: Path, tokens: int) -> dict[str, float]:
 def markdown(every: list[dict[str, Any]], model: Path) -> str:
     """The page: the results of the default model, `model`, and then those of others."""
     results, machine = every[0], every[0]["machine"]
+    taking = (
+        "One run each."
+        if results["repeats"] == 1
+        else f"The fastest of {results['repeats']} alternating runs of Hesse and llm-compressor; one run of the others."
+    )
     lines = [
         "# Benchmarks",
         "",
-        "Compression. What each part of the default rounding is worth: [rounding](rounding.md). For curvatures see "
-        "[sums of rank-one matrices](benchmarks-curvature.md), against the machine's limits, and [EK-FAC, Hessian "
-        "products, traces and diagonals](benchmarks-curvature-peers.md), beside six programs.",
+        paragraph(
+            "Is Hesse better or faster than the program that you use now? This page compares compression with "
+            "llm-compressor, GPTQModel and AutoRound, on the same tokens. To repeat it: `make bench`, or for your own "
+            "model:"
+        ),
         "",
-        f"Made by `make bench` (`bench/run.py`) with hesse {hesse.__version__}. Machine: {machine['processor']}, "
-        f"{machine['threads']} threads, no GPU; Python {machine['python']}, torch {machine['torch']}. Measured in the "
-        f"same run: matrix product {machine['gemm_float32'] / 1e9:.0f} GFLOP/s in float32 and "
-        f"{machine['gemm_bfloat16'] / 1e9:.0f} in bfloat16, memory {machine['memory_bandwidth'] / 1e9:.0f} GB/s.",
+        "    python bench/run.py --model FOLDER --only 'bit'",
         "",
-        f"Calibration: {results['samples']} samples of {results['length']} tokens, the same tokens for every program. "
-        "Quality: KL(dense || compressed) in nats per token on 128 windows of held-out text, and beside it on the "
-        "calibration samples themselves, in float32, by `hesse evaluate`. Symmetric integers, weights only, `lm_head` "
-        "left alone. `hesse` is the default method, `hesse, gptq` the plain one; llm-compressor and GPTQModel run "
-        "GPTQ, AutoRound 200 iterations.",
+        paragraph(
+            "The value of each part of the default rounding is in [the default rounding](rounding.md), that of every "
+            "method in [the methods](methods/index.md). For curvatures see [sums of rank-one "
+            "matrices](benchmarks-curvature.md), compared with the machine's limits, and [EK-FAC, Hessian products, "
+            "traces and diagonals](benchmarks-curvature-peers.md), compared with six programs."
+        ),
         "",
-        "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, estimate, "
-        "solve, and with the default method probe; for plain rounding, which needs no data, solve). Seconds, whole: "
-        "from disk to disk; for Hesse with the probing of the loss that the prediction needs, and with reading the "
-        "file back and measuring it. Imports are left out for all. "
-        + ("One run each. " if results["repeats"] == 1 else _repeated(results["repeats"]))
-        + "Ratios are Hesse / program: below 1 is better for Hesse.",
+        "## How it is measured",
+        "",
+        paragraph(
+            f"Made by `make bench` (`bench/run.py`) with hesse {hesse.__version__}. Machine: {machine['processor']}, "
+            f"{machine['threads']} threads, no GPU; Python {machine['python']}, torch {machine['torch']}. Measured in "
+            f"the same run: matrix product {machine['gemm_float32'] / 1e9:.0f} GFLOP/s in float32 and "
+            f"{machine['gemm_bfloat16'] / 1e9:.0f} in bfloat16, memory {machine['memory_bandwidth'] / 1e9:.0f} GB/s."
+        ),
+        "",
+        paragraph(
+            f"Calibration: {results['samples']} samples of {results['length']} tokens, the same tokens for every "
+            "program. Quality: KL(dense || compressed) in nats per token on 128 windows of held-out text, and on the "
+            "calibration samples themselves, in float32, by `hesse evaluate`. Symmetric integers, weights only, "
+            "`lm_head` left alone. `hesse` is the default method, `hesse, gptq` is GPTQ; llm-compressor and GPTQModel "
+            "run GPTQ, AutoRound 200 iterations."
+        ),
+        "",
+        paragraph(
+            "Seconds, compressing: from the model in memory to compressed weights in memory (Hesse: calibrate, "
+            "estimate, solve, and with the default method probe; for plain rounding, which needs no data, solve). "
+            "Seconds, whole: from disk to disk; Hesse's time includes the probing of the loss that the prediction "
+            "needs, reading the file back and measuring it. Imports are left out for all. "
+            f"{taking} Ratios are Hesse / program: below 1 is better for Hesse."
+        ),
+        "",
+        paragraph(
+            "† of an earlier run on the same kind of machine, with the same versions, tokens and settings. A dash in "
+            "place of seconds means that other work disturbed the machine. llm-compressor ran with 32 samples a batch, "
+            "which makes it faster, and with 1, its default, where that is named. In the rows of plain rounding the "
+            "peer does nothing else, while most of Hesse's whole time goes into the prediction, reading the file back "
+            "and measuring."
+        ),
         "",
     ]
     for found in every:
         lines += _section(found)
-    lines += [
-        "† of an earlier run on the same kind of machine, with the same versions, tokens and settings. Where no "
-        "seconds stand, other work disturbed the machine.",
-        "",
-        "llm-compressor ran with 32 samples a batch, which makes it faster, and with 1, its default, where that is "
-        "named. In the rows of plain rounding the peer does nothing else, while most of Hesse's whole time goes to "
-        "predicting the cost, reading the file back and measuring.",
-        "",
-    ]
     return "\n".join(lines + _limits(results, model))
-
-
-def _repeated(repeats: int) -> str:
-    return f"The fastest of {repeats} runs of Hesse and llm-compressor, taking turns; one run of the others. "
 
 
 def _section(results: dict[str, Any]) -> list[str]:
@@ -76,8 +96,10 @@ def _section(results: dict[str, Any]) -> list[str]:
     lines = [
         f"## The {model['name']} model",
         "",
-        f"{model['parameters'] / 1e6:.1f} million parameters, trained on {model['text']}; held-out perplexity "
-        f"{model['held_out_perplexity']:.1f}, that of a trigram model {model['trigram_perplexity']:.1f}.",
+        paragraph(
+            f"{model['parameters'] / 1e6:.1f} million parameters, trained on {model['text']}; held-out perplexity "
+            f"{model['held_out_perplexity']:.1f}, that of a trigram model {model['trigram_perplexity']:.1f}."
+        ),
         "",
         "| case | program | KL, held out | ± | ratio | KL, calibration | seconds, compressing | ratio | seconds, whole "
         "| ratio | peak memory, MB |",
@@ -118,10 +140,12 @@ def _limits(results: dict[str, Any], model: Path) -> list[str]:
     lines = [
         "## Where the time goes",
         "",
-        "The plain 4-bit GPTQ run, by phase. The rate counts the linear layers' products in the calibration pass "
-        "(peak: bfloat16, in which it runs where the processor has it), full symmetric products for the Grams (peak: "
-        "float32), of which little more than half is computed, and for the solve the products of error feedback and "
-        "of factoring the Grams (float32): its time goes to the vectors of one column after another.",
+        paragraph(
+            "The 4-bit GPTQ run, by phase. The rate counts: in the calibration pass the linear layers' products (peak: "
+            "bfloat16, in which it runs where the processor has it); for the Grams full symmetric products (peak: "
+            "float32), of which little more than half is computed; for the solve the products of error feedback and "
+            "of factoring the Grams (float32). The solve spends its time on the vectors of one column after another."
+        ),
         "",
         "| phase | seconds | share | GFLOP | of the peak rate |",
         "|---|---|---|---|---|",

@@ -22,6 +22,7 @@ from hesse.cli import main
 from hesse.errors import OptionError
 from hesse.formats import open_checkpoint, packed
 from hesse.jobs.report import CompressionReport
+from hesse.result import Result
 
 WEIGHTS = "model.safetensors"
 IDS = tiny_models.random_ids(8, 32)
@@ -139,3 +140,18 @@ class CommandLine:
             signal.signal(signal.SIGTERM, handler)
         printed = self._capsys.readouterr()
         return Ran(int(code), printed.out, printed.err)
+
+
+class ModuleResult:
+    """The report of compressing a module, and the changed module as `module`."""
+
+    def __init__(self, result: Result[Any]) -> None:
+        self.report, self.module = result.report, result.model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.report, name)
+
+
+def compress_module(model: torch.nn.Module, data: Any, **options: Any) -> Any:
+    """Compress a module in memory."""
+    return ModuleResult(hesse.compress(model, data=data, **options))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 import hesse
-from helpers import IDS, compress, dense_tensors, write_ids
+from helpers import IDS, compress, compress_module, dense_tensors, write_ids
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Gram, Kronecker
 from hesse.errors import OptionError, UnsupportedModelError
@@ -137,8 +137,8 @@ def test_refusals_come_before_any_work(half_folder: FolderOf, tmp_path: Path) ->
     hesse.estimate(half_folder("llama"), tmp_path / "statistics", data=write_ids(tmp_path / "ids.jsonl"))
     with pytest.raises(OptionError, match="--statistics holds no attention factor"):
         compress(half_folder("llama"), tmp_path / "out", statistics=tmp_path / "statistics", **METHOD)
-    with pytest.raises(OptionError, match="attention is found in language models on disk"):
-        hesse.compress_module(nn.Sequential(nn.Linear(32, 32)), [], method="aptq")
+    with pytest.raises(OptionError, match="attention factor is of the attention of a transformers language model"):
+        compress_module(nn.Sequential(nn.Linear(32, 32)), [], method="aptq")
     assert {path.name for path in tmp_path.iterdir()} == {"statistics", "ids.jsonl"}
 
 

@@ -39,7 +39,7 @@ from hesse.methods import Recipe, Rule, methods_of
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.networks.network import Block, CheckpointNetwork, Network
+from hesse.networks.network import Block, CheckpointNetwork
 
 COMPRESSING = methods_of("compress")
 
@@ -337,35 +337,35 @@ def test_several_shards_and_an_index(half_folder: FolderOf, tmp_path: Path, monk
 
 def test_one_block_at_most_is_in_memory(half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all networks of a run, parameters of one block at most are off the meta device, whatever is looked at."""
-    networks: list[Network] = []
+    networks: list[CheckpointNetwork] = []
     most = 0
-    build, load, surround = Network.__init__, Network.loaded, Network.surroundings
+    build, load, surround = CheckpointNetwork.__init__, CheckpointNetwork.loaded, CheckpointNetwork.surroundings
 
     def count() -> None:
         nonlocal most
         blocks = [block.module for network in networks for block in network.blocks]
         most = max(most, sum(not all(p.is_meta for p in block.parameters()) for block in blocks))
 
-    def built(self: Network, *arguments: object) -> None:
+    def built(self: CheckpointNetwork, *arguments: object) -> None:
         build(self, *arguments)  # type: ignore[arg-type]
         networks.append(self)
 
     @contextmanager
-    def loaded(self: Network, block: Block) -> Iterator[nn.Module]:
+    def loaded(self: CheckpointNetwork, block: Block) -> Iterator[nn.Module]:
         with load(self, block) as module:
             count()
             yield module
             count()
 
     @contextmanager
-    def surroundings(self: Network) -> Iterator[nn.Module]:
+    def surroundings(self: CheckpointNetwork) -> Iterator[nn.Module]:
         with surround(self) as model:
             count()
             yield model
 
-    monkeypatch.setattr(Network, "__init__", built)
-    monkeypatch.setattr(Network, "loaded", loaded)
-    monkeypatch.setattr(Network, "surroundings", surroundings)
+    monkeypatch.setattr(CheckpointNetwork, "__init__", built)
+    monkeypatch.setattr(CheckpointNetwork, "loaded", loaded)
+    monkeypatch.setattr(CheckpointNetwork, "surroundings", surroundings)
     compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
     assert len(networks) == 2  # dense and written
     assert most == 1

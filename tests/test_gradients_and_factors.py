@@ -696,7 +696,7 @@ def test_options_that_mean_nothing_are_refused() -> None:
         list(per_sample_gradients(objective, "exact"))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="one gradient takes"):
         list(per_sample_gradients(objective, "empirical", budget=8))
-    with pytest.raises(OptionError, match="'hessian' is no curvature that data fills: use gram"):
+    with pytest.raises(OptionError, match="'hessian' is not a curvature estimated from data: use gram"):
         estimate_curvatures(objective, ["hessian"])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="per 'position' or per 'sample'"):
         estimate_curvatures(objective, ["gram"], per="token")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from helpers import compress_module
 from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import Sparse
 from hesse.curvature import CrossEntropy
@@ -18,7 +19,6 @@ from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.errors import HesseError, OptionError, OutputError
 from hesse.methods import Options
-from hesse.modules import compress_module
 from hesse.modules.gradual import GradualReport, prune_gradually
 from hesse.progress import Silence
 from hesse.testing import normal
@@ -216,7 +216,9 @@ def test_one_cut_is_one_shot_and_recovery() -> None:
         gradual, data, training, "2:4", loss_function=CrossEntropy(), method="sparsegpt", options=options, cuts=1
     )
     pattern = Options(sparsity="2:4", damping=0.1)
-    pruned = compress_module(single()[0], data, method="sparsegpt", options=pattern, loss=CrossEntropy()).module
+    pruned = compress_module(
+        single()[0], data, method="sparsegpt", options=pattern, loss_function=CrossEntropy()
+    ).module
     finetune(pruned, data, training, loss_function=CrossEntropy())
     assert all(torch.equal(a, b) for a, b in zip(gradual.parameters(), pruned.parameters(), strict=True))
 
@@ -294,7 +296,7 @@ def test_a_classifier_survives_nine_zeros_of_ten_step_by_step_and_not_at_once(me
     digits = pytest.importorskip("digits")
     dense = digits.trained("mlp")
     data, options = digits.batches(), Options(sparsity=0.9, scope="layer")
-    at_once = compress_module(dense, data[:8], method=method, options=options, loss=CrossEntropy()).module
+    at_once = compress_module(dense, data[:8], method=method, options=options, loss_function=CrossEntropy()).module
     model = copy.deepcopy(dense)
     training = Training(steps=120, teacher=dense, optimizer=lambda named: torch.optim.Adam(named, lr=4e-3))
     prune_gradually(model, data, training, 0.9, loss_function=CrossEntropy(), method=method, cuts=4, calibration=8)

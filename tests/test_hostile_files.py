@@ -85,7 +85,7 @@ def test_links_out_of_the_folder_are_not_copied(model: Path, hesse_command: Comm
     written = [path for path in out.rglob("*") if path.is_file()]
     assert not any(path.is_symlink() or b"the secret" in path.read_bytes() for path in written)
     assert {"own.txt", "tokenization_own.py"} <= {path.name for path in written}
-    notes = " ".join(json.loads(ran.stdout)["fallbacks"])
+    notes = " ".join(json.loads(ran.stdout)["notes"])
     for name in ("tokenizer.txt", "LICENSE", "below/key.json"):
         assert f"{name} was not copied: it is a link to {secret / 'key.json'}" in notes
     assert "tokenization_own.py: code that came with the model was copied, not run" in notes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hesse
 import tiny_models
-from helpers import IDS, OTHER_IDS, CommandLine, compress, left_over, output, twin, write_ids
+from helpers import IDS, OTHER_IDS, CommandLine, compress, compress_module, left_over, output, twin, write_ids
 from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import open_checkpoint
@@ -189,13 +189,13 @@ def test_vllm_is_given_what_it_serves(family_folder: FolderOf, tmp_path: Path) -
 
 def test_modules_do_not_round_inputs() -> None:
     with pytest.raises(OptionError, match="inputs are rounded in language models on disk"):
-        hesse.compress_module(nn.Sequential(nn.Linear(4, 4)), [], method="rtn", options=hesse.Options(**BYTES))
+        compress_module(nn.Sequential(nn.Linear(4, 4)), [], method="rtn", options=hesse.Options(**BYTES))
 
 
 def test_without_inputs_the_prediction_says_what_it_leaves_out(family_folder: FolderOf, tmp_path: Path) -> None:
     source = family_folder("llama")
     hesse.estimate(source, tmp_path / "stats", data=write_ids(tmp_path / "ids.jsonl"))
-    settings = {"method": "rtn", "curvature": tmp_path / "stats", "data": None, **BYTES}
+    settings = {"method": "rtn", "statistics": tmp_path / "stats", "data": None, **BYTES}
     report = compress(source, tmp_path / "out", **settings)
     notes = [note for note in report.notes if "the prediction leaves out that its inputs are rounded" in note]
     assert len(notes) == len(report.layers)

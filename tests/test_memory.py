@@ -19,7 +19,8 @@ from helpers import IDS, compress, fast_first, sha256, write_ids
 from hesse.checkpoints.tensor_store import InMemory, TensorFile, TensorStore
 from hesse.errors import OptionError, OutputError
 from hesse.jobs import memory
-from hesse.jobs.memory import MemoryPlan, bytes_of
+from hesse.jobs.memory import MemoryPlan
+from hesse.jobs.options import bytes_of
 from hesse.passes.activation_offload import OffloadToDisk
 
 FolderOf = Callable[[str], Path]

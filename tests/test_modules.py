@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 import digits
 import hesse
-from helpers import fast_first
+from helpers import compress_module, fast_first
 from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.constraints import GridCode, LowRankCode
 from hesse.curvature import Gram, Kronecker, SquaredError, UserLoss
 from hesse.curvature.losses import next_tokens
 from hesse.errors import DataError, HesseError, OptionError, UnsupportedModelError, UnsupportedProduct
 from hesse.methods import Recipe, methods_of
-from hesse.modules import ModuleReport
 from tiny_models import random_ids
 
 COMPRESSING = methods_of("compress")
@@ -40,10 +39,10 @@ def options_of(method: str) -> hesse.Options:
     return hesse.Options(**{key: value for options in given for key, value in options.items()})
 
 
-def compress(model: nn.Module, data: digits.Batches, method: str, **options: Any) -> ModuleReport:
+def compress(model: nn.Module, data: digits.Batches, method: str, **options: Any) -> Any:
     names = hesse.Options.__dataclass_fields__
     chosen = {name: options.pop(name) for name in list(options) if name in names}
-    return hesse.compress_module(model, data, method=method, options=hesse.Options(**chosen), **options)
+    return compress_module(model, data, method=method, options=hesse.Options(**chosen), **options)
 
 
 def small_net() -> nn.Module:
@@ -77,7 +76,7 @@ OF_CHECKPOINTS = [
 def test_every_method_leaves_members_of_its_constraint(method: str) -> None:
     model, data = small_net(), digits.batches(samples=FEW)
     before = deepcopy(model.state_dict())
-    report = hesse.compress_module(model, data, method=method, options=options_of(method))
+    report = compress_module(model, data, method=method, options=options_of(method))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert [layer.name for layer in report.layers] == ["0", "4", "6"]
@@ -147,7 +146,7 @@ def slopes(model: nn.Module, data: digits.Batches, name: str) -> Tensor:
 def test_layers_are_solved_one_after_another_on_what_the_changed_ones_give(method: str) -> None:
     model, data = small_net().eval(), digits.batches(samples=FEW)
     model[2].inplace = False
-    report = hesse.compress_module(model, data, method=method, options=options_of(method), kind="empirical")
+    report = compress_module(model, data, method=method, options=options_of(method), kind="empirical")
     (rule,) = COMPRESSING[method].recipe(options_of(method)).rules
     by_hand = deepcopy(model)
     for name in ("0", "4", "6"):
@@ -198,7 +197,7 @@ def test_trained_networks_are_pruned_quantised_and_factorised(name: str, method:
             assert report.module(kept).shape == model(kept).shape
 
 
-def codes(report: ModuleReport, layer: str) -> Tensor:
+def codes(report: Any, layer: str) -> Tensor:
     code = report.encoded[layer]
     assert isinstance(code, GridCode)
     return code.codes
@@ -344,7 +343,7 @@ def test_convolutions_that_pad_by_name_or_not_with_zeros(settings: dict[str, Any
     with torch.no_grad():
         torch.testing.assert_close(report.module(data[0][0]), whole(data[0][0]), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(report.module[0].weight, whole[0].weight)
-    assert str(report).startswith("activation-svd: ")
+    assert str(report.report).startswith("activation-svd: ")
     assert "Conv2d" not in repr(report)
 
 
@@ -353,7 +352,7 @@ def test_results_are_in_the_models_own_type_and_can_be_trained_on() -> None:
     data = [(images.to(torch.bfloat16), labels) for images, labels in digits.batches(samples=FEW)]
     model[6].weight.requires_grad_(False)
     for method in ("gptq", "activation-svd"):
-        report = hesse.compress_module(model, data, method=method, options=options_of(method), ignore=("6",))
+        report = compress_module(model, data, method=method, options=options_of(method), ignore=("6",))
         assert {p.dtype for p in report.module.parameters()} == {torch.bfloat16}
         report.module(data[0][0]).float().logsumexp(-1).sum().backward()
         frozen = {name for name, p in report.module.named_parameters() if p.grad is None}
@@ -363,13 +362,14 @@ def test_results_are_in_the_models_own_type_and_can_be_trained_on() -> None:
 def test_losses_of_other_kinds() -> None:
     model, (images, labels) = small_net(), digits.batches(samples=64)[0]
     targets = nn.functional.one_hot(labels, 10).float()
-    squared = compress(model, [(images, targets)], "kronecker", loss=nn.MSELoss())
+    squared = compress(model, [(images, targets)], "kronecker", loss_function=nn.MSELoss())
     assert squared.loss_before == pytest.approx((model.eval()(images) - targets).square().mean().item(), rel=1e-4)
-    assert squared.to_dict() == compress(model, [(images, targets)], "kronecker", loss=SquaredError()).to_dict()
+    same = compress(model, [(images, targets)], "kronecker", loss_function=SquaredError())
+    assert {**squared.to_dict(), "seconds": {}} == {**same.to_dict(), "seconds": {}}
     own = UserLoss(function=lambda outputs, labels: nn.functional.cross_entropy(outputs, labels, reduction="none"))
     with pytest.raises(UnsupportedProduct, match="empirical"):
-        compress(model, [(images, labels)], "kronecker", loss=own)
-    mine = compress(model, [(images, labels)], "kronecker", loss=own, kind="empirical")
+        compress(model, [(images, labels)], "kronecker", loss_function=own)
+    mine = compress(model, [(images, labels)], "kronecker", loss_function=own, kind="empirical")
     plain = compress(model, [(images, labels)], "kronecker", kind="empirical")
     assert mine.predicted_loss_increase == pytest.approx(plain.predicted_loss_increase, rel=1e-3)
 
@@ -400,7 +400,7 @@ DATA = [(torch.zeros(2, 30), torch.zeros(2, dtype=torch.long))]
         ("gptq", {"ignore": ("*",)}, "no layer is left to compress"),
         ("gptq", {"layers": ("third",)}, "the pattern 'third' matches no layer of this model; a layer's name is first"),
         ("gptx", {}, "there is no method 'gptx'"),
-        ("gptq", {"loss": nn.NLLLoss()}, "NLLLoss is no loss that Hesse knows"),
+        ("gptq", {"loss_function": nn.NLLLoss()}, "NLLLoss is no loss that Hesse knows"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_network_is_run(
@@ -415,10 +415,10 @@ def test_what_cannot_be_done_is_refused_before_the_network_is_run(
     [
         (lambda: compress(nn.Linear(3, 3), DATA, "gptq"), OptionError, "put it into an nn.Sequential"),
         (lambda: compress(nn.Sequential(nn.ReLU()), DATA, "gptq"), UnsupportedModelError, "has no linear or conv"),
-        (lambda: compress(Alarmed(), [{"x": 1, "y": 2}], "gptq"), OptionError, "batch 0 is dict"),
+        (lambda: compress(Alarmed(), [{"x": 1, "y": 2}], "gptq"), OptionError, "batch 0 has no labels"),
         (lambda: compress(small_net(), [], "gptq"), DataError, "the data holds no batch"),
         (
-            lambda: hesse.compress_module(
+            lambda: compress_module(
                 small_net(), DATA, recipe=Recipe(rules=COMPRESSING["rtn"].recipe(hesse.Options()).rules), ignore=("0",)
             ),
             OptionError,
@@ -435,7 +435,7 @@ def test_a_recipe_gives_each_layer_its_own_rule() -> None:
     pruned = COMPRESSING["sparsegpt"].recipe(hesse.Options()).rules[0].model_copy(update={"layers": ("0",)})
     rounded = COMPRESSING["gptq"].recipe(hesse.Options(bits=3)).rules[0].model_copy(update={"layers": ("4",)})
     data = iter(digits.batches(samples=FEW))  # walked once
-    report = hesse.compress_module(small_net(), data, recipe=Recipe(rules=(pruned, rounded)))
+    report = compress_module(small_net(), data, recipe=Recipe(rules=(pruned, rounded)))
     assert [(layer.name, layer.method) for layer in report.layers] == [
         ("0", "Gram × Sparse × ErrorFeedback"),
         ("4", "Gram × Grid × ErrorFeedback"),
@@ -452,7 +452,7 @@ def test_a_path_that_depends_on_the_data_is_refused() -> None:
             rows = images.flatten(1)
             if len(rows) == digits.BATCH:
                 rows = self.right(rows).repeat(1, 7)[:, :64]
-            result: Tensor = self.residual(rows)
+            result: Tensor = self.left(rows)
             return result
 
     data = digits.batches(samples=digits.BATCH + 9)
@@ -462,4 +462,5 @@ def test_a_path_that_depends_on_the_data_is_refused() -> None:
 
 def test_the_same_seed_gives_the_same_result() -> None:
     reports = [compress(small_net(), digits.batches(samples=FEW), "kronecker", group_size=16, seed=3) for _ in range(2)]
-    assert reports[0].to_dict() == reports[1].to_dict()
+    first, second = ({**report.to_dict(), "seconds": {}} for report in reports)
+    assert first == second

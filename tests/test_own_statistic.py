@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hesse
-from helpers import IDS, compress, dense_tensors, write_ids
+from helpers import IDS, compress, compress_module, dense_tensors, write_ids
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import Curvature, Kronecker
 from hesse.errors import OptionError
@@ -98,7 +98,7 @@ def test_in_memory() -> None:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
     batches = [(torch.randn(32, 12, generator=generator), torch.randint(0, 4, (32,), generator=generator))] * 2
-    report = hesse.compress_module(model, batches, recipe=Recipe(rules=(own_rule(),)))
+    report = compress_module(model, batches, recipe=Recipe(rules=(own_rule(),)))
     changed = report.module.get_submodule("0").weight
     assert torch.equal(changed, pruned(model.get_submodule("0").weight.detach(), batches[0][0]))
 

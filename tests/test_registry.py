@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hesse
+from helpers import compress_module
 from hesse.errors import OptionError
 from hesse.methods import METHODS, Method, Options, find_method, register, solver
 from hesse.registry import Registry
@@ -133,7 +134,7 @@ def test_a_method_is_registered_and_runs_in_this_process(monkeypatch: pytest.Mon
     register(Method("zero", "gram", ("grid",), "to_zero", "this test", "data", defaults=Options(bits=4, group_size=-1)))
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     data = [(torch.randn(8, 4), torch.randn(8, 3))]
-    report = hesse.compress_module(model, data, method="zero", loss=hesse.curvature.SquaredError())
+    report = compress_module(model, data, method="zero", loss_function=hesse.curvature.SquaredError())
     assert not bool(report.module[0].weight.any())
     assert METHODS["zero"].family == "own"
     with pytest.raises(OptionError, match="there is already a method 'zero'"):

@@ -198,7 +198,7 @@ def test_continuations_are_what_transformers_writes(with_text: CompressionReport
     assert len(found) == continuations.PROMPTS
     for text in found[:2]:
         ids = tokenizer(text.prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        written = model.generate(ids, max_new_tokens=continuations.WRITTEN_TOKENS, do_sample=False, pad_token_id=0)
+        written = model.generate(ids, max_new_tokens=continuations.GENERATED_TOKENS, do_sample=False, pad_token_id=0)
         assert tokenizer.decode(written[0], clean_up_tokenization_spaces=False) == (
             text.prompt + text.shared + text.compressed
         )
@@ -302,7 +302,7 @@ def test_warnings(of_family: Callable[[str], CompressionReport]) -> None:
         *found.layers[1:],
     ]
     seen = replace(found.check, divergence=MeasuredMean(found.check.divergence.value / 2, 1e-6))
-    worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), fallbacks=["a fallback"])
+    worse = replace(report, measurements=replace(found, line=line, layers=layers, seen=seen), notes=["a fallback"])
     assert measured(worse).holds_up_to == 0.5
     text = Reader(compression_page(worse)).text
     assert "The cost is not as predicted." in text
@@ -347,7 +347,7 @@ def test_whatever_came_from_outside_is_escaped(of_family: Callable[[str], Compre
         report,
         model=evil,
         out=evil,
-        fallbacks=[evil],
+        notes=[evil],
         calibration={**report.calibration, "source": evil},
         recipe={**report.recipe, "ignore": [evil]},
         front=[{"bytes": 10, "predicted": 0.1, "kind": "uniform", "label": evil}],

@@ -14,7 +14,19 @@ from torch import Tensor
 
 import hesse
 import tiny_models
-from helpers import IDS, OTHER_IDS, CommandLine, change, compress, dense_tensors, left_over, output, twin, write_ids
+from helpers import (
+    IDS,
+    OTHER_IDS,
+    CommandLine,
+    change,
+    compress,
+    compress_module,
+    dense_tensors,
+    left_over,
+    output,
+    twin,
+    write_ids,
+)
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Grid
 from hesse.errors import DataError, OptionError, UnsupportedModelError
@@ -107,7 +119,7 @@ REFUSED = [(name, kind) for name in ("gpt2", "phi3", "mixtral", "bert") for kind
 def test_other_families_are_refused_by_name(name: str, kind: str, family_folder: FolderOf) -> None:
     network = CheckpointNetwork(Checkpoint(family_folder(name)), torch.float32, CPU)
     with pytest.raises(
-        UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|no rotation)"
+        UnsupportedModelError, match=rf"{type(network.model).__name__} .*(knows llama, mistral|forbid rotations)"
     ):
         Rewriting(kind, network)
 
@@ -283,7 +295,7 @@ def test_what_does_not_go_together_is_refused(family_folder: FolderOf, tmp_path:
     with pytest.raises(OptionError, match="a budget is planned on a model as it is, and kurtail rewrites it"):
         compress(family_folder("llama"), out, method="kurtail", mean_bits=3.5)
     with pytest.raises(OptionError, match="hadamard rewrites language models on disk, not modules"):
-        hesse.compress_module(torch.nn.Sequential(torch.nn.Linear(4, 4)), [], method="quarot")
+        compress_module(torch.nn.Sequential(torch.nn.Linear(4, 4)), [], method="quarot")
     with pytest.raises(UnsupportedModelError, match="does not rewrite"):
         compress(family_folder("gpt2"), out, method="quarot")
     assert not left_over(tmp_path)

@@ -155,7 +155,7 @@ def test_kronecker_and_fisher_are_kept_beside_the_gram(
         assert str(kronecker.origin) == "sampled Fisher per position in nats per token"
         assert str(fisher.origin) == "sampled Fisher per sample in nats per token"
         assert 1 / 5 < kronecker.trace() / fisher.trace() < 5  # positions are not independent
-        torch.testing.assert_close(kronecker.output_factor.diagonal(), statistics.sensitivities[layer.name])
+        torch.testing.assert_close(kronecker.output_factor.diagonal(), statistics.output_factors[layer.name])
     report = compress(source, tmp_path / "out", bits=4, group_size=32, statistics=folder, data=None)
     assert 1 / 4 < report.loss.predicted / report.loss.measured < 3
 
@@ -226,8 +226,8 @@ def test_damaged_statistics_are_refused(estimated: Callable[..., tuple[Path, Pat
     with pytest.raises(CheckpointError, match=r"gram-00003\.safetensors cannot be read"):
         compress(source, tmp_path / "out", statistics=folder, data=None)
     (folder / "gram-00003.safetensors").write_bytes(whole)
-    (folder / "sensitivities.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"sensitivities\.safetensors cannot be read"):
+    (folder / "output_factors.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"output_factors\.safetensors cannot be read"):
         compress(source, tmp_path / "out", statistics=folder, data=None)
     assert left_over(tmp_path) == []
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import hesse
+from helpers import compress_module
 from hesse.errors import OptionError
 from hesse.methods import find_method
 from hesse.networks.narrow_attention import NarrowAttention, outputs_called
@@ -111,7 +112,7 @@ def test_rounded_projections_are_in_the_weight_that_torch_keeps(
     encoder: Encoder, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     before = deepcopy(encoder.state_dict())
-    report = hesse.compress_module(encoder, batches, method="gptq", options=hesse.Options(bits=4))
+    report = compress_module(encoder, batches, method="gptq", options=hesse.Options(bits=4))
     assert report.notes == []
     changed = report.module
     assert list(changed.state_dict()) == list(before)
@@ -134,9 +135,7 @@ def test_rounded_projections_are_in_the_weight_that_torch_keeps(
 
 
 def test_a_factorised_encoder_runs_as_torch_runs_it(encoder: Encoder, batches: list[tuple[Tensor, Tensor]]) -> None:
-    report = hesse.compress_module(
-        encoder, batches, method="activation-svd", options=hesse.Options(rank=4), ignore=["head"]
-    )
+    report = compress_module(encoder, batches, method="activation-svd", options=hesse.Options(rank=4), ignore=["head"])
     thin, (ids, _) = report.module, batches[0]
     assert isinstance(thin.get_submodule("encoder.layers.0.self_attn"), SplitAttention)
     padding = torch.zeros(ids.shape, dtype=torch.bool)
@@ -198,5 +197,5 @@ def test_a_pattern_that_does_not_fit_a_projection_is_refused(batches: list[tuple
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
     with pytest.raises(OptionError, match="_proj: sparsity 2:4"):
-        hesse.compress_module(model, batches, method="sparsegpt", options=hesse.Options(sparsity="2:4"))
+        compress_module(model, batches, method="sparsegpt", options=hesse.Options(sparsity="2:4"))
     assert type(model.self_attn) is nn.MultiheadAttention

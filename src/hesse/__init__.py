@@ -3,7 +3,7 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 
 Change a model, on disk or in memory:
-    compress, plan, prune, prune_gradually, finetune, repair, rotate; narrow, drop_blocks, cut, compress_module; with
+    compress, plan, prune, prune_gradually, finetune, repair, rotate; narrow, drop_blocks, cut; with
     Options and Training
 
 Look at a model, or run it elsewhere:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.jobs.narrow import narrow as narrow
     from hesse.jobs.repair import repair as repair
     from hesse.jobs.rotate import rotate as rotate
-    from hesse.modules import compress_module as compress_module
     from hesse.modules.gradual import prune_gradually as prune_gradually
     from hesse.modules.prune import prune as prune
     from hesse.options import Options as Options
@@ -74,7 +73,6 @@ NAMES = {
     "inspection.inspect": "inspect",
     "runtimes.benchmark": "benchmark",
     "runtimes.export": "export",
-    "modules": "compress_module",
     "modules.gradual": "prune_gradually",
     "modules.prune": "prune",
     "training": "Training finetune",

@@ -1,6 +1,6 @@
 """Shared by compiled loops: the compiler, and rounding to a stored type.
 
-The compiler (numba) caches machine code beside the loop's file, or in the user's cache folder; the very first call
+The compiler (numba) caches machine code next to the loop's file or in the user's cache folder; the very first call
 takes seconds.
 """
 

@@ -53,6 +53,26 @@ class Report:
         return {"schema": SCHEMA, **_plain(self)}
 
 
+BASIS = (
+    "one block was read, run and calibrated on one batch, and one of its layers of each shape solved; the seconds are "
+    "these times as often as the run does so"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastReport(Report):
+    """What a run would take: a block was timed, and nothing written.
+
+    `bytes_after` is the model's size after the run, at most; `seconds["total"]` is how long the run would take.
+    """
+
+    out_bytes: int  # of OUT's weights, at most
+    disk_bytes: int  # free space that the run needs, OUT included
+    memory_bytes: int  # that the process takes, at most
+    memory_phase: str  # when it takes the most
+    basis: str = BASIS  # how the seconds were estimated
+
+
 R = TypeVar("R", bound=Report, covariant=True)
 
 

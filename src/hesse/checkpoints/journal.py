@@ -1,4 +1,4 @@
-"""What a run has finished, step by step and on disk, so that the same run can go on from there."""
+"""Journal of a run's finished steps, on disk, from which the same run can resume."""
 
 import json
 import zlib
@@ -17,17 +17,17 @@ READ_AT_ONCE = 1 << 22
 
 
 class Journal:
-    """Records below a folder, one a step, each with the files that belong to it.
+    """Records of finished steps below a folder, each with the files that belong to it.
 
-    A record holds the size and checksum of its files and is written after them, so that what a crash or a lost page
-    left half-written is not taken for finished.
+    A record holds the size and checksum of its files and is written after them, so that a step whose files a crash left
+    incomplete does not count as finished.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def record(self, step: str, content: dict[str, Any], files: Sequence[Path] = ()) -> None:
-        """Note that `step` is finished; `files` lie below the folder.
+        """Record that `step` is finished; `files` lie below the folder.
 
         Raises:
             OutputError: the disk is full or cannot be written.
@@ -38,7 +38,7 @@ class Journal:
             beside.write_text(f"{zlib.crc32(body.encode()):08x}\n{body}", encoding="utf-8")
 
     def recall(self, step: str) -> dict[str, Any] | None:
-        """What was noted of a finished step; None if it was not finished, or if a file of it was damaged since."""
+        """Return the record of a finished step; None if it is not finished, or if one of its files is damaged."""
         try:
             sum_of_body, _, body = self._path(step).read_text(encoding="utf-8").partition("\n")
             if f"{zlib.crc32(body.encode()):08x}" != sum_of_body:
@@ -51,10 +51,10 @@ class Journal:
         return cast(dict[str, Any], record["content"])
 
     def expect(self, step: str) -> dict[str, Any]:
-        """What was noted of a step that is known to be finished.
+        """Return the record of a step that must be finished.
 
         Raises:
-            OutputError: the note is lost.
+            OutputError: the record is lost.
         """
         content = self.recall(step)
         if content is None:
@@ -72,14 +72,14 @@ class Journal:
             (self.folder / name).unlink(missing_ok=True)
 
     def record_tensors(self, step: str, tensors: Sequence[StoredTensor], content: dict[str, Any]) -> None:
-        """Note a step with the tensors that wait in one lasting file for the next."""
+        """Record a step with its tensors, which lie in one lasting file."""
         (file,) = {waiting.file for waiting in tensors if isinstance(waiting, InFile)}
         numbers = [waiting.number for waiting in tensors if isinstance(waiting, InFile)]
         entries = [file.entries[number] for number in numbers]
         self.record(step, {**content, "tensors": entries, "in": file.path.name}, [file.path])
 
     def recall_tensors(self, step: str, device: torch.device) -> tuple[list[StoredTensor], dict[str, Any]] | None:
-        """The tensors and the note of a finished step."""
+        """Return the tensors and the record of a finished step; None if it is not finished."""
         content = self.recall(step)
         if content is None:
             return None
@@ -91,7 +91,7 @@ class Journal:
 
 
 def _checksum(path: Path) -> list[int]:
-    """A file's size and CRC-32."""
+    """Return a file's size and CRC-32."""
     size, total = 0, 0
     with path.open("rb") as file:
         while piece := file.read(READ_AT_ONCE):

@@ -1,4 +1,4 @@
-"""The output folder: written under a temporary name, and given its own only when everything in it is right."""
+"""Output folders: written under a temporary name, and renamed only when everything in them is verified."""
 
 import os
 import shutil
@@ -10,13 +10,13 @@ from hesse.checkpoints.files import belongs, name_beside
 from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError
 
-# What a loader needs besides weights and config.
+# Files that a loader needs in addition to weights and config.
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*", "*/*.json")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "calibration.txt", "held_out.txt", "training.json")
 
 
 def check_output(out: Path, model: Path, overwrite: bool, mark: str = "config.json") -> None:
-    """Refuse an output folder that must not be written; one that may be replaced has the file `mark`.
+    """Check that an output folder may be written; an existing folder may be replaced only if it has the file `mark`.
 
     Raises:
         OutputError: it exists, it lies inside the model's folder or the other way round, or its parent cannot be
@@ -42,10 +42,10 @@ def check_output(out: Path, model: Path, overwrite: bool, mark: str = "config.js
 
 @contextmanager
 def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and vanishes if anything goes wrong before.
+    """Yield a temporary folder next to `out`; rename it to `out` at the end, or delete it after an error.
 
     Raises:
-        OutputError: there is not enough room for `needed_bytes`, or the folder cannot be made.
+        OutputError: there is not enough room for `needed_bytes`, or the folder cannot be created.
     """
     made = make_parents(out)
     with writing(out, "made"):
@@ -63,10 +63,10 @@ def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def make_parents(out: Path) -> list[Path]:
-    """Make the folders that `out` will lie in; those that were not there, the innermost first.
+    """Create the parent folders of `out`; return the ones that did not exist, the innermost first.
 
     Raises:
-        OutputError: they cannot be made.
+        OutputError: a folder cannot be created.
     """
     made = [p for p in (out.absolute().parent, *out.absolute().parent.parents) if not p.exists()]
     with writing(out, "made"):
@@ -75,7 +75,7 @@ def make_parents(out: Path) -> list[Path]:
 
 
 def remove_with_parents(folder: Path, made: list[Path]) -> None:
-    """Remove a folder, and those that were made for it if nothing else came into them."""
+    """Remove a folder, and the parents `made` for it that are empty."""
     shutil.rmtree(folder, ignore_errors=True)
     for parent in made:
         if parent.is_dir() and not any(parent.iterdir()):
@@ -83,7 +83,7 @@ def remove_with_parents(folder: Path, made: list[Path]) -> None:
 
 
 def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
-    """Refuse to begin what will not fit.
+    """Check that there is enough room on the disk.
 
     Raises:
         OutputError: the disk of `folder`, which is to become `out`, has less than `needed_bytes` free.
@@ -91,15 +91,15 @@ def check_room(folder: Path, out: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
-            f"the disk of {out} is full: about {needed_bytes:,} bytes are needed and {free:,} are free; "
+            f"the disk of {out} is full: about {needed_bytes:,} bytes are needed, but {free:,} are free; "
             "give an OUT on another disk"
         )
 
 
 def copy_companions(model: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, generation config, model code and the like, as they are.
+    """Copy the tokenizer, generation config, model code and similar files unchanged.
 
-    Returns a note for each link out of the model's folder, which is not followed, and one if there is code.
+    Returns a note for each link out of the model's folder, which is not followed, and a note if there is code.
 
     Raises:
         OutputError: the disk is full or cannot be written.
@@ -114,13 +114,13 @@ def copy_companions(model: Path, folder: Path) -> list[str]:
 
 
 def companion_notes(model: Path) -> list[str]:
-    """What `copy_companions` returns, without copying."""
+    """Return the notes of `copy_companions`, without copying."""
     own, foreign = _companions(model)
     return [*foreign, *_code(model, own)]
 
 
 def _companions(model: Path) -> tuple[list[Path], list[str]]:
-    """The files to copy, and a note for each link that leads out of the folder: it may be to any file of the user's."""
+    """Return the files to copy, and a note for each link out of the folder, possibly to any of the user's files."""
     found = dict.fromkeys(path for pattern in COPIED for path in sorted(model.glob(pattern)) if path.is_file())
     wanted = [path for path in found if path.relative_to(model).as_posix() not in NOT_COPIED]
     own = [path for path in wanted if belongs(path, model)]
@@ -141,7 +141,7 @@ def _code(model: Path, paths: list[Path]) -> list[str]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Rename `folder`, once all its files are on the disk; an `out` that is there is set aside and removed last.
+    """Rename `folder` to `out` after all its files are on the disk; an existing `out` is set aside and removed last.
 
     Raises:
         OutputError: the disk cannot be written.
@@ -166,7 +166,7 @@ def put_in_place(folder: Path, out: Path) -> None:
 
 
 def restore_replaced(out: Path) -> None:
-    """Give back its name to an `out` that was set aside to be replaced, by a process that was killed just then."""
+    """Restore an `out` that was set aside to be replaced, if the process was killed at that moment."""
     if _aside(out).is_dir() and not out.exists():
         _aside(out).rename(out)
 

@@ -1,4 +1,4 @@
-"""The folder that a run works in: it outlives the process, and the same command resumes in it."""
+"""Work folder of a run: it outlives the process, and the same command resumes in it."""
 
 import fcntl
 import os
@@ -13,13 +13,13 @@ from hesse.checkpoints.writer import writing
 from hesse.errors import HesseError, OptionError, OutputError
 from hesse.processes import ALONE, ProcessError, Processes
 
-IDENTITY = "run"  # the first step of a journal: what the run is of
+IDENTITY = "run"  # the first step of a journal: the identity of the run
 
 
 class WorkFolder:
-    """Everything that a run has on disk before it writes `out`: journals, and the folder that will become `out`.
+    """Files of a run before it writes `out`: journals, and the folder that becomes `out`.
 
-    The work folder lies beside `out`, as `.NAME.unfinished`. Rank 0 keeps `journal`, for what is decided once; every
+    The work folder lies next to `out`, as `.NAME.unfinished`. Rank 0 keeps `journal`, for decisions made once; every
     rank keeps a journal of its `own` passes. All ranks see the same disk.
     """
 

@@ -17,6 +17,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     FormatOption,
     IgnoreOption,
     JsonOption,
@@ -32,9 +33,10 @@ from hesse.cli.options import (
     SizeOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, print_line, progress_bars
 from hesse.errors import OptionError
 from hesse.options import Options, parse_settings
+from hesse.result import ForecastReport
 
 if TYPE_CHECKING:
     from hesse.methods import Recipe
@@ -90,6 +92,7 @@ def compress(
     report: ReportOption = None,
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,11 +142,15 @@ def compress(
             **budget,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             memory=memory,
             measure=report is not None,
             progress=bars,
         ).report
     if not main:
+        return
+    if isinstance(result, ForecastReport):
+        print_forecast(result, as_json)
         return
     if report is not None:
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))

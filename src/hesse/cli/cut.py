@@ -15,7 +15,8 @@ from hesse.cli.options import (
     OverwriteOption,
     RequiredSizeOption,
 )
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
+from hesse.result import ForecastReport
 
 
 def cut(
@@ -42,6 +43,9 @@ def cut(
             overwrite=overwrite,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

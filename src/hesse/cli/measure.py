@@ -12,6 +12,7 @@ from hesse.cli.options import (
     CurvatureOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
@@ -25,7 +26,8 @@ from hesse.cli.options import (
     ShortLengthOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_json, print_line, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, print_line, progress_bars
+from hesse.result import ForecastReport
 
 
 def demo(
@@ -41,7 +43,8 @@ def demo(
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
         after = hesse.evaluate(out, reference="default", progress=bars)
         before = hesse.evaluate("default", progress=bars)
-    out_console.print(cost_table(report, before, after))
+    if not isinstance(report, ForecastReport):
+        out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
     print_line(
         "It loads in transformers: "
@@ -155,6 +158,7 @@ def estimate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
@@ -171,8 +175,12 @@ def estimate(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
         return

@@ -90,6 +90,14 @@ RestartOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what the run would take (bytes, disk, memory, time), and write nothing.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.", rich_help_panel=OUTPUT)
 ]

@@ -9,6 +9,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     LossOption,
@@ -19,7 +20,8 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
+from hesse.result import ForecastReport
 
 
 def drop_blocks(
@@ -42,6 +44,7 @@ def drop_blocks(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove whole blocks of a model, chosen by their measured or predicted cost."""
@@ -63,8 +66,12 @@ def drop_blocks(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:
@@ -83,6 +90,7 @@ def narrow(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove hidden units of the feed-forward layers, and refit the layers that read them."""
@@ -101,8 +109,12 @@ def narrow(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

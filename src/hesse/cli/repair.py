@@ -11,6 +11,7 @@ from hesse.cli.options import (
     DampingOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     FormatOption,
     IgnoreOption,
     JsonOption,
@@ -23,7 +24,8 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
+from hesse.result import ForecastReport
 
 
 def repair(
@@ -43,6 +45,7 @@ def repair(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
@@ -71,8 +74,12 @@ def repair(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
     else:

@@ -9,6 +9,7 @@ from hesse.cli.options import (
     BatchOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LengthOption,
     ModelArgument,
@@ -18,7 +19,8 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import print_json, print_line, progress_bars
+from hesse.cli.terminal import print_forecast, print_json, print_line, progress_bars
+from hesse.result import ForecastReport
 
 
 def rotate(
@@ -33,6 +35,7 @@ def rotate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rotate a model to remove outliers without changing its function, before it is rounded."""
@@ -49,8 +52,12 @@ def rotate(
             device=device,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
             progress=bars,
         ).report
+    if isinstance(report, ForecastReport):
+        print_forecast(report, as_json)
+        return
     if as_json:
         print_json(report.to_dict())
         return

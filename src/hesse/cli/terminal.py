@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from hesse.cli.progress import Bars
 from hesse.errors import printable
+
+if TYPE_CHECKING:
+    from hesse.result import ForecastReport
 
 out_console = Console()
 error_console = Console(stderr=True)
@@ -41,6 +44,16 @@ def print_line(text: str) -> None:
 def print_error(text: str) -> None:
     """Print a line on standard error, in red."""
     error_console.print(printable(text), style="red", soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def print_forecast(report: "ForecastReport", as_json: bool) -> None:
+    """Print what a run would take."""
+    from hesse.reporting import forecast_summary
+
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        out_console.print(forecast_summary(report))
 
 
 def print_json(content: Any) -> None:

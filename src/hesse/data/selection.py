@@ -9,7 +9,7 @@ from hesse.networks.network import Network
 from hesse.networks.vocabulary import check_ids
 
 DEFAULT_LENGTH = 2048
-PROBE_TOKENS = 1024  # for diagonal sensitivities, and again for the check; at least two samples each
+PROBE_TOKENS = 1024  # for the diagonals of output factors, and again for the check; at least two samples each
 
 
 Data = str | Path | list[list[int]] | None  # a file or a data set id, token ids, or None for the shipped text
@@ -40,7 +40,7 @@ class Selection:
     """Samples of a run."""
 
     samples: Samples  # to calibrate on
-    probes: Samples  # the first of `samples`, for the sensitivities
+    probes: Samples  # the first of `samples`, for the backward statistics
     check: Samples  # to measure the result with
     held_out: bool  # `check` is not a part of `samples`
     notes: list[str]  # departures from the options

@@ -1,4 +1,4 @@
-"""From data to curvature: what flows through a network fills these."""
+"""Estimation: collect statistics and curvatures from data that passes through a network."""
 
 from hesse.estimation.curvatures import estimate_curvatures
 from hesse.estimation.eigen import eigen_kronecker

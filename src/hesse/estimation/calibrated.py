@@ -24,14 +24,14 @@ from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-Known = Mapping[str, Mapping[str, Any]]  # statistics that are known before, by layer and name
+Known = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
 
 
 class LayerStatistics(Mapping[str, Any]):
-    """The statistics of one layer by name; those that are not known are absent.
+    """Statistics of one layer by name; unknown ones are absent.
 
-    `called` is False for a layer that the batches never called; its "inputs" are then a Gram of no tokens. Those of
-    `known`, which were collected before, are read from where they are whenever they are asked for.
+    `called` is False for a layer that the batches never called; its "inputs" are then a Gram of no tokens. Values of
+    `known`, which were collected before, are read from their place on each access.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LayerStatistics(Mapping[str, Any]):
 
     @property
     def gram(self) -> Gram:
-        """The Gram of the layer's inputs: one object for all layers with the same inputs."""
+        """Return the Gram of the layer's inputs: one object for all layers with the same inputs."""
         return cast(Gram, self._values["inputs"])
 
     def __getitem__(self, name: str) -> Any:
@@ -70,7 +70,7 @@ def calibrated_blocks(
     processes: Processes = ALONE,
     offload: Path | None = None,
 ) -> Iterator[tuple[Block, Layers]]:
-    """Take `batches` through a network; yield each block, its weights in memory, and its layers with their statistics.
+    """Pass `batches` through a network; yield each block, with weights in memory, and its layers with their statistics.
 
     At each layer all batches wait, so that the consumer may replace its weight before it asks for the next one: the
     batches go on through the changed layer, and later layers' statistics are of what it gives. Layers come in the order
@@ -95,8 +95,8 @@ def calibrated_blocks(
     clock = Clock() if clock is None else clock
     with clock.phase("read"):
         for index, block in each_loaded(network, range(first, len(network.blocks))):
-            wanted = sorted({name for layer in block.layers for name in needs.get(layer.name, ())})
-            layers = _layers(network, batches, index, block, wanted, known, clock, processes, offload)
+            names = sorted({name for layer in block.layers for name in needs.get(layer.name, ())})
+            layers = _layers(network, batches, index, block, names, known, clock, processes, offload)
             with clock.phase("calibrate"), closing(layers):
                 yield block, layers
                 for _ in layers:
@@ -106,7 +106,7 @@ def calibrated_blocks(
 def stored_blocks(
     network: Blocks, folder: Statistics, needs: Needs, *, first: int = 0, clock: Clock | None = None
 ) -> Iterator[tuple[Block, Layers]]:
-    """As `calibrated_blocks`, with statistics from a folder in place of batches: those of the unchanged model.
+    """Yield blocks as `calibrated_blocks` does, with the unchanged model's statistics from a folder instead of batches.
 
     Only layers that need some are yielded, in the order of the block; those that no sample reached come last.
     """
@@ -137,13 +137,13 @@ def _layers(
     batches: Sequence[CalibrationBatch],
     index: int,
     block: Block,
-    wanted: Collection[str],
+    names: Collection[str],
     known: Known,
     clock: Clock,
     processes: Processes,
     offload: Path | None,
 ) -> Layers:
-    """Take batches through one loaded block; yield its layers with the statistics in `wanted`."""
+    """Pass batches through one loaded block; yield its layers with the statistics in `names`."""
 
     def run(batch: CalibrationBatch) -> None:
         batch.pass_block(block.module, index)
@@ -154,11 +154,11 @@ def _layers(
             leaf for batch in batches for leaf in tree_leaves(batch.arguments(index)) if isinstance(leaf, Tensor)
         )
 
-    collection = InputCollection(wanted, batches, block, index, clock, processes)
+    collection = InputCollection(names, batches, block, index, clock, processes)
     with clock.phase("estimate"):
         of_block = {
             name: statistic.values(batches, block, index, processes)
-            for name in wanted
+            for name in names
             if isinstance(statistic := STATISTICS[name], BlockStatistic)
         }
     called: set[Layer] = set()
@@ -191,7 +191,7 @@ def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, cl
 
 
 class FolderStatistics(Mapping[str, Any]):
-    """The statistics of one layer in a folder of `hesse estimate`, read whenever they are asked for."""
+    """Statistics of one layer in a folder of `hesse estimate`, read on each access."""
 
     def __init__(self, folder: Statistics, layer: Layer, names: Collection[str]) -> None:
         self._folder, self._layer, self._names = folder, layer, names
@@ -211,21 +211,21 @@ class FolderStatistics(Mapping[str, Any]):
 
 
 class InputCollection:
-    """The statistics of the inputs that a block's layers get, in memory from a layer's first batch on.
+    """Statistics of the inputs of a block's layers, in memory from a layer's first batch on.
 
     `values` finishes the sums of a layer, and keeps what it returns until inputs are collected at another one.
     """
 
     def __init__(
         self,
-        wanted: Collection[str],
+        names: Collection[str],
         batches: Sequence[CalibrationBatch],
         block: Block,
         index: int,
         clock: Clock,
         processes: Processes = ALONE,
     ) -> None:
-        self._statistics = [s for name in wanted if isinstance(s := STATISTICS[name], InputStatistic)]
+        self._statistics = [s for name in names if isinstance(s := STATISTICS[name], InputStatistic)]
         self._clock, self._processes = clock, processes
         with clock.phase("estimate"):
             self._prepared = {s.name: s.prepare(batches, block, index) for s in self._statistics}
@@ -233,7 +233,7 @@ class InputCollection:
         self._values: dict[Layer, dict[str, Any]] = {}
 
     def collect(self, layer: Layer, number: int, inputs: Tensor) -> None:
-        """Add the inputs that batch `number` has for a layer."""
+        """Add the inputs of a layer from batch `number`."""
         with self._clock.phase("estimate"):
             if layer not in self._sums:
                 self._values.clear()

@@ -1,4 +1,4 @@
-"""Every curvature that is asked for, from one pass of data through an objective."""
+"""Estimate several curvatures from one pass of data through an objective."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -20,7 +20,7 @@ def estimate_curvatures(
     budget: int = BUDGET,
     block_size: int = 50,
 ) -> Estimates:
-    """Fill every curvature in `curvatures` from one forward and one backward pass over the objective's data.
+    """Estimate all curvatures in `curvatures` from one forward and one backward pass over the objective's data.
 
     - "gram": E[xxᵀ] of the inputs of each matrix (the weight of a linear, convolutional or embedding layer), over
       positions.
@@ -32,20 +32,20 @@ def estimate_curvatures(
     - "fisher": the diagonal, "blocks": blocks of `block_size` weights on it, "rank-one": all gradients, kept, of the
       Fisher whose gradients are of whole samples.
 
-    `kind="sampled"` draws labels from the model (the true Fisher, unbiased), `"empirical"` takes those of the data.
-    Positions whose gradient is exactly zero, such as padding, count nowhere. The unit is that of the objective's loss.
-    `budget` bounds the bytes of recorded activations and gradients; it changes no result beyond rounding.
+    `kind="sampled"` draws labels from the model (the true Fisher, unbiased), `"empirical"` uses the labels of the data.
+    Positions whose gradient is exactly zero, such as padding, are not counted. The unit is that of the objective's
+    loss. `budget` bounds the bytes of recorded activations and gradients; it changes no result beyond rounding.
     Sources: Martens and Grosse, 2015; Grosse and Martens, 2016 (convolutions); Eschenhagen et al., 2023 (shared
     weights).
 
     Raises:
-        OptionError: a curvature is not known, or a setting has no meaning.
-        UnsupportedModelError: a parameter belongs to no layer that is known here, where its layer matters.
+        OptionError: a curvature is not known, or a setting is not valid.
+        UnsupportedModelError: a curvature needs a parameter's layer, and the parameter belongs to no supported layer.
         DataError: an input or a gradient is not finite, or no position has a gradient.
     """
     for name in curvatures:
         if name not in get_args(Name):
-            raise OptionError(f"{name!r} is no curvature that data fills: use {', '.join(get_args(Name))}")
+            raise OptionError(f"{name!r} is not a curvature estimated from data: use {', '.join(get_args(Name))}")
     if per not in get_args(Per):
         raise OptionError(f"factors are per 'position' or per 'sample', not {per!r}")
     kept = objective.size * objective.parameters[0].element_size() if "rank-one" in curvatures else 0
@@ -58,7 +58,7 @@ def estimate_curvatures(
         if other in sums.without_factors and ("kronecker" not in curvatures or per == "sample"):
             continue
         raise UnsupportedModelError(
-            f"{other} is no matrix, offset or scale of a layer that is known here, or is used by another way than its "
-            'layer\'s call: leave it out, or ask for "fisher", which takes any parameter'
+            f"{other} is no matrix, offset or scale of a supported layer, or is used otherwise than by its layer's "
+            'call: leave it out, or ask for "fisher", which supports any parameter'
         )
     return sums.estimates(walk.scale, f"{kind} Fisher", f"{objective.loss.reduction} loss")

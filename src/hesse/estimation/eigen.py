@@ -1,4 +1,4 @@
-"""The second pass of EK-FAC: the eigenvalues that the factors' eigenvectors really have."""
+"""Second pass of EK-FAC: measure the eigenvalues in the basis of the factors' eigenvectors."""
 
 from collections.abc import Mapping
 
@@ -11,26 +11,26 @@ from hesse.passes.parts import Part
 from hesse.passes.per_sample import BUDGET, GradientPass, Kind
 from hesse.passes.recorded_batch import Per, RecordedBatch, Rows
 
-TOGETHER = 1 << 26  # bytes of rotated gradients at once
+TOGETHER = 1 << 26  # bytes of rotated gradients in one step
 
 
 def eigen_kronecker(
     objective: Objective, kronecker: Mapping[str, Curvature], *, seed: int = 0, budget: int = BUDGET
 ) -> dict[str, EigenKronecker]:
-    """Eigenvectors of the Kronecker curvatures in `kronecker`, by parameter, with eigenvalues measured in a pass.
+    """Return curvatures with the eigenvectors of `kronecker`, by parameter, and eigenvalues measured in a pass.
 
-    Labels and reduction are those that the factors say they are of. Per position Λ = Σ (Rᵀg)² (Cᵀx)² over positions;
-    per sample Λ = Σ (Rᵀ (Σ g xᵀ) C)² with the whole gradient of each sample. With the factors' `seed` no matrix with
-    these eigenvectors is nearer to the Fisher's block. What is no single Kronecker product (biases, norms, a weight
-    tied to an embedding) is left as it was: out. Source: George et al., 2018.
+    Labels and reduction are those of the factors' origin. Per position Λ = Σ (Rᵀg)² (Cᵀx)² over positions; per sample
+    Λ = Σ (Rᵀ (Σ g xᵀ) C)² with the whole gradient of each sample. With the factors' `seed` no matrix with these
+    eigenvectors is nearer to the Fisher's block. Parameters whose curvature is not a single Kronecker product (biases,
+    norms, a weight tied to an embedding) are left out. Source: George et al., 2018.
 
     Raises:
-        OptionError: a factor does not say what it was estimated as, or the factors differ in it.
+        OptionError: a factor has no origin, or the factors' origins differ.
     """
     factors = {name: c for name, c in kronecker.items() if isinstance(c, Kronecker)}
     origins = {c.origin for c in factors.values()}
     if len(origins) != 1 or None in origins:
-        raise OptionError("the Kronecker factors must be of one origin: take those of estimate_curvatures")
+        raise OptionError("the Kronecker factors must be of one origin: use those of one estimate_curvatures call")
     origin = next(iter(origins))
     assert origin is not None
     kind: Kind = "empirical" if origin.matrix == "empirical Fisher" else "sampled"
@@ -54,11 +54,11 @@ def eigen_kronecker(
 
 
 class _Eigenvalues:
-    """Σ of squared gradients in the eigenvectors' basis."""
+    """Sums of squared gradients in the eigenvectors' basis."""
 
     def __init__(self, parts: dict[str, Part], factors: dict[str, Kronecker], per: Per) -> None:
         self.parts, self.per = parts, per
-        # In the factors' own precision: the eigenvalues are measured in whatever basis this gives.
+        # In the factors' own precision: the eigenvalues are measured in the resulting basis.
         known: dict[int, Tensor | None] = {}  # layers with the same inputs share a factor, and so its eigenvectors
         self.vectors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.totals: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ class _Eigenvalues:
             self.vectors[name] = (sides[0], sides[1])
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         rotated: dict[object, Tensor] = {}  # inputs that several layers share
         for name, part in self.parts.items():
             rows = passage.rows(part)
@@ -95,7 +95,7 @@ class _Eigenvalues:
         return square.T if part.transposed else square
 
     def _summed(self, gradients: Tensor, inputs: Tensor, rows: Rows) -> Tensor:
-        """Σ of squares (out, in) over positions, or over samples' sums."""
+        """Return the sum of squares (out, in) over positions, or over samples' sums."""
         if rows.vocabulary:
             return _of_tokens(gradients, inputs, rows.vocabulary, self.per)
         if self.per == "position":
@@ -104,13 +104,13 @@ class _Eigenvalues:
 
 
 def _many_positions(rows: Rows) -> bool:
-    """Whether to rotate a sample's gradient costs less than to rotate its positions."""
+    """True if rotating a sample's gradient costs less than rotating its positions."""
     (_, positions, wide), narrow = rows.inputs.shape, rows.gradients.shape[-1]
     return wide * narrow * (wide + narrow) < positions * (wide**2 + narrow**2)
 
 
 def _of_samples(gradients: Tensor, inputs: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """Σ over samples of (Lᵀ (Σ g xᵀ) R)² (out, in); without L or R of what is rotated already."""
+    """Return Σ (Lᵀ (Σ g xᵀ) R)² (out, in) over samples; None for L or R means that the rows are already rotated."""
     total = gradients.new_zeros(gradients.shape[-1], inputs.shape[-1])
     step = max(TOGETHER // (total.numel() * total.element_size()), 1)
     for some, others in zip(torch.split(gradients, step), torch.split(inputs, step), strict=True):
@@ -121,7 +121,7 @@ def _of_samples(gradients: Tensor, inputs: Tensor, left: Tensor | None = None, r
 
 
 def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: Per) -> Tensor:
-    """The same for an embedding: gradients by the token they are of."""
+    """Return the same for an embedding: gradients summed by token id."""
     total = gradients.new_zeros(vocabulary, gradients.shape[-1])
     if per == "position":
         return total.index_add_(0, ids.flatten(), gradients.flatten(0, 1).square()).T

@@ -1,4 +1,4 @@
-"""Curvatures made of what a pass has summed up: which sums each needs, and how it follows from them."""
+"""Compute curvatures from the sums of a pass: the sums that each needs, and the result from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +17,16 @@ from hesse.passes.recorded_batch import Per, RecordedBatch
 Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
 
 
-class Adds(Protocol):
-    """Anything that is summed up as a pass goes on."""
+class Accumulator(Protocol):
+    """Sums over the recorded batches of a pass."""
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """What was asked for, by parameter; only `rank_one` is on all of them as one flat vector."""
+    """Requested curvatures by parameter; only `rank_one` is for all parameters as one flat vector."""
 
     gram: dict[str, Gram] = field(default_factory=dict)
     kronecker: dict[str, Curvature] = field(default_factory=dict)
@@ -37,17 +37,17 @@ class Estimates:
 
 
 class Sums:
-    """What the curvatures that were asked need, each thing summed once."""
+    """Sums that the requested curvatures need, each computed once."""
 
     def __init__(
         self,
         parts: dict[str, list[Part]],
         parameters: Mapping[str, Tensor],
-        asked: Sequence[Name],
+        requested: Sequence[Name],
         per: Per = "position",
         block_size: int = 50,
     ) -> None:
-        self.parts, self.asked, self.per = parts, set(asked), per
+        self.parts, self.requested, self.per = parts, set(requested), per
         every = [part for several in parts.values() for part in several]
         self.without_factors = {
             name: p for name, p in parameters.items() if not parts[name] or any(x.role == "scale" for x in parts[name])
@@ -57,44 +57,44 @@ class Sums:
         self._outputs = OutputMoments(every, per)
         self._simple = GradientSquares(parts, self.without_factors, per)
         self._squares = GradientSquares(parts, parameters, "sample")
-        self._blocks = GradientBlocks(parts, parameters, block_size) if "blocks" in asked else None
+        self._blocks = GradientBlocks(parts, parameters, block_size) if "blocks" in requested else None
         self._flat = FlatGradients(parts, parameters)
-        needs: dict[Name, list[Adds]] = {
+        needs: dict[Name, list[Accumulator]] = {
             "gram": [self._positions],
             "kronecker": [self._inputs, self._outputs, self._simple],
             "fisher": [self._squares],
             "blocks": [] if self._blocks is None else [self._blocks],
             "rank-one": [self._flat],
         }
-        self._wanted = list({id(s): s for name in needs if name in asked for s in needs[name]}.values())
+        self._wanted = list({id(s): s for name in needs if name in requested for s in needs[name]}.values())
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         for statistic in self._wanted:
             statistic.add(passage)
 
     def leave_out_unreached(self) -> None:
-        """Forget the parameters of layers that no position with a gradient reached, such as an expert's."""
+        """Remove the parameters of layers that no position with a gradient reached, such as an expert's."""
         reached = {key for sums in (self._inputs, self._positions) for key, moment in sums.sums.items() if moment.count}
         for name, parts in list(self.parts.items()):
             if name not in self._squares.sums and not all(part.modules in reached for part in parts):
                 del self.parts[name]
 
     def estimates(self, scale: float, matrix: str, unit: str) -> Estimates:
-        """The curvatures, with sums times `scale`; `matrix` and `unit` go into their origin.
+        """Return the curvatures, with sums times `scale`; `matrix` and `unit` are recorded in their origin.
 
         Raises:
-            DataError: a sum is not finite, or a layer was never reached.
+            DataError: a sum is not finite, or no sample reached a layer.
         """
         of_samples, of_factors = Origin(matrix, "sample", unit), Origin(matrix, self.per, unit)
-        asked = self.asked
+        requested = self.requested
         return Estimates(
-            gram=self._grams() if "gram" in asked else {},
-            kronecker=self._kronecker(scale, of_factors) if "kronecker" in asked else {},
-            fisher=self._diagonals(self._squares, scale, of_samples) if "fisher" in asked else {},
+            gram=self._grams() if "gram" in requested else {},
+            kronecker=self._kronecker(scale, of_factors) if "kronecker" in requested else {},
+            fisher=self._diagonals(self._squares, scale, of_samples) if "fisher" in requested else {},
             blocks={} if self._blocks is None else self._blocks.curvatures(scale, of_samples),
-            rank_one=self._flat.curvature(scale, of_samples) if "rank-one" in asked else None,
-            squared_norms=self._squares.squared_norms() if "fisher" in asked else {},
+            rank_one=self._flat.curvature(scale, of_samples) if "rank-one" in requested else None,
+            squared_norms=self._squares.squared_norms() if "fisher" in requested else {},
         )
 
     def _grams(self) -> dict[str, Gram]:
@@ -127,7 +127,7 @@ class Sums:
         return Kronecker(output_factor=outputs, input_factor=inputs, transposed=part.transposed, origin=origin)
 
     def _input(self, sums: InputMoments, part: Part) -> Tensor:
-        """E[xxᵀ] of a part; one tensor for layers that share it."""
+        """Return E[xxᵀ] of a part's inputs; layers with the same inputs share the tensor."""
         moment = sums.sums.get(part.modules)
         if moment is None or not moment.count:
             raise _unreached(part)

@@ -12,9 +12,9 @@ from hesse.passes.sample_gradients import flat_gradients
 
 
 def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, budget: int = BUDGET) -> Iterator[Tensor]:
-    """The gradient of each sample's summed loss, as (samples, parameters), at most `budget` bytes of them at once.
+    """Yield the gradients of each sample's summed loss, (samples, parameters), at most `budget` bytes at a time.
 
-    `kind="empirical"` takes the labels of the data, `"sampled"` draws one label a term from the model itself. Samples
+    `kind="empirical"` uses the labels of the data, `"sampled"` draws one label per term from the model itself. Samples
     must not depend on one another: layers with batch statistics are refused.
 
     Raises:

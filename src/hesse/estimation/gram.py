@@ -1,4 +1,4 @@
-"""The Gram of a layer's inputs, summed over batches as they flow by."""
+"""Accumulate the Gram of a layer's inputs over batches."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ from hesse.finite import all_finite
 
 
 class GramAccumulator:
-    """Σ xxᵀ over tokens in float32, and the number of tokens; with reference inputs x₀ also Σ x x₀ᵀ."""
+    """Sum of xxᵀ over tokens in float32, and the number of tokens; with reference inputs x₀ also the sum of x x₀ᵀ."""
 
     def __init__(self, name: str, width: int, device: torch.device) -> None:
         self.name = name
         self.total = torch.zeros(width, width, device=device)
         self.cross: Tensor | None = None
         self.tokens = 0
-        self._wide = self.total[:0]  # inputs in float32; kept, since fresh memory costs more than what is done with it
+        self._wide = self.total[:0]  # inputs in float32; reused, because allocating costs more than the conversion
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add `inputs` (..., in), and what they were in another stream: with all, or with none.
+        """Add `inputs` (..., in), and the same inputs in another stream, always or never.
 
         Raises:
             DataError: some inputs came with a reference and some without, or of another shape.
@@ -42,7 +42,7 @@ class GramAccumulator:
             self.cross.addmm_(flat.T.to(self.cross), reference.reshape(flat.shape).to(self.cross))
 
     def gram(self) -> Gram:
-        """The Gram per token; zero if there were no tokens.
+        """Return the Gram per token; zero if there were no tokens.
 
         Raises:
             DataError: an input was NaN or infinite.

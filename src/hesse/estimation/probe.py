@@ -1,4 +1,4 @@
-"""Passes of the unchanged model: its backward statistics, and the check samples' hidden states."""
+"""Passes through the unchanged model: backward statistics, and the check samples' hidden states."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from hesse.progress import Clock
 def check_pass(
     network: Network, check: list[Tensor], clock: Clock, step: Callable[[], None], journal: Journal | None = None
 ) -> list[StreamBatch]:
-    """The batches `check` (samples, tokens) after all blocks of the unchanged model; `step` after each block."""
+    """Pass the batches `check` (samples, tokens) through all blocks of the unchanged model; `step` after each block."""
     if not check:
         return []
     with clock.phase("probe"):
@@ -44,15 +44,15 @@ def probe(
 ) -> StoredStatistics:
     """Collect the backward statistics that layers need, by layer and name, in nats per token; `step` after each block.
 
-    The samples go through the unchanged model and back. The statistics are kept below `folder`, and so are meanwhile
-    the hidden states that reach each block. With a `journal`, which is then of that folder, the pass continues where it
-    was cut short. Each of several `processes` takes its share of the samples, in a folder of its own, and has the sums
-    over all of them.
+    The samples pass through the unchanged model forward and backward. The statistics are kept below `folder`, and,
+    during the pass, the inputs of each block. With a `journal`, which must be of that folder, an interrupted pass
+    resumes. Each of several `processes` has its shard of the samples and its own folder, and gets the sums over all
+    processes.
     """
     of_samples = needs_samples(needs)
     size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
     size = min(size, max(len(samples.ids) // processes.world_size, 1))
-    size = 1 if of_samples else size  # since experts mix the samples of a batch
+    size = 1 if of_samples else size  # because experts mix the samples of a batch
     lasting = journal is not None
     earlier, batches = processes.shard(samples.batches(size))
     with clock.phase("probe"):
@@ -77,7 +77,7 @@ def probe(
 
 
 def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]]) -> None:
-    """Note that a backward pass is through with a block, whose statistics are in `files`."""
+    """Record that a backward pass has finished a block, whose statistics are in `files`."""
     reached = walk.state.reached
     names = {layer: {name: path.name for name, path in own.items()} for layer, own in files.items()}
     paths = [path for own in files.values() for path in own.values()]
@@ -89,7 +89,7 @@ def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]
 def _recalled(
     journal: Journal, network: Network, stored: StoredStatistics, processes: Processes
 ) -> BackwardState | None:
-    """Return how far a backward pass had come in all processes, its statistics in `stored`; None if nowhere."""
+    """Return the state that a backward pass reached in all processes, with its statistics in `stored`, or None."""
     last = len(network.blocks)
     reached, notes = last, list[dict[str, Any]]()
     while reached and (note := journal.recall(f"statistics-{reached - 1}")) is not None:
@@ -116,9 +116,9 @@ def forward_walk(
     step: Callable[[], None],
     journal: Journal | None = None,
 ) -> list[list[StoredTensor]]:
-    """Take `flows` through all blocks; what reached each block of those in `kept`.
+    """Pass `flows` through all blocks; return the inputs of each block for the flows in `kept`.
 
-    With a `journal` they go on from the last block that they passed before.
+    With a `journal` they continue after the last block that they passed before.
     """
     name, inputs = flows[0].shelf.name, []
     passed = {} if journal is None else _passed(journal, name, network, every=bool(kept))
@@ -138,7 +138,7 @@ def forward_walk(
 
 
 def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[int, list[StoredTensor]]:
-    """What flows were after the blocks that they passed before, by the number of these; of `every` one, or the last."""
+    """Return the flows' recorded hidden states by number of passed blocks, after `every` block or the last one only."""
     found: dict[int, list[StoredTensor]] = {}
     numbers = range(1, len(network.blocks) + 1)
     for number in numbers if every else reversed(numbers):

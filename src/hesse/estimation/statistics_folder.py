@@ -1,4 +1,4 @@
-"""The curvature of a model that was estimated before, on disk."""
+"""Statistics of a model that `hesse estimate` wrote to a folder."""
 
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +17,18 @@ from hesse.errors import CheckpointError, DataError
 from hesse.estimation.storage import load_curvature
 
 INDEX_FILE = "statistics.json"
-SENSITIVITIES_FILE = "sensitivities.safetensors"
-SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # what an index says of them
+OUTPUT_FACTORS_FILE = "output_factors.safetensors"
+SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # the samples' entries in an index
 Kind = TypeVar("Kind", bound=Curvature)
 
 
 class Statistics:
-    """A folder that `hesse estimate` wrote: E[g²] at each layer's outputs, and for each layer what was asked for.
+    """Folder that `hesse estimate` wrote: E[g²] at each layer's outputs, and each layer's requested curvature.
 
-    That is a Gram of its inputs, Kronecker factors, or the diagonal of the Fisher; each in a file of its own.
+    A curvature is a Gram of the inputs, Kronecker factors, or the diagonal of the Fisher; each has a file of its own.
 
     Raises:
-        CheckpointError: the folder is no such folder, or its index is damaged.
+        CheckpointError: `hesse estimate` did not write the folder, or its index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,13 +38,13 @@ class Statistics:
         self.content: dict[str, Any] = read_json(folder / INDEX_FILE)
         if not _is_index(self.content):
             raise CheckpointError(f"{folder / INDEX_FILE} is not as `hesse estimate` writes it: estimate it again")
-        self._last: dict[str, tuple[str, Curvature]] = {}  # of each kind what was read last
+        self._last: dict[str, tuple[str, Curvature]] = {}  # the curvature of each kind that was read last
 
     def check_model(self, checkpoint: Checkpoint) -> None:
-        """Refuse another model.
+        """Check that the statistics belong to a model.
 
         Raises:
-            CheckpointError: its files are not those that the statistics are of.
+            CheckpointError: the model's files differ from those that were estimated.
         """
         for name, digest in checkpoint.digests.items():
             if self.content["model_files"].get(name) != digest:
@@ -53,10 +53,10 @@ class Statistics:
                 )
 
     def check_samples(self, samples: Samples) -> None:
-        """Refuse data that changed since.
+        """Check that the data has not changed since the estimation.
 
         Raises:
-            DataError: the samples are not those that the statistics are of.
+            DataError: the samples differ from those that the statistics were estimated on.
         """
         if samples.fingerprint() != self.content["samples_fingerprint"]:
             raise DataError(
@@ -64,10 +64,10 @@ class Statistics:
             )
 
     def check_holds(self, kind: str) -> None:
-        """Refuse statistics that lack a kind of curvature.
+        """Check that the folder holds a kind of curvature.
 
         Raises:
-            CheckpointError: they do.
+            CheckpointError: it does not.
         """
         if kind not in self.content["curvatures"]:
             held = self.content["curvatures"]
@@ -77,15 +77,15 @@ class Statistics:
             )
 
     def gram(self, layer: str, device: torch.device) -> Gram | None:
-        """The Gram of a layer's inputs; None where no token reached it. Layers with one input get one object."""
+        """Return the Gram of a layer's inputs, shared by layers with the same inputs; None if no token reached it."""
         return self._curvature("gram", layer, device, Gram)
 
     def kronecker(self, layer: str, device: torch.device) -> Kronecker | None:
-        """The Kronecker factors of a layer's weight, per position, in nats per token; None where there are none."""
+        """Return the Kronecker factors of a layer's weight, per position, in nats per token; None if there are none."""
         return self._curvature("kronecker", layer, device, Kronecker)
 
     def fisher(self, layer: str, device: torch.device) -> Diagonal | None:
-        """The diagonal of the Fisher on a layer's weight, per sample, in nats per token; None where there is none."""
+        """Return the Fisher diagonal of a layer's weight, per sample, in nats per token; None if there is none."""
         return self._curvature("fisher", layer, device, Diagonal)
 
     def _curvature(self, kind: str, layer: str, device: torch.device, wanted: type[Kind]) -> Kind | None:
@@ -100,16 +100,16 @@ class Statistics:
         return found
 
     @cached_property
-    def sensitivities(self) -> dict[str, Tensor]:
-        """E[ggᵀ] of each layer's outputs (out, out), in nats per token; with "kronecker" beside it, its diagonal."""
+    def output_factors(self) -> dict[str, Tensor]:
+        """Return each layer's output factor E[ggᵀ], in nats per token; its diagonal if there are Kronecker factors."""
         try:
-            return load_file(self.folder / SENSITIVITIES_FILE)
+            return load_file(self.folder / OUTPUT_FACTORS_FILE)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / SENSITIVITIES_FILE} cannot be read ({error})") from None
+            raise CheckpointError(f"{self.folder / OUTPUT_FACTORS_FILE} cannot be read ({error})") from None
 
 
 def _is_index(content: dict[str, Any]) -> bool:
-    """Whether an index has what is read of it; its files lie beside it."""
+    """True if an index has all entries that are read from it, and its files are plain names in the folder."""
     curvatures, samples = content.get("curvatures"), content.get("samples")
     return (
         isinstance(content.get("model_files"), dict)

@@ -1,4 +1,4 @@
-"""A curvature in a safetensors file: its tensors by name, and what they are in the file's header."""
+"""Save and load a curvature as a safetensors file: tensors by name, and their meaning in the file's header."""
 
 import json
 from dataclasses import asdict, fields
@@ -17,10 +17,10 @@ KEY = "hesse_curvature"
 
 
 def save_curvature(curvature: Curvature, path: str | Path) -> None:
-    """Write `curvature` to the safetensors file `path`, which appears only when it is whole.
+    """Write `curvature` to the safetensors file `path`, which appears only when it is complete.
 
     Raises:
-        UnsupportedProduct: the curvature holds something that is no tensor or number, such as a model.
+        UnsupportedProduct: the curvature holds something other than tensors and numbers, such as a model.
     """
     tensors: dict[str, Tensor] = {}
     described = _describe(curvature, "", tensors)
@@ -30,10 +30,10 @@ def save_curvature(curvature: Curvature, path: str | Path) -> None:
 
 
 def load_curvature(path: str | Path, device: str = "cpu") -> Curvature:
-    """The curvature in the file `path`, with the type, numbers and tensors that were saved.
+    """Load the curvature in the file `path`, with the type, numbers and tensors that were saved.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds no curvature that is known here.
+        CheckpointError: the file is missing or damaged, or holds no known curvature.
     """
     try:
         with safe_open(path, framework="pt", device=device) as file:

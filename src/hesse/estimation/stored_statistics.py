@@ -1,4 +1,4 @@
-"""Statistics on disk: those of all layers are needed long after the backward pass, and one layer's at a time."""
+"""Keep statistics on disk: they are needed long after the backward pass, one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from hesse.checkpoints.writer import write_tensors, writing
 
 
 class StoredStatistics(Mapping[str, Mapping[str, Tensor]]):
-    """The statistics of each layer by name, each in a file of its own below `folder`, read whenever it is asked for."""
+    """Statistics of each layer by name, each in a file of its own below `folder`, read on each access."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class StoredStatistics(Mapping[str, Mapping[str, Tensor]]):
         return path
 
     def add(self, layer: str, statistic: str, path: Path, device: torch.device) -> None:
-        """Take a statistic that was written before."""
+        """Add a statistic that was written before."""
         self._layers.setdefault(layer, _LayerFiles()).files[statistic] = (path, str(device))
         self._number += 1
 

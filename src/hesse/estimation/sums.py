@@ -1,4 +1,4 @@
-"""Sums over the layers of a network as a pass shows them; curvatures are made of these."""
+"""Sums over recorded batches, from which curvatures are computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Moment:
 
     @classmethod
     def like(cls, rows: Tensor, width: int, diagonal: bool = False) -> "Moment":
-        """An empty moment for such rows."""
+        """Return an empty moment for rows of this type and device."""
         dtype = torch.promote_types(rows.dtype if rows.is_floating_point() else torch.float32, torch.float32)
         return cls(torch.zeros((width,) if diagonal else (width, width), dtype=dtype, device=rows.device))
 
     def add(self, rows: Tensor) -> None:
-        """Add rows (k, n), or token ids (k,), which stand for unit vectors."""
+        """Add rows (k, n), or token ids (k,), which represent unit vectors."""
         self.count += len(rows)
         if rows.ndim == 1:
             self.total += torch.bincount(rows, minlength=len(self.total)).to(self.total)
@@ -42,7 +42,7 @@ class Moment:
             add_upper(self.total, rows if multiplies_exactly(rows) else rows.to(self.total))
 
     def times(self, factor: float, what: str) -> Tensor:
-        """The sum times `factor`, in its own memory: nothing is added afterwards, and it is asked for alike.
+        """Return the sum times `factor`, computed in place: later calls must use the same factor, and add nothing.
 
         Raises:
             DataError: it is not finite.
@@ -57,14 +57,14 @@ class Moment:
         return self.total
 
     def mean(self, what: str) -> Tensor:
-        """The sum over the number of rows."""
+        """Return the sum divided by the number of rows."""
         return self.times(1 / self.count, what)
 
 
 class InputMoments:
-    """Σ x xᵀ of each matrix's inputs; one moment for layers with the same inputs and the same positions that count.
+    """Sums of x xᵀ of each matrix's inputs; layers with the same inputs and the same live positions share a moment.
 
-    Of token ids, which stand for unit vectors, the diagonal.
+    For token ids, which represent unit vectors, the moment is the diagonal.
     """
 
     def __init__(self, parts: list[Part], per: Per) -> None:
@@ -73,7 +73,7 @@ class InputMoments:
         self.sums: dict[Key, Moment] = {}
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         groups: dict[object, dict[Key, Rows]] = {}
         for part in self.parts:
             rows = passage.rows(part)
@@ -87,7 +87,7 @@ class InputMoments:
                 members = {key: rows for key, rows in members.items() if key not in alike}
 
     def _moment(self, keys: list[Key], rows: Rows) -> Moment:
-        """The moment that layers share from now on: a copy, where others share it that part from them here."""
+        """Return the moment that these layers share from now on: a copy if other layers shared it until now."""
         moment = self.sums.get(keys[0])
         if moment is None:
             width = rows.vocabulary or rows.inputs.shape[-1]
@@ -99,7 +99,7 @@ class InputMoments:
 
 
 class OutputMoments:
-    """Σ g gᵀ of the gradients at each layer's outputs, or with `diagonal` Σ g²."""
+    """Sums of g gᵀ of the gradients at each layer's outputs, or with `diagonal` of g²."""
 
     def __init__(self, parts: list[Part], per: Per, diagonal: bool = False) -> None:
         self.parts = list({part.modules: part for part in parts if part.role != "scale"}.values())
@@ -107,7 +107,7 @@ class OutputMoments:
         self.sums: dict[Key, Moment] = {}
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         for part in self.parts:
             rows = passage.rows(part)
             if rows is None:
@@ -119,7 +119,7 @@ class OutputMoments:
 
 
 class GradientSquares:
-    """Σ g² of each parameter's gradients of samples, or of positions, and ‖g‖² of each sample's."""
+    """Sums of g² of each parameter's gradients of samples or positions, and ‖g‖² of each sample's gradient."""
 
     def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], per: Per) -> None:
         self.parts, self.parameters, self.per = parts, parameters, per
@@ -127,17 +127,17 @@ class GradientSquares:
         self.norms: dict[str, list[Tensor]] = {name: [] for name in parameters}  # per sample only
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         for name, parameter in self.parameters.items():
             for square in self._squares(passage, name, parameter):
                 self.sums[name] = self.sums[name] + square if name in self.sums else square
 
     def squared_norms(self) -> dict[str, Tensor]:
-        """‖g‖² of each sample's gradient of each parameter (samples,)."""
+        """Return ‖g‖² (samples,) of each sample's gradient of each parameter."""
         return {name: torch.cat(norms) for name, norms in self.norms.items()}
 
     def _squares(self, passage: RecordedBatch, name: str, parameter: Tensor) -> list[Tensor]:
-        """Those of one parameter for some samples."""
+        """Return sums of squared gradients of one parameter, and record the samples' squared norms."""
         found = [(part, rows) for part in self.parts[name] if (rows := passage.rows(part)) is not None]
         if self.per == "position":
             return [_position_squares(part, rows, parameter) for part, rows in found]
@@ -158,7 +158,7 @@ class GradientSquares:
 
 
 def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
-    """Σ over positions of the squared gradient of one part (*shape)."""
+    """Return the sum over positions of the squared gradient of one part (*shape)."""
     inputs, gradients = rows.inputs.flatten(0, 1), rows.gradients.flatten(0, 1)
     gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
     if part.role == "offset":
@@ -173,7 +173,7 @@ def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
 
 
 class GradientBlocks:
-    """The diagonal blocks of Σ g gᵀ of each parameter's gradients of samples."""
+    """Diagonal blocks of the sum of g gᵀ over samples, for each parameter."""
 
     def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], block_size: int) -> None:
         self.parts, self.parameters = parts, parameters
@@ -185,13 +185,13 @@ class GradientBlocks:
         }
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         for name, parameter in self.parameters.items():
             for gradients in sample_gradients(passage, name, self.parts[name], parameter):
                 self.sums[name].add(gradients)
 
     def curvatures(self, scale: float, origin: Origin) -> dict[str, BlockRankOneSum]:
-        """The blocks of `scale` Σ g gᵀ."""
+        """Return the blocks of `scale` Σ g gᵀ."""
         return {
             name: BlockRankOneSum(matrices=sums.total * scale, weight_shape=tuple(sums.shape), origin=origin)
             for name, sums in self.sums.items()
@@ -199,17 +199,17 @@ class GradientBlocks:
 
 
 class FlatGradients:
-    """Each sample's gradient of all parameters as one flat vector, kept; `rows` are (samples, parameters)."""
+    """Gradients of all samples as flat vectors over all parameters; `rows` are (samples, parameters)."""
 
     def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> None:
         self.parts, self.parameters = parts, parameters
         self.rows: list[Tensor] = []
 
     def add(self, passage: RecordedBatch) -> None:
-        """Add what a pass shows of some samples."""
+        """Add a recorded batch."""
         self.rows.append(flat_gradients(passage, self.parts, self.parameters))
 
     def curvature(self, scale: float, origin: Origin) -> RankOneSum:
-        """`scale` Σ g gᵀ."""
+        """Return `scale` Σ g gᵀ."""
         gradients = torch.cat(self.rows)
         return RankOneSum.from_gradients(gradients * (scale * len(gradients)) ** 0.5, origin)

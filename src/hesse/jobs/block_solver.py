@@ -1,17 +1,15 @@
 """The layers of one block: solved, put in their places, and written."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from hesse.estimation.calibrated import Layers, LayerStatistics
-from hesse.estimation.statistics.output_factor import output_factor
 from hesse.jobs.plan import Plan
-from hesse.layerwise.input_rounding import rounding_cost
-from hesse.layerwise.layer_report import layer_report
-from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest
+from hesse.layerwise.layer_solver import LayerSolver, digest
 from hesse.layerwise.report import LayerReport
+from hesse.layerwise.solved_layer import solve_layer
 from hesse.networks.network import Block, Layer
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
@@ -63,7 +61,7 @@ class BlockSolver:
         tensors: dict[str, Tensor] = {}
         for layer, statistics in layers:
             if self.plan.rules.get(layer.name) is not None:
-                tensors.update(self._solve(layer, statistics, result))
+                tensors.update(self.solve_layer(layer, statistics, result))
         with self.clock.phase("write"):
             for name in self.plan.network.stored_in(block):
                 layer_name, _, kind = name.rpartition(".")
@@ -71,31 +69,16 @@ class BlockSolver:
                     tensors.update(self.plan.checkpoint.read_stored([name]))
         return result, tensors
 
-    def _solve(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
+    def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
         """Solve one layer, put the solution in its place, and return the tensors to write for it."""
-        rule, constraint = self.plan.rules[layer.name], self.plan.format.constraint(layer.name)
-        assert rule is not None and constraint is not None
-        with self.clock.phase("solve"):
-            problem = LayerProblem(layer.name, layer.weight.float(), dict(statistics), rule, constraint)
-            solved = self.solver.solve(problem)
-            encoded = solved.solution.encoded
-            stored = self.plan.format.as_stored(layer.name, encoded, solved.solution.weight)
-            layer.replace(stored)
+        rule = self.plan.rules[layer.name]
+        assert rule is not None
+        solved = solve_layer(layer, statistics, rule, self.plan.format, self.solver, self.clock)
         result.notes += solved.notes
-        with self.clock.phase("predict"):
-            report, notes = layer_report(problem, solved, stored, self.plan.format.stored_bits(layer.name))
-            if rule.input_bits is not None:
-                cost, factor, peak = None, output_factor(problem.statistics), problem.statistics.get("input peaks")
-                if factor is not None and peak is not None:
-                    cost = rounding_cost(stored, factor, peak, rule.input_bits)
-                else:
-                    notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
-                report = replace(report, input_bits=rule.input_bits, predicted_input_loss=cost)
-            result.layers.append(report)
-            result.notes += notes
+        result.layers.append(solved.report)
         with self.clock.phase("write"):
-            result.digests[layer.name] = digest(stored)
+            result.digests[layer.name] = digest(solved.stored)
             bias_name = f"{layer.name}.bias"
             stored_bias = [bias_name] if bias_name in self.plan.checkpoint.shard_of else []
             bias = self.plan.checkpoint.read_stored(stored_bias).get(bias_name)
-            return self.plan.format.tensors(layer.name, encoded, stored, bias)
+            return self.plan.format.tensors(layer.name, solved.encoded, solved.stored, bias)

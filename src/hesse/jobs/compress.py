@@ -1,41 +1,73 @@
 """`hesse compress`: compress a model from disk to disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.output import check_room
 from hesse.checkpoints.writer import SHARD_BYTES, writing
-from hesse.data.selection import Calibration, Data
+from hesse.curvature import Loss
+from hesse.data.batches import token_ids
+from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
+from hesse.estimation.calibrated import LayerStatistics
 from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.formats import open_checkpoint
+from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.compression import Compression
+from hesse.jobs.forecast import Work, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryPlan, plan_memory, waiting_bytes
 from hesse.jobs.options import RunOptions, run_options
 from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
+from hesse.layerwise.rules import statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
+from hesse.modules.compress import compress_in_memory
 from hesse.networks.allocator import keep_no_large_memory
+from hesse.networks.network import Layer
+from hesse.passes.per_sample import Kind
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
-from hesse.progress import Progress
-from hesse.result import Result
+from hesse.progress import Clock, Progress
+from hesse.result import ForecastReport, Result
 from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
+
+# Why settings have no meaning for a module in memory.
+FOR_FILES = {
+    "out": "is a folder, and a module stays in memory",
+    "statistics": "are of the files of a checkpoint",
+    "size": "is a budget of the files of a checkpoint",
+    "mean_bits": "is a budget that is planned on the files of a checkpoint",
+    "loss": "is a budget that is planned on the files of a checkpoint (a loss is given as loss_function)",
+    "target": "is a program that loads files",
+    "allocation": "is how a budget of files is shared out",
+    "memory": "bounds how much of a checkpoint is in memory, and a module is there as a whole",
+    "overwrite": "is of a folder",
+    "restart": "is of a run to a folder",
+    "measure": "is of a checkpoint beside the dense one",
+    "dry_run": "says what a run to a folder would take",
+    "format": "is how files are written",
+    "device": "is where a checkpoint is loaded, and a module is already somewhere",
+}
 
 
 def compress(
-    model: str | Path,
-    out: str | Path,
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
     *,
     method: str = DEFAULT_METHOD,
     recipe: Recipe | None = None,
     options: Options | None = None,
     ignore: Sequence[str] = (),
-    data: Data = None,
+    data: Any = None,
     statistics: str | Path | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -50,22 +82,31 @@ def compress(
     allocation: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     memory: str | int | None = None,
     measure: bool = False,
+    layers: Sequence[str] = ("*",),
+    loss_function: Loss | nn.Module | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    kind: Kind = "sampled",
     progress: Progress | None = None,
-) -> Result[CompressionReport]:
-    """Compress a language model or encoder on disk into a new folder that other programs load.
+) -> Result[Any]:
+    """Compress a language model or encoder on disk into a new folder that other programs load, or a module in memory.
 
-    A run that was killed resumes behind the last block it finished, to the same result bit for bit.
+    A run on disk that was killed resumes behind the last block it finished, to the same result bit for bit. A module
+    is copied and the copy is changed: see `hesse.modules.compress.compress_in_memory`, which takes `layers`,
+    `loss_function`, `forward` and `kind`; what only has a meaning for files is refused for it.
 
     Args:
-        model: a model folder, `default`, or a hub id; dense.
-        out: the folder to write; it must not exist unless `overwrite`.
+        model: a model folder, `default`, or a hub id, dense; or any `torch.nn.Module`.
+        out: the folder to write; it must not exist unless `overwrite`. None for a module.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
         recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
         options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
         ignore: patterns of layer names to leave as they are.
-        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
+        data: a text, JSON lines or parquet file, a datasets id, a `datasets.Dataset` with a column `input_ids`, or
+            lists of token ids; None for the shipped text. For a module also batches: (inputs, targets) pairs or
+            dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
         samples: calibration samples.
@@ -82,10 +123,15 @@ def compress(
         allocation: how a budget's choices are priced: `hawq` or `hawq-v2`; None solves every layer for every choice.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         memory: the most that the process may take, such as "8GiB" or a number of bytes: what is kept in memory and what
             on disk follows from it. None for most of what is free.
         measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
             calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It takes time.
+        layers: patterns of the layers of a module to change.
+        loss_function: the loss of a module; None for cross-entropy, or a language model's own.
+        forward: `forward(model, inputs)` gives the outputs of a module.
+        kind: "sampled" or "empirical" labels for the Fisher of a module.
         progress: told how far the run is.
 
     Returns:
@@ -94,6 +140,41 @@ def compress(
     Raises:
         HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
     """
+    if isinstance(model, nn.Module):
+        settings = {"out": out, "statistics": statistics, "size": size, "mean_bits": mean_bits, "loss": loss}
+        settings |= {"target": target, "allocation": allocation, "memory": memory, "overwrite": overwrite or None}
+        settings |= {
+            "restart": restart or None,
+            "measure": measure or None,
+            "dry_run": dry_run or None,
+            "format": {"auto": None}.get(format, format),
+        }
+        settings |= {"device": {"auto": None}.get(device, device)}
+        for name, value in settings.items():
+            if value is not None:
+                raise OptionError(f"{name} {FOR_FILES[name]}: save the model and give the folder, or leave it out")
+        return compress_in_memory(
+            model,
+            data,
+            method=method,
+            recipe=recipe,
+            options=options,
+            layers=layers,
+            ignore=ignore,
+            loss_function=loss_function,
+            forward=forward,
+            kind=kind,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    if out is None:
+        raise OptionError("a model on disk needs a folder to write: give out")
+    if tuple(layers) != ("*",) or loss_function is not None or forward is not None or kind != "sampled":
+        raise OptionError("layers, loss_function, forward and kind are for modules: give a recipe for other layers")
+    if data is not None and not isinstance(data, str | Path) and (ids := token_ids(data)) is not None:
+        data = ids  # of a datasets.Dataset too
     budget = Budget(size, mean_bits, loss) if any(x is not None for x in (size, mean_bits, loss)) else None
     if budget is not None and recipe is not None:
         raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
@@ -109,7 +190,7 @@ def compress(
             find_method(method, "compress").recipe(options or Options(), tuple(ignore)) if recipe is None else recipe
         )
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, memory, overwrite, restart, progress=progress)
+    run = run_options(device, memory, overwrite, restart, dry_run, progress)
     folder = None if statistics is None else Path(statistics)
     return compress_folder(model, Path(out), request, calibration, run, folder, format, target, measure)
 
@@ -124,7 +205,7 @@ def compress_folder(
     format: str,
     target: str | None,
     measure: bool,
-) -> Result[CompressionReport]:
+) -> Result[CompressionReport | ForecastReport]:
     """Compress a model by a recipe, or by the recipe that is planned for a budget; see `compress`."""
     source = locate(model)
     with Job("compress", str(model), [source], out, calibration, run) as job:
@@ -135,6 +216,11 @@ def compress_folder(
                 return make_plan(source, recipe, calibration, estimated, format, run.device, target)
 
         plan = open_plan(request) if isinstance(request, Recipe) else None
+        if run.dry_run:
+            if isinstance(request, BudgetRequest):
+                plan = open_plan(request.method.recipe(request.options, request.ignore))
+            assert plan is not None
+            return Result(_forecast(job, plan, request))
         checkpoint = open_checkpoint(source) if plan is None else plan.checkpoint
         needed = _most_bytes(checkpoint, plan)
         text = request.to_yaml() if isinstance(request, Recipe) else repr(request)
@@ -158,6 +244,66 @@ def compress_folder(
         report = Compression(job, plan, budget, fits).run(measure)
         job.finish(report)
     return Result(report)
+
+
+def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> ForecastReport:
+    """Return what a run would take; `plan` is that of the method alone where a budget is still to be planned."""
+    network, checkpoint, calibration = plan.network, plan.checkpoint, job.calibration
+    fits = plan_memory(plan, job.run.memory)
+    needed = _most_bytes(checkpoint, plan) + waiting_bytes(plan)
+    rules = {name: rule for name, rule in plan.rules.items() if rule is not None}
+    shapes = {layer.name: layer.weight.shape for layer in network.layers if layer.name in rules}
+    size = checkpoint.stored_bytes
+    for name, shape in shapes.items():
+        stored = checkpoint.dtype(f"{name}.weight").itemsize
+        size += int(shape.numel() * (plan.format.stored_bits(name) / 8 - stored))
+    solver = BlockSolver(plan, Clock())
+    calibrated = 0 if plan.statistics is not None else tokens_of(plan.samples)
+    probed = 0 if plan.statistics is not None else tokens_of(plan.probes)
+    blocks = len(network.blocks)
+    work = Work(
+        forward=blocks * (2 * tokens_of(plan.check) + probed),
+        calibrated=blocks * calibrated,
+        backward=blocks * probed,
+        bytes=6 * checkpoint.file_bytes,
+        layers=shapes,
+    )
+
+    def solve(layer: Layer, statistics: LayerStatistics) -> object:
+        return solver.solve_layer(
+            layer, LayerStatistics({**statistics, **_unit_statistics(plan, layer)}), BlockResult()
+        )
+
+    by_sample = {"fisher blocks", "fisher gradients"}
+    known = not any(by_sample & set(names) for names in statistics_needed(plan.rules).values())
+    seconds, notes = seconds_of(work, network, plan.samples, calibration.batch_size, solve if known else None)
+    if not known:
+        notes.append("the time to solve layers by gradients of samples is not part of the estimate")
+    if isinstance(request, BudgetRequest):
+        budget = request.budget
+        weights = sum(shape.numel() for shape in shapes.values())
+        if budget.size is not None:
+            size = budget.bytes_of(checkpoint.file_bytes)
+        elif budget.bits is not None:
+            dense = sum(x.numel() * checkpoint.dtype(f"{n}.weight").itemsize for n, x in shapes.items())
+            size = checkpoint.stored_bytes - dense + int(weights * budget.bits / 8)
+        else:
+            size = checkpoint.file_bytes
+        notes.append("the time to plan, which solves every layer for each choice, is not part of the estimate")
+    job.notes = list(plan.notes)
+    report = job.forecast((checkpoint.file_bytes, size, size), needed, {fits.largest: 0}, (seconds, notes))
+    return replace(report, memory_bytes=fits.bound, method=plan.recipe.method)
+
+
+def _unit_statistics(plan: Plan, layer: Layer) -> dict[str, Tensor]:
+    """Return backward statistics of a layer as large as those that a run estimates, to take as long to solve with."""
+    rows, columns = layer.weight.shape
+    made = {
+        "output factor": lambda: torch.eye(rows),
+        "output diagonal": lambda: torch.ones(rows),
+        "fisher diagonal": lambda: torch.ones(rows, columns),
+    }
+    return {name: made[name]() for name in statistics_needed(plan.rules).get(layer.name, ()) if name in made}
 
 
 def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:

@@ -10,7 +10,7 @@ from hesse.jobs.options import run_options
 from hesse.jobs.report import CompressionReport
 from hesse.planning.singular_directions import cut_recipe
 from hesse.progress import Progress
-from hesse.result import Result
+from hesse.result import ForecastReport, Result
 
 
 def cut(
@@ -23,7 +23,7 @@ def cut(
     device: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Result[CompressionReport]:
+) -> Result[CompressionReport | ForecastReport]:
     """Cut a model of a given size from one ranking of the singular directions of all layers, without calibration.
 
     Args:

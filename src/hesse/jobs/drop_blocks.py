@@ -6,24 +6,26 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hesse.checkpoints.locate import locate
+from hesse.checkpoints.tensor_store import TensorStore
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.jobs.drop_report import DroppedBlock, DropReport
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import COMPARING, activations, collecting, comparing, running, stopping, taking_gradients
 from hesse.jobs.options import run_options
-from hesse.layerwise.weight_sharing import StandIns
+from hesse.layerwise.weight_sharing import SharedWeights
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import advance, start
 from hesse.progress import Progress
-from hesse.result import Result
+from hesse.result import ForecastReport, Result
 from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
@@ -80,8 +82,9 @@ def drop_blocks(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[DropReport]:
+) -> Result[DropReport | ForecastReport]:
     """Remove whole blocks from a model on disk, or make them of blocks that stay; transformers loads the result.
 
     With the importance "loss" blocks are removed one at a time, always the one whose removal costs least by
@@ -106,6 +109,7 @@ def drop_blocks(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Returns:
@@ -116,17 +120,21 @@ def drop_blocks(
     """
     request = DropRequest(blocks, loss, importance, share_rank)
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     source = locate(model)
     with Job("drop-blocks", str(model), [source], Path(out), calibration, run) as job:
         job.check_alone()
         _, network, _ = open_networks(source, run.device)
         request.check(network)
-        sharing = None if share_rank is None else StandIns(network, share_rank)
+        sharing = None if share_rank is None else SharedWeights(network, share_rank)
         selected = select_samples(source, calibration, network)
         job.notes += selected.notes
-        job.begin([network.checkpoint], {"options": repr(request)}, 3 * network.checkpoint.file_bytes)
         removal = _Removal(job, network, sharing, request, selected)
+        needed = 3 * network.checkpoint.file_bytes
+        needed += (2 * len(network.blocks) + 4) * hidden_bytes(network, tokens_of(selected.samples))
+        if dry_run:
+            return Result(removal.forecast(needed))
+        job.begin([network.checkpoint], {"options": repr(request)}, needed)
         report = removal.run()
         job.finish(report)
     return Result(report)
@@ -136,7 +144,12 @@ class _Removal:
     """One run: blocks chosen, replaced where weights are shared, written and measured."""
 
     def __init__(
-        self, job: Job, network: CheckpointNetwork, sharing: StandIns | None, request: DropRequest, selected: Selection
+        self,
+        job: Job,
+        network: CheckpointNetwork,
+        sharing: SharedWeights | None,
+        request: DropRequest,
+        selected: Selection,
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
         self.request, self.selected = request, selected
@@ -159,6 +172,49 @@ class _Removal:
             job = self.job
             return Removals(self.network, self.batches, job.journal.folder, job.progress, job.calibration.seed)
 
+    def forecast(self, needed: int) -> ForecastReport:
+        """Return what the run would take: as many blocks removed as `loss` could allow, where that is the limit."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
+        removed = self.request.blocks or blocks - 1
+        batch = self.batches[0].numel()
+        phases = {COMPARING: comparing(network, length)}
+        for block in network.blocks:
+            phases[f"run {block.name} in float32"] = running(network, block, batch)
+            if self.request.importance == "quadratic":
+                phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, 0)
+            if self.sharing is not None:
+                solving = max(self.sharing.workspace(layer) + collecting(layer, batch) for layer in block.layers)
+                waiting = activations(network, block, tokens, network.dtype.itemsize)
+                phases[f"replace {block.name}"] = stopping(network, block, waiting) + solving
+        passes = (
+            1.0
+            + sum(  # blocks that run in each round
+                (blocks - k) * (blocks - k + 1) / 2 if self.request.importance == "loss" else 2 * (blocks - k)
+                for k in range(removed)
+            )
+            / blocks
+        )
+        size, loss = network.checkpoint.file_bytes, self.request.loss
+        work = Work(
+            forward=int(blocks * (passes * tokens + 3 * tokens_of(self.selected.check))),
+            calibrated=0 if self.sharing is None else blocks * tokens,
+            backward=blocks * tokens if self.request.importance == "quadratic" else 0,
+            bytes=(removed + 6) * size,
+        )
+        estimate = seconds_of(work, network, samples, job.calibration.batch_size)
+        after = size
+        if self.sharing is None and loss is None:
+            smallest = min(sum(self._stored_bytes(number) for number in [k] * removed) for k in range(blocks))
+            after -= smallest
+        return job.forecast((size, after, after), needed, phases, estimate)
+
+    def _stored_bytes(self, number: int) -> int:
+        """Return the bytes of a block's tensors in the files."""
+        checkpoint = self.network.checkpoint
+        names = self.network.stored_in(self.network.blocks[number])
+        return sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in names)
+
     def run(self) -> DropReport:
         """Do everything but give the result its name."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
@@ -168,9 +224,10 @@ class _Removal:
                 f"no block can go: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
                 f"{self.request.loss:g}"
             )
-        weights = {} if self.sharing is None else self._share(self.sharing)
+        if self.sharing is not None:
+            self._share(self.sharing)
         parameters = sum(p.numel() for p in network.model.parameters())
-        self._write(weights)
+        self._write()
         result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         if self.sharing is None:
             self._check(result)
@@ -218,15 +275,23 @@ class _Removal:
         content = self.job.once(f"removal-{len(self.dropped)}", measure)
         return {int(number): cost for number, cost in content["costs"]}
 
-    def _share(self, sharing: StandIns) -> dict[str, Tensor]:
-        """Return the weights of the dropped blocks, made of blocks that stay, by the tensors' names."""
-        blocks = self.network.blocks
+    def _share(self, sharing: SharedWeights) -> None:
+        """Make the dropped blocks of blocks that stay; write and note one block after another."""
+        network, checkpoint, job = self.network, self.network.checkpoint, self.job
+        job.progress.begin("share weights", len(network.blocks))
+        blocks = network.blocks
         donors = {drop.block: sharing.donor(blocks[drop.block], self.kept) for drop in self.dropped}
-        weights, errors = sharing.replace(donors, self.batches, self.job.journal.folder, self.job.progress)
+        batches = start(network, self.batches, TensorStore(job.journal.folder, "shared", lasting=True))
+        steps = job.steps("block", network, batches)
+        errors = [content["error"] for content in steps.done]
+        for index, weights, error in sharing.shared_blocks(donors, batches, len(errors), job.clock):
+            names = [name for name in network.stored_in(blocks[index]) if name not in job.names]
+            steps.note(index, {"error": error}, {**checkpoint.read_stored(names), **weights})
+            errors.append(error)
+            job.progress.advance()
         self.dropped = [
             replace(drop, donor=donors[drop.block], relative_error=errors[drop.block]) for drop in self.dropped
         ]
-        return weights
 
     def _saved(self, number: int) -> int:
         """Return how many parameters need not be stored once a block is removed, or made of another."""
@@ -235,21 +300,21 @@ class _Removal:
             return sum(layer.weight.numel() for layer in block.layers) - self.sharing.parameters(block)
         return sum(parameter.numel() for parameter in block.module.parameters())
 
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        """Write the tensors that stay or were made, a block at a time, and assemble the result."""
+    def _write(self) -> None:
+        """Write the tensors that stay, a block at a time, and assemble the result."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
-        numbers = list(range(len(network.blocks))) if self.sharing is not None else self.kept
-        config = checkpoint.config if self.sharing is not None else fewer_blocks_config(network, numbers)
-        names, done = fewer_blocks_names(network, numbers), set[str]()
-        groups = [*(network.stored_in(network.blocks[number]) for number in numbers), *([name] for name in names)]
+        if self.sharing is not None:
+            job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
+            job.notes += job.assemble(checkpoint.config)
+            return
+        names, done = fewer_blocks_names(network, self.kept), set[str]()
+        groups = [*(network.stored_in(network.blocks[number]) for number in self.kept), *([name] for name in names)]
         for group in groups:
             rest = [name for name in group if name not in done]
             if rest:
-                tensors = checkpoint.read_stored(rest)
-                tensors |= {name: weights[name] for name in rest if name in weights}
-                job.write({names[name]: tensor for name, tensor in tensors.items()})
+                job.write({names[name]: tensor for name, tensor in checkpoint.read_stored(rest).items()})
                 done |= set(rest)
-        job.notes += job.assemble(config)
+        job.notes += job.assemble(fewer_blocks_config(network, self.kept))
 
     def _check(self, result: CheckpointNetwork) -> None:
         """Check that the result is the dense model without the blocks.

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,16 +19,18 @@ from hesse.estimation import Sums, save_curvature
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
 from hesse.estimation.statistics import probe_tokens
-from hesse.estimation.statistics_folder import INDEX_FILE, SENSITIVITIES_FILE
+from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
 from hesse.formats.opening import open_networks
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import activations, collecting, comparing, stopping, taking_gradients
 from hesse.jobs.options import run_options
 from hesse.networks.network import Block, CheckpointNetwork
 from hesse.passes.backward import BackwardPass, BackwardState, layer_part
 from hesse.passes.recorded_batch import RecordedBatch
 from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
-from hesse.result import Report, Result
+from hesse.result import ForecastReport, Report, Result
 
 Kind = Literal["gram", "kronecker", "fisher"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,8 +60,9 @@ def estimate(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[EstimateReport]:
+) -> Result[EstimateReport | ForecastReport]:
     """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
 
     The folder holds for each linear layer what `curvatures` names, E[ggᵀ] at its outputs, and fingerprints of model and
@@ -79,6 +83,7 @@ def estimate(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace the statistics at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Returns:
@@ -94,7 +99,7 @@ def estimate(
         raise OptionError("statistics name their data, so that it can be read again: give a file, not token ids")
     kinds = [kind for kind in KINDS if kind in curvatures]
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     source = locate(model)
     with Job("estimate", str(model), [source], Path(out), calibration, run, INDEX_FILE) as job:
         job.check_alone()
@@ -103,8 +108,13 @@ def estimate(
             factors = {layer.name: ("output factor",) for layer in network.layers}
             selected = select_samples(source, calibration, network, probe_tokens(factors, network.layers, 0))
         job.notes += selected.notes
-        job.begin([checkpoint], {"curvatures": " ".join(kinds)}, _most_bytes(network, kinds))
-        files = _Estimation(job, dense, network, selected, kinds).run()
+        estimation = _Estimation(job, dense, network, selected, kinds)
+        out_bytes = _most_bytes(network, kinds)
+        streamed = (2 * len(network.blocks) + 8) * hidden_bytes(dense, tokens_of(selected.samples))
+        if dry_run:
+            return Result(estimation.forecast(out_bytes, 2 * out_bytes + streamed))
+        job.begin([checkpoint], {"curvatures": " ".join(kinds)}, 2 * out_bytes + streamed)
+        files = estimation.run()
         asked = {key: value for key, value in asdict(calibration).items() if key != "batch_size"}
         asked |= {"length": sample_length(network, length), "data": None if data is None else str(data)}
         report = EstimateReport(
@@ -172,6 +182,44 @@ class _Estimation:
         self.batch_size = job.calibration.batch_size or calibration_batch(self.samples.longest)
         self.files = _Files({kind: {} for kind in kinds})
 
+    def forecast(self, out_bytes: int, needed: int) -> ForecastReport:
+        """Return what the run would take."""
+        network, dense, job = self.network, self.dense, self.job
+        tokens, length, blocks = tokens_of(self.samples), self.samples.longest, len(network.blocks)
+        batch, single = self.batch_size * length, "fisher" in self.kinds
+        phases = {"hold the embeddings and the head": comparing(dense, length)}
+        for block in network.blocks:
+            if "gram" in self.kinds:
+                waiting = activations(network, block, tokens, network.dtype.itemsize)
+                sums = max((collecting(layer, batch) for layer in block.layers), default=0)
+                phases[f"calibrate {block.name}"] = stopping(network, block, waiting) + sums
+            kinds = {"kronecker": 2, "fisher": 3} if {"kronecker", "fisher"} & set(self.kinds) else {}
+            held = sum(
+                4 * copies * sum(self._numbers(kind, layer.weight.shape) for layer in block.layers)
+                for kind, copies in kinds.items()
+                if kind in self.kinds
+            )
+            size = length if single else batch
+            if "kronecker" not in self.kinds:
+                held += sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers)
+            phases[f"take gradients through {block.name}"] = taking_gradients(dense, block, size, held)
+        probed = 0 if "kronecker" in self.kinds else tokens_of(self.probes)
+        backward = tokens if {"kronecker", "fisher"} & set(self.kinds) else 0
+        work = Work(
+            forward=blocks * (probed + backward),
+            calibrated=blocks * tokens if "gram" in self.kinds else 0,
+            backward=blocks * (probed + backward),
+            bytes=6 * network.checkpoint.file_bytes + out_bytes,
+        )
+        size = network.checkpoint.file_bytes
+        estimate = seconds_of(work, network, self.samples, job.calibration.batch_size)
+        return job.forecast((size, out_bytes, out_bytes), needed, phases, estimate)
+
+    def _numbers(self, kind: str, shape: torch.Size) -> int:
+        """Return how many numbers a curvature of a weight of `shape` (out, in) holds."""
+        rows, columns = shape
+        return rows**2 + columns**2 if kind == "kronecker" else rows * columns
+
     def run(self) -> dict[str, dict[str, str]]:
         """Estimate everything; return the file of each layer by kind."""
         job = self.job
@@ -184,7 +232,7 @@ class _Estimation:
         with job.clock.phase("write"), writing(job.out):
             for name in {name for files in self.files.kinds.values() for name in files.values()}:
                 link_or_copy(job.journal.folder / name, job.folder / name)
-            write_tensors(job.folder / SENSITIVITIES_FILE, factors)
+            write_tensors(job.folder / OUTPUT_FACTORS_FILE, factors)
         return self.files.kinds
 
     def _probe(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """How much memory a run will take at most, and how it is kept within a limit."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
-from hesse.planning.sizes import read_size
 
+COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
 # How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
 # most demanding one they are of, and held against measurement in bench/memory.py.
@@ -44,7 +45,7 @@ class MemoryPlan:
         where = "on disk" if self.paused_on_disk else "in memory"
         samples = "1 sample" if self.batch_size == 1 else f"{self.batch_size} samples"
         return (
-            f"at most {_shown(self.bound)} of memory, needed to {self.largest}; {samples} at a time, "
+            f"at most {shown_bytes(self.bound)} of memory, needed to {self.largest}; {samples} at a time, "
             f"activations inside a block {where}"
         )
 
@@ -67,13 +68,13 @@ def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) ->
     least = min(choice.bound for choice in found)
     if limit is None and any("fisher gradients" in needs for needs in statistics_needed(plan.rules).values()):
         raise OptionError(
-            f"{len(plan.probes.ids)} gradients of each weight take {_shown(least)} of memory, more than is free: take "
-            "fewer --samples, leave layers out with --ignore, or use woodfisher"
+            f"{len(plan.probes.ids)} gradients of each weight take {shown_bytes(least)} of memory, more than is free: "
+            "take fewer --samples, leave layers out with --ignore, or use woodfisher"
         )
     if limit is None:
         return found[-1]
     raise OptionError(
-        f"--memory {_shown(limit)} is not enough for this model and method: {_shown(least)} are, needed to "
+        f"--memory {shown_bytes(limit)} is not enough for this model and method: {shown_bytes(least)} are, needed to "
         f"{found[-1].largest}"
     )
 
@@ -87,56 +88,82 @@ def waiting_bytes(plan: Plan) -> int:
     return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
 
 
-def bytes_of(text: str) -> int:
-    """A number of bytes from what a person writes, such as 8GiB.
-
-    Raises:
-        OptionError: it is no such thing.
-    """
-    found = read_size(text)
-    if found is None:
-        raise OptionError(f"--memory is {text!r}: give bytes such as 8GiB or 500MB")
-    return int(found)
-
-
 def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
     network, dense = plan.network, plan.dense
-    base = psutil.Process().memory_info().rss + LATER + (0 if plan.rewriting is None else plan.rewriting.working_bytes)
     flows = 0 if plan.statistics is not None else -(-len(plan.samples.ids) // batch_size)
     tokens = batch_size * plan.length
-    checked = evaluation_batch(dense, plan.length) * plan.length
-    checked = min(checked, max(PROBE_TOKENS, 2 * plan.length))
-    outside = _outside(dense)
-    logits = 4 * checked * vocabulary(dense) if dense.kind == "causal-lm" else 0
-    phases = {
-        "compare the result with the dense model": 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
-    }
+    checked = evaluated_tokens(dense, plan.length)
+    phases = {COMPARING: comparing(dense, plan.length)}
     for block in network.blocks:
-        elements = sum(parameter.numel() for parameter in block.module.parameters())
-        passing = _activations(network, block, checked, 4)
-        phases[f"run {block.name} in float32"] = _loaded(dense, elements) + passing
+        phases[f"run {block.name} in float32"] = running(dense, block, checked)
         if plan.statistics is None:
             probing = min(batch_size, calibration_batch(plan.length)) * plan.length
             each = [_backward(plan, layer) for layer in block.layers]
-            moments = sum(sum(sizes.values()) for sizes in each)
-            moments += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
-            widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
-            gradients = OF_ACTIVATIONS * _activations(network, block, probing, network.dtype.itemsize)
-            phases[f"take gradients through {block.name}"] = (
-                _loaded(network, elements) + moments + gradients + 4 * probing * widest + 4 * widest**2
-            )
-        waiting = _activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
-        written = elements * _stored(network)
+            kept = sum(sum(sizes.values()) for sizes in each)
+            kept += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
+            phases[f"take gradients through {block.name}"] = taking_gradients(network, block, probing, kept)
+        waiting = activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
         solving = max((_solving(plan, layer, tokens) for layer in block.layers), default=0)
         sides = _attention_factors(plan, block)
         if sides:
-            passed = OF_ACTIVATIONS * _activations(network, block, tokens, network.dtype.itemsize)
+            passed = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
             phases[f"take gradients through the attention of {block.name}"] = (
-                network.dtype.itemsize * elements + passed + 2 * sides
+                network.dtype.itemsize * parameters(block) + passed + 2 * sides
             )
-        phases[f"solve {block.name}"] = network.dtype.itemsize * elements + written + waiting + solving + sides
+        phases[f"solve {block.name}"] = stopping(network, block, waiting) + solving + sides
+    bound, largest = bound_of(phases, 0 if plan.rewriting is None else plan.rewriting.working_bytes)
+    return MemoryPlan(bound, batch_size, paused, largest)
+
+
+def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, str]:
+    """Return the most bytes that this process will have, and the phase that takes them.
+
+    `phases` are bytes by what is done then, beside what the process has now and `working_bytes`.
+    """
     largest = max(phases, key=phases.__getitem__)
-    return MemoryPlan(base + int(phases[largest] * (1 + SHARE_FREE)), batch_size, paused, largest)
+    base = psutil.Process().memory_info().rss + LATER + working_bytes
+    return base + int(phases[largest] * (1 + SHARE_FREE)), largest
+
+
+def evaluated_tokens(network: CheckpointNetwork, length: int) -> int:
+    """Return the tokens that pass a network together where a result is measured."""
+    return min(evaluation_batch(network, length) * length, max(PROBE_TOKENS, 2 * length))
+
+
+def comparing(dense: CheckpointNetwork, length: int) -> int:
+    """Return the bytes of two models' embeddings and heads, and of their logits on samples of `length` tokens."""
+    outside = _outside(dense)
+    tokens = evaluated_tokens(dense, length)
+    logits = 4 * tokens * vocabulary(dense) if dense.kind == "causal-lm" else 0
+    return 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
+
+
+def running(network: CheckpointNetwork, block: Block, tokens: int) -> int:
+    """Return the bytes of a loaded block and of what it makes of `tokens` in float32."""
+    return _loaded(network, parameters(block)) + activations(network, block, tokens, 4)
+
+
+def taking_gradients(network: CheckpointNetwork, block: Block, tokens: int, kept: int) -> int:
+    """Return the bytes of a backward pass through a block, `kept` being those of the statistics that it fills."""
+    widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
+    gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
+    return _loaded(network, parameters(block)) + kept + gradients + 4 * tokens * widest + 4 * widest**2
+
+
+def stopping(network: CheckpointNetwork, block: Block, waiting: int) -> int:
+    """Return the bytes of a block whose layers are solved, its result, and the activations that wait inside it."""
+    return network.dtype.itemsize * parameters(block) + parameters(block) * _stored(network) + waiting
+
+
+def collecting(layer: Layer, tokens: int) -> int:
+    """Return the bytes of summing the Gram of a layer's inputs over batches of `tokens`, and of that Gram."""
+    columns = layer.weight.shape[1]
+    return 4 * (3 * columns**2 + tokens * columns)
+
+
+def parameters(block: Block) -> int:
+    """Return the number of a block's parameters."""
+    return sum(parameter.numel() for parameter in block.module.parameters())
 
 
 def _attention_factors(plan: Plan, block: Block) -> int:
@@ -189,8 +216,8 @@ def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
     }
 
 
-def _activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
-    """Bytes that a block makes for so many tokens, at most: what goes into and comes out of its layers.
+def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
+    """Return the bytes that a block makes of `tokens`, at most: what goes into and comes out of its layers.
 
     A token reaches some of a block's experts only.
     """
@@ -214,8 +241,9 @@ def _loaded(network: CheckpointNetwork, elements: int) -> int:
 
 
 def _stored(network: CheckpointNetwork) -> int:
-    """Bytes a weight in the checkpoint."""
-    return network.checkpoint.dtype(f"{network.layers[0].name}.weight").itemsize
+    """Return the bytes of a weight as it is read: in the checkpoint's type, or decoded from a compressed one."""
+    name = f"{network.layers[0].name}.weight"
+    return network.checkpoint.dtype(name).itemsize if name in network.checkpoint.shard_of else 4
 
 
 def _outside(network: CheckpointNetwork) -> int:
@@ -224,5 +252,6 @@ def _outside(network: CheckpointNetwork) -> int:
     return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)
 
 
-def _shown(size: int) -> str:
+def shown_bytes(size: int) -> str:
+    """Return a size as people write it, rounded up."""
     return f"{size / 2**30:.2f}GiB" if size >= 1 << 30 else f"{-(-size // 2**20)}MiB"

@@ -14,13 +14,15 @@ from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
 from hesse.jobs.options import run_options
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
-from hesse.result import Report, Result
+from hesse.result import ForecastReport, Report, Result
 from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
 MULTIPLE = 8  # of hidden units, which kernels want
@@ -55,8 +57,9 @@ def narrow(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[NarrowReport]:
+) -> Result[NarrowReport | ForecastReport]:
     """Make a model's feed-forward layers narrower; transformers loads the result, which is smaller and faster.
 
     Of each feed-forward layer those units stay that have the highest ridge leverage scores on the samples, and the
@@ -75,6 +78,7 @@ def narrow(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Returns:
@@ -86,14 +90,18 @@ def narrow(
     if not 0 < keep < 1:
         raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     source = locate(model)
     with Job("narrow", str(model), [source], Path(out), calibration, run) as job:
         job.check_alone()
         with job.clock.phase("read"):
             _, network, _ = open_networks(source, run.device)
             narrowing = _Narrowing(job, network, keep, select_samples(source, calibration, network))
-        job.begin([network.checkpoint], {"options": f"keep {keep}"}, 2 * network.checkpoint.file_bytes)
+        needed = 2 * network.checkpoint.file_bytes
+        needed += 3 * hidden_bytes(network, tokens_of(narrowing.selected.samples))
+        if dry_run:
+            return Result(narrowing.forecast(needed))
+        job.begin([network.checkpoint], {"options": f"keep {keep}"}, needed)
         narrowing.narrow_blocks()
         report = narrowing.report()
         job.finish(report)
@@ -116,6 +124,44 @@ class _Narrowing:
         self.settings = width_settings(network, every, self.widths)
         self.layers: list[NarrowedBlock] = []
         self.notes: list[str] = []
+
+    def forecast(self, needed: int) -> ForecastReport:
+        """Return what the run would take."""
+        network, job, samples = self.network, self.job, self.selected.samples
+        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
+        batch = (job.calibration.batch_size or calibration_batch(length)) * length
+        phases, removed = {COMPARING: comparing(network, length)}, 0
+        for block, parts in zip(network.blocks, self.parts, strict=True):
+            solving = max(
+                (self._refit_bytes(part.reader) + collecting(part.reader, batch) for part in parts), default=0
+            )
+            waiting = activations(network, block, tokens, network.dtype.itemsize)
+            phases[f"narrow {block.name}"] = stopping(network, block, waiting) + solving
+            phases[f"run {block.name} in float32"] = running(network, block, evaluated_tokens(network, length))
+            removed += sum(self._removed_bytes(part) for part in parts)
+        size = network.checkpoint.file_bytes
+        readers = {part.reader.name: part.reader.weight.shape for parts in self.parts for part in parts}
+        check = tokens_of(self.selected.check)
+        work = Work(2 * blocks * check, blocks * tokens, 0, 5 * size, readers)
+        estimate = seconds_of(
+            work, network, samples, job.calibration.batch_size, lambda layer, known: self._refit(layer, known.gram)
+        )
+        job.notes = [*self.selected.notes]
+        return job.forecast((size, size - removed, size - removed), needed, phases, estimate)
+
+    def _refit_bytes(self, reader: Layer) -> int:
+        """Return the bytes of workspace that refitting a layer takes: eigenvectors, and copies of the weight."""
+        rows, columns = reader.weight.shape
+        return 8 * 6 * columns**2 + 8 * 3 * rows * columns
+
+    def _removed_bytes(self, part: FeedForward) -> int:
+        """Return the bytes of the weights and biases that a feed-forward layer loses."""
+        kept, checkpoint = self.widths[part.width], self.network.checkpoint
+        numbers = part.reader.weight.shape[0] * (part.width - kept)
+        for layer in part.writers:
+            rows = layer.weight.shape[0] - len(part.rows(layer, torch.arange(kept)))
+            numbers += rows * (layer.weight.shape[1] + (f"{layer.name}.bias" in checkpoint.shard_of))
+        return numbers * checkpoint.dtype(f"{part.reader.name}.weight").itemsize
 
     def narrow_blocks(self) -> None:
         """Narrow, write and note one block after another."""

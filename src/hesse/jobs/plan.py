@@ -39,7 +39,7 @@ class Plan:
     rules: dict[str, Rule | None]  # by layer; None for those left as they are
     format: Format
     samples: Samples  # to calibrate on
-    probes: Samples  # some of them, for the sensitivities
+    probes: Samples  # some of them, for the backward statistics
     check: Samples  # to measure the result with
     held_out: bool  # whether `check` is no part of `samples`
     seen: Samples | None  # as many as `check` that layers are solved for; None if nothing is held out, or calibrated

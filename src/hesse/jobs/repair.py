@@ -15,30 +15,37 @@ from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import LowRank, LowRankCode
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation.calibrated import Known, Layers, calibrated_blocks
+from hesse.estimation.calibrated import Known, Layers, LayerStatistics, calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import (
+    COMPARING,
+    activations,
+    collecting,
+    comparing,
+    evaluated_tokens,
+    running,
+    stopping,
+    taking_gradients,
+)
 from hesse.jobs.options import run_options
 from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.verify import read_back
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effect
-from hesse.methods.constraint_options import ConstraintOptions
-from hesse.methods.constraint_parts import LowRankOptions
-from hesse.methods.recipe import Rule
-from hesse.methods.solver_options import SolverOptions
+from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, calibration_batch, start
 from hesse.progress import Progress
-from hesse.result import Result
+from hesse.result import ForecastReport, Result
 
 FORMATS = ("adapter", "dense")
-CURVATURES = ("gram", "kronecker", "identity")
 LEFT, RIGHT = ".left", ".right"  # behind a layer's name: the factors that a run for an adapter keeps
 
 
@@ -58,19 +65,17 @@ class RepairRequest:
 
     def __post_init__(self) -> None:
         LowRank(self.rank)
-        for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--format", self.format, FORMATS)):
+        curvatures = METHODS["repair"].curvatures
+        for option, value, known in (("--curvature", self.curvature, curvatures), ("--format", self.format, FORMATS)):
             if value not in known:
                 raise OptionError(f"{option} is {value!r}: use {', '.join(known)}")
         if not 0 <= self.damping <= 1e4:
             raise OptionError(f"--damping is {self.damping}, but must be between 0 and 10000; 0.01 is usual")
 
     def rule(self) -> Rule:
-        """Return the low rank as a recipe's rule."""
-        return Rule(
-            curvature=self.curvature,
-            constraint=ConstraintOptions(low_rank=LowRankOptions(rank=self.rank)),
-            solver=SolverOptions(name="whitened_svd", damping=self.damping),
-        )
+        """Return the row of the table as a recipe's rule, with the curvature that is asked for."""
+        (rule,) = METHODS["repair"].recipe(Options(rank=self.rank, damping=self.damping)).rules
+        return rule.model_copy(update={"curvature": self.curvature})
 
 
 def repair(
@@ -91,8 +96,9 @@ def repair(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[RepairReport]:
+) -> Result[RepairReport | ForecastReport]:
     """Add to each layer of a compressed model the best low rank of its error against the dense model, without training.
 
     For a layer's error E = W - W_c the factors are min ‖G^½ (E - LR) A^½‖ in closed form: A is of the inputs that the
@@ -119,6 +125,7 @@ def repair(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace an adapter or a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Returns:
@@ -129,7 +136,7 @@ def repair(
     """
     request = RepairRequest(rank, curvature, format, damping, tuple(ignore))
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     sources = [locate(dense), locate(compressed)]
     mark = CONFIG if format == "adapter" else "config.json"
     with Job("repair", str(dense), sources, Path(out), calibration, run, mark) as job:
@@ -141,8 +148,12 @@ def repair(
             probed = probe_tokens(_needs(pair.layers, request), pair.layers, 0)
             selected = select_samples(sources[0], calibration, pair.network, probed)
         needed = pair.source.file_bytes * (1 if format == "adapter" else 3)
+        needed += (len(pair.network.blocks) + 8) * hidden_bytes(pair.network, tokens_of(selected.samples))
+        repair = _Repair(job, pair, request, selected, str(compressed))
+        if dry_run:
+            return Result(repair.forecast(needed))
         job.begin([pair.source, pair.network.checkpoint], {"options": repr(request)}, needed)
-        report = _Repair(job, pair, request, selected, str(compressed)).run()
+        report = repair.run()
         job.finish(report)
     return Result(report)
 
@@ -162,6 +173,36 @@ class _Repair:
         self.digests: dict[str, str] = {}  # of each repaired weight
         self.layers: list[RepairedLayer] = []
         self.notes: list[str] = []
+
+    def forecast(self, needed: int) -> ForecastReport:
+        """Return what the run would take."""
+        pair, job, samples, request = self.pair, self.job, self.selected.samples, self.request
+        network, tokens, length = pair.network, tokens_of(samples), samples.longest
+        batch = (job.calibration.batch_size or calibration_batch(length)) * length
+        names, blocks = {layer.name: layer.weight.shape for layer in pair.layers}, len(network.blocks)
+        whole = pair.probed.layers if request.curvature == "kronecker" else []
+        probing = min(calibration_batch(length) * length, batch)
+        phases = {COMPARING: comparing(pair.dense, length)}
+        for block, twin in zip(network.blocks, pair.probed.blocks, strict=True):
+            solving = max((_workspace(x) + collecting(x, batch) for x in block.layers if x.name in names), default=0)
+            waiting = activations(network, block, tokens, network.dtype.itemsize)
+            phases[f"repair {block.name}"] = stopping(network, block, waiting) + solving
+            factors = sum(4 * layer.weight.shape[0] ** 2 for layer in twin.layers if layer in whole)
+            phases[f"take gradients through {twin.name}"] = taking_gradients(pair.probed, twin, probing, factors)
+            phases[f"run {twin.name} in float32"] = running(pair.dense, twin, evaluated_tokens(pair.dense, length))
+        check, probed = tokens_of(self.selected.check), tokens_of(self.selected.probes)
+        compressed, dense = network.checkpoint.file_bytes, pair.source.file_bytes
+        work = Work(blocks * (3 * check + probed), blocks * tokens, blocks * probed, 4 * (compressed + dense), names)
+        solver = LayerSolver()
+
+        def solve(layer: Layer, statistics: LayerStatistics) -> object:
+            factor = {"output factor": torch.eye(layer.weight.shape[0])} if whole else {}
+            return self._solve_layer(layer, {**statistics, **factor}, solver)
+
+        estimate = seconds_of(work, network, samples, job.calibration.batch_size, solve)
+        added = sum(request.rank * sum(x.weight.shape) * pair.dtype(x.name).itemsize for x in pair.layers)
+        out = added if request.format == "adapter" else dense
+        return job.forecast((compressed, compressed + out if out == added else out, out), needed, phases, estimate)
 
     def run(self) -> RepairReport:
         """Do everything but give the result its name."""
@@ -339,6 +380,12 @@ class _Repair:
         """Return the factors of all repaired layers, by the layers' names."""
         tensors = {name: tensor for part in self.job.parts for name, tensor in load_file(part.path).items()}
         return {name: LowRankCode(tensors[name + LEFT], tensors[name + RIGHT]) for name in self.digests}
+
+
+def _workspace(layer: Layer) -> int:
+    """Return the bytes that repairing a layer holds: the solver's, and the dense, compressed and repaired weights."""
+    rows, columns = layer.weight.shape
+    return 4 * (14 * rows * columns + 9 * columns**2 + 8 * rows**2)
 
 
 @dataclass(frozen=True, eq=False)

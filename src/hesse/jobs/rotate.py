@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 
 from hesse.checkpoints.locate import locate
-from hesse.data.selection import Calibration, Data, select_samples
+from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
+from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
+from hesse.jobs.memory import COMPARING, comparing, evaluated_tokens, parameters, running
 from hesse.jobs.options import run_options
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import calibration_batch
 from hesse.progress import Progress
-from hesse.result import Report, Result
+from hesse.result import ForecastReport, Report, Result
 from hesse.rewriting import ROTATIONS, Rewriting, RewritingSamples
 
 MOST_DIVERGENCE = 1e-2  # nats per token that rounding the rotated weights to their type may cost; 1e-5 is usual
@@ -42,8 +44,9 @@ def rotate(
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Result[RotationReport]:
+) -> Result[RotationReport | ForecastReport]:
     """Write a model of the same function whose inputs and weights have no outliers, to be rounded afterwards.
 
     Norms are folded into the layers behind them; the features of the residual stream are rotated, and each head's
@@ -61,6 +64,7 @@ def rotate(
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
         restart: discard what an interrupted run to `out` has done, rather than resume it.
+        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
         progress: told how far the run is.
 
     Raises:
@@ -69,7 +73,7 @@ def rotate(
     if kind not in ROTATIONS:
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")
     calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, progress=progress)
+    run = run_options(device, None, overwrite, restart, dry_run, progress)
     source = locate(model)
     with Job("rotate", str(model), [source], Path(out), calibration, run) as job:
         job.check_alone()
@@ -80,7 +84,11 @@ def rotate(
         job.notes += selected.notes
         if len(checkpoint.names()) > len(network.checkpoint.names()):
             job.notes.append("the head was the embeddings; it takes in the last norm's scales, so it has a tensor now")
-        job.begin([network.checkpoint], {"kind": kind}, 3 * checkpoint.stored_bytes + (1 << 20))
+        needed = 3 * checkpoint.stored_bytes + (1 << 20)
+        needed += hidden_bytes(network, tokens_of(selected.samples)) if rewriting.learns else 0
+        if dry_run:
+            return Result(_forecast(job, rewriting, selected, needed))
+        job.begin([network.checkpoint], {"kind": kind}, needed)
         _find(job, rewriting, selected.samples.batches(batch_size or calibration_batch(selected.samples.longest)))
         steps = job.steps("rotate", network, [])
         for index in range(len(steps.done), len(network.blocks)):
@@ -99,6 +107,27 @@ def rotate(
         report = RotationReport(kind=kind, tokens=evaluation.tokens, **job.head(*sizes, loss))
         job.finish(report)
     return Result(report)
+
+
+def _forecast(job: Job, rewriting: Rewriting, selected: Selection, needed: int) -> ForecastReport:
+    """Return what the run would take."""
+    network, checkpoint = rewriting.network, rewriting.checkpoint
+    length, blocks = selected.samples.longest, len(network.blocks)
+    phases = {COMPARING: comparing(network, length)}
+    for block in network.blocks:
+        batch = (job.calibration.batch_size or calibration_batch(length)) * length if rewriting.learns else 0
+        tokens = max(evaluated_tokens(network, length), batch)
+        phases[f"run {block.name} in float32"] = running(network, block, tokens) + rewriting.working_bytes
+        phases[f"write {block.name}"] = 2 * 4 * parameters(block) + rewriting.working_bytes
+    learned = tokens_of(selected.samples) if rewriting.learns else 0
+    work = Work(
+        forward=blocks * (2 * tokens_of(selected.check) + learned),
+        bytes=(4 + rewriting.learns) * network.checkpoint.file_bytes,
+    )
+    seconds, notes = seconds_of(work, network, selected.samples, job.calibration.batch_size)
+    notes.append("the time to find and apply rotations is not part of the estimate")
+    sizes = network.checkpoint.file_bytes, checkpoint.stored_bytes, checkpoint.stored_bytes
+    return job.forecast(sizes, needed, phases, (seconds, notes))
 
 
 def _find(job: Job, rewriting: Rewriting, batches: list[torch.Tensor]) -> None:

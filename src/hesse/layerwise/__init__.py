@@ -1,1 +1,1 @@
-"""One layer: from its rule and its statistics to a solution."""
+"""Solve single layers: from a rule and statistics to a solution."""

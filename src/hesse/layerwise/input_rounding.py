@@ -1,17 +1,16 @@
-"""What it costs that a loader rounds the inputs of a layer."""
+"""Cost of rounding the inputs of a layer."""
 
 import torch
 from torch import Tensor
 
 
 def rounding_cost(weight: Tensor, output_factor: Tensor, square_peak: float, bits: int) -> float:
-    """½ tr(G W Cov(e) Wᵀ) in nats per token, of the rounding errors e of a layer's inputs.
+    """Return ½ tr(G W Cov(e) Wᵀ) in nats per token, for the rounding errors e of a layer's inputs.
 
-    Each token has a step of its own, s = 2 max|x| / (2^bits - 1), and its errors are taken as uniform in ±s/2 and
-    independent of one another: Cov(e) = E[s²]/12 · I, but for the largest, which lies half-way between two codes: 2/in
-    more. Where a few inputs are large and the others far below a step, these have smaller errors than that. `weight` is
-    (out, in), `output_factor` E[ggᵀ] (out, out) or its diagonal (out,), `square_peak` E[max|x|²] over
-    tokens.
+    Each token has its own step s = 2 max|x| / (2^bits - 1). Its errors are assumed uniform in ±s/2 and independent, so
+    Cov(e) = E[s²]/12 · I, except for the largest input, which lies half-way between two codes and adds 2/in. If a few
+    inputs are large and the others far below a step, the true errors are smaller. `weight` is (out, in),
+    `output_factor` is E[ggᵀ] (out, out) or its diagonal (out,), `square_peak` is E[max|x|²] over tokens.
     """
     variance = 4 * square_peak / ((1 << bits) - 1) ** 2 / 12 * (1 + 2 / weight.shape[1])
     factor = output_factor.to(weight)

@@ -1,4 +1,4 @@
-"""The account of one solved layer."""
+"""Report of one solved layer."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from hesse.layerwise.report import LayerReport
 
 
 def layer_report(problem: LayerProblem, solved: Solved, stored: Tensor, bits: float) -> tuple[LayerReport, list[str]]:
-    """What was done to a layer and what it cost, and notes.
+    """Return the report of a layer's change and cost, and notes.
 
-    `stored` (out, in) is its new weight as it was stored, in so many `bits` a weight.
+    `stored` (out, in) is the new weight as stored, with `bits` bits per weight.
     """
     weight, gram, factor = problem.weight, problem.gram, output_factor(problem.statistics)
     notes = []
@@ -36,7 +36,7 @@ def layer_report(problem: LayerProblem, solved: Solved, stored: Tensor, bits: fl
 
 
 def _rank(constraint: Constraint, weight: Tensor) -> int | None:
-    """Of the thin factors, where there are any."""
+    """Return the rank of a weight's low-rank factors; None without factors."""
     if isinstance(constraint, Plus):
         return _rank(constraint.correction, weight)
     return min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None

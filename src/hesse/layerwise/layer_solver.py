@@ -1,4 +1,4 @@
-"""One layer: from its rule and the Gram of its inputs to a solution, with every departure from the rule by name."""
+"""Solve a layer by its rule and statistics, with a note for every departure from the rule."""
 
 import hashlib
 import warnings
@@ -19,13 +19,13 @@ from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
 
-DRY_SIZE = 8  # of a matrix that a rule is tried on
-DAMPING_STEPS = (10.0, 100.0, 1000.0)  # what a damping is multiplied by when the Gram cannot be factorised
+DRY_SIZE = 8  # size of the matrix that a rule is tried on
+DAMPING_STEPS = (10.0, 100.0, 1000.0)  # factors of the damping if the Gram cannot be factorised
 
 
 @dataclass
 class Solved:
-    """A solution and how it came about."""
+    """Solution of a layer, with its method and damping."""
 
     solution: Solution
     method: str  # curvature × constraint × solver
@@ -35,7 +35,7 @@ class Solved:
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """One layer's weight, its statistics, and what is asked for."""
+    """Weight, statistics and rule of one layer."""
 
     name: str
     weight: Tensor  # (out, in)
@@ -45,36 +45,36 @@ class LayerProblem:
 
     @property
     def gram(self) -> Gram:
-        """E[xxᵀ] of its inputs."""
+        """Return the Gram E[xxᵀ] of the layer's inputs."""
         return cast(Gram, self.statistics["inputs"])
 
 
 class _State(NamedTuple):
-    """A curvature, the statistics that it was made of, and the solver's state for it."""
+    """A curvature, the statistics it was built from, and the solver's state for it."""
 
     statistics: tuple[Any, ...]
     curvature: Curvature
     state: Any
 
     def is_of(self, statistics: tuple[Any, ...]) -> bool:
-        """Return True if the curvature was made of these very objects."""
+        """Return True if the curvature was built from these same objects."""
         return all(one is other for one, other in zip(self.statistics, statistics, strict=True))
 
 
 class LayerSolver:
-    """Solve one layer after another; layers with the same inputs share a factored curvature.
+    """Solver of one layer after another; layers with the same inputs share a factored curvature.
 
-    A curvature is built and factored again only if one of its statistics is another object than before; what belongs to
-    other inputs than the last layer's is dropped. Several `processes` solve the same layers together.
+    A curvature is built and factored again only if one of its statistics is another object than before. Curvatures of
+    other inputs than the last layer's are dropped. Several `processes` solve the same layers together.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self._processes = processes
-        self._inputs: Gram | None = None  # those that `_states` are of
+        self._inputs: Gram | None = None  # the inputs of `_states`
         self._states: dict[tuple[str, Solver, float, int], _State] = {}
 
     def solve(self, problem: LayerProblem) -> Solved:
-        """The solution for a layer.
+        """Solve a layer.
 
         Raises:
             HesseError: the layer cannot be solved; the message begins with its name.
@@ -87,7 +87,7 @@ class LayerSolver:
             if not rule.kind.needs:
                 return self._solved(problem, rule.solver.build(), 0.0, notes)
             if gram.tokens == 0:
-                notes.append(f"{name}: saw no calibration tokens; each weight was taken to the nearest allowed value")
+                notes.append(f"{name}: saw no calibration tokens; each weight was rounded to the nearest allowed value")
                 identity = rule.model_copy(update={"curvature": "identity"})
                 return self._solved(replace(problem, rule=identity), Nearest(), 0.0, notes)
             notes += _gaps(problem)
@@ -121,10 +121,10 @@ class LayerSolver:
 
 
 def check_products(rule: Rule) -> None:
-    """Refuse a rule whose curvature lacks a product that its solver asks for, before any work is done.
+    """Check that a rule's curvature has the products that its solver needs.
 
     Raises:
-        UnsupportedProduct: the message names the rule's layers, and the curvatures that have the product.
+        UnsupportedProduct: it lacks one; the message names the rule's layers, and the curvatures that have the product.
     """
     try:
         _dry_run(rule)
@@ -153,7 +153,7 @@ def _dry_run(rule: Rule) -> None:
 
 
 def _gaps(problem: LayerProblem) -> list[str]:
-    """What the curvature does not know, and what that means for the solution."""
+    """Return notes on missing information in the curvature, and its effect on the solution."""
     notes = []
     name, gram, rule = problem.name, problem.gram, problem.rule
     width = gram.shape[0]
@@ -161,7 +161,7 @@ def _gaps(problem: LayerProblem) -> list[str]:
     if dead:
         given = rule.constraint
         codes = (given.grid, given.codebook, given.vector_codebook, given.table)
-        effect = "rounded to nearest" if given.sparse is None and any(codes) else "judged to cost nothing"
+        effect = "rounded to nearest" if given.sparse is None and any(codes) else "considered free to change"
         notes.append(f"{name}: {dead} of {width} inputs are always zero on this data; their weights were {effect}")
     if rule.kind.inverts_gram and gram.tokens < width:
         notes.append(
@@ -175,7 +175,7 @@ def _gaps(problem: LayerProblem) -> list[str]:
 
 
 class Effect(NamedTuple):
-    """What a change d (out, in) of a layer's weight does."""
+    """Effect of a change d (out, in) of a layer's weight."""
 
     squared_error: float  # E‖d x‖² of a token's outputs
     loss_increase: float | None  # ½ dᵀ(G ⊗ E[xxᵀ])d, in nats per token; None without G
@@ -195,6 +195,6 @@ def _inner(left: Tensor, right: Tensor) -> float:
 
 
 def digest(weight: Tensor) -> str:
-    """A fingerprint of a weight's exact float32 values, for comparing with what is read back from disk."""
+    """Return a digest of a weight's exact float32 values, to compare with the weight that is read back from disk."""
     values = weight.detach().to("cpu", torch.float32).contiguous()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The report of one compressed layer."""
+"""Report of one compressed layer."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class LayerReport:
     damping: float  # share of the Gram's mean eigenvalue
     bits_per_weight: float
     sparsity: float  # share of zeros
-    rank: int | None  # where the layer is stored as two factors
+    rank: int | None  # of a layer that is stored as two factors
     predicted_loss_increase: float | None
     relative_output_error: float | None  # E‖(W' - W)x‖² / E‖Wx‖²
-    input_bits: int | None = None  # that a loader rounds its inputs to
-    predicted_input_loss: float | None = None  # of that, in nats per token, beside that of the weights
+    input_bits: int | None = None  # bits that a loader rounds the layer's inputs to
+    predicted_input_loss: float | None = None  # of rounding inputs, in nats per token, apart from the weights'

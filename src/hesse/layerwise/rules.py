@@ -1,4 +1,4 @@
-"""Which rule each layer gets, settled and checked before anything is computed."""
+"""Assign a rule to each layer, and check it before anything is computed."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,13 +12,13 @@ from hesse.layerwise.layer_solver import check_products
 from hesse.layerwise.shared_sparsity import with_own_shares
 from hesse.methods.recipe import Recipe, Rule, matches
 
-Rules = Mapping[str, Rule | None]  # by layer; None for those left as they are
+Rules = Mapping[str, Rule | None]  # by layer; None for unchanged layers
 
 
 def rules_for(
     recipe: Recipe, weights: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, torch.Size], known: Iterable[str]
 ) -> dict[str, Rule | None]:
-    """The rule of each layer of `shapes` (out, in), whose `weights` are read where shares depend on them.
+    """Return the rule of each layer of `shapes` (out, in); `weights` are read if shares of zeros depend on them.
 
     `known` are further names that a pattern may match.
 
@@ -38,10 +38,10 @@ def rules_for(
 
 
 def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | None:
-    """The constraint of a layer's rule, seen to fit its weight (out, in); None for a layer that is left as it is.
+    """Return the constraint of a layer's rule, checked against the weight's shape (out, in); None without a rule.
 
     Raises:
-        OptionError: it does not fit; the message names the layer.
+        OptionError: it does not fit the shape; the message names the layer.
     """
     if rule is None:
         return None
@@ -52,7 +52,7 @@ def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | Non
 
 
 def check_patterns(names: Iterable[str], known: Iterable[str], patterns: Iterable[str]) -> None:
-    """Raise OptionError for a pattern that matches neither one of the layers' `names` nor one that is `known`."""
+    """Raise OptionError for a pattern that matches none of the layers' `names` and none of the `known` names."""
     layers = list(names)
     every = [*layers, *known]
     for pattern in patterns:
@@ -63,8 +63,8 @@ def check_patterns(names: Iterable[str], known: Iterable[str], patterns: Iterabl
 def statistics_needed(rules: Rules) -> dict[str, frozenset[str]]:
     """Return the names of the statistics that each layer with a rule needs: its curvature's, and a prediction's.
 
-    A change is predicted from the Gram of the inputs and the output factor, or its diagonal. One rule that rounds
-    inputs makes all layers need the peaks of theirs.
+    Predictions need the Gram of the inputs and the output factor, or its diagonal. If one rule rounds inputs, all
+    layers need the peaks of their inputs.
 
     Raises:
         OptionError: a curvature needs a statistic that does not exist.
@@ -81,6 +81,6 @@ def statistics_needed(rules: Rules) -> dict[str, frozenset[str]]:
 
 
 def reads_inputs(rules: Rules) -> bool:
-    """Return True if the curvature of a rule is made of more than what a backward pass gives."""
+    """Return True if the curvature of a rule needs more than backward statistics."""
     kinds = {rule.curvature: rule.kind for rule in rules.values() if rule is not None}.values()
     return any(not isinstance(STATISTICS[name], BackwardStatistic) for kind in kinds for name in kind.needs)

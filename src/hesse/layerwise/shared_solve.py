@@ -1,4 +1,4 @@
-"""One layer solved by several processes: each its share of the rows, where rows do not depend on one another."""
+"""Solve one layer by several processes, each a shard of the rows, if rows are independent."""
 
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from hesse.processes import Processes
 from hesse.solvers import Solution, Solver
 from hesse.solvers.base import solve_with
 
-LEAST_ROWS = 8  # of a process; fewer are not worth what it takes to bring them together
+LEAST_ROWS = 8  # per process; fewer are not worth the communication
 
 
 def solve_shared(
@@ -23,10 +23,10 @@ def solve_shared(
     independent: bool,
     processes: Processes,
 ) -> Solution:
-    """As `solve_with`, the same in every process.
+    """Solve as `solve_with` does, with the same result in every process.
 
-    `independent` says that the curvature couples no rows; if it does, or the constraint does, each process solves the
-    whole layer, and all take the first one's solution, so that they do not part ways by a last digit.
+    `independent` is True if the curvature couples no rows. If the curvature or the constraint couples rows, each
+    process solves the whole layer, and all use rank 0's solution, so that they do not differ in a last digit.
     """
     if processes.world_size == 1:
         return solve_with(weight, curvature, constraint, solver, state)
@@ -39,7 +39,7 @@ def solve_shared(
 
 
 def _together(encoded: Any, processes: Processes, split: bool) -> Any:
-    """A stored form of all rows: tensors one after another in the order of the processes, or the first one's."""
+    """Return the code of all rows: tensors concatenated in the order of the processes if `split`, else rank 0's."""
     if isinstance(encoded, Tensor):
         return processes.all_gather(encoded) if split else processes.broadcast(encoded)
     if is_dataclass(encoded) and not isinstance(encoded, type):

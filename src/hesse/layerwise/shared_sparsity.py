@@ -1,4 +1,4 @@
-"""Rules whose share of zeros is of all their layers together: each layer's own share, by the weights as they are."""
+"""Divide a share of zeros that holds for all layers of a rule into shares per layer, by the present weights."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,9 +18,9 @@ SHARED = {"global": "magnitude", "lamp": "lamp"}  # scope of a sparsity: the sco
 def with_own_shares(
     weights: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, torch.Size], rules: Mapping[str, Rule | None]
 ) -> dict[str, Rule | None]:
-    """`rules` with a rule for each layer in place of one whose sparsity has the scope "global" or "lamp".
+    """Return `rules` with one rule per layer in place of a rule whose sparsity has the scope "global" or "lamp".
 
-    Every such layer's weights (out, in) are read three times, one layer in memory.
+    The weights (out, in) of every such layer are read three times; one layer is in memory.
     """
     settled = dict(rules)
     for rule in {id(rule): rule for rule in rules.values() if rule is not None}.values():
@@ -32,7 +32,7 @@ def with_own_shares(
         scores = {name: partial(_scores, weights[name], built, sparse.scope) for name in names}
         for name, dropped in dropped_by_layer(scores, built.amount).items():
             number = shapes[name].numel() // built.block
-            share = min(dropped, number - 1) / number  # something stays, or there would be no matrix
+            share = min(dropped, number - 1) / number  # keep at least one weight
             constraint = rule.constraint.model_copy(
                 update={"sparse": sparse.model_copy(update={"amount": share, "scope": "layer"})}
             )
@@ -41,7 +41,7 @@ def with_own_shares(
 
 
 def _scores(read: Callable[[], Tensor], sparse: Sparse, scope: str) -> Tensor:
-    """The costs of a layer's weights, or of its blocks, whose magnitude is their norm."""
+    """Return the costs of a layer's weights, or of its blocks, whose magnitude is their norm."""
     weight = read().float()
     weight = sparse.of_blocks(weight.square()).sqrt() if sparse.block > 1 else weight
     return find_score(SHARED[scope]).costs(StoredWeights({"weight": weight}), Tiles({"weight": weight.shape}))

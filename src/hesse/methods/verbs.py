@@ -36,7 +36,7 @@ class Verb:
         table: Registry[Any] = resolve_name(self.solvers)
         return table.find(name)
 
-    def run(self, method: str, *arguments: Any, **options: Any) -> Any:
+    def run(self, method: str, /, *arguments: Any, **options: Any) -> Any:
         """Call the function for a method."""
         function: Callable[..., Any] = resolve_name(self.function)
         named = {} if self.keyword is None else {self.keyword: method}

@@ -1,11 +1,9 @@
 """The verbs on a network in memory: any `torch.nn.Module` and data, through the same methods as checkpoints."""
 
-from hesse.modules.compress import compress_module
 from hesse.modules.prune import prune
 from hesse.modules.report import ModuleReport
 
 __all__ = [
     "ModuleReport",
-    "compress_module",
     "prune",
 ]

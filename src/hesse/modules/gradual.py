@@ -66,10 +66,10 @@ def prune_gradually(
     There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
     reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
-    `ignore` are patterns of layers' names, as in `compress_module`; checkpoints are as in `finetune`.
+    `ignore` are patterns of layers' names, as in `compress`; checkpoints are as in `finetune`.
 
     Raises:
-        HesseError: as `compress_module` and `finetune`; what does not fit is refused before any work is done.
+        HesseError: as `compress` and `finetune`; what does not fit is refused before any work is done.
     """
     pattern, options = parse_sparsity(sparsity), Options() if options is None else options
     share = share_of(pattern)

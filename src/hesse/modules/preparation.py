@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.curvature.objective import Batch
+from hesse.data.batches import pairs
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.networks.module_layers import layers_of
 from hesse.networks.network import Layer
@@ -49,19 +50,7 @@ def objective_of(
         layer.parameter.requires_grad_()
     names = [layer.weight_name for layer in layers]
     try:
-        yield Objective.of(model, CrossEntropy() if loss is None else loss, _pairs(batches), names, forward)
+        yield Objective.of(model, CrossEntropy() if loss is None else loss, pairs(batches), names, forward)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, True))
-
-
-def _pairs(batches: Iterable[Batch]) -> list[Batch]:
-    """The data, as one list that all passes walk alike."""
-    pairs = []
-    for number, batch in enumerate(batches):
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            raise OptionError(
-                f"batch {number} is {type(batch).__name__}, and must be a pair (inputs, targets): map the data to pairs"
-            )
-        pairs.append((batch[0], batch[1]))
-    return pairs

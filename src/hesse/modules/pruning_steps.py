@@ -11,7 +11,7 @@ from hesse.constraints import Sparse
 from hesse.methods import Recipe
 from hesse.training.held import HeldZeros
 from hesse.training.loop import Loop
-from hesse.training.movement import on_the_way
+from hesse.training.movement import partial_pattern
 from hesse.training.schedules import GradualSchedule
 
 
@@ -51,28 +51,29 @@ class Cutting:
             if number < self.passed:
                 continue
             self.loop.run(step, after_step)
-            amount = said(on_the_way(self.pattern, share))
+            amount = format_sparsity(partial_pattern(self.pattern, share))
             if amount != 0.0 and (not self.cuts or amount != self.cuts[-1].sparsity):
                 self._cut(amount)
             self.passed = number + 1
         self.loop.run(self.loop.training.steps, after_step)
 
     def _cut(self, amount: float | str) -> None:
-        from hesse.modules import compress_module
+        from hesse.modules.compress import compress_in_memory
 
         loop = self.loop
         objective = loop.objective
-        report = compress_module(
+        result = compress_in_memory(
             objective.model,
             loop.first_batches(self.calibration),
             recipe=self.recipe(amount),
-            loss=objective.loss,
+            loss_function=objective.loss,
             forward=objective.forward,
             seed=loop.training.seed + self.passed,
         )
-        pruned = dict(report.module.named_parameters())
+        assert result.model is not None
+        pruned, report = dict(result.model.named_parameters()), result.report
         weights = {name: pruned[name].detach() for name in loop.held}
-        loop.go_on_from(weights, {name: HeldZeros(weight != 0) for name, weight in weights.items()})
+        loop.restart_from(weights, {name: HeldZeros(weight != 0) for name, weight in weights.items()})
         changes = (report.loss_before, report.loss_after, report.predicted_loss_increase)
         self.cuts.append(Cut(loop.step, amount, *changes))
 
@@ -85,9 +86,9 @@ class Cutting:
         """Be where it was when `note` was kept, with a training that is there already."""
         self.passed, self.cuts = note["passed"], [Cut(**cut) for cut in note["cuts"]]
         masks: dict[str, Tensor] = note["masks"]
-        self.loop.hold({name: HeldZeros(mask.to(torch.bool)) for name, mask in masks.items()})
+        self.loop.set_parametrizations({name: HeldZeros(mask.to(torch.bool)) for name, mask in masks.items()})
 
 
-def said(pattern: Sparse) -> float | str:
+def format_sparsity(pattern: Sparse) -> float | str:
     """A pattern as options have it."""
     return pattern.amount if pattern.of is None else f"{int(pattern.amount)}:{pattern.of}"

@@ -1,4 +1,4 @@
-"""A transformers model in memory as a network: the same blocks and layers as those of a checkpoint, always loaded."""
+"""Network over a transformers model in memory: the same blocks and layers as a checkpoint's, always loaded."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +12,7 @@ from hesse.networks.network import Block, Layer, input_limit
 
 
 class ModuleNetwork:
-    """A transformers model that is held in memory; `layers` are those that calibration stops at.
+    """Transformers model in memory as a network; `layers` are the layers that calibration stops at.
 
     Raises:
         UnsupportedModelError: the model is not a list of blocks of linear layers.
@@ -23,19 +23,19 @@ class ModuleNetwork:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self.blocks_return_tuples: bool | None = None
-        # Not inference mode: the model goes on to be the user's, and may keep what it computes.
+        # Not inference mode: the model remains the user's, and may keep tensors that it computes.
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.no_grad
         name, blocks = find_blocks(model)
         self.blocks = [_block(f"{name}.{number}", block, layers) for number, block in enumerate(blocks)]
 
     @property
     def layers(self) -> list[Layer]:
-        """All layers of all blocks."""
+        """Return all layers of all blocks."""
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def input_limit(self) -> int | None:
-        """The most tokens that a sample may have; None without a limit."""
+        """Return the largest number of tokens of a sample; None without a limit."""
         return input_limit(self.model, "the model's config")
 
     @contextmanager

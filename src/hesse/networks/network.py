@@ -23,14 +23,14 @@ from hesse.networks.families import ROUTER_LAYERS, family_of
 from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
 from hesse.networks.limits import bounded_modules
 
-TRIMMED_BYTES = 1 << 24  # of a block, from which on it is worth some milliseconds that the allocator frees what it can
+TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A linear layer inside a block; `name` is what its tensors are called in the checkpoint, without `.weight`.
+    """A linear layer inside a block; `name` is the name of its tensors in the checkpoint, without `.weight`.
 
-    A convolution is the matrix that its patches are multiplied by, (out, in · kernel).
+    A convolution counts as the matrix (out, in · kernel) that multiplies its patches.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Layer:
 
     @property
     def weight_name(self) -> str:
-        """The name of its weight."""
+        """Return the name of the layer's weight."""
         return f"{self.name}.weight"
 
     @property
@@ -48,16 +48,16 @@ class Layer:
 
     @property
     def parameter(self) -> Tensor:
-        """The weight as the module keeps it."""
+        """Return the weight as the module stores it."""
         return cast(Tensor, self.module.weight)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as (out, in)."""
+        """Return the weight as (out, in)."""
         return self.parameter.T if self.transposed else self.parameter.flatten(1)
 
     def replace(self, weight: Tensor) -> None:
-        """Put `weight` (out, in) in the place of the present one, in its type."""
+        """Replace the weight by `weight` (out, in), in the present type."""
         changed = (weight.T if self.transposed else weight.view(self.parameter.shape)).to(self.parameter)
         self.module.weight = nn.Parameter(changed.contiguous(), requires_grad=False)
 
@@ -72,15 +72,15 @@ class Block:
 
 
 class Blocks(Protocol):
-    """Blocks of layers, one after another: all that calibration needs of a network."""
+    """Blocks of layers in order: the part of a network that calibration needs."""
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """The blocks in order."""
+        """Return the blocks in order."""
 
     @property
     def gradients_off(self) -> Callable[[], AbstractContextManager[object]]:
-        """What calibration runs the blocks in: `torch.inference_mode` or `torch.no_grad`."""
+        """Return the context that calibration runs the blocks in: `torch.inference_mode` or `torch.no_grad`."""
 
     def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
         """Return a context in which the block's weights are in memory."""
@@ -95,25 +95,25 @@ class Network(Protocol):
     device: torch.device
     blocks: list[Block]
     blocks_return_tuples: bool | None  # settled when the first batch is recorded
-    gradients_off: Callable[[], AbstractContextManager[object]]  # what calibration runs its blocks in
+    gradients_off: Callable[[], AbstractContextManager[object]]  # the context that calibration runs its blocks in
 
     @property
     def layers(self) -> list[Layer]:
-        """All layers of all blocks."""
+        """Return all layers of all blocks."""
 
     @property
     def input_limit(self) -> int | None:
-        """The most tokens that a sample may have; None without a limit."""
+        """Return the largest number of tokens of a sample; None without a limit."""
 
     def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
         """Return a context in which the block's weights are in memory."""
 
     def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
-        """Return a context in which everything but the blocks is in memory."""
+        """Return a context in which everything except the blocks is in memory."""
 
 
 class CheckpointNetwork:
-    """A model's modules on the meta device, its blocks in order, and where each parameter lies in the checkpoint.
+    """Network streamed from a checkpoint: modules on the meta device, blocks, and the source of each parameter.
 
     Raises:
         UnsupportedModelError: the architecture is unknown to transformers, or not a list of blocks of linear layers.
@@ -126,7 +126,7 @@ class CheckpointNetwork:
         self.device = device
         self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
-        self._holders: list[CheckpointNetwork] = []  # those of the same modules that have weights in memory now
+        self._holders: list[CheckpointNetwork] = []  # networks of the same modules that have weights in memory now
         stored = checkpoint.names()
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
@@ -141,7 +141,7 @@ class CheckpointNetwork:
         self._round_inputs()
 
     def _round_inputs(self) -> None:
-        """Have linear layers round their inputs where the checkpoint says that a loader does."""
+        """Make linear layers round their inputs where the checkpoint says that a loader does."""
         for name, module in self.model.named_modules():
             source = self.sources.get(f"{name}.weight", "")
             rounding = self.checkpoint.input_rounding(source.removesuffix(".weight"))
@@ -174,32 +174,32 @@ class CheckpointNetwork:
             if source is None and name.startswith(f"{blocks}."):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
-                    "incomplete, or transformers converts this architecture in a way that Hesse does not know"
+                    "incomplete, or transformers converts this architecture in a way that Hesse does not support"
                 )
 
     def stored_in(self, block: Block) -> list[str]:
-        """The checkpoint's names of the tensors of a block."""
+        """Return the checkpoint's names of the tensors of a block."""
         return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
 
     @property
     def layers(self) -> list[Layer]:
-        """All linear layers of all blocks."""
+        """Return all linear layers of all blocks."""
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def input_limit(self) -> int | None:
-        """The most tokens that a sample may have; None without a limit.
+        """Return the largest number of tokens of a sample; None without a limit.
 
         Raises:
-            UnsupportedModelError: config.json gives no whole number of them.
+            UnsupportedModelError: config.json does not give a whole number of positions.
         """
         return input_limit(self.model, f"{self.checkpoint.folder}/config.json")
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:
-        """The block with its weights in memory; they are forgotten afterwards.
+        """Yield the block with its weights in memory; drop them afterwards.
 
-        The next one is read from disk meanwhile: blocks are taken one after another, in either direction.
+        During the computation the next block is read from disk: blocks are expected in order, in either direction.
         """
         with self._holding_weights(block.name):
             self._fill(block.module, block.name)
@@ -217,7 +217,7 @@ class CheckpointNetwork:
         """Refuse to hold weights in the shared modules while a network of another type holds some.
 
         Raises:
-            RuntimeError: it does.
+            RuntimeError: another network holds weights.
         """
         if other := next((holder for holder in self._holders if holder is not self), None):
             raise RuntimeError(
@@ -232,7 +232,7 @@ class CheckpointNetwork:
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
-        """The model with everything but its blocks in memory: embeddings, last norm, head."""
+        """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
         inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
         outside = self.model if self.kind == "causal-lm" else self.model.base_model
         prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
@@ -245,7 +245,7 @@ class CheckpointNetwork:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """The model with all its weights in memory, for what cannot be done a block at a time."""
+        """Yield the model with all its weights in memory, for computations that need all blocks."""
         with ExitStack() as stack:
             model = stack.enter_context(self.surroundings())
             for block in self.blocks:
@@ -264,7 +264,7 @@ class CheckpointNetwork:
     def _places(
         self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()
     ) -> dict[str, tuple[nn.Module, str]]:
-        """The parameters and buffers below `module` that the checkpoint has, by their full names."""
+        """Return the parameters and buffers below `module` that the checkpoint has, by full name."""
         places: dict[str, tuple[nn.Module, str]] = {}
         for path, child in module.named_modules(remove_duplicate=False):
             for name, tensor in (*child._parameters.items(), *child._buffers.items()):
@@ -274,7 +274,7 @@ class CheckpointNetwork:
         return places
 
     def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
-        """Give the parameters and buffers below `module` their values from the checkpoint."""
+        """Load the parameters and buffers below `module` from the checkpoint."""
         places = self._places(module, prefix, leave)
         tensors = self._reader.read(dict.fromkeys(self.sources[full] for full in places))
         shared: dict[str, nn.Parameter] = {}
@@ -305,12 +305,12 @@ def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
     """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
 
     Raises:
-        UnsupportedModelError: the config, which is in `config_file`, gives no whole number of positions.
+        UnsupportedModelError: the config, which is in `config_file`, does not give a whole number of positions.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit is not None and not isinstance(limit, int):
-        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is no whole number: correct it")
+        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is not a whole number: correct it")
     if limit and family_of(config.model_type).positions_after_padding:
         limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
     return limit
@@ -329,7 +329,7 @@ def _rounded(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments:
 
 
 def _forget(module: nn.Module) -> None:
-    """Drop the weights below `module`, tied ones staying tied; buffers, which are small and may be computed, stay."""
+    """Drop the weights below `module`; tied weights stay tied. Buffers stay: they are small and may be computed."""
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():

@@ -1,4 +1,4 @@
-"""Partitions: which weights of a network live and go together, and networks without some of the parts."""
+"""Partitions: sets of weights that are kept or removed together, and networks with parts removed."""
 
 from hesse.partitions.checking import check_groups, check_slicing, zero_groups, zeroed_outputs
 from hesse.partitions.group_parts import GroupParts

@@ -1,4 +1,4 @@
-"""What modules say of their own sizes, after their parameters were cut."""
+"""Update the size attributes of modules after their parameters were sliced."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hesse.partitions.groups import Group
 
 
 def resize_layers(old: nn.Module, new: nn.Module) -> None:
-    """The layers of torch itself, from the shapes of their weights."""
+    """Update the sizes of torch's own layers from the shapes of their weights."""
     for name, module in new.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
@@ -45,7 +45,7 @@ def _resize_convolution(old: nn.modules.conv._ConvNd, new: nn.modules.conv._Conv
 
 
 def resize_widths(old: nn.Module, new: nn.Module) -> None:
-    """What feed-forward blocks, experts and routers call their width and number."""
+    """Update the width and number attributes of feed-forward blocks, experts and routers."""
     before = dict(old.named_modules())
     for name, module in new.named_modules():
         for key, tensor in module.named_parameters():
@@ -57,7 +57,7 @@ def resize_widths(old: nn.Module, new: nn.Module) -> None:
 
 
 def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> None:
-    """The numbers of heads in attention modules, and in configurations of theirs that they read them from."""
+    """Update the numbers of heads in attention modules, and in the configurations that the modules read."""
     for names, share in head_shares(old, groups).items():
         place = _parent(names)
         attention = new.get_submodule(place)
@@ -75,7 +75,7 @@ def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> Non
 
 
 def head_shares(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, ...], Fraction]:
-    """The share of heads that is left in each attention module that loses some, by the names of its parameters."""
+    """Return the share of heads that remains in each attention module that loses some, by its parameters' names."""
     tensors = dict(model.named_parameters())
     gone: dict[tuple[str, ...], list[Group]] = defaultdict(list)
     for group in groups:
@@ -90,7 +90,7 @@ def head_shares(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, ..
 
 
 def _parent(names: Sequence[str]) -> str:
-    """The module that holds all of some parameters."""
+    """Return the name of the module that holds all of some parameters."""
     if len(names) == 1:
         return names[0].rpartition(".")[0]
     paths = [name.split(".")[:-1] for name in names]

@@ -1,4 +1,4 @@
-"""Zeroing equals slicing: the test that a partition passes before anything is done with it."""
+"""Check that zeroing equals slicing, which every partition must pass before it is used."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from hesse.partitions.propagation import tensors
 from hesse.partitions.slicing import slice_groups
 from hesse.partitions.tracing import Forward, call_with
 
-ALIGNED = 8  # hidden units of fused experts: the rows of their products have a multiple of 16 bytes
+ALIGNED = 8  # hidden units of fused experts, so that the rows of their products have a multiple of 16 bytes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output; 0.1 for smaller types
 
 
 def zero_groups(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Set what makes some groups to zero, in place; an expert's weights too, which leaves it chosen as before."""
+    """Set the weights that produce some groups to zero, in place; a zeroed expert is still chosen by its router."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for group in groups:
@@ -31,7 +31,7 @@ def zero_groups(model: nn.Module, groups: Sequence[Group]) -> None:
 def zeroed_outputs(
     model: nn.Module, groups: Sequence[Group], inputs: Any, forward: Forward | None = None
 ) -> list[Tensor]:
-    """What a copy of the model gives with some groups zero, and the router's logits of experts among them at -∞."""
+    """Return the outputs of a copy of the model with some groups zero, and router logits of removed experts at -∞."""
     copy = deepcopy(model)
     zero_groups(copy, groups)
     rows: dict[int, set[int]] = defaultdict(set)
@@ -46,7 +46,7 @@ def zeroed_outputs(
 
 
 class _Masked(TorchFunctionMode):
-    """Linear layers with some outputs at -∞, by the id of their weight."""
+    """Mode in which linear layers give some outputs as -∞, by the id of their weight."""
 
     def __init__(self, rows: Mapping[int, set[int]]) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class _Masked(TorchFunctionMode):
 def check_slicing(
     model: nn.Module, groups: Sequence[Group], inputs: Any, forward: Forward | None = None
 ) -> tuple[nn.Module, float]:
-    """`model` without `groups`, and by how much its outputs differ from those with the groups zero.
+    """Slice `groups` from `model`; return the smaller model, and its difference from the model with zeroed groups.
 
-    The difference is that of the largest entry, as a share of the largest output.
+    The difference is that of the largest entry, relative to the largest output.
 
     Raises:
-        UnsupportedModelError: they differ by more than rounding; the groups of this network cannot be cut out.
+        UnsupportedModelError: they differ by more than rounding; the groups of this network cannot be sliced.
     """
     sliced = slice_groups(model, groups).eval()
     want = zeroed_outputs(model, groups, inputs, forward)
@@ -100,9 +100,9 @@ def _difference(found: Tensor, want: Tensor) -> float:
 def check_groups(
     model: nn.Module, traced: TracedGroups, inputs: Any, kinds: Sequence[str], forward: Forward | None = None
 ) -> float:
-    """Cut out one group of each site, or eight of fused experts, together: the difference from zeroing them.
+    """Slice one group of each site (eight of fused experts) together, and return the difference from zeroing them.
 
-    Fused products of experts take rows of 16 bytes, so that eight units fewer still fit and one fewer might not.
+    Fused products of experts need rows of 16 bytes, so that eight units fewer still work and one fewer may not.
 
     Raises:
         UnsupportedModelError: as `check_slicing`.

@@ -1,4 +1,4 @@
-"""Products that sum over units: who reads them, and who makes new ones."""
+"""Rules of products that sum over units: the readers of units, and the producers of new ones."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from hesse.partitions.propagation import Call, Propagation, Rule
 def contracted(
     run: Propagation, left: tuple[Tensor, int], right: tuple[Tensor, int], name: str
 ) -> tuple[list[Plane], list[Plane]]:
-    """Sum over an axis of each side: units along it go together, and are read; the planes that are left of each side.
+    """Sum over an axis of each side: join and mark as read the units along it; return each side's other planes.
 
-    Units that differ along other dimensions too, such as those of heads, are made whole along the axis.
+    Units that also differ along other dimensions, such as those of heads, are joined along the axis.
     """
     pure: list[list[Plane]] = []
     rest: list[list[Plane]] = []
@@ -51,20 +51,20 @@ def contracted(
 
 
 def _product(run: Propagation, call: Call, first: Tensor, second: Tensor) -> Planes:
-    """(…, i, k) × (…, k, j)."""
+    """Multiply (…, i, k) by (…, k, j)."""
     ndim = first.ndim
     left, right = contracted(run, (first, ndim - 1), (second, ndim - 2), call.name)
     return tidied(run.units, [*left, *right], run.reason("takes it alone"))
 
 
 def mm(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Two matrices."""
+    """Multiply two matrices."""
     first, second = call.args[-2:]
     return [_product(run, call, first, second)]
 
 
 def bmm(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Two stacks of matrices; units along the stack go together."""
+    """Multiply two stacks of matrices; units along the stack are joined."""
     first, second = call.args[-2:]
     for tensor, other in ((first, second), (second, first)):
         if all(0 not in p.varies() for p in run.planes(other)) and first.shape[0] > 1:
@@ -74,14 +74,14 @@ def bmm(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def mv(run: Propagation, call: Call) -> Sequence[Planes]:
-    """A matrix, or a vector, and a vector."""
+    """Multiply a matrix or a vector by a vector."""
     first, second = call.args[:2]
     left, _ = contracted(run, (first, first.ndim - 1), (second, 0), call.name)
     return [tuple(Plane(p.units.squeeze(-1), p.zero) for p in left)]
 
 
 def with_bias(product: Rule, elementwise: Rule) -> Rule:
-    """The rule of a product to which its first argument is added."""
+    """Return the rule of a product whose first argument is added to it."""
 
     def rule(run: Propagation, call: Call) -> Sequence[Planes]:
         bias, first, second = call.args[:3]
@@ -94,7 +94,7 @@ def with_bias(product: Rule, elementwise: Rule) -> Rule:
 
 
 def convolution(run: Propagation, call: Call) -> Sequence[Planes]:
-    """A sum over channels and positions; with groups, the channels of a group come and go as a whole."""
+    """Sum over channels and positions; in grouped convolutions the channels of a group are joined."""
     source, weight, bias, transposed, groups = *call.args[:3], call.args[6], call.args[8]
     ndim, out, into = source.ndim, int(transposed), 1 - int(transposed)
     for plane in run.planes(source):

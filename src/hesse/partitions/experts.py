@@ -1,4 +1,4 @@
-"""Mixtures of experts, whose path depends on the data: what their fused parameters do is known beforehand."""
+"""Mixtures of experts, whose path depends on the data: rules for their fused parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from hesse.partitions.units import Axis
 
 @contextmanager
 def followed_experts(model: nn.Module, run: Propagation) -> Iterator[None]:
-    """While `run` watches, follow the experts' units without looking at which expert is chosen."""
+    """Make experts propagate units, independently of the chosen expert, while `run` observes the model."""
     fused = {name: module for name, module in model.named_modules() if is_fused(module)}
     for name, module in fused.items():
         module.forward = _follower(module, run, name)
@@ -50,7 +50,7 @@ def _follower(module: nn.Module, run: Propagation, name: str) -> Any:
             units.join(plane.units.flatten(), inputs)
         for plane in run.planes(weights):
             units.note("fixed", plane.units, run.reason("weighs experts with them"))
-        with _disable_current_modes():  # of its values only the shape counts
+        with _disable_current_modes():  # only the shape of the result matters
             result = states.clone()
         run.put(result, (Plane(outputs.view(*[1] * (result.ndim - 1), -1), zero=True),), DATA)
         return result
@@ -59,7 +59,7 @@ def _follower(module: nn.Module, run: Propagation, name: str) -> Any:
 
 
 def expert_groups(model: nn.Module) -> list[Group]:
-    """The experts of each mixture whose router is beside them: all their weights, and their rows of the router."""
+    """Return the experts of each mixture with its router in the same module: their weights and rows of the router."""
     found = []
     for name, module in model.named_modules():
         if not is_fused(module):
@@ -77,7 +77,7 @@ def expert_groups(model: nn.Module) -> list[Group]:
 
 
 def router_rows(model: nn.Module, parent: str, count: int) -> list[str]:
-    """The parameters with a row for each expert in the modules beside the experts' own."""
+    """Return the parameters with a row per expert in the experts' sibling modules."""
     block = model.get_submodule(parent)
     return [
         f"{parent}.{child}.{key}"
@@ -89,12 +89,12 @@ def router_rows(model: nn.Module, parent: str, count: int) -> list[str]:
 
 
 def _routes(module: nn.Module, count: int) -> bool:
-    """Whether a module is a router: it says for how many experts, or is a linear layer with an output for each."""
+    """True if a module is a router: it has the number of experts, or is a linear layer with one output per expert."""
     return getattr(module, "num_experts", getattr(module, "out_features", None)) == count
 
 
 def chosen_experts(block: nn.Module) -> int:
-    """How many experts a token goes to."""
+    """Return the number of experts per token."""
     values = (getattr(m, key, 0) for m in block.modules() for key in ("top_k", "num_experts_per_tok"))
     return max((value for value in values if isinstance(value, int)), default=0)
 
@@ -135,7 +135,7 @@ def _linear_experts(fused: nn.Module, kept: list[int], units: list[list[int]]) -
 
 
 def with_linear_experts(model: nn.Module) -> nn.Module:
-    """`model`, or a copy with linear layers in the place of fused experts: `{experts}.{number}.down_proj`."""
+    """Return `model`, or a copy with linear layers in place of fused experts: `{experts}.{number}.down_proj`."""
     if not any(is_fused(module) for module in model.modules()):
         return model
     result = deepcopy(model)

@@ -1,4 +1,4 @@
-"""Groups of a traced network as a partition: sums over their entries, and numbers spread over these."""
+"""Groups of a traced network as a partition: sums over their entries, and values spread to them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,11 @@ class Place:
 
 
 class GroupParts(Partition):
-    """Groups of a network's parameters, a part each; slices of buffers are left out.
+    """Partition with one part per group of a network's parameters; slices of buffers are left out.
 
-    Of each group the entries of one role count: "everything" that goes with it; what is "produced", that makes it; or
-    the "outgoing" weights, which its output goes through next. Groups of one site are disjoint. With "everything" those
-    of two sites may share entries: a convolution's weight has its own channels on one axis and those it reads on the
-    other.
+    A part has the group's entries of one role: "everything" that is removed with it, the "produced" entries that make
+    it, or the "outgoing" weights that read its output. Groups of one site are disjoint. With "everything" groups of two
+    sites may share entries: a convolution's weight has its own channels on one axis and its input's on the other.
     """
 
     precision = torch.float64
@@ -68,7 +67,7 @@ class GroupParts(Partition):
 
     @property
     def sites(self) -> dict[str, list[int]]:
-        """The numbers of the groups of each site, in order."""
+        """Return the numbers of the groups of each site, in order."""
         result: dict[str, list[int]] = defaultdict(list)
         for number, group in enumerate(self.groups):
             result[group.family].append(number)
@@ -106,8 +105,9 @@ class GroupParts(Partition):
 def slices_of(group: Group, role: str) -> tuple[Slice, ...]:
     """Return a group's slices of one role.
 
-    The network's outputs are linear in the "outgoing" weights as far as these weights' own layer, where what makes a
-    group has an activation behind it. An expert's are its own last ones.
+    The outgoing weights are those through which a group's output passes next. Up to their own layer the network is
+    linear in them, while the weights that make the group have an activation behind them. An expert's outgoing weights
+    are those of its last layer.
     """
     if role == "outgoing":
         return group.produced[-1:] if group.kind == "experts" else group.read

@@ -1,4 +1,4 @@
-"""How a network's parameters are cut into groups that can be taken out whole."""
+"""Groups: parts of a network's parameters that can be removed together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,30 +23,30 @@ class Slice:
     stack: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These entries of the parameter, a copy."""
+        """Return a copy of these entries of the parameter."""
         matrix = tensor if self.stack is None else tensor[self.stack]
         return matrix.index_select(self.axis - (self.stack is not None), self.places(tensor))
 
     def fill(self, tensor: Tensor, value: float) -> None:
-        """Set these entries of the parameter."""
+        """Set these entries of the parameter to a value."""
         matrix = tensor if self.stack is None else tensor[self.stack]
         matrix.index_fill_(self.axis - (self.stack is not None), self.places(tensor), value)
 
     def places(self, tensor: Tensor) -> Tensor:
-        """The indices, on the device of a tensor."""
+        """Return the indices, on the device of a tensor."""
         return torch.tensor(self.indices, device=tensor.device)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Everything that makes one head, hidden unit, channel or expert, and everything that reads it.
+    """All parameters that produce one head, hidden unit, channel or expert, and all that read it.
 
-    Without its `produced` slices (weights, biases, norms) nothing but exact zeros goes out of it, so that these and the
-    `read` slices of the layers that follow can be cut off with the outputs unchanged. For an expert that holds with
-    its row of the router masked: others are chosen in its place.
+    If its `produced` slices (weights, biases, norms) are zero, its output is exactly zero, so that these and the `read`
+    slices of the following layers can be removed without changing the network's outputs. For an expert this holds with
+    its row of the router masked: other experts are chosen instead.
 
-    `site` is the layer that it is one of the outputs of, named after the first parameter that makes it; `index` counts
-    there.
+    `site` is the layer whose output it belongs to, named after the first parameter that produces it; `index` is its
+    number there.
     """
 
     kind: GroupKind
@@ -57,21 +57,21 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Such as `model.layers.0.mlp.gate_proj[17]`."""
+        """Return a name such as `model.layers.0.mlp.gate_proj[17]`."""
         return f"{self.site}[{self.index}]"
 
     @property
     def family(self) -> str:
-        """The groups that it is one of, such as `hidden units of model.layers.0.mlp.gate_proj`."""
+        """Return the name of its set of groups, such as `hidden units of model.layers.0.mlp.gate_proj`."""
         return f"{'hidden units' if self.kind == 'hidden' else self.kind} of {self.site}"
 
     @property
     def slices(self) -> tuple[Slice, ...]:
-        """All that goes with it."""
+        """Return all slices that are removed with it."""
         return self.produced + self.read
 
     def parameters(self, model: nn.Module) -> int:
-        """Entries of the model's parameters that go with it, overlaps within a parameter counted once."""
+        """Return the number of parameters that are removed with it; overlaps within a parameter count once."""
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         masks: dict[str, Tensor] = {}
         for part in self.slices:
@@ -83,16 +83,16 @@ class Group:
 
 @dataclass(frozen=True)
 class TracedGroups:
-    """The groups of a network, and why the other axes stay as they are: {"parameter, axis": reason}.
+    """Groups of a network, and the reasons why other axes are fixed: {"parameter, axis": reason}.
 
-    Groups of one kind and site are disjoint; an expert's hidden units lie inside of it.
+    Groups of one kind and site are disjoint; an expert's hidden units are part of the expert's group.
     """
 
     groups: tuple[Group, ...]
     fixed: dict[str, str]
 
     def sites(self, kinds: Sequence[str] = GROUP_KINDS) -> dict[str, list[Group]]:
-        """The groups of some kinds by what they are groups of."""
+        """Return the groups of some kinds by site."""
         found: dict[str, list[Group]] = {}
         for group in self.groups:
             if group.kind in kinds:
@@ -100,10 +100,10 @@ class TracedGroups:
         return found
 
     def of_kinds(self, kinds: Sequence[str]) -> list[Group]:
-        """The groups of some kinds.
+        """Return the groups of some kinds.
 
         Raises:
-            OptionError: there is no such kind, or the network has none of them.
+            OptionError: there is no such kind, or the network has no such groups.
         """
         if unknown := set(kinds) - set(GROUP_KINDS):
             raise OptionError(
@@ -119,7 +119,7 @@ class TracedGroups:
         """Check that no index is in two groups of one kind, and that the model has all indices.
 
         Raises:
-            OptionError: the groups are of another model.
+            OptionError: the groups belong to another model.
         """
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         seen: set[tuple[str, str, int, int | None, int]] = set()

@@ -1,4 +1,4 @@
-"""Whether a network that was cut can be saved and loaded by transformers, and the configuration that says its sizes."""
+"""Check that transformers can save and load a sliced network, and write its sizes into the configuration."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from hesse.partitions.groups import Group
 
 
 def loading_problem(model: nn.Module) -> str | None:
-    """Why `from_pretrained` could not load what `save_pretrained` would write of a network; None if it could."""
+    """Return the reason why `from_pretrained` could not load the saved network; None if it could."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         return f"{type(model).__name__} has no configuration: keep it with torch.save"
@@ -22,7 +22,7 @@ def loading_problem(model: nn.Module) -> str | None:
 
 
 def _mismatch(model: nn.Module, config: Any) -> str | None:
-    """Where a model of this configuration would have parameters of another shape."""
+    """Return the first difference in shape between the model and one built from its configuration; None if equal."""
     try:
         with torch.device("meta"):
             built = type(model)(deepcopy(config))
@@ -37,20 +37,20 @@ def _mismatch(model: nn.Module, config: Any) -> str | None:
 
 
 def describe_in_config(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> None:
-    """Give `new` a configuration with its sizes, if there is one that does."""
+    """Set the sizes in the configuration of `new`, if a configuration can express them."""
     config = getattr(old, "config", None)
     if config is None or not hasattr(old, "save_pretrained"):
         return
     wanted = deepcopy(config)
-    _say_heads(wanted, old, groups)
-    _say_widths(wanted, old, groups)
+    _set_heads(wanted, old, groups)
+    _set_widths(wanted, old, groups)
     if _mismatch(new, wanted) is None:
         for module in new.modules():
             if isinstance(getattr(module, "config", None), type(config)):
                 module.config = wanted
 
 
-def _say_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
+def _set_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
     shares = set(head_shares(old, groups).values())
     if len(shares) != 1:
         return
@@ -62,8 +62,8 @@ def _say_heads(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
             setattr(config, attribute, int(getattr(config, attribute) * share))
 
 
-def _say_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
-    """Set what the configuration calls a number of hidden units or experts that has become another one everywhere."""
+def _set_widths(config: Any, old: nn.Module, groups: Sequence[Group]) -> None:
+    """Set the configuration's numbers of hidden units and experts that changed equally everywhere."""
     tensors = dict(old.named_parameters())
     lost: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:

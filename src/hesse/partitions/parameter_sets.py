@@ -1,4 +1,4 @@
-"""Parts that are whole parameters: layers with their biases, blocks."""
+"""Partitions into sets of whole parameters, such as blocks or layers with their biases."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from hesse.partitions.partition import Partition, Shapes
 
 
 class ParameterSets(Partition):
-    """Parts that are made of whole parameters: `sets` has the names of each part's.
+    """Partition into sets of whole parameters; `sets` are the parameters' names of each part.
 
-    The blocks of a network are such parts, as are its layers with their biases.
+    Examples are the blocks of a network, and its layers with their biases.
     """
 
     def __init__(self, shapes: Shapes, sets: Sequence[Sequence[str]], kind: str = "blocks") -> None:

@@ -1,4 +1,4 @@
-"""The protocol of a partition: which entries of a network's parameters live or change together."""
+"""Protocol of a partition: sets of parameter entries that are kept, removed or changed together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Shapes = Mapping[str, torch.Size]  # by parameter
 
 
 class Partition(ABC):
-    """Parts of named parameters of a network, numbered from 0.
+    """Partition of named parameters of a network into parts, numbered from 0.
 
     Two products say everything about the parts: `sums_of_samples` adds up the entries of each part, and `spread` puts
     a number of each part at all of its entries. The parts are disjoint; `check` tests that. `hesse.testing` has the
@@ -28,17 +28,17 @@ class Partition(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What a part is called, in the plural."""
+        """Return the name of the parts, in the plural."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """Number of parts."""
+        """Return the number of parts."""
 
     @property
     @abstractmethod
     def shapes(self) -> Shapes:
-        """Shapes of the parameters that some part has entries of."""
+        """Return the shapes of all parameters with entries in a part."""
 
     @abstractmethod
     def sums_of_samples(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -63,7 +63,7 @@ class Partition(ABC):
         return self.sums_of_samples({name: tensor.unsqueeze(0) for name, tensor in tensors.items()})[0]
 
     def exact(self, tensor: Tensor) -> Tensor:
-        """Return the tensor in the precision that this partition's sums are taken in."""
+        """Return the tensor in the precision of this partition's sums."""
         return tensor if self.precision is None else tensor.to(self.precision)
 
     def sizes(self) -> Tensor:

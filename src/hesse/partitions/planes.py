@@ -1,4 +1,4 @@
-"""Labels of a tensor's entries: which units an entry goes with."""
+"""Planes: labels of a tensor's entries with the units that they belong to."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from hesse.partitions.units import Units
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """Numbers of units that broadcast to a tensor's shape; a weight (out, in) has two planes, (out, 1) and (1, in).
+    """Unit numbers that broadcast to a tensor's shape; a weight (out, in) has two planes, (out, 1) and (1, in).
 
-    `zero`: where the parameters that make a unit are zero, so are the tensor's entries.
+    `zero` is True if the tensor's entries are zero whenever the parameters that produce their unit are zero.
     """
 
     units: Tensor
     zero: bool
 
     def varies(self) -> set[int]:
-        """The dimensions along which entries go with different units."""
+        """Return the dimensions along which entries belong to different units."""
         return {dim for dim, size in enumerate(self.units.shape) if size > 1}
 
 
@@ -27,7 +27,7 @@ Planes = tuple[Plane, ...]
 
 
 def tidy(units: Units, labels: Tensor) -> Tensor:
-    """Each unit's set, and dimensions along which nothing changes of size 1."""
+    """Return each unit's set, with size 1 in dimensions along which nothing changes."""
     if labels.numel() == 0:
         return labels
     for dim, stride in enumerate(labels.stride()):
@@ -42,9 +42,9 @@ def tidy(units: Units, labels: Tensor) -> Tensor:
 
 
 def tidied(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
-    """Planes with their sets found; those that share a dimension are joined, as both speak of the same indices.
+    """Return the planes with current sets; planes that share a dimension are joined, because both label its indices.
 
-    A plane of one single unit is dropped: without the unit nothing would be left, so it is fixed.
+    A plane of a single unit is dropped and the unit fixed: without it nothing would remain.
     """
     result: list[Plane] = []
     for plane in planes:
@@ -67,9 +67,9 @@ def tidied(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
 
 
 def pinned(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
-    """Forbid units that differ along some dimensions, and say whether the plane differed along these alone.
+    """Forbid units that differ along `dims`; return True if the plane differed along these dimensions alone.
 
-    They are fixed then; else those that differ along `dims` are joined, so that whole parts of the others go.
+    In that case the units are fixed; otherwise units that differ along `dims` are joined, and removed as a whole.
     """
     inside = plane.varies() & dims
     if inside and inside == plane.varies():
@@ -81,10 +81,10 @@ def pinned(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
 
 
 def aligned(plane: Plane, ndim: int) -> Plane:
-    """The plane of a tensor that is broadcast to `ndim` dimensions."""
+    """Return the plane of a tensor that is broadcast to `ndim` dimensions."""
     return Plane(plane.units[(None,) * (ndim - plane.units.ndim)], plane.zero)
 
 
 def without(plane: Plane, dims: Sequence[int]) -> Plane:
-    """The plane with dimensions of size 1 taken out."""
+    """Return the plane with some dimensions of size 1 removed."""
     return Plane(plane.units.squeeze(tuple(dims)) if dims else plane.units, plane.zero)

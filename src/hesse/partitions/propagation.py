@@ -1,4 +1,4 @@
-"""Watch a network's forward pass and follow, op by op, which units the entries of each tensor go with."""
+"""Propagate units through a network's forward pass, op by op."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from hesse.errors import UnsupportedModelError
 from hesse.partitions.planes import Plane, Planes, tidied
 from hesse.partitions.units import Axis, Units
 
-CONSTANT, INTEGERS, DATA = 0, 1, 2  # what a tensor depends on: nothing of the batch, whole numbers in it alone, or more
+CONSTANT, INTEGERS, DATA = 0, 1, 2  # a tensor depends on: nothing in the batch, only integers in it, or more
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a tensor, which is held so that no other gets its id."""
+    """Units of a tensor; the tensor is referenced so that no other gets its id."""
 
     tensor: Tensor
     planes: Planes
@@ -27,7 +27,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Call:
-    """An op as it was called, and its first result."""
+    """A call of an op, and its first result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -36,16 +36,16 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Such as `addmm` or `add_`, without the overload."""
+        """Return the op's name without the overload, such as `addmm` or `add_`."""
         return str(self.function).split(".")[1]
 
     def argument(self, place: int, default: Any = None) -> Any:
-        """A positional argument, or what it is if absent."""
+        """Return a positional argument, or `default` if it is absent."""
         return self.args[place] if place < len(self.args) else default
 
 
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows units through everything that is computed while this mode is on."""
+    """Mode that propagates units through all ops while it is active."""
 
     def __init__(self, model: nn.Module, rules: Mapping[str, "Rule"], elementwise: "Rule") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.modules = [""]
         self.rectangles: list[tuple[Plane, str]] = []
         self.records: dict[int, Record] = {}
-        self.owners: dict[int, int] = {}  # which tensor was the first on a storage
+        self.owners: dict[int, int] = {}  # the first tensor of each storage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if level == INTEGERS and labelled:
             level = DATA
         if level == DATA and self._decides(func, args):
-            raise self.refusal(f"what it computes depends on the values of its data ({func})")
+            raise self.refusal(f"its computation depends on the values of its data ({func})")
         call = Call(func, args, kwargs or {}, func(*args, **(kwargs or {})))
         results = tensors(call.result)
         planes: Sequence[Planes] = [()] * len(results)
@@ -83,7 +83,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return call.result
 
     def record(self, tensor: Tensor) -> Record:
-        """What is known of a tensor; a parameter that is met first gets numbers for its axes."""
+        """Return the record of a tensor; a new parameter gets unit numbers for its axes."""
         if id(tensor) not in self.records:
             planes = self.axes(tensor) if id(tensor) in self.names else ()
             self.records[id(tensor)] = Record(tensor, planes, CONSTANT)
@@ -91,7 +91,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.records[id(tensor)]
 
     def axes(self, parameter: Tensor) -> Planes:
-        """A plane for each axis of a parameter that has more than one index."""
+        """Return a plane for each axis of a parameter with more than one index."""
         name, planes = self.names[id(parameter)], []
         for axis, size in enumerate(parameter.shape):
             if size > 1:
@@ -100,30 +100,30 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(planes)
 
     def planes(self, tensor: Any) -> Planes:
-        """The planes of an argument, tidy; none for a number or None."""
+        """Return the tidied planes of an argument; empty for a number or None."""
         if not isinstance(tensor, Tensor):
             return ()
         return tidied(self.units, self.record(tensor).planes, self.reason("takes it alone"))
 
     def planes_of(self, plane: Plane) -> Planes:
-        """A plane that was met before, with what has been joined since."""
+        """Return an earlier plane with the joins made since."""
         return tidied(self.units, [plane], self.reason("takes it alone"))
 
     def put(self, tensor: Tensor, planes: Planes, level: int) -> None:
-        """Say what is known of a tensor."""
+        """Record the planes and level of a tensor."""
         self.owners.setdefault(tensor.untyped_storage()._cdata, id(tensor))
         self.records[id(tensor)] = Record(tensor, planes, level)
 
     def is_data(self, tensor: Any) -> bool:
-        """Whether an argument depends on the batch."""
+        """True if an argument depends on the batch."""
         return isinstance(tensor, Tensor) and self.record(tensor).level > CONSTANT
 
     def reason(self, what: str) -> str:
-        """Why units are fixed: which module does what with them."""
+        """Return the reason why units are fixed: the running module, and its use of them."""
         return f"{self.modules[-1] or 'the model'} {what}"
 
     def refusal(self, what: str) -> UnsupportedModelError:
-        """The error of a module whose groups cannot be found."""
+        """Return the error for a module whose groups cannot be traced."""
         return UnsupportedModelError(
             f"the groups of {self.modules[-1] or 'the model'} cannot be traced: {what}; trace modules without it"
         )
@@ -138,7 +138,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raise self.refusal(f"there is no rule for the operation {call.function}")
 
     def _decides(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether the op hands values, or a shape that depends on values, to the program."""
+        """True if the op passes values, or a shape that depends on values, to the program."""
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             masks = [t for t in tensors(args[1:]) if t.dtype in (torch.bool, torch.uint8)]
             if not str(func).startswith("aten.index"):
@@ -161,7 +161,7 @@ Rule = Callable[[Propagation, Call], Sequence[Planes]]
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries; those in other objects, such as caches, are left out."""
+    """Return the tensors in nested tuples, lists and dictionaries, but not those in other objects, such as caches."""
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, Mapping):
@@ -173,7 +173,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 @contextmanager
 def named_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the name of the module that runs on top of `stack`."""
+    """Keep the name of the running module on top of `stack`."""
     handles = []
 
     def leave(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What each operation does with units: one small function for a kind of operation, and the table of operations."""
+"""Rules: the effect of each operation on units, one function per kind of operation, and the table of operations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from hesse.partitions.units import Axis
 
 
 def elementwise(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Entries that meet go together; a unit stays zero where the operation makes zero of its zeros."""
+    """Join the units of entries that are combined; a unit stays zero if the operation maps its zeros to zero."""
     (result,) = tensors(call.result)
     operands = [t for t in tensors((call.args, call.kwargs)) if t.ndim]
     reason = run.reason(f"joins them with a constant ({call.name})")
@@ -32,13 +32,13 @@ def _size(operand: Tensor, result: Tensor, dim: int) -> int:
 
 
 def _stays_zero(call: Call, operands: list[Tensor], own: list[list[Plane]], merged: Plane) -> bool:
-    """Whether the operation gives zero where the operands that carry a plane do."""
+    """True if the operation's result is zero where the operands that carry a plane are zero."""
     zero = {id(t) for t, ps in zip(operands, own, strict=True) for p in ps if p.zero and p.varies() & merged.varies()}
     return bool(zero) and gives_zero(call, zero)
 
 
 def gives_zero(call: Call, zero: set[int]) -> bool:
-    """Whether the operation gives nothing but zeros if the arguments with these ids are."""
+    """True if the operation gives only zeros when the arguments with these ids are zero."""
 
     def other(value: object) -> object:
         if isinstance(value, Tensor):
@@ -50,7 +50,7 @@ def gives_zero(call: Call, zero: set[int]) -> bool:
 
 
 def moved(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Views, permutations, slices and copies: labels go the way of the entries."""
+    """Views, permutations, slices and copies: labels move with the entries."""
     source, results = call.args[0], tensors(call.result)
     found: list[list[Plane]] = [[] for _ in results]
     for plane in run.planes(source):
@@ -61,7 +61,7 @@ def moved(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def _at_labels(value: Any) -> Any:
-    """Arguments with their tensors where labels are: on the CPU."""
+    """Return arguments with their tensors on the CPU, where labels are."""
     if isinstance(value, Tensor):
         return value.cpu()
     return type(value)(_at_labels(v) for v in value) if isinstance(value, tuple | list) else value
@@ -72,18 +72,18 @@ def _kept(kwargs: dict[str, object]) -> dict[str, object]:
 
 
 def copied(run: Propagation, call: Call) -> Sequence[Planes]:
-    """The same shape, whatever else is different."""
+    """Results of the same shape have the same planes."""
     return [run.planes(call.args[0]) for _ in tensors(call.result)]
 
 
 def like(run: Propagation, call: Call) -> Sequence[Planes]:
-    """New entries in the shape of old ones."""
+    """New entries in the shape of old ones: they belong to the same units."""
     zero = not bool(call.result.count_nonzero())
     return [tuple(Plane(p.units, zero) for p in run.planes(call.args[0]))]
 
 
 def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
-    """A view of another shape; where it cuts a dimension of units in several, the parts must stay rectangular."""
+    """A view of another shape; if it splits a dimension of units, the parts must stay rectangular."""
     source, (result,) = call.args[0], tensors(call.result)
     found = [Plane(p.units.expand(source.shape).reshape(result.shape), p.zero) for p in run.planes(source)]
     planes = tidied(run.units, found, run.reason("takes it alone"))
@@ -94,7 +94,7 @@ def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def joined(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Concatenation: side by side along one dimension, going together along the others."""
+    """Concatenation: side by side along one dimension, joined along the others."""
     pieces: list[Tensor] = list(call.args[0])
     pieces = [t for t in pieces if t.numel()]
     dim = call.argument(1, call.kwargs.get("dim", 0)) % pieces[0].ndim
@@ -115,7 +115,7 @@ def joined(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def _side(run: Propagation, tensor: Tensor, planes: list[Plane], dim: int, reason: str) -> Tensor:
-    """The labels of a piece of a concatenation: its own, or new ones that stay."""
+    """Return the labels of a piece of a concatenation: its own, or new fixed ones."""
     if planes:
         return tidied(run.units, planes, reason)[0].units
     size = tensor.shape[dim]
@@ -125,7 +125,7 @@ def _side(run: Propagation, tensor: Tensor, planes: list[Plane], dim: int, reaso
 
 
 def stacked(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Tensors of one shape along a new dimension: what is at the same place goes together."""
+    """Tensors of one shape along a new dimension: entries at the same place are joined."""
     dim = call.argument(1, call.kwargs.get("dim", 0)) % (call.args[0][0].ndim + 1)
     planes = [Plane(p.units.unsqueeze(dim), p.zero) for tensor in call.args[0] for p in run.planes(tensor)]
     whole = tidied(run.units, planes, run.reason("stacks them"))
@@ -133,7 +133,7 @@ def stacked(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def reduced(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Sums, means, softmax, maxima and orders: what is taken together stays together, or goes as a whole."""
+    """Sums, means, softmax, maxima and orders: units that are combined are fixed, or removed as a whole."""
     source, results = call.args[0], tensors(call.result)
     dims = _dims(call, source.ndim)
     planes = _taken_together(run, call, source, dims)
@@ -164,7 +164,7 @@ def _dims(call: Call, ndim: int) -> set[int]:
 
 
 def layer_norm(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Statistics over the last dimensions, then weight and offset."""
+    """Layer norm: statistics over the last dimensions, then weight and offset."""
     source, shape, weight = call.args[:3]
     bias = call.args[3] if call.name == "native_layer_norm" else None
     dims = set(range(source.ndim - len(shape), source.ndim))
@@ -176,7 +176,7 @@ def layer_norm(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def group_norm(run: Propagation, call: Call) -> Sequence[Planes]:
-    """The channels of a group of the norm go together, with their weight and offset."""
+    """Group norm: the channels of a group are joined, with their weight and offset."""
     source, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]
     planes = [*run.planes(source), *(_channels(p, source.ndim) for t in (weight, bias) for p in run.planes(t))]
     for plane in planes:
@@ -190,7 +190,7 @@ def group_norm(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def batch_norm(run: Propagation, call: Call) -> Sequence[Planes]:
-    """A channel goes with its weight, offset and running statistics."""
+    """Batch norm: a channel is joined with its weight, offset and running statistics."""
     source, weight, bias, *statistics = call.args[:5]
     affine = [_channels(p, source.ndim) for t in (weight, bias, *statistics) for p in run.planes(t)]
     whole = tidied(run.units, [*run.planes(source), *affine], run.reason("takes it alone"))
@@ -210,7 +210,7 @@ def pooled(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def padded(run: Propagation, call: Call) -> Sequence[Planes]:
-    """More positions; along padded dimensions there may be no units."""
+    """Padding adds positions; padded dimensions must have no units."""
     source = call.args[0]
     return _spread(run, call, {d for d in range(source.ndim) if source.shape[d] != call.result.shape[d]})
 
@@ -223,13 +223,13 @@ def _spread(run: Propagation, call: Call, dims: set[int]) -> Sequence[Planes]:
 
 
 def written(run: Propagation, call: Call) -> Sequence[Planes]:
-    """A copy of the second argument in place of the first."""
+    """Copy of the second argument into the first."""
     target, source = call.args[:2]
     return [tuple(aligned(p, target.ndim) for p in run.planes(source))]
 
 
 def embedding(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Rows are looked up by number, so they stay; columns are made here."""
+    """Embedding: rows are looked up by number, so they are fixed; columns are produced here."""
     found = []
     (result,) = tensors(call.result)
     for plane in run.planes(call.args[0]):
@@ -240,7 +240,7 @@ def embedding(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def indexed(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Picking entries by number: like a slice where the numbers are constant, else what is picked from stays."""
+    """Indexing: a slice if the indices are constant; otherwise the indexed dimension is fixed."""
     source = call.args[0]
     picks = call.args[1] if call.name == "index" else [None] * (call.args[1] % source.ndim) + [call.args[2]]
     if not any(run.is_data(pick) for pick in picks):
@@ -254,7 +254,7 @@ def indexed(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def nothing(run: Propagation, call: Call) -> Sequence[Planes]:
-    """Results that have no entries of units."""
+    """Results without units."""
     return [()] * len(tensors(call.result))
 
 

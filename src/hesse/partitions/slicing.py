@@ -1,4 +1,4 @@
-"""Cut groups out of a network: its layers get smaller."""
+"""Slice groups from a network: its layers become smaller."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ Removed = dict[tuple[int, int | None], set[int]]  # by (axis, stack)
 
 
 def slice_groups(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
-    """A copy of `model` without `groups`: smaller parameters, and attributes and configuration that say so.
+    """Return a copy of `model` without `groups`, with smaller parameters and updated attributes and configuration.
 
-    What transformers' configuration of the model can say (one width for all layers, and so on) is said there, so that
-    `save_pretrained` and `from_pretrained` work as before; `loading_problem` tells where it cannot, and the result
-    lives in memory, or in torch.save, alone. Experts of one mixture that keep unequal numbers of hidden units become
-    linear layers of their own.
+    Sizes that transformers' configuration can express (such as one width for all layers) are set there, so that
+    `save_pretrained` and `from_pretrained` still work. `loading_problem` reports if it cannot; the model can then be
+    kept in memory or by torch.save only. Experts of one mixture that keep unequal numbers of hidden units become
+    separate linear layers.
 
     Raises:
-        OptionError: a group is not of this model, or nothing would be left of a layer.
-        UnsupportedModelError: a module whose size cannot be changed.
+        OptionError: a group belongs to another model, or a layer would lose all its groups.
+        UnsupportedModelError: the size of a module cannot be changed.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     removed: dict[str, Removed] = defaultdict(lambda: defaultdict(set))
@@ -60,7 +60,7 @@ def _find(model: nn.Module, name: str) -> Tensor:
 
 
 def _cut(tensor: Tensor, cuts: Mapping[tuple[int, int | None], set[int]]) -> Tensor:
-    """The tensor without some indices of some axes; of stacked ones, the same number from each matrix."""
+    """Return the tensor without some indices of some axes; stacked matrices lose the same number each."""
     whole = cuts.get((0, None), set())
     kept = [matrix for matrix in range(len(tensor)) if matrix not in whole]
     stacked = {axis for axis, stack in cuts if stack is not None}
@@ -83,7 +83,7 @@ def _without(tensor: Tensor, axis: int, indices: set[int]) -> Tensor:
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor wherever the one of that name is, under other names too."""
+    """Replace a tensor under all names that it has."""
     old = _find(model, name)
     new = nn.Parameter(tensor.detach().clone(), old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     for module in model.modules():

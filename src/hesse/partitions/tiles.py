@@ -46,7 +46,7 @@ class Tiles(Partition):
         return self._shapes
 
     def grid(self, name: str) -> tuple[int, int]:
-        """Return how many tiles a parameter has, (rows, columns)."""
+        """Return the numbers (rows, columns) of a parameter's tiles."""
         (rows, columns), (height, width) = self._matrix(name), self._tile(name)
         return rows // height, columns // width
 
@@ -69,7 +69,7 @@ class Tiles(Partition):
         )
 
     def _sums(self, name: str, tensor: Tensor) -> Tensor:
-        """Sums of one parameter's (samples, *shape) over its tiles (samples, rows, columns)."""
+        """Return the sums of one parameter's (samples, *shape) over its tiles (samples, rows, columns)."""
         matrix = tensor.reshape(len(tensor), *self._matrix(name))
         if self.tile == (1, 1):
             return matrix

@@ -1,4 +1,4 @@
-"""Find the groups of any network from one forward pass."""
+"""Trace the groups of any network from one forward pass."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,26 +19,26 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def call_with(model: nn.Module, inputs: Any) -> Any:
-    """`model(**inputs)` of a mapping, `model(*inputs)` of a tuple, else `model(inputs)`."""
+    """Call `model(**inputs)` for a mapping, `model(*inputs)` for a tuple, else `model(inputs)`."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None = None) -> TracedGroups:
-    """The groups of `model` that can be taken out with the outputs unchanged, once they are zero.
+    """Trace the groups of `model` that can be removed without changing the outputs once they are zero.
 
-    One forward pass of a batch, of any size, is watched op by op. What the network does must not depend on the values
-    of activations or of inputs that are not whole numbers; experts in the layout of transformers are known and may. An
-    axis of which no part can go (a residual width under a norm, an output, a vocabulary) is listed with the reason.
+    One forward pass of a batch of any size is observed op by op. The network's path must not depend on the values of
+    activations or of floating-point inputs, except in experts in transformers' layout. An axis without removable parts
+    (a residual width under a norm, an output, a vocabulary) is listed with the reason.
 
     Args:
-        model: any network, put into eval mode for the while.
+        model: any network; it is in eval mode during the pass.
         example_inputs: a tensor; a tuple or mapping of arguments.
-        forward: how it is called, `forward(model, inputs)`.
+        forward: `forward(model, inputs)` in place of the usual call.
 
     Raises:
-        UnsupportedModelError: an operation is not known, or the path depends on the data; it names the module.
+        UnsupportedModelError: an operation is not supported, or the path depends on the data; it names the module.
     """
     run = Propagation(model, RULES, elementwise)
     for tensor in tensors(example_inputs):
@@ -62,7 +62,7 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
 
 
 def _partition(model: nn.Module, units: Units) -> TracedGroups:
-    """Sets of indices as groups, or as axes that are fixed."""
+    """Return the sets of units as groups, or as fixed axes."""
     numbers = torch.arange(len(units.parents))
     roots = units.find(numbers).tolist()
     members: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # root: {axis number: offsets}

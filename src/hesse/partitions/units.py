@@ -1,4 +1,4 @@
-"""Which indices of which axes of a network's parameters live and go together: disjoint sets, joined as ops are met."""
+"""Units: disjoint sets of parameter indices that are removed together; ops join the sets."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a parameter; with `stacked`, of each matrix that the parameter holds along its first axis."""
+    """An axis of a parameter; with `stacked`, of each matrix along the parameter's first axis."""
 
     parameter: str
     axis: int
@@ -19,9 +19,9 @@ class Axis:
 
 @dataclass
 class Units:
-    """Numbers for the indices of axes, and the sets that they have been joined into so far.
+    """Numbers of the indices of axes, and the sets that they have been joined into.
 
-    What is noted about an index (that it is fixed, written, read, ...) holds in the end for its whole set.
+    A note about an index (that it is fixed, produced, read, ...) holds for its whole set.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Units:
     notes: dict[str, list[tuple[Tensor, str]]] = field(default_factory=dict)
 
     def new(self, axis: Axis) -> Tensor:
-        """The numbers of an axis' indices, (size,) or (stacked, size)."""
+        """Return new numbers for an axis's indices, (size,) or (stacked, size)."""
         start, count = len(self.parents), axis.size * (axis.stacked or 1)
         self.axes.append(axis)
         self.starts.append(start)
@@ -40,7 +40,7 @@ class Units:
         return flat if axis.stacked is None else flat.view(axis.stacked, axis.size)
 
     def find(self, units: Tensor) -> Tensor:
-        """The smallest number of each one's set."""
+        """Return the smallest number of each unit's set."""
         numbers = units.numpy()
         roots = self.parents[numbers]
         while not np.array_equal(above := self.parents[roots], roots):
@@ -61,11 +61,11 @@ class Units:
         return number
 
     def note(self, kind: str, units: Tensor, reason: str = "") -> None:
-        """Note something about some units; of reasons the first counts."""
+        """Record a note about some units; the first reason counts."""
         self.notes.setdefault(kind, []).append((units.flatten(), reason))
 
     def noted(self, kind: str) -> dict[int, str]:
-        """The sets of which something was noted, by their smallest number, and why."""
+        """Return the sets with a note of this kind by their smallest number, with the reasons."""
         found: dict[int, str] = {}
         for units, reason in self.notes.get(kind, ()):
             for root in np.unique(self.find(units).numpy()).tolist():
@@ -73,5 +73,5 @@ class Units:
         return found
 
     def members(self, kind: str) -> set[int]:
-        """The very indices of which something was noted."""
+        """Return the indices with a note of this kind, not their sets."""
         return {number for units, _ in self.notes.get(kind, ()) for number in units.tolist()}

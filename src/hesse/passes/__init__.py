@@ -1,1 +1,1 @@
-"""Data through a network: forward, stopping at layers, backward, per-sample gradients."""
+"""Passes of data through a network: forward, with stops at layers, backward, and with per-sample gradients."""

@@ -1,4 +1,4 @@
-"""Batches that wait inside a block, with their activations in memory or on disk."""
+"""Offload the activations of batches that wait inside a block, to memory or disk."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,17 +16,17 @@ from hesse.checkpoints.writer import writing
 
 
 class Offload(Protocol):
-    """Where the activations of a greenlet are while it waits."""
+    """Storage for the activations of waiting greenlets."""
 
     def resume(self, runner: greenlet) -> Any:
-        """Bring its activations back, switch to it, and return what it says when it next waits; None at its end."""
+        """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
 
     def put_away(self, runner: greenlet) -> None:
-        """Put the activations of a greenlet away that now waits, or has ended."""
+        """Offload the activations of a greenlet that now waits, or drop those of one that has ended."""
 
 
 class KeepInMemory:
-    """Leave the activations where they are."""
+    """Keep activations in memory."""
 
     def resume(self, runner: greenlet) -> Any:
         """Switch to the greenlet."""
@@ -37,10 +37,10 @@ class KeepInMemory:
 
 
 class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Write the activations of waiting greenlets to files, one a greenlet, below `folder`.
+    """Write the activations of waiting greenlets to files below `folder`, one file per greenlet.
 
-    The tensors that a greenlet makes while it runs are noted; while it waits their storages are empty. Tensors of
-    `shared()` are left alone, whatever views of them a greenlet makes: weights, masks, positions.
+    The mode records the tensors that a greenlet creates while it runs; their storages are empty while it waits. Tensors
+    of `shared()` (weights, masks, positions) and views of them are not touched.
     """
 
     def __init__(self, folder: Path, shared: Callable[[], Iterable[Tensor]]) -> None:
@@ -51,8 +51,8 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[greenlet, int] = {}
 
     def resume(self, runner: greenlet) -> Any:
-        """Bring the activations back, and note the tensors that the greenlet makes until it waits again."""
-        self._bring_back(runner)
+        """Restore the activations, and record the tensors that the greenlet creates until it waits again."""
+        self._restore(runner)
         with self:
             return runner.switch()
 
@@ -85,7 +85,7 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 file.write(memory_of(_bytes(storage).cpu()))
                 storage.resize_(0)
 
-    def _bring_back(self, runner: greenlet) -> None:
+    def _restore(self, runner: greenlet) -> None:
         """Fill the emptied tensors of a greenlet from its file."""
         if runner not in self._away:
             return

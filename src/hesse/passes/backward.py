@@ -1,4 +1,4 @@
-"""The gradient of the end loss through a streamed model: from the last block back to the first, one in memory."""
+"""Backpropagate the final loss through a streamed model: from the last block to the first, one in memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,26 +22,27 @@ from hesse.processes import ALONE, Processes
 
 @dataclass(frozen=True, eq=False)
 class BackwardState:
-    """How far a walk back has come: what it takes to go on from there."""
+    """State of a backward pass between two blocks, from which it can resume."""
 
-    reached: int  # the block that the gradients are at the input of; the number of blocks at the start
-    scale: float  # what makes sums over all flows nats per token
-    gradients: list[StoredTensor]  # of the summed loss, one a flow
+    reached: int  # the gradients are at the input of this block; the number of blocks at the start
+    scale: float  # the factor that turns sums over all flows into nats per token
+    gradients: list[StoredTensor]  # of the summed loss, one per flow
 
 
 class BackwardPass:
-    """What each block's linear layers see of the true Fisher, blocks from the last to the first.
+    """Backward pass that yields each block's recorded inputs and gradients for the true Fisher, last block first.
 
-    `flows` have passed all blocks; `inputs[k]` are the hidden states that reached block k, one tensor a flow. The loss
-    is the summed cross-entropy of labels sampled from the model, the same for the same `seed`; an encoder's is
-    ½‖h - h₀‖² of its last hidden states, so a unit-variance Gaussian's nats. Memory: one block, and its activations for
-    one flow; the gradients wait on `shelf`, as the hidden states do, or in memory.
+    `flows` have passed all blocks; `inputs[k]` are the inputs of block k, one tensor per flow. The loss is the summed
+    cross-entropy of labels sampled from the model, the same for the same `seed`; for an encoder it is ½‖h - h₀‖² of the
+    last hidden states, which are the nats of a unit-variance Gaussian. Memory: one block, and its activations for one
+    flow; gradients and hidden states are kept in `shelf`, or in memory.
 
-    Iterating gives each block, loaded, with the passages of its flows, which are to be used up before the next. Sums
-    over all of them, times `scale`, are nats per token: equal to those of an Objective on the whole model.
-    `apart` refuses layers that mix the samples of a flow. A walk goes on from the `state` of one that was cut short.
-    Of several `processes` each walks with flows of its own, `earlier` being the token ids of those before them in the
-    data: the scale and the labels are as if one process had them all.
+    Iteration yields each block, loaded, with the recorded batches of its flows, which must be consumed before the next
+    block. Sums over all of them, times `scale`, are in nats per token, and equal those of an Objective on the whole
+    model.
+    `apart` refuses layers that mix the samples of a flow. `state` resumes an interrupted pass. Each of several
+    `processes` has its own flows; `earlier` are the token ids that precede them in the data, so that scale and labels
+    are the same as in one process.
     """
 
     origin = Origin("sampled Fisher", "position", "nats per token")
@@ -64,11 +65,11 @@ class BackwardPass:
 
     @property
     def scale(self) -> float:
-        """What sums over all flows are multiplied by, to be means over tokens."""
+        """Return the factor that turns sums over all flows into means over tokens."""
         return self.state.scale
 
     def _begin(self, seed: int, earlier: Iterable[Tensor]) -> BackwardState:
-        """The gradients behind the last block."""
+        """Compute the gradients at the output of the last block."""
         terms, generator, last = 0, label_generator(seed), len(self.network.blocks)
         gradients = []
         for ids in earlier:
@@ -91,11 +92,11 @@ class BackwardPass:
             with self.network.loaded(block):
                 passages = self._passages(block, index)
                 yield block, passages
-                for _ in passages:  # what was not looked at still carries the gradient back
+                for _ in passages:  # batches that were not consumed still propagate the gradient
                     pass
 
     def _passages(self, block: Block, index: int) -> Iterator[RecordedBatch]:
-        """What each flow shows of a block; once all are looked at, the walk has reached the block's input."""
+        """Yield each flow's recorded batch; after the last one the gradients are at the block's input."""
         modules = {layer.name: layer.module for layer in block.layers}
         found: list[StoredTensor] = []
         copied: set[str] = set()  # layers whose outputs the block changes in place
@@ -109,13 +110,13 @@ class BackwardPass:
             back, *slopes = torch.autograd.grad(output, wanted, gradient.tensor(), allow_unused=True)
             mixed = not recorder.leading(len(flow.ids), output.ndim)
             if mixed and self.apart and len(flow.ids) > 1:
-                raise UnsupportedModelError(f"{block.name} mixes the samples of a batch: take one sample a batch")
+                raise UnsupportedModelError(f"{block.name} mixes the samples of a batch: use batches of one sample")
             found.append(self._shelf.keep(back, index))
             yield RecordedBatch(recorder.rows(slopes, flat=mixed), len(flow.ids))
         self.state = BackwardState(index, self.scale, found)
 
     def _sampled_loss(self, output: Tensor, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
-        """The summed loss of labels drawn from the model itself, and the number of tokens it is summed over."""
+        """Return the summed loss of labels sampled from the model, and the number of tokens in the sum."""
         output = output.float()
         if not all_finite(output):
             raise DataError(
@@ -130,7 +131,7 @@ class BackwardPass:
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
 
     def _noise(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The random numbers that the labels of `ids` are made of, sample by sample, however samples are batched."""
+        """Draw the random numbers for the labels of `ids`, per sample, so that they do not depend on the batches."""
         if self.network.kind == "encoder":
             width = self.network.model.config.get_text_config().hidden_size
             return torch.stack([torch.randn(len(sample), width, generator=generator) for sample in ids])
@@ -145,5 +146,5 @@ def _recorded(
 
 
 def layer_part(layer: Layer) -> Part:
-    """A streamed layer's weight as a part."""
+    """Return a streamed layer's weight as a part."""
     return Part(f"{layer.name}.weight", "matrix", (layer.name,), isinstance(layer.module, Conv1D))

@@ -42,7 +42,7 @@ def layer_stops(
     called with the inputs of each run before its activations are offloaded. A layer whose input is the very tensor of
     the layer before it (keys and values after queries) is yielded without a `collect` of its own.
 
-    Each run holds its activations while it waits, for all runs at once, unless `offload` writes them to disk. The runs
+    All runs hold their activations while they wait, unless `offload` writes them to disk. The runs
     are inside `gradients_off()`, the consumer is not. The hooks are removed when the consumer stops early.
 
     Raises:
@@ -52,7 +52,7 @@ def layer_stops(
     last_inputs: dict[greenlet, InputKey] = {}
 
     def stop(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Leave the run's greenlet, telling the loop below where and with what inputs, if these are new."""
+        """Leave the run's greenlet, and pass the layer and, if they are new, its inputs to the loop below."""
         if layer.name not in done:
             runner, key = getcurrent(), _input_key(module, arguments[0])
             new = not _same(last_inputs.get(runner, ()), key)

@@ -1,4 +1,4 @@
-"""A network's parameters as matrices, offsets and scales of the layers that they belong to."""
+"""Parts: a network's parameters as matrices, offsets and scales of their layers."""
 
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -26,15 +26,15 @@ class Part:
 
     parameter: str  # its name in the objective
     role: Role
-    modules: tuple[str, ...]  # whose calls are its positions
-    transposed: bool = False  # whether the matrix is (in, out)
+    modules: tuple[str, ...]  # the modules whose calls are its positions
+    transposed: bool = False  # the matrix is (in, out)
 
 
 def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.Module]]:
-    """The parts of each parameter of the objective, and the modules by name; no part where no layer here has it.
+    """Return the parts of each parameter of the objective, and the modules by name; no parts for other parameters.
 
     Raises:
-        UnsupportedModelError: a layer mixes the samples of a batch, or a convolution is of a kind not known here.
+        UnsupportedModelError: a layer mixes the samples of a batch, or a convolution has groups.
     """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in objective.model.named_modules():
@@ -52,7 +52,7 @@ def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.
         for owner, module, key in owners[id(parameter)]:
             role = _role(module, key)
             if role is None:
-                uses.clear()  # one use that is not known spoils the others
+                uses.clear()  # one unknown use invalidates the others
                 break
             _check(owner, module)
             modules[owner] = module
@@ -71,7 +71,7 @@ def _role(module: nn.Module, key: str) -> Role | None:
 
 
 def input_side_first(module: nn.Module) -> bool:
-    """Whether the weight is (in, out)."""
+    """True if the weight is (in, out)."""
     return isinstance(module, nn.Embedding | Conv1D)
 
 
@@ -79,14 +79,14 @@ def _check(name: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return
     if module.groups != 1:
-        raise UnsupportedModelError(f"{name} is a convolution with groups, which is no single matrix: leave it out")
+        raise UnsupportedModelError(f"{name} is a convolution with groups, which is not a single matrix: leave it out")
 
 
 def as_rows(module: nn.Module, inputs: Tensor, gradients: Tensor, flat: bool) -> tuple[Tensor, Tensor]:
-    """What reached a call of `module`, (samples, positions, in), and gradients at its output (samples, positions, out).
+    """Return the inputs (samples, positions, in) of a call of `module`, and the gradients (samples, positions, out).
 
-    Token ids stay (samples, positions), a convolution's inputs become patches, and those of a scale what it multiplies.
-    `flat` takes all rows of the call as positions of one sample.
+    Token ids stay (samples, positions), a convolution's inputs become patches, and a scale's inputs are the values that
+    it multiplies. `flat` treats all rows of the call as positions of one sample.
     """
     if isinstance(module, nn.Linear | Conv1D):
         return _grouped(inputs, 1, flat), _grouped(gradients, 1, flat)
@@ -95,19 +95,19 @@ def as_rows(module: nn.Module, inputs: Tensor, gradients: Tensor, flat: bool) ->
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return seen_by(module, inputs), gradients.flatten(2).transpose(1, 2)
     axes, entries = _scaled_axes(module)
-    scaled = _what_is_scaled(module, inputs).movedim(axes, tuple(range(-len(axes), 0)))
+    scaled = _scaled_inputs(module, inputs).movedim(axes, tuple(range(-len(axes), 0)))
     aligned = gradients.movedim(axes, tuple(range(-len(axes), 0)))
     shape = (1, -1, entries) if flat else (len(gradients), -1, entries)
     return scaled.reshape(shape), aligned.reshape(shape)
 
 
 def _grouped(tensor: Tensor, inner: int, flat: bool) -> Tensor:
-    """`tensor` (samples, ..., *inner) as (samples, positions, *inner)."""
+    """Return `tensor` (samples, ..., *inner) as (samples, positions, *inner)."""
     return tensor.reshape(1 if flat else len(tensor), -1, *tensor.shape[tensor.ndim - inner :])
 
 
 def seen_by(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What each output of a layer is made of (..., in): of a convolution patches (samples, positions, in · kernel)."""
+    """Return the inputs (..., in) of each output; of a convolution, its patches (samples, positions, in · kernel)."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return inputs
     line = isinstance(module, nn.Conv1d)
@@ -116,7 +116,7 @@ def seen_by(module: nn.Module, inputs: Tensor) -> Tensor:
         return (filler, *value) if line else value
 
     padding, zeros = module.padding, module.padding_mode == "zeros"
-    if isinstance(padding, str) or not zeros:  # which unfold does not know
+    if isinstance(padding, str) or not zeros:  # unfold does not support these
         sides = module._reversed_padding_repeated_twice
         inputs = nn.functional.pad(inputs, sides, "constant" if zeros else module.padding_mode)
         padding = (0,) * len(module.kernel_size)
@@ -130,7 +130,7 @@ def seen_by(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def fits(module: nn.Module, output: Tensor) -> bool:
-    """Whether `output` can be that of such a layer: a module of the user's own may only look like a scale."""
+    """True if `output` can be the output of such a layer; a user's module may only resemble a scale."""
     if isinstance(module, MATRICES):
         return True
     axes, _ = _scaled_axes(module)
@@ -139,15 +139,15 @@ def fits(module: nn.Module, output: Tensor) -> bool:
 
 
 def _scaled_axes(module: nn.Module) -> tuple[tuple[int, ...], int]:
-    """The axes of a scale's output that its parameters run along, and their number of entries."""
+    """Return the axes of a scale's output that its parameters run along, and their number of entries."""
     parameter = next(p for p in module._parameters.values() if p is not None)
     if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
         return (1,), parameter.numel()
     return tuple(range(-parameter.ndim, 0)), parameter.numel()
 
 
-def _what_is_scaled(module: nn.Module, inputs: Tensor) -> Tensor:
-    """X in the module's output x ⊙ weight + ...: its output at a weight of one less that at a weight of zero."""
+def _scaled_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return x of the output x ⊙ weight + ...: the output at weight one minus the output at weight zero."""
     outputs = []
     for value in (1.0, 0.0):
         replaced = {name: torch.full_like(p, value) for name, p in module.named_parameters() if name == "weight"}

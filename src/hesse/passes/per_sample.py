@@ -1,4 +1,4 @@
-"""One pass of data through an objective, a few samples at a time, with the inputs and gradients of every layer."""
+"""Pass data through an objective, a few samples at a time, and record the inputs and gradients of every layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,19 +18,20 @@ from hesse.passes.sample_gradients import summed_gradient
 
 Kind = Literal["sampled", "empirical"]
 BUDGET = 1 << 27  # bytes
-AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}  # of hooks with autograd; less in 16 bits
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}  # tolerance of hooks against autograd; larger in 16 bits
 
 
 class GradientPass:
-    """A pass over the data of an objective.
+    """Pass over the data of an objective, with gradients.
 
-    `kind="empirical"` takes the labels of the data, `"sampled"` draws one a term from the model's own outputs, the same
-    ones for the same seed. Batches are cut into parts, so that what is recorded, and `extra` bytes more a sample,
-    stay within `budget`: the first part is one sample, which shows what one takes.
+    `kind="empirical"` uses the labels of the data, `"sampled"` draws one label per term from the model's own outputs,
+    the same for the same seed. Batches are split into parts, so that the recorded tensors, plus `extra` bytes per
+    sample, stay within `budget`; the first part is one sample, to measure its size.
 
-    What hooks see of a parameter is held against autograd's own gradient when it first has one. A parameter that a
-    layer uses by another way than its call (or that no layer here has) is then taken by autograd, sample by sample.
-    With `apart` samples are told apart, so layers that mix them among their rows (experts) go one sample at a time.
+    A parameter's gradient from hooks is compared with autograd's own gradient the first time it has one. If a layer
+    uses a parameter in another way than by its call (or no layer here has it), autograd computes its gradients, sample
+    by sample. `apart` distinguishes samples, so layers that mix them among their rows (experts) get one sample at a
+    time.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class GradientPass:
         self.others = [name for name, parts in self.parts.items() if not parts]
         self._unchecked = [name for name, parts in self.parts.items() if parts]
         self._at_once, self._measured = 1, False
-        self._mixed = False  # whether a layer's rows are not one sample after another
+        self._mixed = False  # True if a layer's rows are not grouped by sample
         self._copied: set[str] = set()  # modules whose outputs the network changes in place
         self._terms = 0
 
     @property
     def scale(self) -> float:
-        """What sums over all data are multiplied by: the objective's, known when the pass has ended."""
+        """Return the objective's factor for sums over all data; it is known when the pass has ended."""
         return self.objective.scale_of(self._terms)
 
     def __iter__(self) -> Iterator[RecordedBatch]:
@@ -106,15 +107,15 @@ class GradientPass:
         yield passage
 
     def _choose_size(self, recorder: Recorder, samples: int) -> None:
-        """How many samples go together, from what one has shown."""
+        """Choose the number of samples per part from the size of one."""
         inputs = {received.data_ptr(): received.nbytes for _, received, _ in recorder.calls}
         outputs = sum(output.nbytes for output in recorder.outputs)
-        # Outputs and their gradients; what lies between layers is about as large again.
+        # Outputs and their gradients; tensors between layers take about as much again.
         one = 2 * (sum(inputs.values()) + 2 * outputs) // samples + self.extra
         self._at_once, self._measured = max(self.budget // max(one, 1), 1), True
 
     def _check(self, passage: RecordedBatch, gradients: dict[str, Tensor | None]) -> None:
-        """Hold what the hooks saw against autograd, for the parameters that had no gradient before."""
+        """Compare the hooks' gradients with autograd, for the parameters that had no gradient before."""
         for name, wanted in gradients.items():
             parameter = self.objective.named[name]
             wanted = torch.zeros_like(parameter) if wanted is None else wanted
@@ -128,7 +129,7 @@ class GradientPass:
                 self._unchecked.remove(name)
 
     def _by_autograd(self, inputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """Per-sample gradients of parameters that belong to no layer; one by one where vmap cannot follow."""
+        """Return per-sample gradients of parameters that belong to no layer; sample by sample where vmap fails."""
         objective = self.objective
         places = [objective.names.index(name) for name in self.others]
         fixed: list[Tensor] = [p.detach() for p in objective.parameters]
@@ -159,20 +160,20 @@ class GradientPass:
 
 
 def batch_of_one(sample: Any) -> Any:
-    """One sample as a batch."""
+    """Return one sample as a batch."""
     return mapped(sample, lambda tensor: tensor.unsqueeze(0))
 
 
 def rows_of(inputs: Any, part: slice) -> Any:
-    """Some samples of a batch."""
+    """Return some samples of a batch."""
     return mapped(inputs, lambda tensor: tensor[part])
 
 
 def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`inputs` with each tensor in them changed.
+    """Return `inputs` with `change` applied to each tensor.
 
     Raises:
-        OptionError: they hold something else.
+        OptionError: the inputs hold something other than tensors.
     """
     if isinstance(inputs, Tensor):
         return change(inputs)

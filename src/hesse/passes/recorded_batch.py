@@ -1,4 +1,4 @@
-"""What one pass of some samples through a network shows of each layer: every input and gradient, seen once."""
+"""Record the inputs and output gradients of each layer in one pass of some samples."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Inputs that reached a layer, and the gradient of each sample's summed loss at its outputs."""
+    """Inputs of a layer, and the gradient of each sample's summed loss at its outputs."""
 
     inputs: Tensor  # (samples, positions, in), or token ids (samples, positions)
     gradients: Tensor  # (samples, positions, out)
-    source: tuple[object, ...]  # the same for layers that got the same rows of the same tensors as inputs
-    vocabulary: int = 0  # how many token ids there are
+    source: tuple[object, ...]  # equal for layers whose inputs are the same rows of the same tensors
+    vocabulary: int = 0  # the number of token ids
 
     @cached_property
     def live(self) -> Tensor:
-        """Which positions (samples, positions) have a gradient: padding has none, and counts nowhere."""
+        """Return a mask (samples, positions) of positions with a gradient: padding has none, and is not counted."""
         return (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
 
     @cached_property
     def positions(self) -> Flat:
-        """The live positions' inputs, and all gradients: those that are zero add nothing."""
+        """Return the live positions' inputs, and all gradients: zero gradients add nothing."""
         inputs = self.inputs.flatten(0, 1) if bool(self.live.all()) else self.inputs[self.live]
         return inputs, self.gradients.flatten(0, 1)
 
     @cached_property
     def samples(self) -> Flat:
-        """The samples with a live position: their mean input over these, and their summed gradient."""
+        """Return, for samples with live positions, the mean input over these positions and the summed gradient."""
         number = self.live.sum(1)
         some = number > 0
         mask = self.live.to(self.gradients)
@@ -50,12 +50,12 @@ class Rows:
         return (summed / number.clamp(min=1)[:, None])[some], self.gradients.sum(1)[some]
 
     def per(self, per: Per) -> Flat:
-        """`positions` or `samples`."""
+        """Return `positions` or `samples`."""
         return self.positions if per == "position" else self.samples
 
 
 class RecordedBatch:
-    """Some samples' calls of every layer, and gradients (samples, *shape) of parameters that belong to none."""
+    """Recorded calls of every layer for some samples, and gradients (samples, *shape) of parameters of no layer."""
 
     def __init__(self, rows: dict[str, Rows], samples: int) -> None:
         self.samples = samples
@@ -63,7 +63,7 @@ class RecordedBatch:
         self._rows: dict[tuple[str, ...], Rows] = {(name,): found for name, found in rows.items()}
 
     def rows(self, part: Part) -> Rows | None:
-        """The rows of a part; its modules' calls are further positions. None if none was called."""
+        """Return the rows of a part, with all calls of its modules as positions; None if none was called."""
         if part.modules not in self._rows:
             found = [self._rows[name,] for name in part.modules if (name,) in self._rows]
             if not found:
@@ -73,7 +73,7 @@ class RecordedBatch:
 
 
 def joined(several: list[Rows]) -> Rows:
-    """Calls of one layer as one."""
+    """Concatenate several calls of one layer."""
     if len(several) == 1:
         return several[0]
     return Rows(
@@ -85,9 +85,9 @@ def joined(several: list[Rows]) -> Rows:
 
 
 class Recorder:
-    """Notes what reaches each call of the given modules, and what they give, while it is open.
+    """Recorder of the inputs and outputs of each call of the given modules, while it is open.
 
-    The network goes on with a copy of the outputs of the modules in `copied`: those that it changes in place.
+    The network continues with copies of the outputs of modules in `copied`, because it changes them in place.
     """
 
     def __init__(self, modules: dict[str, nn.Module], copied: Iterable[str] = ()) -> None:
@@ -116,7 +116,7 @@ class Recorder:
                 f"{name} is called without gradients inside the model: with gradient checkpointing give "
                 "use_reentrant=False, else leave its parameters out"
             )
-        if not output.requires_grad:  # all before it is frozen, and so is it
+        if not output.requires_grad:  # it and everything before it is frozen
             output = output.detach().requires_grad_()
         self.calls.append((name, received.detach(), output))
         self._versions.append(output._version)
@@ -124,21 +124,21 @@ class Recorder:
 
     @property
     def changed(self) -> set[str]:
-        """Modules whose outputs were changed in place, so that gradients at them are not to be had."""
+        """Return the modules whose outputs were changed in place, so that their gradients are not available."""
         calls = zip(self.calls, self._versions, strict=True)
         return {name for (name, _, output), version in calls if output._version != version}
 
     @property
     def outputs(self) -> list[Tensor]:
-        """The outputs of all calls."""
+        """Return the outputs of all calls."""
         return [output for _, _, output in self.calls]
 
     def leading(self, samples: int, dimensions: int) -> bool:
-        """Whether every call has the samples as its first dimension, and not all their positions."""
+        """True if the first dimension of every call is the samples, not all their positions."""
         return all(len(o) == samples and not (o.ndim == 2 < dimensions) for o in self.outputs)
 
     def rows(self, gradients: Iterable[Tensor | None], flat: bool) -> dict[str, Rows]:
-        """The rows of each module, with the gradients at `outputs`; `flat` takes all rows as one sample's."""
+        """Return the rows of each module, with the gradients at `outputs`; `flat` treats all rows as one sample."""
         calls: dict[str, list[Rows]] = {}
         with torch.no_grad():
             for (name, received, output), gradient in zip(self.calls, gradients, strict=True):
@@ -152,7 +152,7 @@ class Recorder:
 
 
 def backward(loss: Tensor, recorder: Recorder, parameters: Iterable[Tensor] = ()) -> tuple[Any, Any]:
-    """Gradients of `loss` at the recorded outputs, and at `parameters`; None where it does not depend on them."""
+    """Return the gradients of `loss` at the recorded outputs and at `parameters`; None where it depends on none."""
     outputs, parameters = recorder.outputs, list(parameters)
     if not loss.requires_grad or not (outputs or parameters):
         return [None] * len(outputs), [None] * len(parameters)

@@ -1,4 +1,4 @@
-"""Gradients of single samples, from what a pass shows of the layers."""
+"""Gradients of single samples, from the recorded batches of a pass."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from hesse.passes.parts import Part
 from hesse.passes.recorded_batch import RecordedBatch, Rows
 
-TOGETHER = 1 << 26  # bytes of one parameter's gradients at once
+TOGETHER = 1 << 26  # bytes of one parameter's gradients in one step
 
 
 def sample_gradients(passage: RecordedBatch, name: str, parts: list[Part], parameter: Tensor) -> Iterator[Tensor]:
-    """The gradients of a parameter, (samples, *shape), a few samples at a time; none where no sample reached it."""
+    """Yield the gradients (samples, *shape) of a parameter, a few samples at a time; nothing if no sample used it."""
     if name in passage.others:
         yield passage.others[name]
         return
@@ -27,7 +27,7 @@ def sample_gradients(passage: RecordedBatch, name: str, parts: list[Part], param
 
 
 def flat_gradients(passage: RecordedBatch, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> Tensor:
-    """The gradients of all parameters, one after another, as (samples, entries)."""
+    """Return the gradients of all parameters, concatenated, as (samples, entries)."""
     flat = []
     for name, parameter in parameters.items():
         found = [gradients.flatten(1) for gradients in sample_gradients(passage, name, parts[name], parameter)]
@@ -36,7 +36,7 @@ def flat_gradients(passage: RecordedBatch, parts: dict[str, list[Part]], paramet
 
 
 def summed_gradient(passage: RecordedBatch, parts: list[Part], parameter: Tensor) -> Tensor:
-    """The gradient of all samples (*shape)."""
+    """Return the gradient (*shape) summed over all samples."""
     total = torch.zeros_like(parameter)
     for gradients in sample_gradients(passage, "", parts, parameter):
         total += gradients.sum(0)
@@ -44,7 +44,7 @@ def summed_gradient(passage: RecordedBatch, parts: list[Part], parameter: Tensor
 
 
 def _gradients(part: Part, rows: Rows, some: slice, parameter: Tensor) -> Tensor:
-    """The share of one part in the gradients of some samples."""
+    """Return the contribution of one part to the gradients of some samples."""
     inputs, gradients = rows.inputs[some], rows.gradients[some]
     if part.role == "offset":
         return gradients.sum(1)
@@ -53,6 +53,6 @@ def _gradients(part: Part, rows: Rows, some: slice, parameter: Tensor) -> Tensor
     if inputs.is_floating_point():
         sides = (inputs, gradients) if part.transposed else (gradients, inputs)
         return sides[0].transpose(1, 2) @ sides[1]
-    result = gradients.new_zeros(len(gradients), *parameter.shape)  # an embedding's
+    result = gradients.new_zeros(len(gradients), *parameter.shape)  # for an embedding
     place = inputs.unsqueeze(-1).expand(gradients.shape)
     return result.scatter_add_(1, place, gradients)

@@ -1,4 +1,4 @@
-"""Calibration data as it flows through a network, block after block."""
+"""Stream calibration data through a network, block after block."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +15,11 @@ from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.network import Network
 
-BATCH_TOKENS = 2048  # few enough to stay in the caches of a CPU, enough to keep its products large
+BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
 
 
 class CalibrationBatch(Protocol):
-    """One batch of samples that calibration takes through a network's blocks."""
+    """One batch of samples that calibration passes through a network's blocks."""
 
     def pass_block(self, module: nn.Module, index: int) -> None:
         """Run block number `index`, which is `module`, on the hidden states; keep its output for the next block."""
@@ -30,17 +30,17 @@ class CalibrationBatch(Protocol):
 
 @dataclass(eq=False)
 class StreamBatch:
-    """One batch of samples on its way: token ids, hidden states, and what else each block is called with."""
+    """One batch of samples between two blocks: token ids, hidden states, and the other arguments of each block."""
 
     ids: Tensor  # (samples, tokens)
     waiting: StoredTensor  # the hidden states
-    calls: list[dict[str, Any]]  # keyword arguments, one dictionary a block
+    calls: list[dict[str, Any]]  # keyword arguments, one dictionary per block
     shelf: TensorStore  # where hidden states wait between two blocks
-    step: int = 0  # how often they changed
+    step: int = 0  # number of blocks passed
 
     @property
     def hidden(self) -> Tensor:
-        """Hidden states (samples, tokens, width), from where they wait."""
+        """Return the hidden states (samples, tokens, width) from the store."""
         return self.waiting.tensor()
 
     @hidden.setter
@@ -57,20 +57,20 @@ class StreamBatch:
         return self.calls[index]
 
     def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
-        """The output (samples, tokens, width) of block number `index`, which is `module`, for its hidden states."""
+        """Return the output (samples, tokens, width) of block `index`, which is `module`, for the hidden states."""
         result = module(self.hidden if hidden is None else hidden, **self.calls[index])
         return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
 
 def calibration_batch(length: int) -> int:
-    """Samples of `length` tokens that go through the network together."""
+    """Return the number of samples of `length` tokens per batch."""
     return max(BATCH_TOKENS // length, 1)
 
 
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
-    """What reaches the first block for each batch of token ids (samples, tokens), and the blocks' other arguments.
+    """Compute the first block's input for each batch of token ids (samples, tokens), and the blocks' other arguments.
 
-    Hidden states wait on `shelf`, or in memory.
+    Hidden states are kept in `shelf`, or in memory.
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
@@ -84,10 +84,10 @@ def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None
 
 
 def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor | None = None) -> Tensor:
-    """What the model makes of a flow's hidden states, or of `hidden`, that have passed all blocks, by its own forward.
+    """Compute the model's output from a flow's hidden states, or `hidden`, after all blocks, by its own forward.
 
-    Logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width). `model` is what
-    `network.surroundings()` gave.
+    The output is logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width).
+    `model` is the model yielded by `network.surroundings()`.
     """
     passed = flow.hidden if hidden is None else hidden
 
@@ -104,10 +104,10 @@ def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor
 
 
 def advance(flows: Iterable[StreamBatch], module: nn.Module, index: int, block: str | None = None) -> None:
-    """Take all flows through block number `index`; with its name `block`, see to it that what comes out is finite.
+    """Pass all flows through block number `index`; with its name `block`, check that the output is finite.
 
     Raises:
-        DataError: it is not.
+        DataError: the output holds NaN or infinity.
     """
     with torch.no_grad():
         for flow in flows:
@@ -121,13 +121,13 @@ def advance(flows: Iterable[StreamBatch], module: nn.Module, index: int, block: 
 
 
 def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step: int) -> None:
-    """Put flows where they were after so many blocks, with what waits of them."""
+    """Restore flows to their state after `step` blocks, with their hidden states `waiting`."""
     for flow, hidden in zip(flows, waiting, strict=True):
         flow.waiting, flow.step = hidden, step
 
 
 def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
-    """Run the model with each block returning its input, and note the arguments that each block is called with."""
+    """Run the model with blocks that return their input, and record the arguments of each block."""
     if network.blocks_return_tuples is None:
         network.blocks_return_tuples = _takes_first_elements(network, model, ids[:1])
     calls: list[dict[str, Any]] = []
@@ -148,7 +148,7 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
 
 
 def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
-    """Run all of the model but its head."""
+    """Run all of the model except its head."""
     base = model.base_model
     assert isinstance(base, nn.Module)
     base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
@@ -202,7 +202,7 @@ def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]],
 
 
 def _reuse(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """`new` with the values of `old` in place of equal ones, so that masks and rotations are kept once."""
+    """Return `new` with equal values replaced by those of `old`, so that masks and rotations are stored once."""
     return {key: old[key] if key in old and _equal(value, old[key]) else value for key, value in new.items()}
 
 

@@ -1,4 +1,4 @@
-"""Sharing one budget of bytes, or of loss, among the layers of a network."""
+"""Planning: divide one budget of bytes or of loss among the layers of a network."""
 
 from hesse.planning.bisection import smallest_accepted
 from hesse.planning.block_sparsity import TilePlan, plan_tiles

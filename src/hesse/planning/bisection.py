@@ -1,4 +1,4 @@
-"""The most aggressive choice that a measurement still accepts: bisection along a sorted list."""
+"""Find the most aggressive choice that a measurement accepts, by bisection along a sorted list."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from hesse.planning.problem import Choice, Problem
 
 
 def smallest_accepted(problem: Problem, accepts: Callable[[Choice], bool]) -> Choice:
-    """The choice found by lowering groups, those of the least predicted loss first, as long as `accepts` says yes.
+    """Lower groups in order of predicted loss as long as `accepts` returns True, and return the last accepted choice.
 
-    Each group has the same number of candidates, from the most careful to the most aggressive. For each step down all
-    groups that took the step before are sorted by what the next is predicted to cost, and the longest part of this list
-    that may take it is found by bisection: about log₂(groups) measurements a step. What is returned was measured and
-    accepted; where acceptance is not monotone along the list it may not be the longest part. Source: the search of
-    Schaefer et al., 2023 (arXiv:2306.04879).
+    Each group has the same number of candidates, from the most careful to the most aggressive. In each step the groups
+    that took the previous step are sorted by the predicted cost of the next one, and bisection finds the longest prefix
+    of this list that `accepts` allows: about log₂(groups) measurements per step. The returned choice was measured and
+    accepted; if acceptance is not monotone along the list, a longer prefix may exist. Source: the search of Schaefer et
+    al., 2023 (arXiv:2306.04879).
 
     Raises:
         OptionError: groups have different numbers of candidates, or not even the most careful choice is accepted.

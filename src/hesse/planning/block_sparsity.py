@@ -1,4 +1,4 @@
-"""A share of zeros in tiles for each layer, where all layers' curves of cost over sparsity have one slope (LPViT)."""
+"""Choose a share of zero tiles for each layer, at a common slope of cost over sparsity (LPViT)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ Gradients = Literal["mean", "sampled", "empirical"]
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """What is kept of each parameter, and what that is predicted to cost."""
+    """Masks of the kept tiles of each parameter, and their predicted cost."""
 
-    masks: dict[str, Tensor]  # as the parameters, true where a weight is kept
+    masks: dict[str, Tensor]  # in the parameters' shapes, true where a weight is kept
     shares: dict[str, float]  # of zeros
     predicted: float  # in the unit of the loss
-    kept: float  # of what all weights together cost, such as multiplications: a share
+    kept: float  # the share that remains of the total cost of all weights, such as multiplications
 
     def apply(self, objective: Objective) -> None:
-        """Set all other weights to zero."""
+        """Set all weights outside of the masks to zero."""
         for name, mask in self.masks.items():
             objective.named[name].data.mul_(mask)
 
 
 @dataclass(frozen=True, eq=False)
 class TileCosts:
-    """What removing tiles of one matrix costs: gᵀd + ½ dᵀ((1/m) Σ g_i g_iᵀ + λI) d, with d = -w in the tiles."""
+    """Costs of removing tiles of one matrix: gᵀd + ½ dᵀ((1/m) Σ g_i g_iᵀ + λI) d, with d = -w in the tiles."""
 
     slope: Tensor  # gᵀd of each tile (rows, columns), or zeros
     along: Tensor  # g_iᵀd (m, rows, columns)
@@ -42,12 +42,12 @@ class TileCosts:
     damping: float
 
     def order(self) -> Tensor:
-        """The tiles (all,) from what is cheapest to remove alone on."""
+        """Return the tiles (all,) in order of the cost of removing each alone."""
         alone = self.slope + 0.5 * self.along.square().mean(0) + 0.5 * self.damping * self.squares
         return alone.flatten().argsort(stable=True)
 
     def curve(self) -> Tensor:
-        """What the first k of the order cost together, k from 0 to all (all + 1,)."""
+        """Return the joint cost (all + 1,) of the first k tiles of the order, for k from 0 to all."""
         order = self.order()
         along = self.along.flatten(1)[:, order].cumsum(1).square().mean(0)
         parts = self.slope.flatten()[order].cumsum(0) + 0.5 * along
@@ -67,19 +67,20 @@ def plan_tiles(
     seed: int = 0,
     method: str = "lpvit",
 ) -> TilePlan:
-    """Which tiles (rows, columns) of each matrix of the objective to keep, for a share `kept` of what all of them cost.
+    """Choose the tiles (rows, columns) of each matrix of the objective to keep, for a share `kept` of the total cost.
 
-    `gradients="sampled"` and "empirical" take the gradients of single samples, whose mean square is a Fisher (of labels
-    drawn from the model, or of the data's), and no slope, which is zero where training ended; λ is `damping` times its
-    mean eigenvalue. "mean" is LPViT's own form, gᵀd + ½ dᵀ(gg' + λI)d with the gradient g of the whole loss, and λ as
-    many times its mean square: where g is small, what it says of tiles as large as these is noise. Less than `kept`
-    stays where it says that the loss falls.
+    `gradients="sampled"` and "empirical" use the gradients of single samples, whose mean square is a Fisher (of labels
+    drawn from the model, or of the data's labels), and no slope, which is zero at the end of training; λ is `damping`
+    times the Fisher's mean eigenvalue. "mean" is LPViT's own form, gᵀd + ½ dᵀ(gg' + λI)d with the gradient g of the
+    whole loss and λ = `damping` times its mean square; if g is small, its predictions for such large tiles are noise.
+    Fewer than `kept` remain if it predicts that the loss decreases.
 
-    `cost` is what a weight of a parameter costs, such as the positions it is applied at for multiplications, or joules;
-    without it all cost the same. A layer keeps one tile or more. Source: LPViT (Xu et al., 2024, arXiv:2407.02068).
+    `cost` is the cost per weight of a parameter, such as the number of positions it is applied at (for multiplications)
+    or joules; by default all weights cost the same. A layer keeps at least one tile. Source: LPViT (Xu et al., 2024,
+    arXiv:2407.02068).
 
     Raises:
-        OptionError: a parameter is no matrix or does not divide into tiles, or `kept` has no meaning or is not reached.
+        OptionError: a parameter is not a matrix or does not divide into tiles, or `kept` is invalid or not reachable.
     """
     if not 0 < kept <= 1:
         raise OptionError(f"the share to keep is {kept}: give one above 0 and at most 1, such as 0.5")
@@ -95,7 +96,7 @@ def plan_tiles(
     groups, counts, gained = [], list[list[int]](), 0.0
     for name, own in costs.items():
         curve, number = own.curve(), own.squares.numel()
-        least = float(curve[:-1].min())  # below zero, where the gradient says that less is better
+        least = float(curve[:-1].min())  # negative if the gradient predicts that removing weights helps
         gained += least
         dropped = sorted({round(number * level / levels) for level in range(levels)} - {number})
         weight = round(each[name] / unit * tile[0] * tile[1])
@@ -132,13 +133,13 @@ def _tile_costs(
 
 
 def _along(objective: Objective, gradients: Tensor, tile: tuple[int, int]) -> dict[str, Tensor]:
-    """⟨g, -w⟩ in each tile of each parameter (m, rows, columns), of flat gradients (m, size)."""
+    """Return ⟨g, -w⟩ in each tile of each parameter (m, rows, columns), for flat gradients (m, size)."""
     pieces = zip(objective.named.items(), objective.split(gradients), strict=True)
     return {name: -_tiled(piece.double() * parameter.detach().double(), tile) for (name, parameter), piece in pieces}
 
 
 def _tiled(entries: Tensor, tile: tuple[int, int]) -> Tensor:
-    """The sums of (..., out, in) over tiles (..., rows, columns)."""
+    """Return the sums of (..., out, in) over tiles (..., rows, columns)."""
     rows, columns = entries.shape[-2:]
     cut = entries.reshape(*entries.shape[:-2], rows // tile[0], tile[0], columns // tile[1], tile[1])
     return cut.sum((-3, -1))

@@ -1,4 +1,4 @@
-"""A budget of bytes, bits or loss, shared out among the layers of a model: the recipe that costs least."""
+"""Divide a budget of bytes, bits or loss among the layers of a model: find the recipe of least predicted loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from hesse.progress import Clock, Progress, Silence
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity
 
 FRONT_POINTS = 12
-HEADER_ENTRY = 64  # bytes that a tensor takes in the header of a safetensors file besides its name and its place
+HEADER_ENTRY = 64  # bytes of a tensor's entry in the header of a safetensors file, without its name and offsets
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be kept to: exactly one of the three.
+    """A budget: exactly one of a size, mean bits and a loss.
 
     Raises:
-        OptionError: none or more than one is given, or its value has no meaning.
+        OptionError: none or more than one is given, or its value is invalid.
     """
 
-    size: str | int | None = None  # of the weights' files: "40%" of the dense ones, "5MB", or bytes
-    bits: float | None = None  # a weight, over the layers that are planned, scales and zero points included
-    loss: float | None = None  # nats per token that the plan may be predicted to cost
+    size: str | int | None = None  # of the weights' files: "40%" of the dense files, "5MB", or bytes
+    bits: float | None = None  # per weight of the planned layers, including scales and zero points
+    loss: float | None = None  # the largest predicted loss increase, nats per token
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.size, self.bits, self.loss)) != 1:
@@ -54,7 +54,7 @@ class Budget:
             self.bytes_of(1)
 
     def bytes_of(self, whole: int) -> int:
-        """The size in bytes, for a model whose files have `whole` bytes."""
+        """Return the size in bytes, for a model whose files have `whole` bytes."""
         text = str(self.size).strip()
         found = read_size(text, percent=whole / 100)
         if not found:
@@ -64,14 +64,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetRequest:
-    """A budget, and what is on offer to keep to it; `options` that are given hold for all layers."""
+    """A budget, and the method and options to meet it; given `options` hold for all layers."""
 
     budget: Budget
     method: Method
     options: Options
     ignore: tuple[str, ...]
     target: str
-    allocation: str | None = None  # a predictor of costs by name; None: by solving each layer for each choice
+    allocation: str | None = None  # the name of a predictor of costs; None: solve each layer for each choice
 
     @property
     def _allocation_row(self) -> Method | None:
@@ -80,7 +80,7 @@ class BudgetRequest:
 
     @property
     def planner(self) -> str:
-        """The planner of the allocation's row."""
+        """Return the planner of the allocation's row."""
         return "knapsack" if self._allocation_row is None else self._allocation_row.solver
 
     @property
@@ -106,23 +106,23 @@ class BudgetRequest:
 
 @dataclass(frozen=True, eq=False)
 class BudgetPlan:
-    """The recipe that costs least within a budget, and what other sizes would cost."""
+    """The recipe of least predicted loss within a budget, and the loss at other sizes."""
 
     recipe: Recipe
-    size: int  # bytes of the weights' files, at most
-    bits: float  # a weight of the planned layers, scales and zero points included
+    size: int  # upper bound of the bytes of the weights' files
+    bits: float  # per weight of the planned layers, including scales and zero points
     loss: float  # predicted, nats per token
     front: list[dict[str, Any]]  # kind ("front", "chosen" or "uniform"), label, bytes and predicted
     notes: list[str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold, for `from_dict`."""
+        """Return the plan as plain JSON values, for `from_dict`."""
         return {**vars(self), "recipe": self.recipe.model_dump(mode="json", exclude_none=True)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "BudgetPlan":
-        """A plan from what `to_dict` gave."""
+        """Return the plan that `to_dict` described."""
         return cls(**{**content, "recipe": Recipe.model_validate(content["recipe"])})
 
 
@@ -134,7 +134,7 @@ def budget_request(
     target: str | None,
     allocation: str | None,
 ) -> BudgetRequest:
-    """Return what is on offer within a budget, from the arguments of `compress` and `plan`."""
+    """Return the request for a plan from the arguments of `compress` and `plan`."""
     return BudgetRequest(
         budget,
         find_method(method, "compress"),
@@ -166,13 +166,14 @@ def plan(
     allocation: str | None = None,
     progress: Progress | None = None,
 ) -> BudgetPlan:
-    """The recipe that shares one budget out among the layers at the least predicted loss; nothing is written.
+    """Plan the recipe that divides one budget among the layers at the least predicted loss; write nothing.
 
-    Exactly one of `size`, `mean_bits` and `loss` is given; with `loss` the smallest such recipe is found. `options`
-    that are given hold for all layers. Arguments are those of `compress`; `target` is `transformers` if absent.
+    Give exactly one of `size`, `mean_bits` and `loss`; with `loss` the plan has the smallest size. Given `options` hold
+    for all layers. The arguments are those of `compress`; the default `target` is `transformers`.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; a budget that cannot be met says what can.
+        HesseError: the subclass and message say what is wrong and what to do; for a budget that cannot be met, the
+            message gives one that can.
     """
     return plan_budget(
         locate(model),
@@ -195,14 +196,14 @@ def plan_budget(
     device: torch.device,
     progress: Progress,
 ) -> BudgetPlan:
-    """Plan what becomes of each layer of the model folder `model`.
+    """Plan the compression of each layer of the model folder `model`.
 
-    Every layer is solved alone, on the dense model, for everything that is on offer; the choice is the best under the
-    sum of these costs. With an `allocation` its predictor says what each choice costs, and nothing is solved.
+    Every layer is solved alone, on the dense model, for every offer; the plan minimises the sum of the resulting costs.
+    With an `allocation`, its predictor gives the costs, and no layer is solved.
 
     Raises:
-        OptionError: the budget cannot be met; the message says what can be reached.
-        HesseError: something is wrong with the model, the data or the options.
+        OptionError: the budget cannot be met; the message says what is reachable.
+        HesseError: the model, the data or an option is wrong.
     """
     clock, sensitivity = Clock(), request.sensitivity
     check_target(request.target)
@@ -240,7 +241,7 @@ def plan_budget(
 
 
 class PricedMenu:
-    """A menu with its costs, as a problem of planning."""
+    """A menu of offers with their costs, as a planning problem."""
 
     def __init__(
         self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]], planner: str = "knapsack"
@@ -264,13 +265,13 @@ class PricedMenu:
         dense = sum(checkpoint.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
         entry = HEADER_ENTRY + 2 * len(str(checkpoint.file_bytes))
         header = sum(len(name.encode()) + entry for name in names)
-        self.rest = checkpoint.stored_bytes - dense + header  # bytes of the files that no choice changes
+        self.rest = checkpoint.stored_bytes - dense + header  # bytes that no choice changes
 
     def choose(self, budget: Budget) -> Choice:
-        """The best choice.
+        """Return the best choice within a budget.
 
         Raises:
-            OptionError: there is none, or it is to leave everything alone.
+            OptionError: no choice fits, or the dense model already fits.
         """
         if budget.loss is not None:
             choice = smallest_within(self.problem, budget.loss)
@@ -281,10 +282,10 @@ class PricedMenu:
         return choice
 
     def _room(self, budget: Budget) -> int:
-        """Bytes that the planned layers may take.
+        """Return the bytes that the planned layers may take.
 
         Raises:
-            OptionError: they cannot be made so small.
+            OptionError: the layers cannot be made so small.
         """
         least, whole = self.problem.smallest, self.checkpoint.file_bytes
         if budget.bits is not None:
@@ -305,7 +306,7 @@ class PricedMenu:
         return wanted - self.rest
 
     def recipe(self, choice: Choice, method: Method, ignore: tuple[str, ...]) -> Recipe:
-        """The choice as rules, from the smallest scheme to the largest."""
+        """Return the choice as a recipe, with rules from the smallest scheme to the largest."""
         chosen: dict[str, tuple[Offer, list[LayerGroup]]] = {}
         for group, place in zip(self.menu, choice, strict=True):
             offer = group.offers[place]
@@ -328,7 +329,7 @@ class PricedMenu:
         return [group.name] if "*" in group.name else [layer.name for layer in group.layers]
 
     def front(self, choice: Choice) -> list[dict[str, Any]]:
-        """The best choices of all sizes, the one that was chosen, and those that are the same for every group."""
+        """Return the best choices of all sizes, the chosen and the uniform ones, with sizes and predicted losses."""
         points = [self._point("front", "", point.choice) for point in size_loss_front(self.problem, FRONT_POINTS)]
         labels = dict.fromkeys(offer.label for group in self.menu for offer in group.offers if offer.rule is not None)
         for label in labels:
@@ -347,5 +348,5 @@ def _weights(group: LayerGroup) -> int:
 
 
 def _up(value: float, digits: int) -> float:
-    """Rounded up, so that what is said to be reached is."""
+    """Round up, so that the reported limit is always reachable."""
     return float(np.ceil(value * 10**digits) / 10**digits)

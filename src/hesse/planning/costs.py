@@ -1,4 +1,4 @@
-"""What each offer of a menu would cost: every layer solved alone, on what the dense model gives it."""
+"""Measure the cost of each offer of a menu by solving every layer alone, on its inputs in the dense model."""
 
 import tempfile
 from collections.abc import Iterator
@@ -22,17 +22,16 @@ from hesse.planning.menu import LayerGroup
 from hesse.progress import Clock, Progress
 from hesse.scores.sensitivities import Sensitivity
 
-MOST_SAMPLES = 32  # to calibrate on: which layer costs more is settled sooner than what its weights should be
-SOLVED_BITS = 4  # finer grids are not solved: their loss follows from this one's, as the square of the step
+MOST_SAMPLES = 32  # calibration samples: comparing layers needs fewer than solving them
+SOLVED_BITS = 4  # finer grids are not solved: their loss is this one's, scaled with the square of the step
 
 
 class CostMeter:
-    """Nats per token that each offer costs alone, summed over its group's layers as these come by.
+    """Meter of each offer's cost in nats per token, summed over the layers of its group.
 
-    A layer's cost is ½ dᵀ(G ⊗ E[xxᵀ])d of the change d that the offer's rule makes of it, with the Gram E[xxᵀ] of its
-    inputs and the output factor G of the dense model. With a `sensitivity` nothing is solved: d is what rounding to the
-    nearest member does, and all that counts of G ⊗ E[xxᵀ] is one number. Layers that no token reached cost nothing, and
-    are noted.
+    A layer's cost is ½ dᵀ(G ⊗ E[xxᵀ])d for the change d by the offer's rule, with the Gram E[xxᵀ] of its inputs and the
+    output factor G of the dense model. With a `sensitivity` nothing is solved: d is the change by rounding to the
+    nearest member, and one number replaces G ⊗ E[xxᵀ]. Layers that no token reached cost nothing, and get a note.
     """
 
     def __init__(self, menu: list[LayerGroup], sensitivity: Sensitivity | None = None) -> None:
@@ -49,7 +48,7 @@ class CostMeter:
         calibration: Calibration,
         progress: Progress,
     ) -> None:
-        """Take samples through the model, in the type that calibration runs in.
+        """Measure all costs on samples that pass through the model, in the type that calibration runs in.
 
         Raises:
             HesseError: the data cannot be used, or a layer cannot be solved.
@@ -63,7 +62,7 @@ class CostMeter:
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
-        """The statistics of each layer: the Gram of its inputs, and the output factor or its diagonal."""
+        """Return the statistics that each layer needs: the Gram of its inputs, the output factor or its diagonal."""
         return {
             name: ("inputs", "output factor" if self._whole_factor(group) else "output diagonal")
             for name, group in self._group_of.items()
@@ -87,7 +86,7 @@ class CostMeter:
         self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors), progress)
 
     def read(self, network: Network, folder: Statistics, progress: Progress) -> None:
-        """Take Grams and output factors from a folder of `hesse estimate` in place of samples.
+        """Measure all costs with Grams and output factors from a folder of `hesse estimate`.
 
         Raises:
             HesseError: the statistics cannot be read, or a layer cannot be solved.
@@ -105,26 +104,26 @@ class CostMeter:
     def _add(self, layer: Layer, gram: Gram, output_factor: Tensor | None) -> None:
         group = self._group_of[layer.name]
         if not gram.tokens or output_factor is None:
-            self.notes.append(f"{layer.name}: no token reached it, so that the plan takes it to cost nothing")
+            self.notes.append(f"{layer.name}: no token reached it; the plan assumes that it costs nothing")
             return
         if self.sensitivity is not None:
             self._add_ranked(group, layer, gram, output_factor, self.sensitivity)
             return
         weight = layer.weight.float()
         statistics = {"inputs": gram, "output factor" if output_factor.ndim == 2 else "output diagonal": output_factor}
-        found: dict[Constraint, float] = {}  # of this layer
+        increases: dict[Constraint, float] = {}  # of this layer
         for place, offer in enumerate(group.offers):
             constraint = offer.constraints[layer.name]
             if offer.rule is None or constraint is None:
                 continue
             solved, share = _coarser(constraint)
-            if solved not in found:
+            if solved not in increases:
                 problem = LayerProblem(layer.name, weight, statistics, offer.rule, solved)
                 solution = self._solver.solve(problem).solution
                 change = solution.weight - weight
                 increase = effect(change, gram, output_factor).loss_increase
-                found[solved] = max(increase or 0.0, 0.0)  # below zero by rounding
-            self.costs[group.name][place] += share * found[solved]
+                increases[solved] = max(increase or 0.0, 0.0)  # rounding errors may make it negative
+            self.costs[group.name][place] += share * increases[solved]
 
     def _add_ranked(
         self, group: LayerGroup, layer: Layer, gram: Gram, output_factor: Tensor, sensitivity: Sensitivity
@@ -140,7 +139,7 @@ class CostMeter:
 
 
 def _coarser(constraint: Constraint) -> tuple[Constraint, float]:
-    """The grid that is solved in place of a finer one, and the finer one's loss as a share of its loss."""
+    """Return the grid that is solved in place of a finer one, and the finer grid's loss as a share of its loss."""
     if not isinstance(constraint, Grid) or constraint.bits <= SOLVED_BITS:
         return constraint, 1.0
     coarse = replace(constraint, bits=SOLVED_BITS)

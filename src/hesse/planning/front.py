@@ -1,4 +1,4 @@
-"""What each size costs at best."""
+"""Pareto front of size and predicted loss."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hesse.planning.solve import cheapest_within
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """The best choice of some size."""
+    """Best choice within a size."""
 
     size: int  # bytes
     loss: float  # predicted, nats per token
@@ -18,9 +18,9 @@ class FrontPoint:
 
 
 def size_loss_front(problem: Problem, points: int) -> list[FrontPoint]:
-    """The best choices within `points` sizes from the smallest to the largest useful one, in equal ratios.
+    """Return the best choices within `points` sizes, in equal ratios from the smallest to the largest useful one.
 
-    Sizes rise and losses fall from one to the next.
+    Sizes increase and losses decrease from one point to the next.
     """
     sizes = np.geomspace(problem.smallest, max(problem.largest, problem.smallest), points)
     front: list[FrontPoint] = []

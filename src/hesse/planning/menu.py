@@ -1,4 +1,4 @@
-"""What may be done to each group of layers under a budget: rules, what they are stored as, and their bytes."""
+"""Menu of a budget: the rules on offer for each group of layers, with their stored constraints and bytes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,23 +14,23 @@ from hesse.networks.network import CheckpointNetwork, Layer
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-RANKS = (1 / 8, 1 / 4)  # of a group's shortest side: above, the factors take about as many bytes as 8 bits
+RANKS = (1 / 8, 1 / 4)  # shares of a group's shortest side; larger factors take about the bytes of 8 bits
 SPARSITIES: tuple[float | str, ...] = (0.5, "2:4")
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """One thing that may be done to a group of layers."""
+    """A rule on offer for a group of layers."""
 
     label: str
-    rule: Rule | None  # None: left alone
-    constraints: dict[str, Constraint | None]  # by layer, as it is stored
-    size: int  # bytes that the group's layers then take
+    rule: Rule | None  # None: unchanged
+    constraints: dict[str, Constraint | None]  # by layer, as stored
+    size: int  # bytes of the group's layers
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
-    """Layers that get one scheme, and what it may be."""
+    """Layers that need one scheme, and the offers for them."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -38,20 +38,20 @@ class LayerGroup:
 
     @property
     def needs_output_factor(self) -> bool:
-        """Whether a rule on offer needs all of E[ggᵀ] at the layers' outputs."""
+        """True if a rule on offer needs the whole output factor E[ggᵀ], not only its diagonal."""
         return any(offer.rule is not None and "output factor" in offer.rule.kind.needs for offer in self.offers)
 
 
 def make_menu(
     network: CheckpointNetwork, method: Method, options: Options, ignore: tuple[str, ...], target: str, format: str
 ) -> list[LayerGroup]:
-    """The groups of layers that are not ignored, each with all that `method` and `target` offer it.
+    """Return the groups of layers that are not ignored, each with all offers of `method` and `target`.
 
-    `options` that are given hold for every offer. An offer whose set of weights lies within that of another of no more
-    bytes is left out, as it cannot cost less: a pruned layer is stored dense, or as the codes of its grid.
+    Given `options` hold for every offer. An offer is left out if its set of weights is contained in the set of another
+    offer that takes no more bytes, because it cannot cost less: a pruned layer is stored dense, or as its grid's codes.
 
     Raises:
-        OptionError: nothing but leaving all layers alone is on offer; the message says why.
+        OptionError: no change is on offer for any layer; the message says why.
     """
     if options.bits is not None:
         raise OptionError("a budget chooses the bits: leave out --bits, or give whole bits and no budget")
@@ -78,13 +78,13 @@ def make_menu(
 
 
 def _one_scheme(network: CheckpointNetwork, layers: list[Layer]) -> bool:
-    """Whether loaders read packed layers of this network only if all share one scheme."""
+    """True if loaders read packed layers of this network only if all share one scheme."""
     stored = [StoredLayer(layer.name, layer.weight.shape, Grid(8, -1), layer.transposed) for layer in layers]
     return PackedFormat(network, stored).unpacks_while_loading
 
 
 def _rules(method: Method, options: Options, layers: list[Layer]) -> Iterator[tuple[str, Rule | None]]:
-    """All that could be thought of for a group, with a label; with options of their own, only what has them."""
+    """Yield all candidate rules of a group with labels; given options exclude rules without them."""
     has = {*method.constraints, *method.optional}
     own = replace(options, damping=None, act_order=None) != Options()
     side = min(min(layer.weight.shape) for layer in layers)
@@ -114,10 +114,10 @@ def _label(options: Options) -> str:
 def _offer(
     network: CheckpointNetwork, layers: list[Layer], label: str, rule: Rule | None, target: str, format: str
 ) -> Offer:
-    """The rule as it is stored.
+    """Return the offer of a rule, with its constraints as stored.
 
     Raises:
-        HesseError: no format stores it, or the target does not serve it.
+        HesseError: no format stores the rule, or the target does not support it.
     """
     checkpoint = network.checkpoint
     if rule is None:
@@ -129,14 +129,14 @@ def _offer(
         layer.constraint.check(layer.shape)
         reason = refusal(target, layer.constraint, layer.shape, layer.transposed)
         if reason is not None:
-            raise OptionError(f"{layer.name}: {target} does not serve {label}: {reason}")
+            raise OptionError(f"{layer.name}: {target} does not support {label}: {reason}")
     kind = choose_format(format, network, stored)
     size = sum(round(kind.stored_bits(x.name) * x.shape.numel() / 8) for x in stored)
     return Offer(label, rule, {layer.name: kind.constraint(layer.name) for layer in layers}, size)
 
 
 def _useful(offers: list[Offer]) -> list[Offer]:
-    """Those that are not within another of no more bytes; of those that are the same, the first."""
+    """Return the offers that are not contained in another of no more bytes; of equal offers, the first."""
 
     def beaten(offer: Offer, other: Offer) -> bool:
         same = _within(other, offer) and other.size == offer.size
@@ -151,7 +151,7 @@ def _useful(offers: list[Offer]) -> list[Offer]:
 
 
 def _within(inner: Offer, outer: Offer) -> bool:
-    """Whether each weight that `inner` allows is one that `outer` allows."""
+    """True if `outer` allows every weight that `inner` allows."""
     pairs = [(constraint, outer.constraints[name]) for name, constraint in inner.constraints.items()]
     return all(
         wide is None or narrow == wide or (isinstance(narrow, SparseGrid) and narrow.grid == wide)

@@ -1,4 +1,4 @@
-"""One budget shared out among the parameters of a plain module, by any predictor."""
+"""Divide one budget among the parameters of a module in memory, by any predictor of costs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from hesse.planning.solve import cheapest_within
 from hesse.scores.interactions import interactions
 from hesse.scores.sensitivities import predicted_costs
 
-THRESHOLD = 0.1  # of what two layers do alone, above which they are planned together
+THRESHOLD = 0.1  # relative interaction above which two layers are planned together
 MOST_JOINED = 3  # layers
 LAYER_BLOCKS = "layer-blocks"  # a partition: consecutive layers that interact
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One thing that may become of a parameter."""
+    """A candidate for the value of a parameter."""
 
     label: str
     size: int  # bytes
-    weight: Tensor  # as the parameter
+    weight: Tensor  # in the parameter's shape
 
 
 Menu = Mapping[str, Sequence[Member]]  # by parameter
@@ -38,10 +38,10 @@ Menu = Mapping[str, Sequence[Member]]  # by parameter
 def grid_menu(
     objective: Objective, bits: Sequence[int] = (8, 4, 3, 2), group_size: int = -1
 ) -> dict[str, list[Member]]:
-    """Each parameter of the objective rounded to nearest, to so many bits; the size counts scales too.
+    """Return a menu of each parameter of the objective rounded to nearest with `bits`; sizes include scales.
 
-    A parameter of more than two dimensions is rounded as a matrix (out, all others). Those that are meant to be left
-    alone, such as biases and norms, are not to be among the objective's `names`.
+    A parameter of more than two dimensions is rounded as a matrix (out, all others). Leave parameters that must not
+    change, such as biases and norms, out of the objective's `names`.
     """
     menu: dict[str, list[Member]] = {}
     for name, parameter in objective.named.items():
@@ -56,12 +56,12 @@ def grid_menu(
 
 
 def changes_of(objective: Objective, menu: Menu) -> dict[str, list[Tensor]]:
-    """What each member of a menu would change."""
+    """Return the change by each member of a menu."""
     return {name: [member.weight - objective.named[name].detach() for member in own] for name, own in menu.items()}
 
 
 def priced(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
-    """A menu with predicted costs as a problem of planning."""
+    """Return a menu with predicted costs as a planning problem."""
     return Problem(
         tuple(
             Group(name, tuple(Candidate(m.label, m.size, cost) for m, cost in zip(own, costs[name], strict=True)))
@@ -72,28 +72,28 @@ def priced(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
 
 @dataclass(frozen=True)
 class Pricing:
-    """What the members of a menu are predicted to cost, for budgets of any size.
+    """Predicted costs of the members of a menu, for budgets of any size.
 
     Groups of one block are planned together, as one group of `joint`.
     """
 
     problem: Problem  # a group for each parameter
     joint: Problem
-    blocks: list[list[int]]  # places of groups
+    blocks: list[list[int]]  # indices of groups
     planner: Callable[[Problem, Any], Choice]
 
     def choose(self, limit: Any) -> Choice:
-        """Return the choice of the method's own planner within `limit`, as places of members.
+        """Return the choice of the method's own planner within `limit`, as indices of members.
 
         `limit` is a size in bytes, or for a method that plans by bisection a function that accepts a choice or not.
 
         Raises:
-            OptionError: nothing is within the limit; the message says what would be.
+            OptionError: no choice is within the limit; the message says what would be.
         """
         return single_choice(self.problem, self.blocks, self.planner(self.joint, limit))
 
     def cheapest(self, size: int) -> Choice:
-        """The members of the least predicted cost among those of at most `size` bytes together, by their places.
+        """Return the members of least predicted cost within `size` bytes in total, as indices.
 
         Raises:
             OptionError: the smallest members do not fit; the message says what would.
@@ -107,7 +107,7 @@ def price(
     method: str = "second-order",
     curvature: Callable[[Objective], Curvature] | None = None,
 ) -> Pricing:
-    """Return what each member of `menu` is predicted to cost, with the planner that chooses among them.
+    """Return the predicted costs of all members of `menu`, with the planner that chooses among them.
 
     `method` is a row of `hesse methods allocation` for modules in memory: its score predicts the costs, under its
     curvature unless another is given. If its partition is blocks of layers, consecutive layers whose changes interact
@@ -135,7 +135,7 @@ def price(
 
 
 def allocate(objective: Objective, menu: Menu, size: int, method: str = "second-order") -> Choice:
-    """Return the members of `menu` that are predicted to cost least in at most `size` bytes, as places.
+    """Return the members of `menu` of least predicted cost within `size` bytes, as indices.
 
     Raises:
         OptionError: there is no such method, or the smallest members do not fit; the message says what would.
@@ -144,6 +144,6 @@ def allocate(objective: Objective, menu: Menu, size: int, method: str = "second-
 
 
 def use(objective: Objective, menu: Menu, choice: Choice) -> None:
-    """Put the chosen members in the place of the parameters."""
+    """Set the parameters to the chosen members."""
     for (name, own), place in zip(menu.items(), choice, strict=True):
         objective.named[name].data.copy_(own[place].weight)

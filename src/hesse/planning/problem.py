@@ -1,20 +1,20 @@
-"""What is shared: groups of layers, what may be done to each, and what choices cost together."""
+"""Planning problem: groups of layers, the candidates of each, and the cost of choices."""
 
 import math
 from dataclasses import dataclass
 
 from hesse.errors import OptionError
 
-Choice = tuple[int, ...]  # for each group the place of its candidate
+Choice = tuple[int, ...]  # for each group the index of its candidate
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that may be done to a group of layers."""
+    """A candidate for a group of layers, with its size and predicted loss."""
 
     label: str
-    size: int  # bytes that the group's layers then take, scales and zero points included
-    loss: float  # nats per token that it costs alone, 0 or more
+    size: int  # bytes of the group's layers, including scales and zero points
+    loss: float  # predicted increase if only this group changes, nats per token, 0 or more
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Problem:
-    """Groups to choose for; the losses of their choices add up, as those of a block-diagonal curvature do.
+    """Groups to choose for; the losses of choices add up, as under a block-diagonal curvature.
 
     Raises:
         OptionError: a group has no candidates, or a loss is negative or not finite.
@@ -44,23 +44,23 @@ class Problem:
                     raise OptionError(f"{group.name}: {candidate.label} costs {candidate.loss}: give 0 or more nats")
 
     def chosen(self, choice: Choice) -> list[Candidate]:
-        """Each group's candidate."""
+        """Return the chosen candidate of each group."""
         return [group.candidates[place] for group, place in zip(self.groups, choice, strict=True)]
 
     def size(self, choice: Choice) -> int:
-        """Bytes of all groups together."""
+        """Return the total size of a choice, in bytes."""
         return sum(candidate.size for candidate in self.chosen(choice))
 
     def loss(self, choice: Choice) -> float:
-        """Predicted loss increase of all choices together, in nats per token."""
+        """Return the total predicted loss increase of a choice, in nats per token."""
         return math.fsum(candidate.loss for candidate in self.chosen(choice))
 
     @property
     def smallest(self) -> int:
-        """Bytes where every group takes its smallest candidate."""
+        """Return the size if every group takes its smallest candidate, in bytes."""
         return sum(min(candidate.size for candidate in group.candidates) for group in self.groups)
 
     @property
     def largest(self) -> int:
-        """Bytes above which nothing is gained: every group at its least loss."""
+        """Return the size if every group takes its candidate of least loss, in bytes; more bytes gain nothing."""
         return sum(min((c.loss, c.size) for c in group.candidates)[1] for group in self.groups)

@@ -1,4 +1,4 @@
-"""Rows of the table that share one budget out among layers; what then becomes of a layer is another row's affair."""
+"""Rows of the table that divide one budget among layers; another row decides how each layer is compressed."""
 
 from hesse.methods import Method, register
 

@@ -1,4 +1,4 @@
-"""One ranking of the singular directions of all layers, from which a model of any size is cut."""
+"""Rank the singular directions of all layers once, and cut models of any size from the ranking."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -21,18 +21,18 @@ from hesse.planning.slope import by_common_slope
 from hesse.progress import Progress
 from hesse.solvers import WhitenedSVD
 
-METHOD = "kronecker-svd"  # whose metric the directions are ranked in, and which makes the factors
+METHOD = "acip"  # gives the metric of the ranking, and computes the factors
 
 
 def cut_recipe(
     model: Path, statistics: Path, size: str | int, ignore: tuple[str, ...], device: torch.device, progress: Progress
 ) -> Recipe:
-    """The rank of each layer of the model folder `model` within a `size` of its linear layers, such as "60%" or bytes.
+    """Return the recipe with each layer's rank for a total `size` of the linear layers, such as "60%" or bytes.
 
-    Of a layer the k-th singular value σ_k of C_Gᵀ W C_A saves ½ σ_k² nats per token and costs its rows and columns; the
-    step to the dense weight saves all that is left. The ranking is by what a byte saves, and the recipe its longest
-    beginning that fits, so that a smaller model's directions are among a larger one's. A layer keeps one direction at
-    least. Ranking of all layers from one run: after ACIP (Genzel et al., 2025, arXiv:2502.01717), which learns it.
+    The k-th singular value σ_k of a layer's C_Gᵀ W C_A saves ½ σ_k² nats per token and costs its rows and columns; the
+    step to the dense weight saves the rest. Directions are ranked by savings per byte, and the recipe takes the longest
+    prefix that fits, so that a smaller model's directions are a subset of a larger one's. A layer keeps at least one
+    direction. One ranking of all layers is the idea of ACIP (Genzel et al., 2025, arXiv:2502.01717), which learns it.
 
     Raises:
         HesseError: the statistics are of another model or lack factors, or the size cannot be reached.
@@ -46,9 +46,7 @@ def cut_recipe(
     layers = [layer for layer in network.layers if not any(matches(layer.name, pattern) for pattern in ignore)]
     expert = next((layer.name for layer in layers if ".experts." in layer.name), None)
     if expert is not None:
-        raise OptionError(
-            f"{expert}: single experts cannot be two thin layers: leave them out with --ignore '*.experts.*'"
-        )
+        raise OptionError(f"{expert}: single experts cannot be factorised: leave them out with --ignore '*.experts.*'")
     stored = {layer.name: checkpoint.dtype(f"{layer.name}.weight").itemsize for layer in layers}
     dense = {layer.name: layer.weight.shape.numel() * stored[layer.name] for layer in layers}
     total = sum(dense.values())
@@ -84,7 +82,7 @@ def cut_recipe(
 
 
 def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> Group:
-    """What a layer (out, in) with singular `values` in the loss's metric takes and costs at each rank, and dense."""
+    """Return a layer's (out, in) sizes and losses at each rank and dense, from its singular `values` in the metric."""
     squares = 0.5 * values.double().square()
     left = [*squares.flip(0).cumsum(0).flip(0).tolist()[1:], 0.0]  # after 1, 2, ... directions
     whole = shape.numel() * itemsize
@@ -94,7 +92,7 @@ def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> G
 
 
 def singular_values(layer: Layer, folder: Statistics) -> Tensor:
-    """Of the layer's weight in its metric, falling; zeros where no token reached it."""
+    """Return the singular values of a layer's weight in its metric, descending; zeros if no token reached it."""
     weight = layer.weight.float()
     gram = folder.gram(layer.name, weight.device)
     kronecker = folder.kronecker(layer.name, weight.device)

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parse sizes such as 8GiB."""
 
 import re
 
@@ -6,9 +6,9 @@ UNITS = {"": 1.0, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "
 
 
 def read_size(text: str, percent: float | None = None) -> float | None:
-    """The bytes that a text such as 8GiB, 1.5 GB or 7 means, or 40% where `percent` is one; None if it means none."""
+    """Return the bytes of a text such as 8GiB, 1.5 GB or 7, or 40% if `percent` gives one percent; None if invalid."""
     units = UNITS if percent is None else {**UNITS, "%": percent}
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(%|[A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in units:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(%|[A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in units:
         return None
-    return float(found[1]) * units[found[2].upper()]
+    return float(match[1]) * units[match[2].upper()]

@@ -1,17 +1,18 @@
-"""One slope for all groups: what a byte more is worth is the same everywhere (Lagrange; Shoham and Gersho, 1988)."""
+"""Choose by a common slope: one more byte saves the same loss in every group (Lagrange; Shoham and Gersho, 1988)."""
 
 from hesse.errors import OptionError
 from hesse.planning.problem import Choice, Group, Problem
 
 
 def by_common_slope(problem: Problem, size: int) -> Choice:
-    """The choice on the lower convex hulls of all groups at the common slope that `size` bytes allow.
+    """Return the choice on the lower convex hulls of all groups at the common slope that `size` bytes allow.
 
-    Sorting, in place of a mixed-integer program: no choice of its own size or less costs less, and at most one step of
-    one group lies between it and what `cheapest_within` may find. Candidates above their group's hull are never chosen.
+    The method sorts instead of solving a mixed-integer program: no choice of its size or less costs less, and it
+    differs from the optimum of `cheapest_within` by at most one step of one group. Candidates above their group's hull
+    are never chosen.
 
     Raises:
-        OptionError: no choice is that small; the message says how small the smallest is.
+        OptionError: no choice is that small; the message gives the smallest size.
     """
     hulls = [lower_hull(group) for group in problem.groups]
     places = [0] * len(hulls)
@@ -32,7 +33,7 @@ def by_common_slope(problem: Problem, size: int) -> Choice:
 
 
 def lower_hull(group: Group) -> list[int]:
-    """The places of the candidates on the lower convex hull of loss over size, from the smallest size on."""
+    """Return the indices of the candidates on the lower convex hull of loss over size, in order of size."""
     candidates = group.candidates
     order = sorted(range(len(candidates)), key=lambda place: (candidates[place].size, candidates[place].loss))
     hull: list[int] = []

@@ -1,6 +1,6 @@
-"""The best choice under a budget: a multiple-choice knapsack, solved as a mixed-integer program.
+"""Solve the multiple-choice knapsack of a budget as a mixed-integer program.
 
-One 0/1 variable for each candidate, of which each group takes one. The programs are solved by HiGHS, through SciPy, to
+There is one 0/1 variable per candidate, and each group takes exactly one. HiGHS solves the programs, through SciPy, to
 a proven gap.
 """
 
@@ -22,19 +22,19 @@ GAP = 1e-4  # no other choice is better by more than this share
 
 
 def cheapest_within(problem: Problem, size: int) -> Choice:
-    """The choice of the least predicted loss among those of at most `size` bytes.
+    """Return the choice of least predicted loss within `size` bytes.
 
     Raises:
-        OptionError: no choice is that small; the message says how small the smallest is.
+        OptionError: no choice is that small; the message gives the smallest size.
     """
     if size < problem.smallest:
         raise OptionError(f"nothing fits into {size:,} bytes: the smallest that can be reached is {problem.smallest:,}")
     losses, (steps, step) = _losses(problem), _steps(problem)
-    room = (size - problem.smallest) // step + 0.5  # half a step more lets no other choice in
+    room = (size - problem.smallest) // step + 0.5  # half a step more admits no other choice
     unit = float(losses.max()) or 1.0
-    while True:  # HiGHS works to absolute tolerances, so losses are taken in units of the answer
+    while True:  # HiGHS has absolute tolerances, so losses are scaled by the answer
         choice = _minimum(problem, losses / unit, steps / room)
-        if problem.size(choice) > size:  # a tolerance again
+        if problem.size(choice) > size:  # within HiGHS' tolerance
             room -= (problem.size(choice) - size) / step
             continue
         found = problem.loss(choice)
@@ -44,10 +44,10 @@ def cheapest_within(problem: Problem, size: int) -> Choice:
 
 
 def smallest_within(problem: Problem, loss: float) -> Choice:
-    """The choice of the fewest bytes among those that are predicted to cost at most `loss` nats per token.
+    """Return the smallest choice whose predicted loss increase is at most `loss` nats per token.
 
     Raises:
-        OptionError: no choice costs so little; the message says what the least is.
+        OptionError: no choice costs so little; the message gives the least loss.
     """
     least = sum(min(candidate.loss for candidate in group.candidates) for group in problem.groups)
     if least > loss:
@@ -57,28 +57,28 @@ def smallest_within(problem: Problem, loss: float) -> Choice:
         choice = _minimum(problem, steps / max(steps.max(), 1), _losses(problem) / limit)
         if problem.loss(choice) <= loss:
             return choice
-        limit -= 2 * (problem.loss(choice) - loss)  # let through by a tolerance
+        limit -= 2 * (problem.loss(choice) - loss)  # admitted by HiGHS' tolerance
 
 
 def _losses(problem: Problem) -> NDArray[np.float64]:
-    """Of all candidates of all groups, in one row."""
+    """Return the losses of all candidates of all groups, in one row."""
     return np.array([candidate.loss for group in problem.groups for candidate in group.candidates])
 
 
 def _steps(problem: Problem) -> tuple[NDArray[np.float64], int]:
-    """Sizes above the group's smallest in a row, in steps of as many bytes as make them whole numbers."""
+    """Return the sizes above each group's smallest, in one row, as multiples of a step, and the step in bytes."""
     above = [c.size - min(o.size for o in group.candidates) for group in problem.groups for c in group.candidates]
     step = math.gcd(*above) or 1
     return np.array(above) / step, step
 
 
 def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[np.float64]) -> Choice:
-    """The choice of the least sum of `objective` with a sum of `limited` of at most 1."""
+    """Return the choice with the least sum of `objective` whose sum of `limited` is at most 1."""
     counts = [len(group.candidates) for group in problem.groups]
     starts = np.cumsum([0, *counts])
     columns = np.arange(starts[-1])
     one_each = csr_array((np.ones(len(columns)), (np.repeat(np.arange(len(counts)), counts), columns)))
-    shares = np.minimum(limited, 2)  # what is too much alone stays so, and HiGHS' tolerances mean the same in all
+    shares = np.minimum(limited, 2)  # still infeasible alone, and on a scale that suits HiGHS' tolerances
     with _silent_output():
         found = milp(
             objective,
@@ -94,7 +94,7 @@ def _minimum(problem: Problem, objective: NDArray[np.float64], limited: NDArray[
 
 @contextmanager
 def _silent_output() -> Iterator[None]:
-    """HiGHS prints lines of its own to standard output, amid what is meant for machines, whatever it is told."""
+    """Silence HiGHS, which prints to standard output, among machine-readable output, whatever its options are."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

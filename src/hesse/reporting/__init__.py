@@ -1,7 +1,8 @@
-"""What a person reads."""
+"""Reports as terminal tables and HTML pages."""
 
 from hesse.reporting.blocks import blocks_summary, narrow_summary
 from hesse.reporting.compression import compression_page
+from hesse.reporting.forecast import forecast_summary
 from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
 from hesse.reporting.page import check_page, write_page
@@ -15,6 +16,7 @@ __all__ = [
     "compression_summary",
     "cost_table",
     "evaluation_table",
+    "forecast_summary",
     "inspection_page",
     "inspection_summary",
     "methods_table",

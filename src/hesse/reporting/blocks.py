@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def blocks_summary(report: "DropReport") -> RenderableType:
-    """The blocks in the order in which they went, and what the whole change takes and costs."""
+    """Return the summary of removed blocks in order of removal, with the size and cost of the whole change."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} without blocks"), title_justify="left")
     for heading in ("block", f"by {report.method}", "loss without it and those above", "made of"):
         table.add_column(heading, justify="right")
@@ -35,7 +35,7 @@ def blocks_summary(report: "DropReport") -> RenderableType:
 
 
 def narrow_summary(report: "NarrowReport") -> RenderableType:
-    """How many hidden units are left, and what that takes and costs."""
+    """Return the summary of narrowed blocks: remaining hidden units, size and cost."""
     after = report.parameters_after or 0
     share = 100 * after / (report.parameters_before or 1)
     return Group(
@@ -48,7 +48,7 @@ def narrow_summary(report: "NarrowReport") -> RenderableType:
 
 
 def _measured(report: "DropReport | NarrowReport", otherwise: str) -> Text:
-    """What the change cost, on samples that were held out, or on those that are called `otherwise`."""
+    """Return the cost of the change on held-out samples, or on samples that are named `otherwise`."""
     loss = report.loss
     if loss is None or loss.measured is None:
         return shown("not measured")

@@ -1,4 +1,4 @@
-"""A compression as one HTML page that a person reads who was not there."""
+"""HTML page of a compression, written for readers who did not run it."""
 
 import math
 import shlex
@@ -23,9 +23,9 @@ SHIPPED = "default calibration text"
 
 
 def compression_page(report: "CompressionReport", command: str | None = None) -> str:
-    """The page of a compression that was measured; `command` is what a person typed to make it.
+    """Return the page of a measured compression; `command` is the command line that ran it.
 
-    Without `command` it says a line that is equal to the call.
+    Without `command` the page shows an equivalent command line.
 
     Raises:
         OptionError: the compression was not measured.
@@ -62,27 +62,27 @@ def compression_page(report: "CompressionReport", command: str | None = None) ->
 
 
 def unit(measured: "Measurements") -> str:
-    """What costs are in."""
+    """Return the unit of costs."""
     return "half squared error per token" if measured.check.dense_loss is None else "nats per token"
 
 
 def _cost(report: "CompressionReport", measured: "Measurements") -> str:
-    """What the cost is, and what it is in."""
+    """Return the name and unit of the cost."""
     return f"{report.loss.name}, {unit(measured).removeprefix('half squared error ')}"
 
 
 def with_error(measured: "MeasuredMean") -> str:
-    """A mean with its standard error."""
+    """Return a mean with its standard error, as text."""
     return f"{number(measured.value, 3)} ± {number(measured.standard_error, 1)}"
 
 
 def percent(share: float) -> str:
-    """A share as a person reads it."""
+    """Return a share as a percentage."""
     return f"{100 * share:.3g} %"
 
 
 def repeat_command(report: "CompressionReport") -> str:
-    """A command line that does the same, from the recipe in a file and what the report knows of the data."""
+    """Return an equivalent command line, from the recipe in a file and the report's record of the data."""
     calibration = report.calibration
     words = ["hesse", "compress", report.model, report.out, "--recipe", "recipe.yaml"]
     if calibration["source"] == "the token ids given":
@@ -98,7 +98,7 @@ def repeat_command(report: "CompressionReport") -> str:
 
 
 def _tiles(report: "CompressionReport", measured: "Measurements") -> Iterator[tuple[str, str]]:
-    """The four numbers that matter most, and what each is."""
+    """Yield the four most important numbers, with their labels."""
     smaller = percent(report.bytes_after / report.bytes_before)
     yield size(report.bytes_after), f"on disk; {smaller} of {size(report.bytes_before)}"
     check = measured.check
@@ -110,7 +110,7 @@ def _tiles(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
 
 
 def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tuple[str, str, str]]:
-    """Label, dense, compressed."""
+    """Yield (label, dense value, compressed value)."""
     check = measured.check
     yield "bytes on disk", f"{report.bytes_before:,}", f"{report.bytes_after:,}"
     yield "bits per weight, compressed layers", "", number(report.bits_per_weight)
@@ -126,7 +126,7 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
 
 
 def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:
-    """Label, on the calibration samples, on the check samples: what stands side by side."""
+    """Yield (label, value on the calibration samples, value on the check samples)."""
     check, seen = measured.check, measured.seen
     if seen is None:
         return

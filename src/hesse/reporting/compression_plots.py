@@ -1,4 +1,4 @@
-"""The plots of a compression's page."""
+"""Plots of a compression's page."""
 
 import math
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ COSTLIEST = 30  # layers that are drawn by name
 
 
 def scatter(content: "tuple[Measurements, str]") -> "Figure":
-    """Measured against predicted, a point a layer; inside the band or not."""
+    """Plot measured against predicted cost, one point per layer, inside or outside of the band."""
     measured, unit = content
     drawing, (axis,) = figure(6, 4.2)
     known = [group for group in measured.layers if group.predicted and group.measured.value > 0]
@@ -49,7 +49,7 @@ def scatter(content: "tuple[Measurements, str]") -> "Figure":
 
 
 def along_the_change(measured: "Measurements") -> "Figure":
-    """Measured over predicted, at shares of the change."""
+    """Plot measured over predicted cost at shares of the change."""
     drawing, (axis,) = figure(6, 4.2)
     points = [point for point in measured.line if point.predicted and math.isfinite(point.measured.value)]
     shares = [point.share for point in points]
@@ -75,7 +75,7 @@ def along_the_change(measured: "Measurements") -> "Figure":
 
 
 def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
-    """Predicted and measured of the costliest layers, by name."""
+    """Plot the predicted and measured cost of the costliest layers, by name."""
     measured, prefix, unit = content
     shown = sorted(measured.layers, key=lambda group: -group.measured.value)[:COSTLIEST]
     drawing, (axis,) = figure(6.4, 1 + 0.22 * len(shown))
@@ -102,7 +102,7 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
 
 
 def alternatives(report: "CompressionReport") -> "Figure":
-    """Size against predicted cost: what was planned, what was chosen, and what the choice cost when measured."""
+    """Plot size against predicted cost: the plans, the chosen plan, and its measured cost."""
     drawing, (axis,) = figure(6.4, 3.4)
     for kind, style, label in (("front", "o-", "planned, predicted"), ("uniform", "x", "one scheme, predicted")):
         others = [plan for plan in report.front or [] if plan["kind"] == kind and plan["predicted"] > 0]
@@ -122,7 +122,9 @@ def alternatives(report: "CompressionReport") -> "Figure":
     axis.axvline(report.bytes_before / 1e6, color=GREY, linestyle="--", linewidth=0.8, label="the dense model: no cost")
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    axis.set_ylim(min(low, high / 10) / 1.5, max(high, low * 10) * 1.5)  # so that small differences look small
+    axis.set_ylim(
+        min(low, high / 10) / 1.5, max(high, low * 10) * 1.5
+    )  # at least a decade: small differences look small
     axis.set_xlim(left=0)
     axis.set_xlabel("size on disk, MB")
     axis.set_ylabel("cost")
@@ -131,6 +133,6 @@ def alternatives(report: "CompressionReport") -> "Figure":
 
 
 def _errors(groups: "list[LayerMeasurement]") -> list[list[float]]:
-    """Bars of one standard error that do not reach zero, where a logarithm ends."""
+    """Return error bars of one standard error, shortened to stay above zero on a logarithmic axis."""
     below = [min(group.measured.standard_error, 0.9 * group.measured.value) for group in groups]
     return [below, [group.measured.standard_error for group in groups]]

@@ -1,4 +1,4 @@
-"""The layers of a compression as rows of a table, the experts of a mixture in one row a matrix."""
+"""Rows of a compression's table of layers; the experts of a mixture share one row per matrix."""
 
 import re
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Calibration tokens of each expert of each block: rows of as many cells as `experts`, None where there is none."""
+    """Calibration tokens of each expert of each block: one cell per expert of `experts`, None if a block lacks it."""
 
     experts: list[int]
     rows: list[tuple[str, list[int | None]]]
@@ -40,7 +40,7 @@ class ExpertTable:
 
 
 def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: str) -> list[Row]:
-    """A row for each layer that was changed alone."""
+    """Return a row for each layer that was changed alone."""
     by_name = {layer.name: layer for layer in report.layers}
     rows = []
     for group in measured.layers:
@@ -67,7 +67,7 @@ def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: st
 
 
 def expert_tables(layers: "list[LayerReport]") -> ExpertTable | None:
-    """The tokens that each expert saw, if there are any; an expert's matrices with one input saw the same."""
+    """Return the tokens of each expert, or None without experts; matrices with one input have the same tokens."""
     seen: dict[str, dict[int, int]] = {}
     for layer in layers:
         found = EXPERT.fullmatch(layer.name)

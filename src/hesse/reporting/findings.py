@@ -1,4 +1,4 @@
-"""What the measurements of a compression mean, in sentences, each of them good or a warning."""
+"""Findings: the measurements of a compression in sentences, each a confirmation or a warning."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hesse.evaluation.measurements import Measurements, TextMeasurement
     from hesse.jobs.report import CompressionReport
 
-MATTERS = 0.02  # share of the cost below which it is no matter what was predicted
+MATTERS = 0.02  # share of the cost below which wrong predictions do not matter
 ROUTERS = (
     " In a mixture of experts that is usual: the choice of experts is not smooth, and a small change already sends "
     "some tokens to others."
@@ -20,7 +20,7 @@ ROUTERS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One of them."""
+    """A sentence about a compression, with its heading."""
 
     heading: str
     text: str
@@ -31,13 +31,13 @@ UNKNOWN = Finding("Nothing was predicted.", "No sample that probed the loss reac
 
 
 def findings(report: "CompressionReport", measured: "Measurements") -> list[Finding]:
-    """What a reader should know first."""
+    """Return the findings, most important first."""
     predicted = [_whole(measured), _layers(measured), _line(measured)] if report.loss.predicted else [UNKNOWN]
     return [*predicted, _fit(report, measured), *_fallbacks(report)]
 
 
 def _whole(measured: "Measurements") -> Finding:
-    """The prediction for all layers together."""
+    """Compare the prediction for all layers together with the measurement."""
     whole, band = measured.whole, _band(measured.band)
     text = (
         f"Predicted {number(whole.predicted, 3)}, measured {number(whole.measured.value, 3)} ± "
@@ -53,7 +53,7 @@ def _whole(measured: "Measurements") -> Finding:
 
 
 def _layers(measured: "Measurements") -> Finding:
-    """Predictions for each layer alone."""
+    """Compare the predictions for each layer alone with the measurements."""
     known = [group for group in measured.layers if group.predicted is not None]
     outside = sorted((group for group in known if group.outside), key=lambda group: -group.measured.value)
     band, count = _band(measured.layer_band), len(known)
@@ -73,7 +73,7 @@ def _layers(measured: "Measurements") -> Finding:
 
 
 def _line(measured: "Measurements") -> Finding:
-    """Where the quadratic model breaks down."""
+    """Describe the range in which the quadratic model holds."""
     held, first, whole, last = measured.holds_up_to, measured.line[0], measured.whole, measured.line[-1]
     detail = (
         f"measured / predicted is {number(first.ratio, 3)} at {number(first.share)} of the change, which is the error "
@@ -102,7 +102,7 @@ def _line(measured: "Measurements") -> Finding:
 
 
 def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
-    """Whether calibration was fitted too closely to its text."""
+    """Describe whether calibration overfitted its text."""
     check, seen = measured.check, measured.seen
     if seen is None:
         if report.loss.held_out:
@@ -128,13 +128,13 @@ def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
 
 
 def _difference(check: "TextMeasurement", seen: "TextMeasurement") -> tuple[float, float]:
-    """How much more the change costs on held-out text, and the standard error of that."""
+    """Return the difference in cost between held-out and calibration text, and its standard error."""
     one, other = check.divergence, seen.divergence
     return one.value - other.value, math.hypot(one.standard_error, other.standard_error)
 
 
 def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
-    """Departures from what was asked."""
+    """Yield a warning if there were departures from the options."""
     count = len(report.notes)
     if count:
         what = "There was one departure" if count == 1 else f"There were {count} departures"

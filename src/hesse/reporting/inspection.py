@@ -1,4 +1,4 @@
-"""An inspection as a person reads it in a terminal."""
+"""Inspections in the terminal."""
 
 import itertools
 from typing import TYPE_CHECKING
@@ -13,16 +13,16 @@ from hesse.reporting.terminal import number, shown
 if TYPE_CHECKING:
     from hesse.inspection import Inspection
 
-SHOWN = ("4 bits", "50 % zeros")  # the schemes whose costs stand in the table of layers
+SHOWN = ("4 bits", "50 % zeros")  # the schemes in the table of layers
 
 
 def inspection_summary(inspection: "Inspection") -> RenderableType:
-    """What the loss looks like, the layers, and which curvature to trust."""
+    """Return the summary of an inspection: the loss, the layers, and the most accurate curvature."""
     return Group(_whole(inspection), _layers(inspection), _trust(inspection), Text(advice(inspection)))
 
 
 def facts(inspection: "Inspection") -> list[tuple[str, str]]:
-    """What is known of the whole model, as labels and values."""
+    """Return the figures of the whole model, as labels and values."""
     trace, error = inspection.trace
     verdict = "as far as was seen" if inspection.at_a_minimum else "no: there is negative curvature, on this data"
     return [
@@ -70,20 +70,20 @@ def _layers(inspection: "Inspection") -> Table:
 
 
 def common_prefix(names: list[str]) -> str:
-    """The parts that all dotted names begin with, with the last dot."""
+    """Return the common beginning of all dotted names, up to and including a dot."""
     parts = zip(*(name.split(".") for name in names), strict=False)
     shared = [same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, parts)]
     return "".join(f"{part}." for part in shared)
 
 
 def predicts(inspection: "Inspection") -> str:
-    """The curvature whose predictions are shown: the first of these, in nats, that there is."""
+    """Return the curvature whose predictions are shown: the first available one in nats."""
     kinds = list(next(iter(inspection.rank_correlations.values())))
     return next(kind for kind in ("eigen-kronecker", "kronecker", "fisher diagonal", *kinds) if kind in kinds)
 
 
 def with_error(pair: tuple[float, float]) -> str:
-    """A value with its standard error."""
+    """Return a value with its standard error, as text."""
     value, error = pair
     return f"{number(value, 2)} ± {number(error, 1)}"
 
@@ -101,7 +101,7 @@ def _trust(inspection: "Inspection") -> Table:
 
 
 def advice(inspection: "Inspection") -> str:
-    """Which curvature to trust, in a sentence."""
+    """Return a sentence that names the most accurate curvature."""
     means = {
         kind: sum(by_kind[kind] for by_kind in inspection.rank_correlations.values())
         for kind in next(iter(inspection.rank_correlations.values()))

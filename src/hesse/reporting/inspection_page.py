@@ -1,4 +1,4 @@
-"""An inspection as one HTML page."""
+"""HTML page of an inspection."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def inspection_page(inspection: "Inspection") -> str:
-    """The page, drawn by matplotlib."""
+    """Return the page; matplotlib draws its plots."""
     return render(
         "inspection.html",
         inspection=inspection,

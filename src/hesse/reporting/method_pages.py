@@ -1,4 +1,4 @@
-"""The table of methods as Markdown: the pages of the documentation that are made from it."""
+"""Write the table of methods as Markdown, for the documentation."""
 
 from collections import defaultdict
 
@@ -62,7 +62,7 @@ def _section(method: Method) -> str:
 
 
 def _usual(method: Method) -> str:
-    """The options of a method as its defaults would be given, and those that have no effect until they are given."""
+    """Return a method's options with their defaults, and its options that have no effect unless given."""
     usual = [f"`{_given(option)}`" for option in method.options() if option.default is not None]
     more = [f"`{option.flag}`" for option in method.options() if option.default is None and option.name in FLAGS]
     return " ".join(usual) + (f"; also {' '.join(more)}" if more else "")

@@ -1,4 +1,4 @@
-"""What all HTML pages share: one file with its plots and styles inside, which needs no network to be read."""
+"""Shared parts of HTML pages: single files with plots and styles inside, readable offline."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +10,12 @@ from hesse.version import __version__
 
 
 def check_page(path: Path, overwrite: bool, option: str, made: Path | None = None) -> None:
-    """Refuse, before anything is computed, a page that cannot be drawn or must not be written.
+    """Check, before anything is computed, that a page can be drawn and may be written.
 
-    `option` asked for it; the folder `made` will be there by the time that the page is written.
+    `option` is the option that requested the page; the folder `made` will exist by the time the page is written.
 
     Raises:
-        OptionError: the packages that draw it are not installed.
+        OptionError: matplotlib or jinja2 is not installed.
         OutputError: the file exists, or its folder does not.
     """
     if any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
@@ -28,21 +28,21 @@ def check_page(path: Path, overwrite: bool, option: str, made: Path | None = Non
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write `page` to `path`, which appears only when it is whole.
+    """Write `page` to `path`, which appears only when it is complete.
 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
     try:
         with unfinished_file(path) as unfinished:
-            # What is no character, such as half of one that a model wrote, is shown as a question mark.
+            # Invalid characters, such as half a character from a model, become question marks.
             unfinished.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {reason(error)}") from None
 
 
 def render(template: str, **values: object) -> str:
-    """The page that a file of `templates/` makes of `values`; all text in them is escaped."""
+    """Render a file of `templates/` with `values`; all text in them is escaped."""
     import jinja2  # imported late: optional
 
     environment = jinja2.Environment(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 48
 BLUE, ORANGE, GREY, BAND_GREY = "#31688e", "#c2571a", "#999999", "#e9edf1"
-# Text stays text. The salt makes files repeatable.
+# Keep text as text. The salt makes files repeatable.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hesse",
@@ -25,7 +25,7 @@ Content = TypeVar("Content")
 
 
 def svg(draw: Callable[[Content], "Figure"], content: Content, title: str) -> str:
-    """What `draw` makes of `content` as an SVG element, with its text as text; `title` describes it."""
+    """Return the figure that `draw` makes of `content` as an SVG element, described by `title`; text stays text."""
     import matplotlib  # imported late: optional
 
     buffer = io.StringIO()
@@ -36,7 +36,7 @@ def svg(draw: Callable[[Content], "Figure"], content: Content, title: str) -> st
 
 
 def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", list[Any]]:
-    """A figure of so many inches, and its axes side by side."""
+    """Return a figure of `width` by `height` inches, and its axes side by side."""
     from matplotlib.figure import Figure  # not pyplot: nothing is shown, and no window system is asked for
 
     made = Figure(figsize=(width, height), layout="constrained")
@@ -45,7 +45,7 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", lis
 
 
 def name_rows(axis: Any, names: Sequence[str], size: float) -> None:
-    """Rows of `axis` from the top, by name or its end; a name is never read as a formula, whatever is in it."""
+    """Label the rows of `axis` from the top with names, shortened to their ends; names are never parsed as formulas."""
     axis.set_yticks(range(len(names)), [_short(printable(name)) for name in names], fontsize=size)
     for label in axis.get_yticklabels():
         label.set_parse_math(False)
@@ -57,7 +57,7 @@ def _short(name: str) -> str:
 
 
 def colors(count: int) -> list[Any]:
-    """Colours that stay in order in black and white."""
+    """Return colours that stay in order in black and white."""
     import matplotlib
 
     return [matplotlib.colormaps["viridis"](index / max(count - 1, 1) * 0.9) for index in range(count)]

@@ -1,4 +1,4 @@
-"""A repair in the terminal."""
+"""Repairs in the terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def repair_summary(report: "RepairReport") -> RenderableType:
-    """Losses before and after, what was added for it, and what departed from what was asked."""
+    """Return the summary of a repair: losses before and after, added bytes, and departures from the options."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.compressed}, rank {report.rank} added"))
     table.title_justify = "left"
     for heading in ("", "before", "after"):

@@ -1,4 +1,4 @@
-"""Exports and benchmarks as a person reads them in a terminal."""
+"""Exports and benchmarks in the terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
 
 
 def export_summary(report: "ExportReport") -> RenderableType:
-    """What was stored how, what departs from the checkpoint, and where it is."""
+    """Return the summary of an export: storage types, differences from the checkpoint, and the output."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} to {report.target}"), title_justify="left")
     for heading in ("stored as", "layers", "were"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
@@ -34,7 +34,7 @@ def export_summary(report: "ExportReport") -> RenderableType:
 
 
 def benchmark_summary(result: "Benchmark") -> RenderableType:
-    """The table of measurements, the ratios, and what is missing."""
+    """Return the summary of a benchmark: measurements, ratios, and missing runs."""
     title = f"{result.model} on {result.processor}, {result.threads} of {result.processors} processors"
     table = Table(box=box.SIMPLE_HEAD, title=shown(title), title_justify="left")
     for heading in ("runtime", "model", "stored as"):

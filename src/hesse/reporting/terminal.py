@@ -1,4 +1,4 @@
-"""The tables a person reads in a terminal."""
+"""Tables in the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,17 +19,17 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
 
 
 def shown(text: str, style: str = "") -> Text:
-    """Text that may come from a model, a file or its name: as it is, never read as rich's markup."""
+    """Return text, which may come from a model or a file name, as rich shows it without interpreting markup."""
     return Text(printable(text), style=style)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many significant digits, or a dash."""
+    """Return a number with `digits` significant digits, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Return a number of bytes with a unit."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
@@ -37,7 +37,7 @@ def size(count: int) -> str:
 
 
 def cost_table(report: "CompressionReport", before: "Evaluation | None", after: "Evaluation | None") -> Table:
-    """What a compression did and cost, dense beside compressed; evaluations add what was measured on other text."""
+    """Return the table of a compression, dense and compressed; evaluations add measurements on other text."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} by {report.method}"), title_justify="left")
     table.add_column("")
     table.add_column("dense", justify="right")
@@ -79,7 +79,7 @@ def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> li
 
 
 def compression_summary(report: "CompressionReport") -> RenderableType:
-    """The table of costs, what departed from the recipe, and where the prediction lies."""
+    """Return the summary of a compression: the table of costs, departures from the recipe, and the costliest layers."""
     parts: list[RenderableType] = [cost_table(report, None, None)]
     parts += fallback_lines(report.notes, REPORT_FILE)
     worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
@@ -93,7 +93,7 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
 
 
 def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
-    """The first departures from what was asked; all of them are in the `file` beside the result."""
+    """Return the first departures from the options; all of them are in the report `file`."""
     if not fallbacks:
         return []
     lines = [
@@ -104,7 +104,7 @@ def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
 
 
 def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
-    """One evaluation."""
+    """Return the table of an evaluation."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(name), title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -131,7 +131,7 @@ def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
 
 
 def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
-    """Methods as triples, family by family, with what each needs and its source below."""
+    """Return the table of methods as triples by family, each with its source and needs."""
     table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("curvature × constraint × solver")
@@ -144,7 +144,7 @@ def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
 
 
 def options_table(method: Method) -> Table:
-    """The options of a method, with defaults and help."""
+    """Return the table of a method's options, with defaults and help."""
     table = Table(box=box.SIMPLE_HEAD, title=f"options of {method.name}", title_justify="left")
     table.add_column("option", no_wrap=True)
     table.add_column("default", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Methods that need training: one loop over a user's model and data, in which what is held stays held."""
+"""Training: one loop over a user's model and data that keeps zeros, codes and other constraints of weights."""
 
 from hesse.training.compression_aware import CompressionAware
 from hesse.training.distillation import Distillation

@@ -1,4 +1,4 @@
-"""A training on disk, so that one that was killed goes on to the same weights."""
+"""Save a training to disk, so that a killed run resumes and ends with the same weights."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,12 +18,12 @@ NAME = "training.pt"
 
 
 class Checkpoints:
-    """One file below a folder, replaced as a whole `every` so many steps; read as data only, never as code.
+    """Checkpoint file of a training below a folder, replaced as a whole every `every` steps; read only as data.
 
-    `method` says what beside the loop decides the result, `note` gives tensors and plain values to keep with it.
+    `method` identifies settings other than the loop's, `note` returns tensors and plain values to save with it.
 
     Raises:
-        OutputError: it is another training's, is damaged, or the folder cannot be written.
+        OutputError: the file belongs to another training or is damaged, or the folder cannot be written.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> dict[str, Any]:
-        """Go to the step that was saved last, if there is one; what was noted with it."""
+        """Restore the last saved step, if there is one, and return the values that `note` gave."""
         if not self.path.exists():
             return {}
         device = self.loop.objective.parameters[0].device
@@ -46,27 +46,27 @@ class Checkpoints:
             if not other:
                 self.loop.restore(saved["loop"])
                 return dict(saved["note"])
-        except Exception as error:  # a file that is none of ours, or half of one, raises things of many kinds
-            raise OutputError(f"{self.path} cannot be read ({reason(error)}): remove it to begin anew") from None
+        except Exception as error:  # a foreign or incomplete file raises many kinds of errors
+            raise OutputError(f"{self.path} cannot be read ({reason(error)}): remove it to start again") from None
         raise OutputError(
             f"{self.path} is of a training that differs from this one in its {other[0]}: give another folder, or "
-            "remove it to begin anew"
+            "remove it to start again"
         )
 
     def save(self) -> None:
-        """Keep the training as it is, and what is to be noted of it."""
+        """Save the present state of the training, with the values of `note`."""
         content = {"identity": self.identity, "loop": self.loop.state(), "note": self.note()}
         with writing(self.path.parent), unfinished_file(self.path) as beside:
             torch.save(content, beside)
 
     def after_step(self) -> None:
-        """Save, if it is time."""
+        """Save if the interval has passed."""
         if self.loop.step % self.every == 0:
             self.save()
 
 
 def after_each_step(progress: Progress, kept: Checkpoints | None) -> Callable[[], None]:
-    """What a training does after a step: tell a person, and save if it is time."""
+    """Return the function that a training calls after each step: it reports progress, and saves if due."""
 
     def after_step() -> None:
         progress.advance()
@@ -77,7 +77,7 @@ def after_each_step(progress: Progress, kept: Checkpoints | None) -> Callable[[]
 
 
 def _identity(loop: Loop) -> dict[str, Any]:
-    """What tells one training from another: how it trains, and what it began with."""
+    """Return the identity of a training: its settings, and a digest of its initial weights."""
     digest = hashlib.sha256()
     for name, parts in loop.free.items():
         held = loop.held.get(name)

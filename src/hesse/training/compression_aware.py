@@ -13,11 +13,11 @@ from hesse.training.loop import Gradients
 
 @dataclass(frozen=True)
 class CompressionAware:
-    """The direction ∇L(w) + m ⊙ ∇L(C(w + rho · ∇L(w))), for two gradients a step; a StepRule.
+    """StepRule with the direction ∇L(w) + m ⊙ ∇L(C(w + rho · ∇L(w))), which takes two gradients per step.
 
-    C prunes the weights called `names` by magnitude to one of `patterns`, drawn at random in each step, and m is its
-    mask; all other weights are only perturbed. This is CrAM+, whose first term keeps the dense model good; rho is
-    not scaled by the gradient's norm. Source: Peste et al., 2022, arXiv:2207.14200.
+    C prunes the weights `names` by magnitude to one of `patterns`, drawn at random in each step, and m is its mask; all
+    other weights are only perturbed. This is CrAM+, whose first term preserves the dense model's accuracy; rho is not
+    scaled by the gradient's norm. Source: Peste et al., 2022, arXiv:2207.14200.
 
     Raises:
         OptionError: there is no name or no pattern, or rho is not above 0.
@@ -36,14 +36,14 @@ class CompressionAware:
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
         for name in self.names:
             if name not in weights:
-                raise OptionError(f"{name!r}, which is to be pruned on the way, is no parameter that is trained")
+                raise OptionError(f"{name!r}, which is to be pruned in each step, is not a trained parameter")
             for pattern in self.patterns:
                 pattern.check(weights[name].flatten(1).shape)
 
     def direction(
         self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
     ) -> Gradients:
-        """The sum of both gradients."""
+        """Return the sum of both gradients."""
         pattern = self.patterns[int(torch.randint(len(self.patterns), ()))]
         dense = gradients()
         before = {name: weight.detach().clone() for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Learning from the dense model: its outputs as targets beside those of the data."""
+"""Distillation: use the dense model's outputs as additional targets."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from hesse.errors import OptionError
 
 @dataclass(frozen=True)
 class Distillation:
-    """The loss (1 - share) · task + share · divergence from the teacher, term by term.
+    """Loss (1 - share) · task + share · divergence from the teacher, term by term.
 
     For a cross-entropy the divergence is temperature² · KL(teacher || model) of both distributions at `temperature`;
-    for a squared error it is the squared difference of the outputs, and has no temperature. Masked positions count in
-    neither. Source: Hinton et al., 2015, arXiv:1503.02531.
+    for a squared error it is the squared difference of the outputs, without a temperature. Masked positions are not
+    counted in either term. Source: Hinton et al., 2015, arXiv:1503.02531.
     """
 
     share: float = 0.5
@@ -27,10 +27,10 @@ class Distillation:
             raise OptionError(f"the temperature of distillation is {self.temperature}, but must be above 0; 2 is usual")
 
     def check(self, loss: Loss) -> None:
-        """Refuse a loss whose divergence is not known.
+        """Check that the divergence for a loss is known.
 
         Raises:
-            OptionError: it is neither a cross-entropy nor a squared error.
+            OptionError: the loss is neither a cross-entropy nor a squared error.
         """
         if not isinstance(loss, CrossEntropy | SquaredError):
             raise OptionError(
@@ -39,7 +39,7 @@ class Distillation:
             )
 
     def terms(self, loss: Loss, outputs: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each term, in the shape of the loss's own."""
+        """Return the loss of each term, in the shape of the task loss's terms."""
         return (1 - self.share) * loss.terms(outputs, targets) + self.share * self._divergence(
             loss, outputs, teacher, targets
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning of a compressed network that leaves it compressed."""
+"""Fine-tune a compressed network, and keep it compressed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ from hesse.training.trainings import TRAININGS, TrainingRequest
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneReport(Report):
-    """What a training did.
+    """Report of a training.
 
-    `losses` are of each step's batches before the step; `free` is what was trained in place of each held weight.
+    `losses` are those of each step's batches before the step; `free` are the tensors that were trained in place of each
+    parametrized weight.
     """
 
     verb: str = "finetune"
@@ -49,23 +50,23 @@ def finetune(
     checkpoint_every: int = 100,
     progress: Progress | None = None,
 ) -> Result[FinetuneReport]:
-    """Train the parameters of `model` that take a gradient, in place, with what is `held` kept held after every step.
+    """Train the parameters of `model` that require a gradient, in place, and keep parametrizations after every step.
 
     `method` is a row of `hesse methods training` that this verb runs, with its `options`, for the layers that match one
-    of `layers` and none of `ignore`; by default the zeros of the model are held. `held`, by the names of weights, and
-    `rule`, the direction of a step in place of the gradient, say the same without a row.
+    of `layers` and none of `ignore`; by default it keeps the zeros of the model. Without a row, `held` gives
+    parametrizations by the names of weights, and `rule` the direction of a step in place of the gradient.
 
-    `data` are pairs of inputs and targets that can be walked again, as `Objective` takes them, and `forward(model,
-    inputs)` gives the outputs. The model trains in the mode that it is in: call `model.train()` first if dropout or
-    batch statistics should be at work.
+    `data` are pairs of inputs and targets, as for `Objective`, that can be iterated repeatedly, and `forward(model,
+    inputs)` computes the outputs. The model keeps its mode: call `model.train()` first to enable dropout and batch
+    statistics.
 
-    With a folder `checkpoint` the training is saved there, and if it was cut short the same call with the same model,
-    data and options goes on to weights that are equal bit by bit. Randomness of libraries other than torch is not
-    repeated.
+    With a folder `checkpoint` the training is saved there. After an interruption the same call with the same model,
+    data and options resumes and ends with bitwise equal weights. Random numbers of libraries other than torch are not
+    reproduced.
 
     Raises:
-        OptionError: an option has no meaning for this model, loss function or data.
-        DataError: there is no data, or the loss is not finite; the model is as it was after the step before.
+        OptionError: an option is not valid for this model, loss function or data.
+        DataError: there is no data, or the loss is not finite; the model is in its state after the previous step.
         OutputError: the folder holds another training, or cannot be written.
     """
     row, options = find_method(method, "finetune"), Options() if options is None else options

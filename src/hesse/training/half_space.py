@@ -1,4 +1,4 @@
-"""The optimizer of Only Train Once, which sets whole groups of weights to zero."""
+"""Optimizer of Only Train Once, which sets whole groups of weights to zero."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,12 +10,11 @@ from hesse.partitions import GroupParts
 
 
 class HalfSpace(torch.optim.Optimizer):
-    """Half-space stochastic projected gradient: f(w) + λ Σ_g ‖w_g‖ over groups, of which it sets small ones to zero.
+    """Half-space stochastic projected gradient on f(w) + λ Σ_g ‖w_g‖; it sets groups to zero.
 
-    `parts` are the groups, with the entries that make them. Every step takes the trial
-    w̃ = w - rate · (∇f + λ w_g / ‖w_g‖). From step `warmup` on, a group whose trial has left the half-space
-    ⟨w̃_g, w_g⟩ ≥ ε ‖w_g‖² is set to zero, and stays there. Source: Only Train Once (Chen et al., 2021,
-    arXiv:2107.07467).
+    `parts` are the groups, with the entries that produce them. Every step computes the trial
+    w̃ = w - rate · (∇f + λ w_g / ‖w_g‖). From step `warmup` on, a group whose trial is outside of the half-space
+    ⟨w̃_g, w_g⟩ ≥ ε ‖w_g‖² is set to zero permanently. Source: Only Train Once (Chen et al., 2021, arXiv:2107.07467).
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class HalfSpace(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Make one step, from the parameters' gradients."""
+        """Perform one step, from the parameters' gradients."""
         rate = self.param_groups[0]["lr"]
         old = {name: self.named[name].detach().clone() for name in self.parts.shapes}
         squares = self.parts.sums({name: tensor.square() for name, tensor in old.items()})

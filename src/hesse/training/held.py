@@ -1,4 +1,4 @@
-"""What stays true of a weight while it is trained: its zeros, its codes, or that it is in a set."""
+"""Parametrizations of weights that keep a constraint during training: zeros, codes, or membership of a set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from hesse.errors import OptionError
 
 
 class Held(Protocol):
-    """A weight as a function of what is trained in its place, so that every step ends in an allowed weight."""
+    """Parametrization of a weight by trained tensors, so that every step ends in an allowed weight."""
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What is trained in the place of `weight`, as it is at the start.
+        """Return the initial values of the tensors that are trained in place of `weight`.
 
         Raises:
-            OptionError: a weight of that shape cannot be held in this way.
+            OptionError: the parametrization does not support a weight of that shape.
         """
 
     def weight(self, *free: Tensor) -> Tensor:
-        """The allowed weight; differentiable in `free`, truly or by an estimate that the class names."""
+        """Return the allowed weight; its gradient in `free` is exact, or an estimate that the class documents."""
 
     def at(self, step: int) -> Self:
-        """What is held at a step of the training; itself, unless it changes."""
+        """Return the parametrization for a step of the training; itself, unless it changes over time."""
 
 
 class Lasting:
-    """A Held that is the same at every step."""
+    """A parametrization that is the same at every step."""
 
     def at(self, step: int) -> Self:
-        """Itself."""
+        """Return the parametrization itself."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class HeldZeros(Lasting):
-    """Weights that are zero stay zero, unstructured or N:M; the gradient is exact."""
+    """Parametrization that keeps zeros, unstructured or N:M, with the exact gradient."""
 
-    kept: Tensor  # the weight's shape, True where it is not held at zero
+    kept: Tensor  # in the weight's shape, True where the weight is not fixed at zero
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
         if weight.shape != self.kept.shape:
@@ -56,12 +56,11 @@ class HeldZeros(Lasting):
 
 @dataclass(frozen=True, eq=False)
 class HeldCodes(Lasting):
-    """The codes of a Grid stay, and the scales are trained: by a factor each, which starts at 1.
+    """Parametrization that keeps the codes of a Grid and trains a factor of each scale, which starts at 1.
 
-    weight = factor · scale · (code - zero point), which is smooth, so that the gradient is exact where a
-    straight-through one is an estimate; and a step of an optimiser is a share of a scale, whatever the scale is. Scales
-    are trained in the model's precision and not rounded to the grid's. Source: PEQA (Kim et al., 2023,
-    arXiv:2305.14152).
+    weight = factor · scale · (code - zero point) is smooth, so the gradient is exact, not a straight-through estimate,
+    and an optimiser's step is relative to each scale. Scales are trained in the model's precision and not rounded to
+    the grid's. Source: PEQA (Kim et al., 2023, arXiv:2305.14152).
     """
 
     grid: Grid
@@ -78,16 +77,16 @@ class HeldCodes(Lasting):
         return self.grid.expand(factor * self.code.scales.scale.to(factor), steps.shape[1]) * steps
 
     def trained(self, factor: Tensor) -> GridCode:
-        """The stored form for the factors that training found (out, groups)."""
+        """Return the code for trained factors (out, groups)."""
         scales = Scales(self.grid.stored_scale(factor * self.code.scales.scale), self.code.scales.zero_point)
         return GridCode(self.code.codes, scales)
 
 
 @dataclass(frozen=True, eq=False)
 class StraightThrough(Lasting):
-    """The weight is the member of a constraint that is nearest to a free one, which takes the weight's gradient.
+    """Parametrization by a free weight that is rounded to the nearest member of a constraint, with a copied gradient.
 
-    The free weight moves on between members, so codes and zeros can change, at the price of a biased gradient.
+    The free weight moves between members, so codes and zeros can change, at the price of a biased gradient.
     Source: Bengio et al., 2013, arXiv:1308.3432; of masks, Zhou et al., 2021 (arXiv:2102.04010).
     """
 
@@ -104,12 +103,12 @@ class StraightThrough(Lasting):
 
 
 def straight_through(value: Tensor, free: Tensor) -> Tensor:
-    """`value`, exactly, with the gradient of `free`, which has its shape."""
+    """Return `value`, with the gradient passed to `free`, which has the same shape."""
     return value + (free - free.detach())
 
 
 def held_zeros(model: nn.Module) -> dict[str, Held]:
-    """The zeros of a pruned model's matrices and kernels, to be held: by the names of those that have some."""
+    """Return parametrizations that keep the zeros of a pruned model's matrices and kernels, by name."""
     return {
         name: HeldZeros(parameter.detach() != 0)
         for name, parameter in model.named_parameters()
@@ -118,10 +117,10 @@ def held_zeros(model: nn.Module) -> dict[str, Held]:
 
 
 def check_names(held: Mapping[str, Held], model: nn.Module) -> None:
-    """Refuse names that are no parameters.
+    """Check that all names are parameters.
 
     Raises:
-        OptionError: one is none.
+        OptionError: a name is not a parameter.
     """
     known = dict(model.named_parameters())
     for name in held:

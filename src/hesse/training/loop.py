@@ -1,4 +1,4 @@
-"""The one loop that trains: steps of an optimiser on what is free, with what is held kept held."""
+"""Training loop: steps of an optimiser on free tensors, with weights given by parametrizations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,47 +15,47 @@ from hesse.training.held import Held, check_names
 from hesse.training.passes import USE, Passes, seed_all
 from hesse.training.training import Training, linear_decay
 
-Gradients = dict[str, Tensor]  # of the parameters that a loss reached
+Gradients = dict[str, Tensor]  # of the parameters that the loss depends on
 
 
 class StepRule(Protocol):
-    """The direction of a step, from gradients at weights of its choice."""
+    """Rule for the direction of a step, from gradients at weights of its choice."""
 
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Raise OptionError if it cannot train these weights."""
+        """Raise OptionError if the rule cannot train these weights."""
 
     def direction(
         self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
     ) -> Gradients:
-        """What an optimiser is given as the gradient.
+        """Return the direction that the optimiser gets as the gradient.
 
-        `gradients()` takes it on the step's batches at the weights as they then are. They may be changed in place,
-        and must be as they were at the end.
+        `gradients()` computes the gradient on the step's batches at the present weights. The rule may change weights in
+        place, and must restore them at the end.
         """
 
 
 @dataclass(frozen=True)
 class PlainStep:
-    """The gradient."""
+    """Step rule of the plain gradient."""
 
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Any can be trained."""
+        """Accept any weights."""
 
     def direction(
         self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
     ) -> Gradients:
-        """The gradient where the weights are."""
+        """Return the gradient at the present weights."""
         return gradients()
 
 
 class Loop:
-    """A training that can be stopped and gone on with after any step.
+    """A training that can stop and resume after any step.
 
-    The model's own parameters are allowed weights after every step. In the place of one that is held other tensors are
-    trained, which takes its memory once more.
+    The model's own parameters are allowed weights after every step. In place of a parametrized weight other tensors are
+    trained, which takes the weight's memory once more.
 
     Raises:
-        OptionError: what is held does not fit the model, or the teacher the loss.
+        OptionError: a parametrization does not fit the model, or the teacher does not fit the loss.
     """
 
     def __init__(
@@ -79,35 +79,35 @@ class Loop:
             else (weight,)
             for name, weight in objective.named.items()
         }
-        self._allowed: dict[str, Tensor] = {}  # the held weights as functions of what is free
-        self.allow()
+        self._allowed: dict[str, Tensor] = {}  # parametrized weights as functions of the free tensors
+        self.set_weights()
         self.optimizer = training.optimizer(self._named_free())
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
-    def allow(self) -> None:
-        """Make the model's weights what follows from what is free."""
+    def set_weights(self) -> None:
+        """Set the model's weights to those that follow from the free tensors."""
         for name, held in self.held.items():
             weight = self.objective.named[name]
             with torch.enable_grad():
                 self._allowed[name] = held.at(self.step).weight(*self.free[name]).view(weight.shape)
             weight.data.copy_(self._allowed[name].detach())
 
-    def hold(self, held: Mapping[str, Held]) -> None:
-        """Hold the same parameters in other ways from now on; what is trained stays, and must fit them."""
+    def set_parametrizations(self, held: Mapping[str, Held]) -> None:
+        """Replace the parametrizations of the same parameters; the trained tensors stay, and must fit."""
         self.held = {name: held[name] for name in self.held}
-        self.allow()
+        self.set_weights()
 
-    def go_on_from(self, weights: Mapping[str, Tensor], held: Mapping[str, Held]) -> None:
-        """Hold the same parameters in other ways, and begin again at `weights`; the optimiser keeps what it knows."""
+    def restart_from(self, weights: Mapping[str, Tensor], held: Mapping[str, Held]) -> None:
+        """Replace the parametrizations and restart from `weights`; the optimiser keeps its state."""
         for name, weight in weights.items():
             for part, start in zip(self.free[name], held[name].free(weight), strict=True):
                 part.data.copy_(start)
-        self.hold(held)
+        self.set_parametrizations(held)
 
     def first_batches(self, number: int) -> list[Batch]:
-        """The first batches of a pass of its own, which leaves the training's data and randomness as they are."""
-        with _own_randomness(self.objective.parameters[0].device):
+        """Return the first batches of a separate pass, without affecting the training's data and random numbers."""
+        with _isolated_random_state(self.objective.parameters[0].device):
             return self._passes.first(number)
 
     def run(self, until: int, after_step: Callable[[], None] = lambda: None) -> None:
@@ -116,16 +116,16 @@ class Loop:
         Raises:
             DataError: there is no data, or the loss or its gradient is not finite.
         """
-        with _own_randomness(self.objective.parameters[0].device), _resting(self.training.teacher):
+        with _isolated_random_state(self.objective.parameters[0].device), _in_eval_mode(self.training.teacher):
             while self.step < until:
                 self._one()
                 after_step()
 
     def _one(self) -> None:
         batches = [self._passes.fetch() for _ in range(self.training.accumulation)]
-        found: list[float] = []
-        direction = self.rule.direction(self.objective.named, lambda: self._gradients(batches, found), self.step)
-        if not torch.tensor(found).isfinite().all():
+        losses: list[float] = []
+        direction = self.rule.direction(self.objective.named, lambda: self._gradients(batches, losses), self.step)
+        if not torch.tensor(losses).isfinite().all():
             raise DataError(f"the loss of step {self.step} is not finite: use a smaller learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         for weight in self.objective.parameters:
@@ -145,11 +145,11 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.losses.append(found[0])
-        self.allow()
+        self.losses.append(losses[0])
+        self.set_weights()
 
-    def _gradients(self, batches: list[Batch], found: list[float]) -> Gradients:
-        """Those of all batches as if they were one; the loss is added to `found`."""
+    def _gradients(self, batches: list[Batch], losses: list[float]) -> Gradients:
+        """Return the gradients of all batches as one; append the loss to `losses`."""
         total, count = 0.0, 0
         for weight in self.objective.parameters:
             weight.grad = None
@@ -161,13 +161,13 @@ class Loop:
             loss.backward()  # type: ignore[no-untyped-call]
             total, count = total + float(loss.detach()), count + counted
         scale = self.objective.scale_of(count)
-        found.append(total * scale)
+        losses.append(total * scale)
         return {
             name: weight.grad.mul_(scale) for name, weight in self.objective.named.items() if weight.grad is not None
         }
 
     def _terms(self, inputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """The loss of each term, and how many count."""
+        """Return the loss of each term, and the number of counted terms."""
         objective, training = self.objective, self.training
         device = objective.parameters[0].device.type
         with torch.autocast(device, training.precision, enabled=training.precision is not None):
@@ -191,7 +191,7 @@ class Loop:
         ]
 
     def state(self) -> dict[str, Any]:
-        """All that decides how it goes on, as tensors and plain values."""
+        """Return everything that determines the rest of the training, as tensors and plain values."""
         return {
             "step": self.step,
             "losses": self.losses,
@@ -202,7 +202,7 @@ class Loop:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Be as a loop of the same kind was."""
+        """Restore the state of a loop with the same settings."""
         self.step, self.losses = state["step"], list(state["losses"])
         for name, parts in self.free.items():
             for part, saved in zip(parts, state["free"][name], strict=True):
@@ -210,13 +210,13 @@ class Loop:
         for name, buffer in self.objective.model.named_buffers():
             buffer.copy_(state["buffers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        with _own_randomness(self.objective.parameters[0].device):
+        with _isolated_random_state(self.objective.parameters[0].device):
             self._passes.go_to(state["passes"])
-        self.allow()
+        self.set_weights()
 
 
-def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
-    """Leaves torch's random numbers as they were."""
+def _isolated_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores torch's random state at its end."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -225,8 +225,8 @@ def _wide(outputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _resting(teacher: nn.Module | None) -> Iterator[None]:
-    """A teacher in eval mode while it teaches."""
+def _in_eval_mode(teacher: nn.Module | None) -> Iterator[None]:
+    """Keep a teacher in eval mode while inside."""
     if teacher is None:
         yield
         return

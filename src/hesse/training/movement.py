@@ -1,4 +1,4 @@
-"""Movement pruning: what is kept is what training moves away from zero."""
+"""Movement pruning: keep the weights that training moves away from zero."""
 
 from dataclasses import dataclass, replace
 
@@ -14,15 +14,15 @@ from hesse.training.schedules import GradualSchedule
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """A weight w times a mask of the highest scores s, both trained; a Held.
+    """Parametrization by a weight w times a mask of the highest scores s, both trained.
 
-    The mask passes its gradient to the scores as if it were them, so that a step of plain gradient descent adds
-    -rate · (dL/dw') ⊙ w to them, for masked weights too: s grows where w moves away from zero. Only their order
-    counts, so they need no rate of their own. `pattern` is the final one, Sparse(0.9) or Sparse(2, 4), of which the
-    schedule gives so much at each step. Source: Sanh et al., 2020, arXiv:2005.07683.
+    The mask passes its gradient straight to the scores, so that a step of plain gradient descent adds
+    -rate · (dL/dw') ⊙ w to them, for masked weights too: s grows where w moves away from zero. Only the order of scores
+    matters, so they need no separate rate. `pattern` is the final one, Sparse(0.9) or Sparse(2, 4); the schedule gives
+    the share of zeros at each step. Source: Sanh et al., 2020, arXiv:2005.07683.
 
     Raises:
-        OptionError: the schedule cuts before there are scores.
+        OptionError: the schedule prunes before the scores differ.
     """
 
     pattern: Sparse
@@ -41,23 +41,23 @@ class Movement:
 
     def weight(self, *free: Tensor) -> Tensor:
         weight, scores = free
-        kept = so_much_of(self.pattern, self.schedule.share(self.step), scores.detach().flatten(1))
+        kept = partial_mask(self.pattern, self.schedule.share(self.step), scores.detach().flatten(1))
         return weight * straight_through(kept.view(scores.shape).to(scores), scores)
 
     def at(self, step: int) -> Self:
         return replace(self, step=step)
 
 
-def so_much_of(pattern: Sparse, share: float, scores: Tensor) -> Tensor:
-    """The mask of the highest of `scores` (out, in) on the way to a pattern, where so large a share is zero.
+def partial_mask(pattern: Sparse, share: float, scores: Tensor) -> Tensor:
+    """Return the mask of the highest `scores` (out, in) on the way to a pattern, with `share` of the entries zero.
 
-    On the way to N:M as many of every M are kept as hold the share, N or more.
+    On the way to N:M every M entries keep the number that gives the share, at least N.
     """
-    return on_the_way(pattern, share).mask(scores)
+    return partial_pattern(pattern, share).mask(scores)
 
 
-def on_the_way(pattern: Sparse, share: float) -> Sparse:
-    """The pattern with the share of zeros that a schedule asks for; of N:M the next one that has no more than that."""
+def partial_pattern(pattern: Sparse, share: float) -> Sparse:
+    """Return the pattern with a schedule's share of zeros; for N:M the next pattern with at most that share."""
     if pattern.of is None:
         return replace(pattern, amount=share)
     kept = pattern.of - int(share * pattern.of + 1e-9)
@@ -65,5 +65,5 @@ def on_the_way(pattern: Sparse, share: float) -> Sparse:
 
 
 def share_of(pattern: Sparse) -> float:
-    """The share of zeros that a pattern has."""
+    """Return the share of zeros of a pattern."""
     return pattern.amount if pattern.of is None else 1 - pattern.amount / pattern.of

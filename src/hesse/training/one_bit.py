@@ -1,4 +1,4 @@
-"""OneBit: matrices of signs with a number for each row and each column, trained from their best fit."""
+"""OneBit: train matrices of signs with one scale per row and per column, from their best fit."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from hesse.training.held import Lasting, straight_through
 
 @dataclass(frozen=True)
 class OneBit(Lasting):
-    """sign(w) ⊙ (a bᵀ): w is trained by straight-through gradients, a (out,) and b (in,) by exact ones; a Held.
+    """Parametrization sign(w) ⊙ (a bᵀ): straight-through gradients for w, exact ones for a (out,) and b (in,).
 
-    They begin at the weight and its fit as a SignRankOne: before any training the layer is what the method `onebit`
-    makes of it, with numbers in the model's precision. A kernel is the matrix (out, in · kernel). Source: Xu et al.,
+    The initial values are the weight and its fit as a SignRankOne: before training the layer equals the result of the
+    method `onebit`, with scales in the model's precision. A kernel is the matrix (out, in · kernel). Source: Xu et al.,
     2024, arXiv:2402.11295.
     """
 
@@ -30,9 +30,9 @@ class OneBit(Lasting):
 
 @dataclass(frozen=True, eq=False)
 class HeldSigns(Lasting):
-    """As OneBit with signs that stay: only a and b are trained, two vectors a layer, by their exact gradient."""
+    """OneBit with fixed signs: only the two vectors a and b of each layer are trained, by their exact gradient."""
 
-    positive: Tensor  # (out, in), where the weight is not negative
+    positive: Tensor  # (out, in), True where the weight is not negative
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
         matrix = weight.flatten(1)

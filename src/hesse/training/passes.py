@@ -1,4 +1,4 @@
-"""Batches of a data set, pass after pass, with randomness that depends on nothing but a seed and a batch's number."""
+"""Batches of a data set, pass after pass, with random numbers that depend only on a seed and the batch's number."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ import torch
 from hesse.curvature import Objective
 from hesse.curvature.objective import Batch
 
-FETCH, USE = 0, 1  # what a batch's random numbers are for
+FETCH, USE = 0, 1  # uses of a batch's random numbers
 
 
 @dataclass
 class Passes:
-    """The objective's data walked again and again.
+    """Repeated passes over the objective's data.
 
-    Each batch is fetched under a seed of its own, so that shuffling and augmentation by torch's random numbers are the
-    same in a run that was cut short and went on. A generator of the data's own (a DataLoader's) is put back to where it
-    was when the pass began.
+    Each batch is fetched under its own seed, so that shuffling and augmentation by torch's random numbers are the same
+    in a run that was interrupted and resumed. The data's own generator (a DataLoader's) is reset to its state at the
+    start of the pass.
     """
 
     objective: Objective
@@ -30,10 +30,10 @@ class Passes:
     _batches: Iterator[Batch] | None = field(default=None, repr=False)
 
     def fetch(self) -> Batch:
-        """The next batch, on the model's device.
+        """Return the next batch, on the model's device.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no data.
         """
         while True:
             if self._batches is None:
@@ -47,7 +47,7 @@ class Passes:
             self._batches = None
 
     def first(self, number: int) -> list[Batch]:
-        """The first batches of another pass, and the data's own generator as it was."""
+        """Return the first batches of another pass, and restore the data's own generator."""
         before = None if self._generator is None else self._generator.get_state()
         seed_all(self.seed, self.number, FETCH)
         found = list(islice(self.objective.batches(), number))
@@ -56,11 +56,11 @@ class Passes:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Where it is."""
+        """Return the position in the data."""
         return {"number": self.number, "position": self.position, "began": self.began}
 
     def go_to(self, state: dict[str, Any]) -> None:
-        """Be where it was."""
+        """Restore a position in the data."""
         if self._generator is not None and state["began"] is not None:
             self._generator.set_state(state["began"])
         self.number, self._batches = state["number"] - state["position"], None

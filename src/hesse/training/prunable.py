@@ -1,4 +1,4 @@
-"""Which weights of a network a pruning method is for, seen to fit before any work is done."""
+"""Select the weights of a network for a pruning method, and check them before any work is done."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +14,10 @@ if TYPE_CHECKING:  # which needs transformers, and seconds
 
 
 def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore: Sequence[str]) -> Recipe:
-    """What `method` does to the layers that match one of `layers` and none of `ignore`.
+    """Return the recipe of `method` for the layers that match one of `layers` and none of `ignore`.
 
     Raises:
-        OptionError: it makes no zeros, or an option has no meaning for it.
+        OptionError: the method makes no zeros, or does not have an option.
     """
     row = find_method(method, "compress", "prune_gradually")
     if "sparse" not in row.constraints:
@@ -28,12 +28,12 @@ def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore:
 
 
 def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
-    """The layers that a recipe is for, by the names of their weights in the model.
+    """Return the layers that a recipe selects, by the names of their weights in the model.
 
-    One of those that share a weight stands for all, as the projections of torch's own attention do.
+    Layers that share a weight, such as the projections of torch's own attention, are represented by one of them.
 
     Raises:
-        HesseError: the model has none, a pattern matches none, or the recipe does not fit one of them.
+        HesseError: the model has no layers, a pattern matches none, or the recipe does not fit a layer.
     """
     from hesse.layerwise.rules import rules_for
     from hesse.networks.module_layers import layers_of
@@ -52,10 +52,10 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
 def prunable_weights(
     model: nn.Module, sparsity: float | str = 0.5, layers: Sequence[str] = ("*",), ignore: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The names of the weights that can be pruned to `sparsity`, as `compress_module` would: for Movement and CrAM.
+    """Return the names of the weights that can be pruned to `sparsity`, for Movement and CrAM.
 
     Raises:
-        HesseError: the model has none, a pattern of names matches none, or one does not fit `sparsity`.
+        HesseError: the model has no such weights, a pattern matches none, or a weight does not fit `sparsity`.
     """
     chosen = prunable(model, pruning_recipe("magnitude", Options(sparsity=sparsity), layers, ignore))
     for name, layer in chosen.items():

@@ -1,4 +1,4 @@
-"""When a gradual method prunes, how far each time, and how the learning rate goes between the cuts."""
+"""Schedules of gradual pruning: its steps, the sparsity of each, and the learning rate between them."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from hesse.registry import Registry
 
 @dataclass(frozen=True)
 class GradualSchedule:
-    """Cuts evenly spaced over the first steps of a training, to shares of zeros that rise ever less steeply.
+    """Evenly spaced cuts over the first steps of a training, to shares of zeros that increase ever more slowly.
 
-    The k-th of n cuts goes to final + (first - final) (1 - k / (n - 1))³, so that the first, before any training, goes
-    to `first` at once and the last to `final`; the share `rest` of the steps comes after it. In each stretch between
-    two cuts the learning rate begins at the whole and falls to the share `floor` of it, and after the last cut to 0.
+    The k-th of n cuts goes to final + (first - final) (1 - k / (n - 1))³: the first cut, before any training, to
+    `first`, and the last to `final`. The share `rest` of the steps comes after the last cut. Between two cuts the
+    learning rate decreases from its full value to the share `floor` of it, and after the last cut to 0.
     Sources: Zhu and Gupta, 2017, arXiv:1710.01878; the large first cut and the rewound rate, Kurtic and Alistarh, 2022,
     arXiv:2210.06384.
     """
@@ -41,24 +41,24 @@ class GradualSchedule:
 
     @cached_property
     def cut_steps(self) -> tuple[int, ...]:
-        """The steps before which it prunes, the first of them 0."""
+        """Return the steps before which the schedule prunes; the first is 0."""
         last = min(round(self.steps * (1 - self.rest)), self.steps - 1)  # a step comes after it
         return tuple(k * last // max(self.cuts - 1, 1) for k in range(self.cuts))
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
-        """The share of zeros after each cut."""
+        """Return the share of zeros after each cut."""
         if self.cuts == 1:
             return (self.final,)
         left = [(1 - k / (self.cuts - 1)) ** 3 for k in range(self.cuts)]
         return tuple(self.final + (self.first - self.final) * share for share in left)
 
     def share(self, step: int) -> float:
-        """The share of zeros in a step."""
+        """Return the share of zeros in a step."""
         return self.shares[bisect_right(self.cut_steps, step) - 1]
 
     def rate(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied by in a step of `steps`, as `Training` takes it."""
+        """Return the factor of the learning rate in a step of `steps`, for `Training`."""
         stretch = bisect_right(self.cut_steps, step) - 1
         begin = self.cut_steps[stretch]
         last = stretch == self.cuts - 1

@@ -1,4 +1,4 @@
-"""How a network is trained: optimiser, steps, precision, teacher."""
+"""Settings of a training: optimiser, steps, precision, teacher."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,26 +14,26 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 def adam(parameters: Named) -> torch.optim.Optimizer:
-    """Adam at a rate of 0.0003, which seldom harms trained weights."""
+    """Return Adam with a learning rate of 0.0003, which rarely harms trained weights."""
     return torch.optim.Adam(parameters, lr=3e-4)
 
 
 def linear_decay(step: int, steps: int) -> float:
-    """From 1 at the first step down to 0 after the last."""
+    """Return a factor that decreases linearly from 1 at the first step to 0 after the last."""
     return 1 - step / steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """`steps` of an optimiser, each on `accumulation` batches as if they were one.
+    """Training of `steps` optimiser steps, each on `accumulation` batches as one.
 
-    - `optimizer` makes it from the names and tensors to train: `lambda named: torch.optim.AdamW(named, lr=1e-4)`.
-    - `rate(step, steps)` is what the learning rate is multiplied by at each step; by default it falls linearly to 0,
-      and in gradual pruning it begins again at each cut.
-    - `precision` is what the model computes in under autocast, such as torch.bfloat16; weights stay as they are.
-    - `clip` bounds the norm of the gradient of all weights; None for none.
-    - `teacher` is the dense model, or another with the same outputs, and `distillation` how it counts.
-    - `seed` decides all random numbers that torch draws on the way.
+    - `optimizer` builds the optimiser from named tensors: `lambda named: torch.optim.AdamW(named, lr=1e-4)`.
+    - `rate(step, steps)` is the factor of the learning rate at each step; by default it decreases linearly to 0, and
+      restarts at each cut in gradual pruning.
+    - `precision` is the type that the model computes in under autocast, such as torch.bfloat16; weights keep theirs.
+    - `clip` bounds the norm of the gradient of all weights; None does not.
+    - `teacher` is the dense model, or another with the same outputs, and `distillation` sets its weight in the loss.
+    - `seed` determines all random numbers that torch draws during training.
     """
 
     steps: int
@@ -59,7 +59,7 @@ class Training:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What of it another run must share to go on with this one's work, as plain values."""
+        """Return the settings that a resuming run must share, as plain values."""
         return {
             "steps": self.steps,
             "accumulation": self.accumulation,

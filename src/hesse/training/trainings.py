@@ -1,4 +1,4 @@
-"""Trainings that methods name as their solver: what each holds of a model's weights, and how it steps."""
+"""Trainings that methods name as their solver: parametrizations of a model's weights, and step rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from hesse.training.training import Training
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a training holds, by the names of the weights, and its rule for steps; None for the gradient."""
+    """Parametrizations of a training by the names of the weights, and its step rule; None for the plain gradient."""
 
     held: Mapping[str, Held]
     rule: StepRule | None = None
@@ -41,7 +41,7 @@ class TrainingRequest:
     ignore: Sequence[str] = ()
 
     def setting(self, name: str) -> Any:
-        """Return one of the method's settings, as it is given or by default."""
+        """Return one of the method's settings, given or by default."""
         return self.options.own.get(name, self.method.setting(name))
 
     def weights(self) -> dict[str, Constraint]:
@@ -92,7 +92,7 @@ def hold_straight_through(request: TrainingRequest) -> Setup:
 
 
 def train_movement(request: TrainingRequest) -> Setup:
-    """Train scores beside the weights, of which the highest are kept."""
+    """Train weights and scores, and keep the weights of the highest scores."""
     held: dict[str, Held] = {}
     for name, pattern in request.weights().items():
         if not isinstance(pattern, Sparse):
@@ -105,7 +105,7 @@ def train_movement(request: TrainingRequest) -> Setup:
 
 
 def train_compression_aware(request: TrainingRequest) -> Setup:
-    """Train all weights for what pruning at random patterns will do to them."""
+    """Train all weights to be robust to pruning at random patterns."""
     patterns = tuple(parse_sparsity(text.strip()) for text in str(request.setting("patterns")).split(","))
     return Setup({}, CompressionAware(tuple(request.weights()), patterns, float(request.setting("rho"))))
 

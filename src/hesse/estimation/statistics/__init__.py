@@ -1,4 +1,4 @@
-"""Statistics: what data tells about a layer. Each is an object in the table STATISTICS, whose file defines it."""
+"""Statistics of a layer that are collected from data. Each is an object in the table STATISTICS."""
 
 from hesse.estimation.statistics.base import (
     STATISTICS,

@@ -29,9 +29,9 @@ Needs = Mapping[str, Collection[str]]  # the names of the statistics that each l
 
 
 class Statistic(ABC):
-    """One thing that data tells about a layer.
+    """A statistic of a layer that is collected from data.
 
-    Its value is any object, None where it is not known. How it is collected is said by the three classes below: at the
+    Its value is any object, or None if it is unknown. The three subclasses below define how it is collected: at the
     layers' inputs, in a pass over a block before its layers are changed, or in the backward pass.
     """
 
@@ -46,11 +46,11 @@ class Statistic(ABC):
         """Return the bytes of the value for a layer of `shape` (out, in), from `samples` samples."""
 
     def working_bytes(self, shape: Sequence[int], tokens: int, length: int) -> int:
-        """Return the bytes that collecting takes at a layer besides the value, for batches of `tokens` tokens."""
+        """Return the bytes of workspace for collecting at a layer, for batches of `tokens` tokens."""
         return 0
 
     def is_known(self, value: Any) -> bool:
-        """Return False if the value says nothing about the layer."""
+        """Return False if the value has no information about the layer."""
         return value is not None
 
     def check_network(self, network: Network, layers: Collection[str]) -> None:
@@ -98,7 +98,7 @@ class InputStatistic(Statistic):
 
 
 class BlockStatistic(Statistic):
-    """A statistic that a pass over a block gives before its layers are changed."""
+    """A statistic that a pass over a block collects before its layers are changed."""
 
     @abstractmethod
     def values(self, batches: Sequence[Any], block: Block, index: int, processes: Processes) -> Mapping[str, Tensor]:
@@ -109,7 +109,7 @@ class BackwardAccumulator(Protocol):
     """Sums over the gradients of some layers, batch by batch."""
 
     def add(self, recorded: RecordedBatch) -> None:
-        """Add what a batch shows of the layers."""
+        """Add a recorded batch."""
 
     def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
         """Return the sums of all `processes` times `scale`, by layer; without layers that no gradient reached."""
@@ -145,7 +145,7 @@ class BackwardCollection:
         }
 
     def add(self, recorded: RecordedBatch) -> None:
-        """Add what a batch shows of the layers."""
+        """Add a recorded batch."""
         for sums in self._sums.values():
             sums.add(recorded)
 
@@ -164,7 +164,7 @@ def needs_samples(needs: Needs) -> bool:
 
 
 def probe_tokens(needs: Needs, layers: Sequence[Layer], calibration_tokens: int) -> int:
-    """Return the tokens that the backward pass takes for all that `layers` need, at least those of a prediction."""
+    """Return the number of tokens of the backward pass for all that `layers` need, at least those of a prediction."""
     rows = {layer.name: layer.weight.shape[0] for layer in layers}
     wanted = (statistic.probe_tokens(rows[layer], calibration_tokens) for statistic, layer in _backward(needs))
     return max(wanted, default=0)

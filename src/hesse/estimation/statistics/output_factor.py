@@ -47,7 +47,7 @@ class OutputDiagonal(BackwardStatistic):
     def load(self, folder: Statistics, layer: Layer, device: torch.device) -> Any:
         """Return the output factor of the layer's Kronecker factors, or else what the folder has of it."""
         kronecker = folder.kronecker(layer.name, device)
-        return folder.sensitivities.get(layer.name) if kronecker is None else kronecker.output_factor
+        return folder.output_factors.get(layer.name) if kronecker is None else kronecker.output_factor
 
 
 class OutputFactor(OutputDiagonal):

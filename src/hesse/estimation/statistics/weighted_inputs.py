@@ -38,8 +38,8 @@ class WeightedInputs(InputStatistic):
         """Refuse a network whose attention cannot be observed."""
         if not tells_attention(network.model):
             raise UnsupportedModelError(
-                f"{type(network.model).__name__} does not tell how much attention a position receives, by which this "
-                "method weighs its inputs: use curvature gram, or another method"
+                f"the attention of {type(network.model).__name__} cannot be observed, but this method weighs inputs by "
+                "the attention that their positions receive: use curvature gram, or another method"
             )
 
     def prepare(self, batches: Sequence[StreamBatch], block: Block, index: int) -> list[Tensor] | None:

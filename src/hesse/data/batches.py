@@ -1,0 +1,84 @@
+"""Batches of any kind that users have, as what calibration takes: (inputs, targets) pairs, or lists of token ids."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.errors import OptionError
+
+LABELS = ("labels", "label", "targets")
+IGNORED = -100  # a target that is masked
+
+
+def token_ids(data: Any) -> str | Path | list[list[int]] | None:
+    """Return data that is text or token ids as `read_samples` takes it; None if it is batches of another kind.
+
+    That is a file or a data set id, lists of token ids, a `datasets.Dataset` with a column `input_ids`, and batches
+    {"input_ids", ...} as transformers' collators make them, if nothing is padded and the labels are the ids themselves.
+    """
+    if isinstance(data, str | Path):
+        return data
+    columns = getattr(data, "column_names", None)
+    if columns is not None and "input_ids" in columns and not set(LABELS) & set(columns):
+        return [list(map(int, ids)) for ids in data["input_ids"]]
+    if not isinstance(data, Sequence) or not data:
+        return None
+    if all(isinstance(sample, Sequence) and sample and all(type(token) is int for token in sample) for sample in data):
+        return [list(sample) for sample in data]
+    return None
+
+
+def unpadded_ids(batches: Sequence[Any]) -> list[list[int]] | None:
+    """Return the samples of {"input_ids", ...} batches of a language model; None if more than the ids matters in them.
+
+    Padding, labels that are not the ids themselves, and other inputs matter.
+    """
+    samples: list[list[int]] = []
+    for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            return None
+        ids, mask = torch.as_tensor(batch["input_ids"]), batch.get("attention_mask")
+        labels = next((batch[name] for name in LABELS if batch.get(name) is not None), ids)
+        plain = ids.ndim == 2 and not set(batch) - {"input_ids", "attention_mask", *LABELS}
+        if not plain or not torch.equal(torch.as_tensor(labels), ids):
+            return None
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            return None
+        samples += ids.tolist()
+    return samples or None
+
+
+def pairs(batches: Iterable[Any], language_model: bool = False) -> list[tuple[Any, Tensor]]:
+    """Return batches as one list of (inputs, targets), which every pass walks alike.
+
+    A batch is such a pair, or a dictionary whose `labels` are the targets and whose other entries are the inputs. For
+    a `language_model` the targets are the tokens after each; without labels they are the ids that are not padded.
+
+    Raises:
+        OptionError: a batch is neither.
+    """
+    return [_pair(number, batch, language_model) for number, batch in enumerate(batches)]
+
+
+def _pair(number: int, batch: Any, language_model: bool) -> tuple[Any, Tensor]:
+    if isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    if not isinstance(batch, Mapping):
+        raise OptionError(
+            f"batch {number} is {type(batch).__name__}, and must be a pair (inputs, targets) or a dictionary with "
+            "labels: map the data to pairs"
+        )
+    inputs = {name: value for name, value in batch.items() if name not in LABELS and value is not None}
+    labels = next((batch[name] for name in LABELS if batch.get(name) is not None), None)
+    if labels is None and language_model and "input_ids" in inputs:
+        labels = inputs["input_ids"]
+        if (mask := inputs.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+    if not isinstance(labels, Tensor):
+        raise OptionError(f"batch {number} has no labels: give one of {', '.join(LABELS)} in each dictionary")
+    if language_model:
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    return inputs, labels

@@ -1,0 +1,197 @@
+"""Every command that writes a folder goes on after kill -9, at any note or moment, to the same bytes."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import hesse
+import tiny_models
+from helpers import IDS, compress, left_over, write_ids
+from hesse.checkpoints import work_folder
+from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.tensor_store import memory_of
+from hesse.errors import OutputError
+
+REPORTS = ("hesse-report.json", "statistics.json")
+VOLATILE = ("seconds", "peak_rss_bytes", "out")
+# What each command is asked, and with what it is refused over an unfinished run.
+COMMANDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "rotate": ("rotate", {"kind": "kurtail"}, {"kind": "hadamard"}, "kind"),
+    "drop-blocks": ("drop_blocks", {"blocks": 2}, {"blocks": 1}, "options"),
+    "drop-blocks by score": ("drop_blocks", {"blocks": 2, "importance": "quadratic"}, {"seed": 1}, "data"),
+    "drop-blocks shared": ("drop_blocks", {"blocks": 1, "share_rank": 4}, {"share_rank": 5}, "options"),
+    "narrow": ("narrow", {"keep": 0.5}, {"keep": 0.25}, "options"),
+    "repair to an adapter": ("repair", {"rank": 4, "curvature": "kronecker"}, {"rank": 5}, "options"),
+    "repair to a model": ("repair", {"rank": 4, "format": "dense"}, {"format": "adapter"}, "options"),
+    "estimate": ("estimate", {"curvatures": ("gram", "kronecker", "fisher")}, {"curvatures": ("gram",)}, "curvatures"),
+    "estimate a Gram": ("estimate", {"curvatures": ("gram",)}, {"seed": 1}, "data"),
+}
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["helpers", "hesse.jobs.compress", "hesse.jobs.repair", "hesse.jobs.estimate"])
+Sources = tuple[Path, ...]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A model of four blocks, the model compressed, and token ids for commands that want a file."""
+    folder = tmp_path_factory.mktemp("resumed")
+    (folder / "made").mkdir()
+    model = tiny_models.save("llama", folder / "made", num_hidden_layers=4)
+    compress(model, folder / "compressed", method="rtn", bits=3, group_size=32)
+    return model, folder / "compressed", write_ids(folder / "ids.jsonl")
+
+
+def run(name: str, folders: Sources, out: Path, **changed: Any) -> Any:
+    """Run a command in this process."""
+    model, compressed, ids = folders
+    verb, options, *_ = COMMANDS[name]
+    models = (model, compressed) if verb == "repair" else (model,)
+    data = ids if verb == "estimate" else IDS
+    return getattr(hesse, verb)(*models, out, **{"data": data, "batch_size": 3, **options, **changed})
+
+
+def killed(name: str, folders: Sources, out: Path, die_after: int | None) -> None:
+    """Run a command, and kill this process like the system would once `die_after` steps are noted."""
+    torch.set_num_threads(1)
+    if die_after is not None:
+        record, left = Journal.record, [die_after]
+
+        def counted(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
+            record(self, step, content, files)
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.record = counted  # type: ignore[method-assign]
+    run(name, folders, out)
+
+
+def ends(name: str, folders: Sources, out: Path, die_after: int | None = None, seconds: float | None = None) -> bool:
+    """Return True if a process that runs the command comes to its end."""
+    process = PROCESSES.Process(target=killed, args=(name, folders, out, die_after))
+    process.start()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes; of a safetensors file those of its tensors by name, since its metadata have no fixed order."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = sorted((file.metadata() or {}).items())
+    stored = [(name, str(t.dtype), tuple(t.shape), memory_of(t).tobytes()) for name, t in tensors.items()]
+    return repr((metadata, stored)).encode()
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Every file of a result by name, and its report without seconds and memory."""
+    found = {path.name: content(path) for path in out.iterdir() if path.name not in REPORTS}
+    for path in (out / name for name in REPORTS if (out / name).exists()):
+        report = json.loads(path.read_text())
+        found[path.name] = json.dumps({k: v for k, v in report.items() if k not in VOLATILE}).encode()
+    assert any(name in found for name in REPORTS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folders: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """What a command writes that nothing interrupts."""
+    found: dict[str, dict[str, bytes]] = {}
+
+    def of(name: str) -> dict[str, bytes]:
+        if name not in found:
+            out = tmp_path_factory.mktemp("undisturbed") / "out"
+            assert ends(name, folders, out)
+            found[name] = files(out)
+        return found[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_goes_on_to_the_same_bytes(
+    name: str, folders: Sources, undisturbed: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Killed after one to three notes each time; every other time the newest file is cut, as by a power failure."""
+    deaths, out = 0, tmp_path / "out"
+    while not ends(name, folders, out, die_after=1 + max(deaths - 1, 0) % 3):
+        deaths += 1
+        assert deaths < 60
+        assert not out.exists()
+        if deaths % 2:
+            left = [p for p in (tmp_path / ".out.unfinished").rglob("*") if p.is_file() and p.name != work_folder.LOCK]
+            cut = max(left, key=lambda path: path.stat().st_mtime_ns)
+            os.truncate(cut, cut.stat().st_size // 2)
+    assert deaths >= 2
+    assert files(out) == undisturbed(name)
+    assert left_over(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["narrow", "repair to an adapter", "estimate"])
+def test_a_command_may_be_killed_at_any_moment(
+    name: str, folders: Sources, undisturbed: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    generator, out = random.Random(name), tmp_path / "out"
+    started = time.monotonic()
+    assert ends(name, folders, tmp_path / "whole")
+    whole = time.monotonic() - started
+    for _ in range(4):
+        if ends(name, folders, out, seconds=generator.uniform(0.2, 0.9) * whole) or out.exists():
+            break
+    else:
+        assert ends(name, folders, out)
+    assert files(out) == undisturbed(name)
+    assert left_over(tmp_path, "out") == ["out"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_another_command_or_request_is_refused_by_name(
+    name: str,
+    folders: Sources,
+    undisturbed: Callable[[str], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, _, changed, what = COMMANDS[name]
+    out, record, left = tmp_path / "out", Journal.record, [3]
+
+    def stop(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
+        record(self, step, content, files)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "record", stop)
+        with pytest.raises(KeyboardInterrupt, match="the same command resumes"):
+            run(name, folders, out)
+    with pytest.raises(OutputError, match=rf"differs from this one in its .*{what}.*: give --restart"):
+        run(name, folders, out, **changed)
+    other = "rotate" if not name.startswith("rotate") else "narrow"
+    with pytest.raises(OutputError, match="differs from this one in its command"):
+        run(other, folders, out)
+    shutil.copytree(tmp_path / ".out.unfinished", tmp_path / "kept")
+    run(name, folders, out)
+    assert files(out) == undisturbed(name)
+    shutil.rmtree(out)
+    (tmp_path / "kept").rename(tmp_path / ".out.unfinished")
+    run(name, folders, out, restart=True)
+    assert files(out) == undisturbed(name)
+    assert left_over(tmp_path) == ["out"]
