@@ -23,7 +23,8 @@ Batches = list[tuple[Any, Tensor]]
 
 
 def with_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with those that are a method's options as one `hesse.Options`."""
+    """The arguments with a method's options as one `hesse.Options`, and a folder of statistics by its name."""
+    arguments = {"statistics" if name == "curvature" else name: value for name, value in arguments.items()}
     options = {name: value for name, value in arguments.items() if name in OPTIONS}
     rest = {name: value for name, value in arguments.items() if name not in OPTIONS}
     return {**rest, "options": hesse.Options(**options)} if options else rest
@@ -78,7 +79,7 @@ def export(model: str | Path, out: Path, to: str) -> Any:
 
 def inspect(model: str | Path, **arguments: Any) -> Any:
     """Inspect the loss around a model."""
-    return hesse.inspect(model, **arguments)
+    return hesse.inspect(model, **with_options(arguments))
 
 
 def evaluate(model: str | Path, **arguments: Any) -> Any:

@@ -236,7 +236,7 @@ def test_a_low_rank_is_added_to_a_sparse_part_or_a_joint_one() -> None:
     shape = torch.Size([OUT, 8])
     assert joint.bits_per_weight(shape) == Grid(4, 8).bits_per_weight(shape) + LowRank(4).bits_per_weight(shape)
     for refused in ({"sparse": sparse, "outliers": {}}, {"table": {}, "grid": grid, "low_rank": low}):
-        with pytest.raises(OptionError, match="cannot be joined"):
+        with pytest.raises(OptionError, match="cannot be combined"):
             ConstraintOptions.model_validate(refused).build()
 
 

@@ -96,11 +96,11 @@ def test_refusals() -> None:
         solve(weight, gram, Grid(), Incoherent())
     with pytest.raises(UnsupportedProduct, match="Incoherent needs a Gram"):
         solve(weight, Identity(), Rotated(Grid()), Incoherent())
-    with pytest.raises(OptionError, match="outliers are what stays as it is beside a grid"):
+    with pytest.raises(OptionError, match="outliers are the unchanged weights of a grid"):
         ConstraintOptions(outliers=OutlierOptions()).build()
     with pytest.raises(OptionError, match="a constraint needs one of grid, codebook"):
         ConstraintOptions(basis="rotated").build()
-    with pytest.raises(OptionError, match="a rotated basis is for one constraint alone"):
+    with pytest.raises(OptionError, match="a rotated basis is for a single constraint"):
         ConstraintOptions(grid=GridOptions(), low_rank=LowRankOptions(), basis="rotated").build()
     torch.testing.assert_close(
         solve(weight, Identity(), Rotated(Grid(4, 4)), Nearest()).weight, Rotated(Grid(4, 4)).nearest(weight)

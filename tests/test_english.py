@@ -19,6 +19,7 @@ FOLDERS_DONE = (
     "formats",
     "inspection",
     "layerwise",
+    "methods",
     "networks",
     "partitions",
     "passes",

@@ -212,3 +212,17 @@ def test_a_run_stays_within_its_bound_under_a_hard_limit(wide_model: Path, tmp_p
     assert (few_paused, many_paused) == (False, True)
     assert few_peak <= few
     assert many_peak <= many <= limit
+
+
+def test_planning_a_budget_stays_within_the_bound_too(wide_model: Path, tmp_path: Path) -> None:
+    """Planning calibrates 32 samples, whose activations take more than the run has with one sample at a time."""
+    data = write_ids(tmp_path / "ids.jsonl", tiny_models.random_ids(32, 128))
+    plans = [
+        hesse.compress(wide_model, tmp_path / name, data=data, method="gptq", size="60%", memory=memory).report
+        for name, memory in (("free", None), ("limited", "4GiB"))
+    ]
+    assert plans[0].recipe == plans[1].recipe
+    assert plans[0].loss == plans[1].loss
+    with pytest.raises(OptionError, match="--memory 1MiB is not enough"):
+        hesse.compress(wide_model, tmp_path / "no", data=data, method="gptq", size="60%", memory="1MiB")
+    assert not (tmp_path / "no").exists()

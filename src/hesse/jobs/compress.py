@@ -229,8 +229,11 @@ def compress_folder(
         budget = None
         if plan is None:
             assert isinstance(request, BudgetRequest)
+            fits = None  # how planning keeps within a limit: as the method alone does
+            if run.memory is not None:
+                fits = plan_memory(open_plan(request.method.recipe(request.options, request.ignore)), run.memory)
             with job.clock.phase("plan"):
-                budget = _plan_once(job, source, request, statistics, format)
+                budget = _plan_once(job, source, request, statistics, format, fits)
             plan = open_plan(budget.recipe)
         if not job.work.resumed:
             check_room(job.work.folder, out, needed + waiting_bytes(plan))
@@ -312,11 +315,21 @@ def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:
     return int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)
 
 
-def _plan_once(job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str) -> BudgetPlan:
-    """Return the plan for a budget, which rank 0 makes and notes."""
-    work, device, progress = job.work, job.run.device, job.progress
+def _plan_once(
+    job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str, fits: MemoryPlan | None
+) -> BudgetPlan:
+    """Return the plan for a budget, which rank 0 makes and notes.
+
+    Planning calibrates and solves each layer as a run of the method does, so that `fits` keeps both within a limit.
+    """
+    work, device, progress, calibration = job.work, job.run.device, job.progress, job.calibration
     if job.processes.is_main and work.journal.recall("plan") is None:
-        plan = plan_budget(model, request, job.calibration, statistics, format=format, device=device, progress=progress)
+        offload = work.own.folder if fits is not None and fits.paused_on_disk else None
+        if fits is not None:
+            calibration = replace(calibration, batch_size=fits.batch_size)
+        plan = plan_budget(
+            model, request, calibration, statistics, format=format, device=device, progress=progress, offload=offload
+        )
         work.journal.record("plan", plan.to_dict())
     job.processes.barrier()
     return BudgetPlan.from_dict(work.journal.expect("plan"))

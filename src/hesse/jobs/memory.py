@@ -9,10 +9,11 @@ import psutil
 
 from hesse.data.selection import PROBE_TOKENS
 from hesse.errors import OptionError
-from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic, InputStatistic
+from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic
 from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.jobs.plan import Plan
 from hesse.layerwise.rules import statistics_needed
+from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
@@ -20,11 +21,6 @@ from hesse.passes.stream import calibration_batch
 
 COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
-# How many matrices of a kind, in float32, are in memory at once while a layer is solved; counted in the solvers, whose
-# most demanding one they are of, and held against measurement in bench/memory.py.
-OF_WEIGHT, OF_INPUTS, OF_OUTPUTS = 14, 9, 8
-OF_BLOCKS = 7  # of a layer's blocks of the Fisher, in float32, while it is pruned by them
-OF_GRADIENTS = 4  # of the gradients of a layer's weight, one a sample
 OF_LOGITS = 6  # as many while two models are compared
 OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
@@ -188,21 +184,20 @@ def _free() -> int:
 
 
 def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
-    rule = plan.rules.get(layer.name)
-    rows, columns = layer.weight.shape
-    gram = 0 if rule is not None and not rule.kind.needs else OF_INPUTS * columns**2 + tokens * columns
+    """Return the bytes that a layer takes while its statistics are collected, or while it is solved."""
+    shape, rule, every = layer.weight.shape, plan.rules.get(layer.name), statistics_needed(plan.rules)
+    block = next(block for block in plan.network.blocks if layer in block.layers)
+    needs = frozenset(name for other in block.layers for name in every.get(other.name, ()))
+    collected = collecting_bytes(shape, needs, tokens, plan.length) if plan.statistics is None else 0
     if rule is None:
-        return 4 * gram
-    outputs = OF_OUTPUTS * rows**2 if rule.kind.couples_rows else 0
-    others = 0
-    for name in rule.kind.needs:
-        statistic = STATISTICS[name]
-        kept = statistic.bytes((rows, columns), len(plan.probes.ids))
-        if isinstance(statistic, InputStatistic) and name != "inputs":
-            others += kept + statistic.working_bytes((rows, columns), tokens, plan.length)
-        elif statistic.of_weights and plan.statistics is None:
-            others += (OF_GRADIENTS if name == "fisher gradients" else OF_BLOCKS) * kept
-    return 4 * (OF_WEIGHT * rows * columns + gram + outputs) + others
+        return collected
+    constraint = plan.format.constraint(layer.name)
+    assert constraint is not None
+    solved = layer_bytes(rule, constraint, shape, needs, len(plan.probes.ids))
+    if rule.kind.couples_rows:  # other layers with the same inputs keep their factors, one for each number of outputs
+        others = {other.weight.shape[0] for other in block.layers if other.weight.shape[1] == shape[1]} - {shape[0]}
+        solved += sum(8 * (rows**2 + shape[1] ** 2) for rows in others)
+    return max(collected, solved)
 
 
 def _backward(plan: Plan, layer: Layer) -> dict[str, int]:

@@ -38,6 +38,7 @@ from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.verify import read_back
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effect
+from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer
 from hesse.passes.batch_sizes import evaluation_batch
@@ -184,7 +185,8 @@ class _Repair:
         probing = min(calibration_batch(length) * length, batch)
         phases = {COMPARING: comparing(pair.dense, length)}
         for block, twin in zip(network.blocks, pair.probed.blocks, strict=True):
-            solving = max((_workspace(x) + collecting(x, batch) for x in block.layers if x.name in names), default=0)
+            own = [layer for layer in block.layers if layer.name in names]
+            solving = max((self._workspace(layer) + collecting(layer, batch) for layer in own), default=0)
             waiting = activations(network, block, tokens, network.dtype.itemsize)
             phases[f"repair {block.name}"] = stopping(network, block, waiting) + solving
             factors = sum(4 * layer.weight.shape[0] ** 2 for layer in twin.layers if layer in whole)
@@ -203,6 +205,12 @@ class _Repair:
         added = sum(request.rank * sum(x.weight.shape) * pair.dtype(x.name).itemsize for x in pair.layers)
         out = added if request.format == "adapter" else dense
         return job.forecast((compressed, compressed + out if out == added else out, out), needed, phases, estimate)
+
+    def _workspace(self, layer: Layer) -> int:
+        """Return the bytes that repairing a layer holds, the dense and the compressed weight included."""
+        rule, shape = self.request.rule(), layer.weight.shape
+        constraint, samples = LowRank(self.request.rank), len(self.selected.probes.ids)
+        return 8 * shape.numel() + layer_bytes(rule, constraint, shape, rule.kind.needs | {"inputs"}, samples)
 
     def run(self) -> RepairReport:
         """Do everything but give the result its name."""
@@ -380,12 +388,6 @@ class _Repair:
         """Return the factors of all repaired layers, by the layers' names."""
         tensors = {name: tensor for part in self.job.parts for name, tensor in load_file(part.path).items()}
         return {name: LowRankCode(tensors[name + LEFT], tensors[name + RIGHT]) for name in self.digests}
-
-
-def _workspace(layer: Layer) -> int:
-    """Return the bytes that repairing a layer holds: the solver's, and the dense, compressed and repaired weights."""
-    rows, columns = layer.weight.shape
-    return 4 * (14 * rows * columns + 9 * columns**2 + 8 * rows**2)
 
 
 @dataclass(frozen=True, eq=False)

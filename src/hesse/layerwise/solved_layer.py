@@ -18,10 +18,10 @@ from hesse.progress import Clock
 
 
 class Storage(Protocol):
-    """How solved layers are stored."""
+    """Storage of solved layers."""
 
     def constraint(self, name: str) -> Constraint | None:
-        """Return the constraint of a layer as it can be stored; None to leave the layer as it is."""
+        """Return the constraint of a layer as it can be stored; None leaves the layer unchanged."""
 
     def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
         """Return the values that are stored for `weight` (out, in), which is solved as `encoded`."""

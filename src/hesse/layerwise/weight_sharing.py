@@ -10,6 +10,7 @@ from hesse.curvature import Gram
 from hesse.errors import OptionError, naming
 from hesse.estimation.calibrated import calibrated_blocks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
+from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import StreamBatch
@@ -83,8 +84,8 @@ class SharedWeights:
 
     def workspace(self, layer: Layer) -> int:
         """Return the bytes that making a layer's weight of another holds at most."""
-        rows, columns = layer.weight.shape
-        return 4 * (14 * rows * columns + 9 * columns**2)
+        shape = layer.weight.shape
+        return 12 * shape.numel() + layer_bytes(self._rule, LowRank(self.rank), shape, {"inputs"}, 0)
 
     def parameters(self, block: Block) -> int:
         """Return how many numbers describe the layers of a block made of another: factors, and scales of outputs."""

@@ -1,6 +1,6 @@
-"""Named triples curvature × constraint × solver, and recipes that say them per layer.
+"""Methods as named triples curvature × constraint × solver, and recipes that assign rules to layers.
 
-Every row of the table is a `Method`, and what it names is built when it runs. Other packages add their own:
+Every row of the table is a `Method`; the objects that it names are built when it runs. Other packages add their own:
 
     from hesse.methods import Method, Options, register, solver
 

@@ -1,4 +1,4 @@
-"""Constraints as a recipe names them: how their parts are joined."""
+"""Constraints in a recipe, built from their parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from hesse.registry import Registry
 
 @dataclass(frozen=True)
 class Basis:
-    """The basis, or the grouping, in which a weight is in a constraint."""
+    """Basis or grouping in which a weight satisfies a constraint."""
 
     name: str
     wrap: Callable[[Any], Constraint]
@@ -46,7 +46,7 @@ for _basis in (
 
 
 class ConstraintOptions(Strict):
-    """One constraint; sparse and grid for both at once; or one of these, a codebook or a table with low_rank added.
+    """Constraint in a recipe: one part; sparse and grid together; or one of these, a codebook or a table plus low_rank.
 
     Outliers may be added to a grid, a codebook or a table. A grid may be of the weight with its columns scaled,
     in a rotated basis, with its groups along either side, or with bits mixed over groups (`basis`). Other keys are
@@ -87,27 +87,27 @@ class ConstraintOptions(Strict):
 
     @property
     def parts(self) -> dict[str, ConstraintPart]:
-        """The parts that are given, those that are added to others last."""
+        """Return the given parts; parts that are added to others come last."""
         names = [*(name for name in type(self).model_fields if name != "basis"), *(self.model_extra or {})]
         given = {name: part for name in names if (part := getattr(self, name)) is not None}
         return dict(sorted(given.items(), key=lambda entry: entry[1].added))
 
     def build(self) -> Constraint:
-        """The constraint.
+        """Build the constraint.
 
         Raises:
-            OptionError: there is none, they cannot be joined, or a value has no meaning.
+            OptionError: there is no part, the parts cannot be combined, or a value is invalid.
         """
         given = list(self.parts)
         built = {name: part.build() for name, part in self.parts.items()}
         if not given:
             raise OptionError(f"a constraint needs one of {', '.join(PARTS)}")
         if given == ["outliers"]:
-            raise OptionError("outliers are what stays as it is beside a grid, codebook or table: give one of these")
+            raise OptionError("outliers are the unchanged weights of a grid, codebook or table: give one of these")
         if len(given) == 1:
             return _in_basis(built[given[0]], self.basis)
         if self.basis != "own":
-            raise OptionError(f"a {self.basis} basis is for one constraint alone, and there are {' and '.join(given)}")
+            raise OptionError(f"a {self.basis} basis is for a single constraint, but there are {' and '.join(given)}")
         *first, last = given
         base = self.sparse.build() & self.grid.build() if self.grid and self.sparse else built[first[0]]
         if given == ["grid", "sparse"]:
@@ -117,7 +117,7 @@ class ConstraintOptions(Strict):
             return base + built[last]
         if last == "outliers" and len(first) == 1 and base_part.takes_outliers:
             return base + built[last]
-        raise OptionError(f"{' and '.join(given)} cannot be joined in one layer")
+        raise OptionError(f"{' and '.join(given)} cannot be combined in one layer")
 
 
 def _in_basis(constraint: Constraint, basis: str) -> Constraint:

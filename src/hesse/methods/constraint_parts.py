@@ -1,4 +1,4 @@
-"""The parts of a constraint as a recipe says them, and which options of a method are theirs."""
+"""Parts of a constraint in a recipe, and the options of a method that set them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ Scope = Literal["layer", "row", "global", "lamp"]
 
 
 class ConstraintPart(Strict, ABC):
-    """One part of a constraint.
+    """Part of a constraint in a recipe.
 
     `takes` maps fields of the part to options of a method; the first option is the one that asks for the part.
     """
@@ -40,12 +40,12 @@ class ConstraintPart(Strict, ABC):
 
     @classmethod
     def asked_by(cls) -> str | None:
-        """The option without which the part is not there; None if there is no such one."""
+        """Return the option that requests the part; None if there is none."""
         return next(iter(cls.takes.values()), None)
 
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
-        """The part with a method's options where they are given."""
+        """Return the part with a method's options where given."""
         given = {own: options[name] for own, name in cls.takes.items() if name in options}
         try:
             return cls(**given)
@@ -89,10 +89,10 @@ class GridOptions(ConstraintPart):
 
 
 class SparseOptions(ConstraintPart):
-    """Options of a Sparse: a share such as 0.5, whose zeros come in a block of so many neighbours, or a pattern "2:4".
+    """Options of a Sparse: a share such as 0.5, with zeros in blocks of `block` neighbours, or a pattern such as "2:4".
 
-    `scope` says where a share is counted: in each row, each layer, or over all layers of the rule together, by their
-    magnitudes ("global") or by LAMP's ("lamp"), which gives each layer a share of its own before it is solved.
+    `scope` is the set over which a share is counted: each row, each layer, or all layers of the rule together, by
+    magnitude ("global") or by LAMP's score ("lamp"); the last two give each layer its own share before it is solved.
     """
 
     takes: ClassVar[dict[str, str]] = {"amount": "sparsity", "scope": "scope", "block": "block"}
@@ -109,7 +109,7 @@ class SparseOptions(ConstraintPart):
         return super().chosen(options)
 
     def build(self) -> Sparse:
-        """The constraint; of a share of several layers together that of a layer with as much."""
+        """Build the constraint; a share over several layers is built as the same share of each layer."""
         parsed = parse_sparsity(self.amount)
         if parsed.of is not None:
             if self.scope in ("global", "lamp"):
@@ -145,7 +145,7 @@ class TableOptions(ConstraintPart):
 
 
 class OutlierOptions(ConstraintPart):
-    """The share of weights that stay as they are beside a grid or a codebook."""
+    """Options of outliers: the share of weights that a grid or a codebook leaves unchanged."""
 
     takes: ClassVar[dict[str, str]] = {"share": "outliers"}
     added = True
@@ -170,14 +170,14 @@ class CodebookOptions(ConstraintPart):
 
 
 class SignRankOneOptions(ConstraintPart):
-    """A SignRankOne has no options."""
+    """Options of a SignRankOne, which has none."""
 
     def build(self) -> SignRankOne:
         return SignRankOne()
 
 
 class SalientOptions(ConstraintPart):
-    """Options of SalientColumns: which share of columns, and the grid that they are on."""
+    """Options of SalientColumns: the share of columns, and their grid."""
 
     share: float = 0.2
     grid: GridOptions = GridOptions(bits=4, group_size=-1, headroom=0.06)
@@ -234,10 +234,10 @@ def constraint(name: str) -> Callable[[type[ConstraintPart]], type[ConstraintPar
 
 
 def parse_sparsity(text: str | float) -> Sparse:
-    """`0.5` as half, `"2:4"` as two kept of every four.
+    """Parse a sparsity: `0.5` is half zeros, `"2:4"` keeps two of every four weights.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the text is neither a share nor a pattern.
     """
     try:
         if isinstance(text, str) and ":" in text:

@@ -1,4 +1,4 @@
-"""The curvatures that a rule can name: what each is made of, and how."""
+"""Curvatures that a rule can name, with their statistics and builders."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from hesse.registry import Registry
 
 
 class Known(Protocol):
-    """What is known of a layer when it is solved."""
+    """Known data of a layer when it is solved."""
 
     @property
     def weight(self) -> Tensor:
-        """(out, in)."""
+        """Return the weight (out, in)."""
 
     @property
     def statistics(self) -> Mapping[str, Any]:
-        """The layer's statistics by name (`hesse.estimation.statistics`); those that are not known are absent."""
+        """Return the layer's known statistics by name (`hesse.estimation.statistics`)."""
 
 
 @dataclass(frozen=True)
 class CurvatureKind:
-    """A curvature of one layer's weight, and the names of the statistics that it is made of.
+    """A curvature of one layer's weight, and the names of the statistics that it is built from.
 
-    `build` makes it from what is known of the layer, the solver's options and the damping. Layers with the same
-    statistics share what it returns, so it may look at the weight's shape, if `couples_rows`, and not at its values.
+    `build` takes the layer's known data, the solver's options and the damping. Layers with the same statistics share
+    its result, so it may use the weight's shape (if `couples_rows`), but not the weight's values.
     """
 
     name: str
     needs: frozenset[str]
     build: Callable[[Known, SolverOptions, float], Curvature]
-    couples_rows: bool = False  # it is of a whole weight (out, in), and not the same for every row
+    couples_rows: bool = False  # a curvature of the whole weight (out, in), not the same for every row
     inverts_gram: bool = False  # so that with fewer tokens than inputs the solution depends on the damping
 
 
@@ -72,7 +72,7 @@ def _attention(known: Known, options: SolverOptions, damping: float) -> Curvatur
 
 def _of_outputs(name: str, known: Known, options: SolverOptions, damping: float) -> Curvature:
     factor = _reached(known, name)
-    if factor is None:  # its outputs are taken as equals
+    if factor is None:  # weigh all outputs equally
         factor = torch.ones_like(known.weight[:, 0])
     kronecker = Kronecker(output_factor=factor, input_factor=_inputs(known).second_moment)
     return kronecker.with_damped_factors(options.output_damping, damping)

@@ -1,4 +1,4 @@
-"""Methods that factorise weights into two thin ones."""
+"""Methods that replace weights by low-rank factors."""
 
 from hesse.methods.method import Method
 from hesse.methods.table import register

@@ -20,13 +20,13 @@ Use = Literal["project", "evaluate", "solve"]
 class Method:
     """A row of the table of methods: names of registered objects, from which its verb builds what it runs.
 
-    - `curvature` is a name of `CURVATURES`; None for a method that judges by something else, such as its `score`.
+    - `curvature` is a name of `CURVATURES`; None for a method that uses something else, such as its `score`.
     - `constraints` are names of `PARTS` that the method always has, `optional` those that an option may add (so that
       GPTQ with a sparsity is joint pruning and quantization); `basis` is a name of `BASES`.
     - `solver` is a name in the verb's table of solvers: `SOLVERS` for verbs that solve layers.
     - `partition` says which weights are changed together; `score` is a name in that verb's table of scores.
     - `schedule` is a name of training's `SCHEDULES`, for methods that change a network little by little.
-    - `rewrite` is done to the model before, and leaves its function as it is.
+    - `rewrite` is a rewriting of the model that precedes the method and keeps its function.
     - `defaults` are the method's own choice of the options of its constraints and solver, `settings` its other options.
     """
 
@@ -55,17 +55,17 @@ class Method:
 
     @property
     def curvatures(self) -> tuple[str, ...]:
-        """All curvatures that the method can use, its usual one first."""
+        """Return all curvatures that the method can use, the default first."""
         return (*((self.curvature,) if self.curvature else ()), *self.other_curvatures)
 
     @property
     def example(self) -> str:
-        """A command or call that runs the method."""
+        """Return a command or call that runs the method."""
         return VERBS[self.verb].example.format(name=self.name, what=self.partition)
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """Curvature, constraint and solver as the table prints them."""
+        """Return curvature, constraint and solver as the table prints them."""
         curvature = self.curvature or "none"
         if self.other_curvatures:
             curvature += f" (or {', '.join(self.other_curvatures)})"
@@ -156,20 +156,20 @@ class Method:
         return self.curvature is not None and self.partition == "weights" and self.solver in SOLVERS
 
     def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
-        """The recipe that applies this method with `options` to every layer that is not ignored.
+        """Return the recipe that applies this method with `options` to every layer that is not ignored.
 
         Raises:
-            OptionError: the method does not have one of the options, or a value has no meaning.
+            OptionError: the method does not have one of the options, or a value is invalid.
         """
         if self.curvature is None or not self.solves_layers:
-            raise OptionError(f"the method {self.name} is no rule for single layers; it runs by: {self.example}")
+            raise OptionError(f"the method {self.name} is not a rule for single layers; it runs by: {self.example}")
         self._refuse_foreign(options)
         chosen = options.over(self.defaults)
         sparse = parse_sparsity(chosen.sparsity) if chosen.sparsity is not None else None
         pattern = (sparse is not None and sparse.of is not None) or (chosen.block or 1) > 1
         descending = bool(chosen.act_order) and not pattern
         if options.act_order and pattern:
-            raise OptionError("--act-order would tear the groups of N:M or the blocks apart: leave one of the two out")
+            raise OptionError("--act-order would split the groups of N:M or the blocks: leave out one of the two")
         if options.signed and not chosen.symmetric:
             raise OptionError("--signed has no meaning for an asymmetric grid, which has zero points: leave one out")
         constraint = self._constraint(chosen)
@@ -186,12 +186,12 @@ class Method:
         return Recipe(method=self.name, rules=(rule,), ignore=ignore, rewrite=self.rewrite)
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:
-        """The parts that the method has, always or because an option asks for them."""
+        """Return the method's parts that it always has or that an option requests."""
         parts = {name: PARTS[name].chosen(chosen.given()) for name in self._parts(chosen)}
         return ConstraintOptions.model_validate({**parts, "basis": self.basis})
 
     def _parts(self, chosen: Options) -> list[str]:
-        """Of the parts that the method can have, those that are there with such options."""
+        """Return the parts of the method that are present with the given options."""
         asked = {name: PARTS[name].asked_by() for name in self.optional}
         return [
             *self.constraints,
@@ -199,12 +199,12 @@ class Method:
         ]
 
     def _settings_of_solver(self, chosen: Options) -> dict[str, Any] | None:
-        """The options that are the solver's own, where some are given."""
+        """Return the given options of the solver itself; None if there are none."""
         names = [option.name for option in SOLVERS[self.solver].settings if option.name in chosen.own]
         return {name: chosen.own[name] for name in names} or None
 
     def _options_of_parts(self) -> tuple[Option, ...]:
-        """The options of the method's constraints and solver."""
+        """Return the options of the method's constraints and solver."""
         entry = VERBS[self.verb].solver(self.solver)
         if not (self.solves_layers or getattr(entry, "takes_parts", False)):
             return ()
@@ -240,7 +240,7 @@ class Method:
                 raise OptionError(f"{meant}: `hesse methods` shows which has it")
 
     def _of_solver(self, there: list[str]) -> dict[str, bool]:
-        """Whether the options that are no part's have a meaning."""
+        """Return, for each option that belongs to no part, True if it has an effect."""
         if not self.solves_layers:
             return {}
         return {

@@ -1,4 +1,4 @@
-"""YAML as plain data: what a recipe needs of it, and nothing that takes long or makes objects."""
+"""Read YAML as plain data: the subset that recipes need, without objects or expensive constructs."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ DEEPEST = 20  # levels; a recipe has seven
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last."""
+    """Loader that refuses duplicate keys, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,10 +28,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """What the YAML file `path` holds.
+    """Read the content of the YAML file `path`.
 
     Raises:
-        OptionError: it is missing, too large or no YAML, or has aliases, tags, a key twice, or too many levels.
+        OptionError: the file is missing, too large or not YAML, or has aliases, tags, duplicate keys or deep nesting.
     """
     try:
         if path.is_file() and path.stat().st_size > LARGEST:
@@ -52,14 +52,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_events(text: str, path: Path) -> None:
-    """Refuse what grows when it is loaded: aliases, which merge keys multiply, and levels, which recursion follows."""
+    """Refuse aliases, which merge keys multiply, and deep nesting, which needs recursion."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise OptionError(f"the recipe {path} has the alias *{event.anchor}: write out what it stands for")
+            raise OptionError(f"the recipe {path} has the alias *{event.anchor}: write out its value")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > DEEPEST:
-            raise OptionError(f"the recipe {path} is nested more than {DEEPEST} levels deep, and a recipe has seven")
+            raise OptionError(f"the recipe {path} is nested more than {DEEPEST} levels deep, but a recipe has seven")

@@ -1,4 +1,4 @@
-"""A recipe: which curvature, constraint and solver for each layer; what `--recipe` reads, `--print-recipe` writes."""
+"""Recipes: curvature, constraint and solver of each layer, as `--recipe` reads and `--print-recipe` writes them."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,18 +14,18 @@ from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
 
-# What `hesse.rewriting` does to a model before it is rounded, its function unchanged.
+# Rewritings by `hesse.rewriting`, which change a model before it is rounded without changing its function.
 Rewrite = Literal["hadamard", "kurtail", "activation_aware", "smoothing", "outlier_smoothing"]
 
 
 class Rule(Strict):
-    """What is done to the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
+    """Rule for the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
 
     layers: tuple[str, ...] = ("*",)
     curvature: str
     constraint: ConstraintOptions
     solver: SolverOptions
-    input_bits: int | None = Field(default=None, ge=2, le=8)  # that a loader rounds each token's inputs to
+    input_bits: int | None = Field(default=None, ge=2, le=8)  # a loader rounds each token's inputs to these bits
 
     @field_validator("curvature")
     @classmethod
@@ -36,40 +36,40 @@ class Rule(Strict):
 
     @property
     def kind(self) -> CurvatureKind:
-        """Its curvature."""
+        """Return the rule's curvature."""
         return CURVATURES[self.curvature]
 
 
 class Recipe(Strict):
-    """Rules, of which the first that matches a layer's name counts, and the layers that are left as they are."""
+    """Recipe of a model: the first rule that matches a layer's name applies; ignored layers are unchanged."""
 
     method: str = "recipe"
     about: str | None = None  # for people
     rules: tuple[Rule, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
-    rewrite: Rewrite | None = None  # what is done to the model before, its function unchanged
+    rewrite: Rewrite | None = None  # a rewriting of the model before the rules, which keeps its function
 
     def rule_for(self, layer: str) -> Rule | None:
-        """The rule for the layer of that name, or None to leave it as it is."""
+        """Return the rule for the layer of that name; None leaves it unchanged."""
         if any(matches(layer, pattern) for pattern in self.ignore):
             return None
         return next((rule for rule in self.rules if any(matches(layer, p) for p in rule.layers)), None)
 
     def to_yaml(self) -> str:
-        """The recipe as `load_recipe` reads it."""
+        """Return the recipe as `load_recipe` reads it."""
         return yaml.safe_dump(_plain(self.model_dump(exclude_none=True)), sort_keys=False)
 
 
 def matches(layer: str, pattern: str) -> bool:
-    """Whether a layer's name, or its end after a dot, matches a shell pattern."""
+    """True if a layer's name, or its end after a dot, matches a shell pattern."""
     return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}")
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file.
+    """Load the recipe in a YAML file.
 
     Raises:
-        OptionError: the file is missing, too large or no YAML, or a key or value is not known; the message names it.
+        OptionError: the file is missing, too large or not YAML, or has an unknown key or value; the message names it.
     """
     content = read_yaml(path)
     try:
@@ -82,11 +82,11 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def explain(error: ValidationError) -> str:
-    """The first things that are wrong, each with its place, on one line."""
+    """Return the first problems, each with its place, on one line."""
     parts = []
     problems = error.errors()
     inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
-    for problem in [each for each in problems if each["loc"] not in inside][:3]:  # what holds a wrong part is right
+    for problem in [each for each in problems if each["loc"] not in inside][:3]:  # the innermost problems only
         place = ".".join(str(part) for part in problem["loc"]) or "the top"
         message = "is not a known key" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
         parts.append(f"{place}: {message}")
@@ -94,7 +94,7 @@ def explain(error: ValidationError) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML can write."""
+    """Return tuples as lists, which YAML can write."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Methods that rewrite the model before they put it on a grid."""
+"""Methods that rewrite the model before rounding it to a grid."""
 
 from hesse.methods.method import Method
 from hesse.methods.table import register

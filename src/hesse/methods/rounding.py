@@ -1,4 +1,4 @@
-"""Methods that put weights on a grid."""
+"""Methods that round weights to a grid."""
 
 from hesse.methods.method import Method
 from hesse.methods.table import register

@@ -1,4 +1,4 @@
-"""Solvers as a recipe names them: the registry, and the options that a recipe gives."""
+"""Solvers in a recipe: their registry, and their options."""
 
 import inspect
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from hesse.solvers import (
 
 
 class SolverOptions(Strict):
-    """Which solver, and its options.
+    """Name and options of a solver.
 
     `damping` is a share of the mean eigenvalue of the curvature, or of a Kronecker's factor of the inputs,
     `output_damping` of that of its factor of the outputs.
@@ -57,7 +57,7 @@ class SolverOptions(Strict):
         return name
 
     def build(self) -> Solver:
-        """The solver."""
+        """Build the solver."""
         return SOLVERS[self.name].build(self)
 
 

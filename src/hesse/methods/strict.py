@@ -1,13 +1,13 @@
-"""What options in a recipe have in common."""
+"""Base class of the options in a recipe."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Whole = Annotated[int, Field(ge=-(2**31), le=2**31)]  # what a message can print; what has a meaning is checked later
+Whole = Annotated[int, Field(ge=-(2**31), le=2**31)]  # bounded so that messages can print it; checked further later
 
 
 class Strict(BaseModel):
-    """Options of which none is unknown, and none changes."""
+    """Immutable options that refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""The table of methods: every row, whichever floor of the house it stands on."""
+"""Table of methods: all rows, from all packages."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -56,7 +56,7 @@ def find_method(name: str, *verbs: str) -> Method:
     """Return the method of that name, which one of `verbs` must run if any is given.
 
     Raises:
-        OptionError: there is none, or it runs otherwise.
+        OptionError: there is no such method, or another verb runs it.
     """
     if name not in METHODS:
         known = [method.name for method in METHODS.values() if not verbs or method.verb in verbs]
@@ -71,7 +71,7 @@ def find_methods(names: Iterable[str]) -> dict[str, tuple[Method, ...]]:
     """Return the rows that `names` of families and of methods choose, by family; all of them for no name.
 
     Raises:
-        OptionError: a name is neither.
+        OptionError: a name is neither a family nor a method.
     """
     names = set(names)
     families: dict[str, list[Method]] = {family: [] for family in FAMILIES}

@@ -12,8 +12,8 @@ from hesse.registry import Registry
 class Verb:
     """A function that runs methods, as `function` of the package, which gets a method's name as `keyword`.
 
-    `solvers` is the registry that its methods' solvers are in, by module and name, imported on first use;
-    None where a verb has one way only.
+    `solvers` is the registry of its methods' solvers, by module and name, imported on first use; None for a verb with a
+    single algorithm.
 
     `example` is the call or command that the table shows, with {name} for the method's. A verb without `keyword` runs
     one method only.
@@ -29,7 +29,7 @@ class Verb:
         """Return the entry of a solver that the verb's methods can name.
 
         Raises:
-            OptionError: there is none.
+            OptionError: there is no such solver.
         """
         if self.solvers is None:
             return None

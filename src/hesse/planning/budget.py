@@ -195,11 +195,13 @@ def plan_budget(
     format: str,
     device: torch.device,
     progress: Progress,
+    offload: Path | None = None,
 ) -> BudgetPlan:
     """Plan the compression of each layer of the model folder `model`.
 
     Every layer is solved alone, on the dense model, for every offer; the plan minimises the sum of the resulting costs.
     With an `allocation`, its predictor gives the costs, and no layer is solved.
+    With a folder `offload`, the hidden states and activations of batches that wait are in files there.
 
     Raises:
         OptionError: the budget cannot be met; the message says what is reachable.
@@ -221,7 +223,7 @@ def plan_budget(
     meter = CostMeter(menu, sensitivity)
     if statistics is None:
         selected = select_samples(model, calibration, network, probe_tokens(meter.needs, network.layers, 0))
-        meter.measure(network, selected, calibration, progress)
+        meter.measure(network, selected, calibration, progress, offload)
     else:
         estimated = Statistics(statistics)
         estimated.check_model(checkpoint)

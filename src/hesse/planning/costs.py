@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import Constraint, Grid
 from hesse.curvature import Gram, Kronecker
 from hesse.data import Samples
@@ -47,8 +48,11 @@ class CostMeter:
         selected: Selection,
         calibration: Calibration,
         progress: Progress,
+        offload: Path | None = None,
     ) -> None:
         """Measure all costs on samples that pass through the model, in the type that calibration runs in.
+
+        With a folder `offload`, the hidden states and activations of batches that wait are in files there.
 
         Raises:
             HesseError: the data cannot be used, or a layer cannot be solved.
@@ -58,7 +62,7 @@ class CostMeter:
             probes, seed, step = selected.probes, calibration.seed, progress.advance
             factors = probe(network, probes, self.needs, Path(folder), seed, Clock(), step)
             samples = selected.samples.first(MOST_SAMPLES)
-            self._solve_all(network, samples, calibration, factors, progress)
+            self._solve_all(network, samples, calibration, factors, progress, offload)
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
@@ -78,12 +82,14 @@ class CostMeter:
         calibration: Calibration,
         factors: Known,
         progress: Progress,
+        offload: Path | None,
     ) -> None:
         """Solve each layer for every offer, on the inputs that it has in the dense model."""
         progress.begin("solve for each choice", len(network.blocks))
         length = samples.longest
-        batches = start(network, samples.batches(calibration.batch_size or calibration_batch(length)))
-        self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors), progress)
+        size = calibration.batch_size or calibration_batch(length)
+        batches = start(network, samples.batches(size), TensorStore(offload, "plan"))
+        self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors, offload=offload), progress)
 
     def read(self, network: Network, folder: Statistics, progress: Progress) -> None:
         """Measure all costs with Grams and output factors from a folder of `hesse estimate`.

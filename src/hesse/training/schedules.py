@@ -12,7 +12,7 @@ from hesse.registry import Registry
 class GradualSchedule:
     """Evenly spaced cuts over the first steps of a training, to shares of zeros that increase ever more slowly.
 
-    The k-th of n cuts goes to final + (first - final) (1 - k / (n - 1))³: the first cut, before any training, to
+    The k-th of n cuts prunes to final + (first - final) (1 - k / (n - 1))³: the first cut, before any training, to
     `first`, and the last to `final`. The share `rest` of the steps comes after the last cut. Between two cuts the
     learning rate decreases from its full value to the share `floor` of it, and after the last cut to 0.
     Sources: Zhu and Gupta, 2017, arXiv:1710.01878; the large first cut and the rewound rate, Kurtic and Alistarh, 2022,
