@@ -59,19 +59,20 @@ def main() -> None:
     shipped = arguments.model == DEFAULT_FOLDER
     texts = (None, None) if shipped else (arguments.model / "calibration.txt", arguments.model / "held_out.txt")
     settings: dict[str, Any] = {"data": texts[0], "samples": arguments.samples, "length": LENGTH}
+    depth = len(open_networks(arguments.model, torch.device("cpu"))[1].blocks)
     print("| blocks | chosen by | which | KL | parameters |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         for number in map(int, arguments.blocks.split(",")):
             for options in (
-                *({"importance": kind} for kind in ("loss", "quadratic", "cosine")),
-                *({"share_rank": rank} for rank in (16, 64)),
+                *({"method": kind} for kind in ("loss", "quadratic", "cosine")),
+                *({"method": "flexigpt", "rank": rank} for rank in (16, 64)),
             ):
-                chosen: dict[str, Any] = {"blocks": number, **options}
-                report = hesse.drop_blocks(arguments.model, out, **chosen, **settings, overwrite=True).report
+                chosen: dict[str, Any] = {"what": "blocks", "keep": 1 - number / depth, **options}
+                report = hesse.prune(arguments.model, out, **chosen, **settings, overwrite=True).report
                 said = ", ".join(f"{key} {value}" for key, value in options.items())
                 which = " ".join(
-                    str(drop.block) + ("" if drop.donor is None else f"←{drop.donor}") for drop in report.dropped
+                    str(drop.block) + ("" if drop.donor is None else f"←{drop.donor}") for drop in report.removed
                 )
                 kept = 100 * report.parameters_after / report.parameters_before
                 kl = measured(out, arguments.model, texts[1])
@@ -84,9 +85,9 @@ def main() -> None:
         for number in (1, 2):  # the same blocks factorised, without a stand-in
             victims = [
                 drop.block
-                for drop in hesse.drop_blocks(
-                    arguments.model, out, blocks=number, **settings, overwrite=True
-                ).report.dropped
+                for drop in hesse.prune(
+                    arguments.model, out, what="blocks", keep=1 - number / depth, **settings, overwrite=True
+                ).report.removed
             ]
             for rank in (16, 64):
                 _, network, _ = open_networks(arguments.model, torch.device("cpu"))
@@ -106,7 +107,7 @@ def main() -> None:
                     flush=True,
                 )
         for keep in (0.9, 0.75, 0.5):
-            narrow = hesse.narrow(arguments.model, out, keep=keep, overwrite=True, **settings).report
+            narrow = hesse.prune(arguments.model, out, what="hidden", keep=keep, overwrite=True, **settings).report
             kept = 100 * narrow.parameters_after / narrow.parameters_before
             kl = measured(out, arguments.model, texts[1])
             print(f"| 0 | {keep} of the hidden units, refitted | | {kl:.4f} | {kept:.1f} % |", flush=True)

@@ -4,13 +4,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import hesse
 from hesse import planning, training
+from hesse.checkpoints.locate import locate
 from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
+from hesse.formats.opening import open_networks
 from hesse.methods import methods_of
 from hesse.modules.implant import Implant
 from hesse.scores import Attack
@@ -59,12 +62,21 @@ def cut(model: str | Path, statistics: Path, out: Path, size: str) -> Any:
 
 def narrow(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Remove hidden units of feed-forward layers."""
-    return hesse.narrow(model, out, **arguments).report
+    return hesse.prune(model, out, what="hidden", **arguments).report
 
 
 def drop_blocks(model: str | Path, out: Path, **arguments: Any) -> Any:
     """Remove whole blocks, or store them as a low rank beside another."""
-    return hesse.drop_blocks(model, out, **arguments).report
+    given = {name: value for name, value in arguments.items() if name not in ("blocks", "importance", "share_rank")}
+    if "blocks" in arguments:
+        depth = len(open_networks(locate(model), torch.device("cpu"))[1].blocks)
+        given["keep"] = 1 - arguments["blocks"] / depth
+    score = arguments.get("importance", "loss")
+    if arguments.get("share_rank") is None:
+        given["method"] = score
+    else:
+        given |= {"method": "flexigpt", "rank": arguments["share_rank"], "score": score}
+    return hesse.prune(model, out, what="blocks", **given).report
 
 
 def repair(dense: str | Path, compressed: Path, out: Path, **arguments: Any) -> Any:

@@ -51,6 +51,8 @@ RENAMED: list[tuple[str, str | None]] = [
     (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_before$", r"\1.loss_before.\2"),
     (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_after$", r"\1.loss.\2"),
     (rf"^(repair/\S+ {TOP})\.(samples|held_out)$", r"\1.loss.\2"),
+    (r"^(drop-blocks/\S+ numbers:\S*)\bdropped\.", r"\1removed."),
+    (r"^(drop-blocks/\S+ numbers:\S*)\bshare_rank$", r"\1rank"),
     (r"^prune-module/\S+ numbers:recipe\.update$", None),  # refit, a name
     (r"^((?:prune-groups/\S+|only-train-once) numbers:1\.removed\.)neurons of", r"\1hidden units of"),
 ]

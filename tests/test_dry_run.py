@@ -21,9 +21,9 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "compress by a fisher": ("compress", {"method": "squeezellm"}),
     "compress to a low rank": ("compress", {"method": "activation-svd", "options": hesse.Options(rank=8)}),
     "rotate": ("rotate", {}),
-    "narrow": ("narrow", {"keep": 0.5}),
-    "drop-blocks": ("drop_blocks", {"blocks": 2}),
-    "drop-blocks shared": ("drop_blocks", {"blocks": 1, "share_rank": 4}),
+    "hidden units": ("prune", {"what": "hidden", "keep": 0.5}),
+    "blocks": ("prune", {"what": "blocks", "keep": 0.5}),
+    "blocks shared": ("prune", {"what": "blocks", "keep": 0.75, "method": "flexigpt", "rank": 4}),
     "repair to an adapter": ("repair", {"rank": 4, "curvature": "kronecker"}),
     "repair to a model": ("repair", {"rank": 4, "format": "dense"}),
     "estimate": ("estimate", {"curvatures": ("gram", "kronecker")}),
@@ -70,7 +70,7 @@ def test_a_dry_run_says_the_bytes_of_out_and_writes_nothing(
 def test_more_samples_take_longer(folders: tuple[Path, ...], tmp_path: Path) -> None:
     data = [tiny_models.random_ids(count, 32) for count in (8, 800)]
     few, many = (
-        run("narrow", folders, tmp_path / "out", data=ids, samples=len(ids), batch_size=4, dry_run=True).report
+        run("hidden units", folders, tmp_path / "out", data=ids, samples=len(ids), batch_size=4, dry_run=True).report
         for ids in data
     )
     assert many.seconds["total"] > 3 * few.seconds["total"]
@@ -86,7 +86,7 @@ def test_a_budget_says_its_own_size(folders: tuple[Path, ...], tmp_path: Path) -
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(folders: tuple[Path, ...], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--keep 0\.99 of"):
-        run("narrow", folders, tmp_path / "out", keep=0.99, dry_run=True)
+        run("hidden units", folders, tmp_path / "out", keep=0.99, dry_run=True)
     with pytest.raises(OptionError, match="--memory 1MiB is not enough"):
         run("compress", folders, tmp_path / "out", memory="1MiB", dry_run=True)
     assert left_over(tmp_path) == []

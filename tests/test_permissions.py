@@ -18,7 +18,7 @@ from hesse.checkpoints.writer import write_tensors
 from hesse.curvature import Gram, SquaredError
 from hesse.estimation import save_curvature
 from hesse.reporting.page import write_page
-from hesse.training import Training, recover
+from hesse.training import Training, finetune
 
 FolderOf = Callable[[str], Path]
 PACKAGE = Path(hesse.__file__).parent
@@ -100,8 +100,8 @@ def test_of_a_repaired_model(format: str, umask: int, source: Path, tmp_path: Pa
 
 def test_of_models_of_another_shape(umask: int, source: Path, tmp_path: Path) -> None:
     hesse.rotate(source, tmp_path / "rotated", data=IDS)
-    hesse.narrow(source, tmp_path / "narrow", keep=0.5, data=IDS)
-    hesse.drop_blocks(source, tmp_path / "fewer", blocks=1, data=IDS)
+    hesse.prune(source, tmp_path / "narrow", what="hidden", keep=0.5, data=IDS)
+    hesse.prune(source, tmp_path / "fewer", what="blocks", keep=0.5, data=IDS)
     assert wrong(umask, tmp_path / "rotated", tmp_path / "narrow", tmp_path / "fewer") == {}
 
 
@@ -121,7 +121,13 @@ def test_of_a_page(umask: int, tmp_path: Path) -> None:
 def test_of_a_training(umask: int, tmp_path: Path) -> None:
     data = [(torch.ones(2, 3), torch.ones(2, 1))]
     settings = Training(steps=1, optimizer=lambda named: torch.optim.SGD(named, lr=0.1))
-    recover(nn.Sequential(nn.Linear(3, 1)), data, settings, loss=SquaredError(), checkpoint=tmp_path / "new" / "kept")
+    finetune(
+        nn.Sequential(nn.Linear(3, 1)),
+        data,
+        settings,
+        loss_function=SquaredError(),
+        checkpoint=tmp_path / "new" / "kept",
+    )
     assert wrong(umask, tmp_path / "new") == {}
 
 

@@ -28,10 +28,15 @@ VOLATILE = ("seconds", "peak_rss_bytes", "out")
 # What each command is asked, and with what it is refused over an unfinished run.
 COMMANDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "rotate": ("rotate", {"kind": "kurtail"}, {"kind": "hadamard"}, "kind"),
-    "drop-blocks": ("drop_blocks", {"blocks": 2}, {"blocks": 1}, "options"),
-    "drop-blocks by score": ("drop_blocks", {"blocks": 2, "importance": "quadratic"}, {"seed": 1}, "data"),
-    "drop-blocks shared": ("drop_blocks", {"blocks": 1, "share_rank": 4}, {"share_rank": 5}, "options"),
-    "narrow": ("narrow", {"keep": 0.5}, {"keep": 0.25}, "options"),
+    "blocks": ("prune", {"what": "blocks", "keep": 0.5}, {"keep": 0.75}, "options"),
+    "blocks by score": ("prune", {"what": "blocks", "keep": 0.5, "method": "quadratic"}, {"seed": 1}, "data"),
+    "blocks shared": (
+        "prune",
+        {"what": "blocks", "keep": 0.75, "method": "flexigpt", "rank": 4},
+        {"rank": 5},
+        "options",
+    ),
+    "hidden units": ("prune", {"what": "hidden", "keep": 0.5}, {"keep": 0.25}, "options"),
     "repair to an adapter": ("repair", {"rank": 4, "curvature": "kronecker"}, {"rank": 5}, "options"),
     "repair to a model": ("repair", {"rank": 4, "format": "dense"}, {"format": "adapter"}, "options"),
     "estimate": ("estimate", {"curvatures": ("gram", "kronecker", "fisher")}, {"curvatures": ("gram",)}, "curvatures"),
@@ -144,7 +149,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     assert left_over(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["narrow", "repair to an adapter", "estimate"])
+@pytest.mark.parametrize("name", ["hidden units", "repair to an adapter", "estimate"])
 def test_a_command_may_be_killed_at_any_moment(
     name: str, folders: Sources, undisturbed: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -184,7 +189,7 @@ def test_another_command_or_request_is_refused_by_name(
             run(name, folders, out)
     with pytest.raises(OutputError, match=rf"differs from this one in its .*{what}.*: give --restart"):
         run(name, folders, out, **changed)
-    other = "rotate" if not name.startswith("rotate") else "narrow"
+    other = "rotate" if not name.startswith("rotate") else "hidden units"
     with pytest.raises(OutputError, match="differs from this one in its command"):
         run(other, folders, out)
     shutil.copytree(tmp_path / ".out.unfinished", tmp_path / "kept")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hesse.constraints import (
 )
 from hesse.curvature import BlockRankOneSum, CrossEntropy, Diagonal, GaussNewton, Gram, Identity, Kronecker, RankOneSum
 from hesse.methods import METHODS, Method
+from hesse.methods.strategies import STRATEGIES
 from hesse.planning import TilePlan, grid_menu, price
 from hesse.planning.planners import PLANNERS
 from hesse.scores import SCORES
@@ -306,9 +307,20 @@ def test_rows_of_repair_build_what_they_print(name: str, family_folder: FolderOf
 def test_every_name_of_a_row_is_in_its_table() -> None:
     for method in METHODS.values():
         method.check()
-        assert method.score is None or method.score in SCORES or method.family == "blocks"
+        assert method.score is None or method.score in SCORES
         for option in method.options():
             assert option.help.endswith(".")
+
+
+@pytest.mark.parametrize("name", rows_of("prune_checkpoint"))
+def test_rows_that_prune_a_checkpoint_build_what_they_print(name: str, half_folder: FolderOf, tmp_path: Path) -> None:
+    method, strategy = METHODS[name], STRATEGIES[METHODS[name].solver]
+    options = {"rank": 2} if name == "flexigpt" else {}
+    report = method.run(half_folder("llama"), tmp_path / "out", keep=0.5, data=IDS[:2], **options).report
+    assert report.what == method.partition
+    assert report.method in (name, method.score)
+    assert {option.name for option in method.options()} <= {field.name for field in fields(strategy)}
+    assert method.score is None or report.score == method.score
 
 
 @pytest.mark.parametrize("name", rows_of("cut"))
@@ -322,6 +334,5 @@ def test_rows_of_sizes_build_what_they_print(name: str, family_folder: FolderOf,
 
 def test_every_row_is_run_by_one_of_these_tests() -> None:
     here = ("compress", "prune_gradually", "finetune", "prune", "price", "allocate", "plan_tiles", "repair", "cut")
-    on_disk = ("drop_blocks", "share_blocks", "narrow")  # test_drop_blocks.py and test_narrow.py
-    assert set(rows_of(*here, *on_disk)) == set(METHODS)
+    assert set(rows_of(*here, "prune_checkpoint")) == set(METHODS)
     assert len(METHODS) >= 77

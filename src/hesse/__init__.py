@@ -3,7 +3,7 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 
 Change a model, on disk or in memory:
-    compress, plan, prune, prune_gradually, finetune, repair, rotate; narrow, drop_blocks, cut; with
+    compress, plan, prune, prune_gradually, finetune, repair, rotate; cut; with
     Options and Training
 
 Look at a model, or run it elsewhere:
@@ -39,13 +39,11 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.inspection.inspect import inspect as inspect
     from hesse.jobs.compress import compress as compress
     from hesse.jobs.cut import cut as cut
-    from hesse.jobs.drop_blocks import drop_blocks as drop_blocks
     from hesse.jobs.estimate import estimate as estimate
-    from hesse.jobs.narrow import narrow as narrow
+    from hesse.jobs.prune import prune as prune
     from hesse.jobs.repair import repair as repair
     from hesse.jobs.rotate import rotate as rotate
     from hesse.modules.gradual import prune_gradually as prune_gradually
-    from hesse.modules.prune import prune as prune
     from hesse.options import Options as Options
     from hesse.partitions import trace_groups as trace_groups
     from hesse.planning.budget import plan as plan
@@ -63,9 +61,8 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
 NAMES = {
     "jobs.compress": "compress",
     "jobs.cut": "cut",
-    "jobs.drop_blocks": "drop_blocks",
     "jobs.estimate": "estimate",
-    "jobs.narrow": "narrow",
+    "jobs.prune": "prune",
     "jobs.repair": "repair",
     "jobs.rotate": "rotate",
     "planning.budget": "plan",
@@ -74,7 +71,6 @@ NAMES = {
     "runtimes.benchmark": "benchmark",
     "runtimes.export": "export",
     "modules.gradual": "prune_gradually",
-    "modules.prune": "prune",
     "training": "Training finetune",
     "options": "Options",
     "curvature": "Diagonal Gram Identity Kronecker Objective",

@@ -5,6 +5,7 @@ modules are imported when a registry is listed, or asked for a name that it does
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -34,7 +35,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         Raises:
             OptionError: the name is taken.
         """
-        self._import_modules()
+        if not any(map(_is_being_imported, self._modules)):  # else it is one of these that registers
+            self._import_modules()
         if name in self._entries:
             raise OptionError(f"there is already a {self.kind} {name!r}: choose another name")
         self._entries[name] = entry
@@ -94,3 +96,9 @@ def import_packages() -> None:
 
 def _package(point: EntryPoint) -> str:
     return point.value if point.dist is None else point.dist.name
+
+
+def _is_being_imported(module: str) -> bool:
+    """True from when the import of a module begins until it ends."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))

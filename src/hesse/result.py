@@ -61,7 +61,7 @@ BASIS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastReport(Report):
-    """What a run would take: a block was timed, and nothing written.
+    """Forecast of a run, from timing one block; nothing is written.
 
     `bytes_after` is the model's size after the run, at most; `seconds["total"]` is how long the run would take.
     """

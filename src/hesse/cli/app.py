@@ -10,7 +10,7 @@ import typer
 from hesse.cli.compress import compress
 from hesse.cli.cut import cut
 from hesse.cli.measure import demo, estimate, evaluate, inspect, methods
-from hesse.cli.prune import drop_blocks, narrow
+from hesse.cli.prune import prune
 from hesse.cli.repair import repair
 from hesse.cli.rotate import rotate
 from hesse.cli.runtimes import benchmark, export
@@ -35,8 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command(compress, CHANGE, "hesse compress default tiny-4bit --bits 4 --group-size 64 --samples 64"),
-    Command(drop_blocks, CHANGE, "hesse drop-blocks default shorter --blocks 1"),
-    Command(narrow, CHANGE, "hesse narrow default narrower --keep 0.75"),
+    Command(prune, CHANGE, "hesse prune default narrower --what hidden --keep 0.75"),
     Command(repair, CHANGE, "hesse repair default tiny-3bit tiny-3bit-adapter --rank 16"),
     Command(rotate, CHANGE, "hesse rotate default default-rotated --kind kurtail --samples 32"),
     Command(cut, CHANGE, "hesse cut default STATISTICS smaller --size 80%"),

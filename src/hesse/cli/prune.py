@@ -1,11 +1,14 @@
-"""The commands that remove parts of a model: drop-blocks and narrow."""
+"""The command that removes parts of a model: prune."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import hesse
 from hesse.cli.options import (
+    METHOD,
+    SAMPLES,
+    SMALLER,
     BatchOption,
     DataOption,
     DeviceOption,
@@ -17,27 +20,41 @@ from hesse.cli.options import (
     OutArgument,
     OverwriteOption,
     RestartOption,
-    SamplesOption,
     SeedOption,
 )
 from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
+from hesse.options import help_of
 from hesse.result import ForecastReport
 
 
-def drop_blocks(
+def prune(
     model: ModelArgument,
     out: OutArgument,
-    blocks: Annotated[int | None, typer.Option(help="Number of blocks to remove.")] = None,
+    what: Annotated[str, typer.Option(help="Parts to remove: blocks, or hidden units of feed-forward layers.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the parts that stays, such as 0.75.", rich_help_panel=SMALLER)
+    ] = None,
     loss: LossOption = None,
-    importance: Annotated[
-        str, typer.Option(help="Score of a block: loss (measured, one block at a time), cosine, or quadratic.")
-    ] = "loss",
-    share_rank: Annotated[
-        int | None,
-        typer.Option(help="Replace blocks by blocks that stay, plus a low rank of this rank in each layer."),
+    method: Annotated[
+        str | None,
+        typer.Option(help="A row of `hesse methods`.", show_default="loss for blocks, modegpt-mlp for hidden"),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help=help_of("rank"), show_default="32 in flexigpt", rich_help_panel=METHOD)
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="Score that chooses blocks for flexigpt: loss, cosine or quadratic.",
+            rich_help_panel=METHOD,
+            show_default="loss",
+        ),
     ] = None,
     data: DataOption = None,
-    samples: SamplesOption = 16,
+    samples: Annotated[
+        int | None,
+        typer.Option(help=SAMPLES, show_default="16 for blocks, 128 for hidden", rich_help_panel="Calibration"),
+    ] = None,
     length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = None,
@@ -47,18 +64,20 @@ def drop_blocks(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove whole blocks of a model, chosen by their measured or predicted cost."""
-    from hesse.reporting import blocks_summary
+    """Remove blocks, or hidden units of all blocks, and write a smaller model that transformers loads.
 
+    Blocks are chosen by --method loss (measured, one at a time), cosine or quadratic, or made of others by flexigpt.
+    """
+    from hesse.reporting import prune_summary
+
+    given: dict[str, Any] = {"keep": keep, "loss": loss, "rank": rank, "score": score}
     with progress_bars(as_json) as bars:
-        report = hesse.drop_blocks(
+        report = hesse.prune(
             model,
             out,
-            blocks=blocks,
-            loss=loss,
-            importance=importance,
-            share_rank=share_rank,
-            data=data,
+            data,
+            what=what,
+            method=method,
             samples=samples,
             length=length,
             seed=seed,
@@ -68,6 +87,7 @@ def drop_blocks(
             restart=restart,
             dry_run=dry_run,
             progress=bars,
+            **{name: value for name, value in given.items() if value is not None},
         ).report
     if isinstance(report, ForecastReport):
         print_forecast(report, as_json)
@@ -75,47 +95,4 @@ def drop_blocks(
     if as_json:
         print_json(report.to_dict())
     else:
-        out_console.print(blocks_summary(report))
-
-
-def narrow(
-    model: ModelArgument,
-    out: OutArgument,
-    keep: Annotated[float, typer.Option(help="Share of the parts that stays.")] = 0.75,
-    data: DataOption = None,
-    samples: SamplesOption = 128,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove hidden units of the feed-forward layers, and refit the layers that read them."""
-    from hesse.reporting import narrow_summary
-
-    with progress_bars(as_json) as bars:
-        report = hesse.narrow(
-            model,
-            out,
-            keep=keep,
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            dry_run=dry_run,
-            progress=bars,
-        ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(narrow_summary(report))
+        out_console.print(prune_summary(report))

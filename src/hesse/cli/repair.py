@@ -51,7 +51,7 @@ def repair(
     """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
 
     The low rank minimizes the error in the layer's outputs with --curvature gram (EoRA), in the end loss with
-    kronecker, and in the weights with identity (LoRC). --format adapter writes a LoRA for PEFT, to load beside the
+    kronecker, and in the weights with identity (LoRC). --format adapter writes a LoRA for PEFT, to load on top of the
     compressed model; dense writes a whole model.
     """
     from hesse.reporting import repair_summary

@@ -40,7 +40,7 @@ def benchmark(
     repeats: Annotated[int, typer.Option(help="Processes per measurement.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure load time, speed and memory of a model in each runtime on this machine, beside the dense one."""
+    """Measure load time, speed and memory of a model and its dense original in each runtime on this machine."""
     from hesse.reporting.runtimes import benchmark_summary
 
     with progress_bars(as_json) as bars:

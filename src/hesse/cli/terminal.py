@@ -1,4 +1,4 @@
-"""What commands print: progress bars on standard error; lines, tables and JSON on standard output."""
+"""Output of commands: progress bars on standard error; lines, tables and JSON on standard output."""
 
 import json
 import sys

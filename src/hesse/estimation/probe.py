@@ -14,6 +14,7 @@ from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.networks.network import Network
 from hesse.passes.backward import BackwardPass, BackwardState
 from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
@@ -122,18 +123,22 @@ def forward_walk(
     """
     name, inputs = flows[0].shelf.name, []
     passed = {} if journal is None else _passed(journal, name, network, every=bool(kept))
-    for index, block in enumerate(network.blocks):
+    first = max(passed, default=0)
+    for index in range(first):
         inputs.append([flow.waiting for flow in kept])
         if index + 1 in passed:
             take_up(flows, passed[index + 1], index + 1)
-        elif index >= max(passed, default=0):
-            with clock.phase("read"), network.loaded(block) as module, clock.phase("probe"):
-                advance(flows, module, index, block.name)
+        step()
+    with clock.phase("read"):
+        for index, block in each_loaded(network, range(first, len(network.blocks))):
+            inputs.append([flow.waiting for flow in kept])
+            with clock.phase("probe"):
+                advance(flows, block.module, index, block.name)
             if journal is not None:
                 journal.record_tensors(f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
                 if not kept:
                     journal.forget(f"{name}-{index - 1}")
-        step()
+            step()
     return inputs
 
 

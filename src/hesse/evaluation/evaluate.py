@@ -20,6 +20,7 @@ from hesse.networks.device import find_device
 from hesse.networks.network import CheckpointNetwork
 from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress, Silence
 from hesse.result import LossChange
@@ -164,9 +165,8 @@ def pass_through(
     """
     progress.begin(phase, len(network.blocks))
     flows = start(network, batches)
-    for index, block in enumerate(network.blocks):
-        with network.loaded(block) as module:
-            advance(flows, module, index, block.name)
+    for index, block in each_loaded(network):
+        advance(flows, block.module, index, block.name)
         progress.advance()
     return flows
 

@@ -26,6 +26,7 @@ from hesse.evaluation.measurements import (
 from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Progress
 
@@ -93,9 +94,8 @@ class LayerwiseComparison:
 
     def run(self, changed: set[str], step: Callable[[], None]) -> None:
         """Run all batches through both models; `changed` are the names of the layers that differ."""
-        for index, block in enumerate(self._network.blocks):
-            with self._network.loaded(block) as module:
-                self._block(index, module, block, [layer for layer in block.layers if layer.name in changed])
+        for index, block in each_loaded(self._network):
+            self._block(index, block, [layer for layer in block.layers if layer.name in changed])
             step()
         self._totals = self._compare()
         step()
@@ -118,21 +118,21 @@ class LayerwiseComparison:
         seen = self._totals["seen"].text(self._seen) if self._seen else None
         return self._totals[1.0].text(self._dense["check"]), seen
 
-    def _block(self, index: int, module: nn.Module, block: Block, layers: list[Layer]) -> None:
+    def _block(self, index: int, block: Block, layers: list[Layer]) -> None:
         stored = self._compressed.read(f"{layer.name}.weight" for layer in layers)
         weights = {layer.name: stored[f"{layer.name}.weight"].to(layer.parameter) for layer in layers}
         for flows in self._alone.values():
-            advance(flows, module, index)
+            advance(flows, block.module, index)
         for name, members in _groups(layers).items():
             self._members[name] = [layer.name for layer in members]
             self._alone[name] = branch(self._dense["few"])
             with _interpolated_weights(members, weights, 1.0):
-                advance(self._alone[name], module, index)
+                advance(self._alone[name], block.module, index)
         for share in SHARES:
             with _interpolated_weights(layers, weights, share):
-                advance([*self._line[share], *(self._seen if share == 1.0 else ())], module, index)
+                advance([*self._line[share], *(self._seen if share == 1.0 else ())], block.module, index)
         for flows in self._dense.values():
-            advance(flows, module, index)
+            advance(flows, block.module, index)
 
     def _compare(self) -> "dict[str | float, Difference]":
         """Return the differences between each run's predictions and the dense ones on the same samples."""

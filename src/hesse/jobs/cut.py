@@ -28,16 +28,16 @@ def cut(
 
     Args:
         model: a dense model: a folder, `default`, or a hub id.
-        statistics: the folder that `estimate` wrote of it with curvatures "gram" and "kronecker"; one for all sizes.
+        statistics: the folder that `estimate` wrote with curvatures "gram" and "kronecker"; it serves all sizes.
         out: the folder to write; it must not exist unless `overwrite`.
         size: of the linear layers that are not ignored: a share such as "60%" of their dense bytes, or bytes.
-        ignore: patterns of layer names to leave as they are.
+        ignore: patterns of layers to leave unchanged.
         device: `auto`, `cpu`, or `cuda`.
-        overwrite: whether a model folder at `out` may be replaced.
-        progress: told how far the run is.
+        overwrite: replace a model folder at `out`.
+        progress: receives each phase and step.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing is left at `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     run = run_options(device, overwrite=overwrite, progress=progress)
     recipe = cut_recipe(locate(model), Path(statistics), size, tuple(ignore), run.device, run.progress)

@@ -12,6 +12,7 @@ from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
 from hesse.layerwise.layer_solver import digest
 from hesse.networks.network import CheckpointNetwork
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
 from hesse.result import LossChange
@@ -24,7 +25,7 @@ TOLERATED_INCREASE = 0.05  # nats per token
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading a checkpoint back found; losses as in LossChange."""
+    """Result of reading a checkpoint back; losses as in LossChange."""
 
     tensors_equal: int
     samples: int
@@ -101,15 +102,14 @@ def read_back(
     network = CheckpointNetwork(written, torch.float32, dense_network.device)
     progress.begin("verify", len(network.blocks))
     flows = start(network, [flow.ids for flow in dense])
-    for index, block in enumerate(network.blocks):
-        with network.loaded(block) as module:
-            for layer in block.layers:
-                if layer.name in digests and digest(layer.weight) != digests[layer.name]:
-                    raise VerificationError(
-                        f"{layer.name} reads back different from what was solved: nothing was put in place; "
-                        "check the disk, and report it if it happens again"
-                    )
-            advance(flows, module, index)
+    for index, block in each_loaded(network):
+        for layer in block.layers:
+            if layer.name in digests and digest(layer.weight) != digests[layer.name]:
+                raise VerificationError(
+                    f"{layer.name} reads back different from what was solved: nothing was put in place; check the "
+                    "disk, and report it if it happens again"
+                )
+        advance(flows, block.module, index)
         progress.advance()
     return compare(network, flows, dense_network, dense, progress)
 

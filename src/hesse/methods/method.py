@@ -10,10 +10,12 @@ from hesse.methods.curvatures import CURVATURES
 from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
+from hesse.methods.strategies import STRATEGIES
 from hesse.methods.verbs import VERBS
-from hesse.options import KNOWN, Option, Options, flag, known_option
+from hesse.options import KNOWN, Option, Options, flag, known_option, settings_of
 
 Use = Literal["project", "evaluate", "solve"]
+PRUNING = ("prune", "prune_checkpoint")  # verbs whose methods name a strategy as their solver
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ class Method:
         """Return the method's constraint with `options` in place of its defaults.
 
         Raises:
-            OptionError: a value has no meaning.
+            OptionError: a value is invalid.
         """
         return self._constraint(options.over(self.defaults))
 
     def options(self) -> tuple[Option, ...]:
         """Return what a call can change about the method, with defaults and help."""
-        return (*self._options_of_parts(), *self.settings)
+        strategy = settings_of(STRATEGIES[self.solver]) if self.verb in PRUNING else ()
+        return (*self._options_of_parts(), *strategy, *self.settings)
 
     def check_options(self, options: Options) -> None:
         """Refuse options that the method does not take.

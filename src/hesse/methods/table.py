@@ -29,7 +29,8 @@ METHODS: Registry[Method] = Registry(
         "hesse.methods.low_rank",
         "hesse.planning.rows",
         "hesse.methods.blocks",
-        "hesse.modules.rows",
+        "hesse.methods.networks",
+        "hesse.methods.structured",
         "hesse.training.rows",
     ),
 )

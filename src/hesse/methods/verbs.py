@@ -83,16 +83,13 @@ for _verb in (
         "prune",
         "hesse:prune",
         'hesse.prune(model, data=data, what="{what}", method="{name}")',
-        solvers="hesse.modules.prune:STRATEGIES",
+        solvers="hesse.methods.strategies:STRATEGIES",
     ),
-    Verb("drop_blocks", "hesse:drop_blocks", "hesse drop-blocks MODEL OUT --blocks 2", keyword=None, solvers=None),
     Verb(
-        "share_blocks",
-        "hesse:drop_blocks",
-        "hesse drop-blocks MODEL OUT --blocks 2 --share-rank 32",
-        keyword=None,
-        solvers=None,
+        "prune_checkpoint",
+        "hesse:prune",
+        "hesse prune MODEL OUT --what {what} --method {name} --keep 0.75",
+        solvers="hesse.methods.strategies:STRATEGIES",
     ),
-    Verb("narrow", "hesse:narrow", "hesse narrow MODEL OUT --keep 0.75", keyword=None, solvers=None),
 ):
     VERBS.register(_verb.name, _verb)

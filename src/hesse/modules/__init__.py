@@ -1,9 +1,5 @@
 """The verbs on a network in memory: any `torch.nn.Module` and data, through the same methods as checkpoints."""
 
-from hesse.modules.prune import prune
 from hesse.modules.report import ModuleReport
 
-__all__ = [
-    "ModuleReport",
-    "prune",
-]
+__all__ = ["ModuleReport"]

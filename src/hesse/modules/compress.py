@@ -71,7 +71,7 @@ def compress_in_memory(
     patches are multiplied by. Embeddings, norms and weights that two modules share stay. Backward statistics are of
     the dense model; then all batches go through the copy together, stop at each layer, and go on through the solved
     one, so that later layers see inputs that the earlier, changed ones make. The activations of all batches are in
-    memory at once.
+    memory.
 
     A factorised layer is replaced by two smaller ones (nn.Linear + nn.Linear, or a convolution and one with a
     kernel of 1). All other results are stored dense in the layer's type: zeros, or exactly what codes and scales stand
@@ -83,7 +83,7 @@ def compress_in_memory(
             model also lists of token ids, a text file, or a `datasets.Dataset` with `input_ids`. Read once and kept.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
         recipe: what to do per layer, from `hesse.load_recipe` or built in Python.
-        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
+        options: options such as `Options(bits=3, group_size=64)`; None keeps the method's default.
         layers: patterns of the names of layers to change, as `model.named_modules()` has them.
         ignore: patterns of those to leave as they are.
         loss_function: a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
@@ -91,7 +91,7 @@ def compress_in_memory(
             `model(**inputs)`, and of a transformers model the logits.
         kind: "sampled" for the true Fisher, "empirical" for that of the data's own targets, which any loss has.
         samples: samples to take from a text.
-        length: tokens a sample of a text; None for 2048, or as many as the model has positions for.
+        length: tokens per sample of a text; None for 2048 or the model's positions, whichever is less.
         seed: of the choice of samples and of sampled labels.
         batch_size: samples of token ids that go through the model together.
 
@@ -99,7 +99,7 @@ def compress_in_memory(
         The changed copy, what was done to each layer, and the loss before, predicted and measured.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do. Options that do not fit a layer are refused
+        HesseError: the message says what is wrong and what to do. Options that do not fit a layer are refused
             before the model is run.
     """
     wanted = _recipe(method, recipe, options, layers, ignore)

@@ -29,7 +29,7 @@ FIRST = 0.7  # of the final sparsity, at the first cut
 
 @dataclass(frozen=True, kw_only=True)
 class GradualReport(Report):
-    """What a gradual method did; `losses` are of each training step's batches, before the step."""
+    """Report of a gradual method; `losses` are those of each training step's batches, before the step."""
 
     verb: str = "prune_gradually"
     losses: tuple[float, ...]
@@ -63,7 +63,7 @@ def prune_gradually(
     teacher "gmp" is GMP* (Kurtic and Alistarh, 2022, arXiv:2210.06384), "gradual-obert" is gradual oBERT (Kurtic et
     al., 2022, arXiv:2203.07259). A row that prunes in one shot is run by the cubic schedule of both.
 
-    There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
+    There are `cuts` cuts; the first, before any training, prunes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
     reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
     `ignore` are patterns of layers' names, as in `compress`; checkpoints are as in `finetune`.

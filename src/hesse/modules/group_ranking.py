@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from hesse.errors import OptionError
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.implant import Implant, implant
 from hesse.modules.sites import BySite, Removal, Sites, objective_of
 from hesse.options import setting
@@ -124,7 +125,7 @@ class GroupRanking:
 
 
 def share_removed(keep: float) -> float:
-    """Return 1 - keep, as the decimal number that a person means: 0.3 of 0.7."""
+    """Return 1 - keep without binary rounding errors: exactly 0.3 for 0.7."""
     return round(1 - keep, 12)
 
 
@@ -199,3 +200,6 @@ def _smaller_rows(model: nn.Module, removed: BySite, chosen: Sequence[Group]) ->
                 before = sorted(lost[piece.parameter])
                 rows[name] += [index - bisect_left(before, index) for index in piece.indices]
     return dict(rows)
+
+
+STRATEGIES.register("group_ranking", GroupRanking)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import KEEP
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 from hesse.networks.torch_attention import SplitAttention, split_attentions
@@ -164,3 +165,6 @@ def leading_directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
     scale = torch.where(seen, values, 0).sqrt()
     directions = torch.linalg.svd(weight @ (vectors * scale))[2][:count]
     return cast(Tensor, directions @ (vectors * torch.where(seen, 1 / scale, 0)).T)
+
+
+STRATEGIES.register("head_dimensions", HeadDimensions)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hesse.curvature import Objective
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.sites import BySite, Removal, Sites, leave_one
 from hesse.modules.tolerance import check_tolerance, eighths, restore, zero
 from hesse.options import setting
@@ -82,3 +83,6 @@ def _heads(objective: Objective, groups: Sequence[Group]) -> list[list[Group]]:
 
 def _eighths(objective: Objective, groups: Sequence[Group]) -> list[list[Group]]:
     return [] if groups[0].kind == "heads" else eighths(objective, groups, len(groups))
+
+
+STRATEGIES.register("hierarchy", Hierarchy)

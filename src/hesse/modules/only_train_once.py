@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hesse.errors import OptionError
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.sites import Removal, Sites, leave_one
 from hesse.options import setting
 from hesse.training import Training, finetune
@@ -53,3 +54,6 @@ class OnlyTrainOnce:
 
     def finish(self, sites: Sites, removal: Removal, smaller: nn.Module) -> None:
         """Nothing is left to do."""
+
+
+STRATEGIES.register("only_train_once", OnlyTrainOnce)

@@ -12,38 +12,28 @@ from hesse.curvature import Loss
 from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.layerwise.rules import check_patterns
-from hesse.methods import methods_of
+from hesse.methods import Method, methods_of
 from hesse.methods.recipe import matches
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
-from hesse.modules.group_ranking import GroupRanking
 from hesse.modules.head_dimensions import HeadDimensions
-from hesse.modules.hierarchy import Hierarchy
-from hesse.modules.only_train_once import OnlyTrainOnce
 from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
 from hesse.modules.sites import GroupStrategy, Sites, freeze_as, objective_of
-from hesse.modules.tolerance import SiteTolerance
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
 from hesse.options import settings_of
 from hesse.partitions import GROUP_KINDS, loading_problem
-from hesse.registry import Registry
 from hesse.result import LossChange, Result
 from hesse.scores import SCORES
 
 MEASURED = "loss on the data"
 IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
-# The ways to choose what is removed, as rows of the table name them in `solver`; their fields are the rows' options.
-STRATEGIES: Registry[Callable[..., Any]] = Registry("strategy")
-STRATEGIES.register("weight_ranking", WeightRanking)
-STRATEGIES.register("group_ranking", GroupRanking)
-STRATEGIES.register("site_tolerance", SiteTolerance)
-STRATEGIES.register("hierarchy", Hierarchy)
-STRATEGIES.register("only_train_once", OnlyTrainOnce)
-STRATEGIES.register("head_dimensions", HeadDimensions)
 DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
+# The strategies that take any score, by the parts that they remove.
+RANKINGS = {"weights": "weight_ranking", "groups": "group_ranking", "blocks": "block_ranking"}
 
 
-def prune(
+def prune_in_memory(
     model: nn.Module,
     data: Iterable[Batch],
     *,
@@ -62,7 +52,10 @@ def prune(
         HesseError: one of its kinds names what is wrong. Options are checked before the network is run; before groups
             are scored, the network is traced, and one group of each site is cut out to see that it runs so.
     """
-    kinds = _kinds(what, method)
+    kinds = find_kinds(what, method)
+    if unknown := [kind for kind in kinds if kind not in IN_MEMORY]:
+        place = ": blocks are pruned on disk, give a model folder and OUT" if unknown[0] == "blocks" else ""
+        raise OptionError(f"there are no {unknown[0]} to prune in a module{place}; there are {', '.join(IN_MEMORY)}")
     family = "groups" if kinds[0] in GROUP_KINDS else kinds[0]
     method = method or DEFAULTS[family]
     strategy = build_strategy(family, method, options)
@@ -76,22 +69,24 @@ def prune(
     return _prune_groups(model, data, method, strategy, chosen, loss_function, forward, seed)
 
 
-def _kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[str, ...]:
-    """The kinds of parts to prune; without any, those of the method's row.
+def find_kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[str, ...]:
+    """Return the kinds of parts to prune; without any, those of the method's row.
 
     Raises:
-        OptionError: there is no such kind, or it is not for networks in memory.
+        OptionError: they cannot be pruned in one call.
     """
     if what is None:
-        rows = methods_of("prune")
+        rows = prune_rows()
         what = rows[method].partition if method in rows else "weights"
     kinds = (what,) if isinstance(what, str) else tuple(what)
-    if unknown := [kind for kind in kinds if kind not in IN_MEMORY]:
-        place = ": blocks are pruned on disk, give a model folder and OUT" if unknown[0] == "blocks" else ""
-        raise OptionError(f"there are no {unknown[0]} to prune in a module{place}; there are {', '.join(IN_MEMORY)}")
     if not kinds or (len(kinds) > 1 and not set(kinds) <= set(GROUP_KINDS)):
         raise OptionError(f"{kinds} cannot be pruned in one call: only {', '.join(GROUP_KINDS)} can")
     return kinds
+
+
+def prune_rows() -> dict[str, Method]:
+    """Return the rows of the table that prune, in memory or on disk."""
+    return {**methods_of("prune"), **methods_of("prune_checkpoint")}
 
 
 def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
@@ -103,19 +98,19 @@ def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
     Raises:
         OptionError: there is no such method, or it has no such option.
     """
-    rows = {name: row for name, row in methods_of("prune").items() if row.partition == family}
+    rows = {name: row for name, row in prune_rows().items() if row.partition == family}
     row = rows.get(method) or rows.get(f"{method}-groups")
     if row is not None:
         solver, score = row.solver, row.score
-    elif method in SCORES:
-        solver, score = "weight_ranking" if family == "weights" else "group_ranking", method
+    elif method in SCORES and family in RANKINGS:
+        solver, score = RANKINGS[family], method
     else:
-        kinds = {"weights"} if family == "weights" else {*GROUP_KINDS, "groups"}
+        kinds = {*GROUP_KINDS, "groups"} if family == "groups" else {family} & set(RANKINGS)
         known = [name.removesuffix("-groups") for name in rows]
         known += [score.name for score in SCORES.values() if kinds & set(score.parts) and score.name not in known]
         raise OptionError(f"there is no method {method!r} that prunes {family}; there are {', '.join(known)}")
     strategy = STRATEGIES.find(solver)
-    takes = [option.name for option in settings_of(strategy)]  # type: ignore[arg-type]
+    takes = [option.name for option in settings_of(strategy)]
     if unknown := [name for name in options if name not in takes]:
         raise OptionError(f"the method {method} has no option {unknown[0]!r}; it has {', '.join(takes)}")
     return strategy(**options) if score is None else strategy(score, **options)

@@ -86,7 +86,7 @@ class Sites:
 
     @cached_property
     def evidence(self) -> LossEvidence:
-        """What scores judge the groups by."""
+        """Return the evidence from which scores rank the groups."""
         return LossEvidence(self.objective, seed=self.seed)
 
     def without(self, removed: Mapping[str, Sequence[Group]]) -> tuple[nn.Module, float]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import Objective
 from hesse.errors import OptionError
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import KEEP, share_removed
 from hesse.modules.sites import Removal, Sites, leave_one
 from hesse.options import setting
@@ -101,3 +102,6 @@ def restore(objective: Objective, saved: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in saved.items():
             known[name].copy_(tensor)
+
+
+STRATEGIES.register("site_tolerance", SiteTolerance)

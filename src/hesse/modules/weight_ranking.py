@@ -12,6 +12,7 @@ from hesse.curvature import GaussNewton, Objective, RankOneSum
 from hesse.errors import OptionError
 from hesse.layerwise.report import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
+from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import Refit, Scope
 from hesse.networks.network import Layer
 from hesse.options import setting
@@ -137,3 +138,6 @@ def _weights(objective: Objective) -> Tensor:
 def _put(objective: Objective, weights: Tensor) -> None:
     for parameter, piece in zip(objective.parameters, objective.split(weights), strict=True):
         parameter.copy_(piece)
+
+
+STRATEGIES.register("weight_ranking", WeightRanking)

@@ -14,6 +14,7 @@ from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.network import Block, Layer, Network
+from hesse.passes.loading import each_loaded
 from hesse.passes.parts import Part
 from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish
@@ -87,13 +88,11 @@ class BackwardPass:
         return BackwardState(last, 1 / terms, gradients)
 
     def __iter__(self) -> Iterator[tuple[Block, Iterator[RecordedBatch]]]:
-        for index in reversed(range(self.state.reached)):
-            block = self.network.blocks[index]
-            with self.network.loaded(block):
-                passages = self._passages(block, index)
-                yield block, passages
-                for _ in passages:  # batches that were not consumed still propagate the gradient
-                    pass
+        for index, block in each_loaded(self.network, reversed(range(self.state.reached))):
+            passages = self._passages(block, index)
+            yield block, passages
+            for _ in passages:  # batches that were not consumed still propagate the gradient
+                pass
 
     def _passages(self, block: Block, index: int) -> Iterator[RecordedBatch]:
         """Yield each flow's recorded batch; after the last one the gradients are at the block's input."""

@@ -15,6 +15,7 @@ from hesse.layerwise.rules import check_patterns
 from hesse.methods import METHODS, Options, Recipe
 from hesse.methods.recipe import matches
 from hesse.networks.network import Layer
+from hesse.passes.loading import each_loaded
 from hesse.planning.problem import Candidate, Group, Problem
 from hesse.planning.sizes import read_size
 from hesse.planning.slope import by_common_slope
@@ -59,12 +60,11 @@ def cut_recipe(
     groups: list[Group] = []
     progress.begin("rank directions", len(network.blocks))
     wanted = {layer.name for layer in layers}
-    for block in network.blocks:
-        with network.loaded(block):
-            for layer in block.layers:
-                if layer.name in wanted:
-                    values = singular_values(layer, estimated)
-                    groups.append(directions(layer.name, layer.weight.shape, values, stored[layer.name]))
+    for _, block in each_loaded(network):
+        for layer in block.layers:
+            if layer.name in wanted:
+                values = singular_values(layer, estimated)
+                groups.append(directions(layer.name, layer.weight.shape, values, stored[layer.name]))
         progress.advance()
     problem = Problem(tuple(groups))
     choice = by_common_slope(problem, int(budget))

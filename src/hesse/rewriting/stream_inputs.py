@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hesse.networks.network import Block, Network
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance
 from hesse.rewriting.streams import BlockStreams, Streams
 
@@ -44,17 +45,16 @@ def stream_inputs(
     network: Network, streams: Streams, flows: list[StreamBatch], every: int
 ) -> Iterator[tuple[Block, BlockStreams, dict[str, StreamInputs]]]:
     """Yield each block, loaded, with its streams and their readers' inputs by stream name; see `StreamInputs`."""
-    for index, (block, block_streams) in enumerate(zip(network.blocks, streams.blocks, strict=True)):
-        with network.loaded(block) as module:
-            inputs = {stream.name: StreamInputs(every) for stream in block_streams.all}
-            layers = {layer.name: layer.module for layer in block.layers}
-            hooks = [
-                layers[stream.layers[0]].register_forward_pre_hook(inputs[stream.name].add)
-                for stream in block_streams.all
-            ]
-            try:
-                advance(flows, module, index, block.name)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            yield block, block_streams, inputs
+    for index, block in each_loaded(network):
+        block_streams = streams.blocks[index]
+        inputs = {stream.name: StreamInputs(every) for stream in block_streams.all}
+        layers = {layer.name: layer.module for layer in block.layers}
+        hooks = [
+            layers[stream.layers[0]].register_forward_pre_hook(inputs[stream.name].add) for stream in block_streams.all
+        ]
+        try:
+            advance(flows, block.module, index, block.name)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield block, block_streams, inputs

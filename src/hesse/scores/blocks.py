@@ -14,6 +14,7 @@ from hesse.evaluation.measurements import MeasuredMean
 from hesse.networks.network import Network
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Clock, Progress
 from hesse.scores.score import BLOCKS, register_score
@@ -57,13 +58,12 @@ class Removals:
         self._progress.begin("remove blocks", len(kept) + 1)
         base = start(self.network, self._batches, TensorStore(self._folder, f"kept-{len(kept)}"))
         walks: dict[int, list[StreamBatch]] = {}
-        for index in sorted(kept):
-            with self.network.loaded(self.network.blocks[index]) as module:
-                for flows in walks.values():
-                    advance(flows, module, index)
-                if index in candidates:
-                    walks[index] = branch(base)
-                advance(base, module, index)
+        for index, block in each_loaded(self.network, sorted(kept)):
+            for flows in walks.values():
+                advance(flows, block.module, index)
+            if index in candidates:
+                walks[index] = branch(base)
+            advance(base, block.module, index)
             self._progress.advance()
         differences = self.compared(walks)
         self._progress.advance()

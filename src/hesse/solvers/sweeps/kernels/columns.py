@@ -1,4 +1,4 @@
-"""Error feedback over the columns of one block, for all outputs at once.
+"""Error feedback over the columns of one block, for all outputs in parallel.
 
 Each program holds the block's columns of some outputs and walks over them, so that a block costs one launch and its
 weights are read and written once. Outputs do not depend on one another; a column depends on all before it.

@@ -1,4 +1,4 @@
-"""Models of fewer blocks or hidden units in the terminal."""
+"""Pruned checkpoints in the terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -7,24 +7,29 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from hesse.jobs.blocks_report import BlocksReport
 from hesse.reporting.terminal import fallback_lines, number, shown
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
-    from hesse.jobs.drop_report import DropReport
-    from hesse.jobs.narrow import NarrowReport
+    from hesse.jobs.prune_hidden import HiddenReport
 
 
-def blocks_summary(report: "DropReport") -> RenderableType:
-    """Return the summary of removed blocks in order of removal, with the size and cost of the whole change."""
-    headings = ("block", f"by {report.method}", "loss without it and those above", "made of")
+def prune_summary(report: "BlocksReport | HiddenReport") -> RenderableType:
+    """Return what was removed from a checkpoint, and what the change saves and costs."""
+    return _blocks(report) if isinstance(report, BlocksReport) else _hidden(report)
+
+
+def _blocks(report: BlocksReport) -> RenderableType:
+    """The blocks in the order of removal, and what the whole change saves and costs."""
+    headings = ("block", f"by {report.score}", "loss without it and those above", "made of")
     table = Table(
         *(Column(heading, justify="right") for heading in headings),
         box=box.SIMPLE_HEAD,
         title=shown(f"{report.model} without blocks"),
         title_justify="left",
     )
-    for drop in report.dropped:
+    for drop in report.removed:
         donor = "-" if drop.donor is None else f"{drop.donor}, error {100 * (drop.relative_error or 0):.3g} %"
         table.add_row(str(drop.block), number(drop.score), number(drop.measured), donor)
     after = report.parameters_after or 0
@@ -38,8 +43,8 @@ def blocks_summary(report: "DropReport") -> RenderableType:
     )
 
 
-def narrow_summary(report: "NarrowReport") -> RenderableType:
-    """Return the summary of narrowed blocks: remaining hidden units, size and cost."""
+def _hidden(report: "HiddenReport") -> RenderableType:
+    """The number of hidden units that are left, and what that saves and costs."""
     after = report.parameters_after or 0
     share = 100 * after / (report.parameters_before or 1)
     return Group(
@@ -51,8 +56,8 @@ def narrow_summary(report: "NarrowReport") -> RenderableType:
     )
 
 
-def _measured(report: "DropReport | NarrowReport", otherwise: str) -> Text:
-    """Return the cost of the change on held-out samples, or on samples that are named `otherwise`."""
+def _measured(report: "BlocksReport | HiddenReport", otherwise: str) -> Text:
+    """The measured loss, on samples that were held out, or on those that are called `otherwise`."""
     loss = report.loss
     if loss is None or loss.measured is None:
         return shown("not measured")

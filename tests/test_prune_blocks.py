@@ -17,7 +17,7 @@ from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import CheckpointError, OptionError, UnsupportedModelError, VerificationError
-from hesse.jobs.drop_report import DropReport
+from hesse.jobs.blocks_report import BlocksReport
 
 DEPTH = 4
 COUNTS = {"gpt2": "n_layer"}
@@ -39,8 +39,11 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def drop(model: Path, out: Path, **options: Any) -> DropReport:
-    return hesse.drop_blocks(model, out, **{"data": IDS, **options}).report
+def drop(model: Path, out: Path, blocks: int | None = None, **options: Any) -> BlocksReport:
+    """The report of so many blocks removed, of the four that there are."""
+    keep = {} if blocks is None else {"keep": 1 - blocks / DEPTH}
+    report: BlocksReport = hesse.prune(model, out, **{"data": IDS, "what": "blocks", **keep, **options}).report
+    return report
 
 
 def without(name: str, folder: Path, gone: Sequence[int]) -> nn.Module:
@@ -62,7 +65,7 @@ def divergence(name: str, folder: Path, gone: Sequence[int], ids: list[list[int]
 def test_what_is_written_is_the_model_without_its_blocks(name: str, deep: Any, tmp_path: Path) -> None:
     source = deep(name)
     report = drop(source, tmp_path / "out", blocks=2)
-    gone = [dropped.block for dropped in report.dropped]
+    gone = [dropped.block for dropped in report.removed]
     assert len(set(gone)) == 2
     assert sorted([*gone, *report.kept]) == list(range(DEPTH))
     written = tiny_models.load(name, tmp_path / "out", dtype=torch.float32)
@@ -83,22 +86,22 @@ def test_blocks_go_by_measured_loss_one_at_a_time(name: str, deep: Any, tmp_path
     report = drop(source, tmp_path / "out", blocks=3)
     assert report.scores == pytest.approx([divergence(name, source, [k]) for k in range(DEPTH)], rel=1e-3)
     gone: list[int] = []
-    for dropped in report.dropped:
+    for dropped in report.removed:
         costs = {k: divergence(name, source, [*gone, k]) for k in range(DEPTH) if k not in gone}
         assert dropped.block == min(costs, key=costs.__getitem__)
         assert dropped.measured == dropped.score == pytest.approx(costs[dropped.block], rel=1e-3)
         gone.append(dropped.block)
-    assert report.loss.measured == pytest.approx(report.dropped[-1].measured)  # ready tokens: none are held out
+    assert report.loss.measured == pytest.approx(report.removed[-1].measured)  # ready tokens: none are held out
     assert not report.loss.held_out
 
 
 def test_as_many_go_as_a_loss_allows(deep: Any, tmp_path: Path) -> None:
     source = deep("llama")
-    steps = [dropped.measured for dropped in drop(source, tmp_path / "all", blocks=3).dropped]
+    steps = [dropped.measured for dropped in drop(source, tmp_path / "all", blocks=3).removed]
     assert steps == sorted(steps)
     report = drop(source, tmp_path / "some", loss=(steps[0] + steps[1]) / 2)
-    assert [dropped.measured for dropped in report.dropped] == pytest.approx(steps[:1])
-    with pytest.raises(OptionError, match="no block can go: the cheapest costs"):
+    assert [dropped.measured for dropped in report.removed] == pytest.approx(steps[:1])
+    with pytest.raises(OptionError, match="no block can be removed: the cheapest costs"):
         drop(source, tmp_path / "none", loss=steps[0] / 2)
     assert left_over(tmp_path, "none") == []
 
@@ -119,10 +122,10 @@ def test_cosines_and_quadratic_costs_are_what_they_say(deep: Any, tmp_path: Path
     seen = hidden_states(model, IDS)
     logits = model(input_ids=torch.tensor(IDS)).logits
     cosines = [1 - float(torch.cosine_similarity(x.detach(), y.detach(), dim=-1).mean()) for x, y in pairwise(seen)]
-    found = drop(source, tmp_path / "cosine", importance="cosine", blocks=2)
+    found = drop(source, tmp_path / "cosine", method="cosine", blocks=2)
     assert found.scores == pytest.approx(cosines, rel=1e-4)
-    assert [d.block for d in found.dropped] == sorted(range(DEPTH), key=cosines.__getitem__)[:2]
-    assert found.dropped[1].measured == pytest.approx(divergence("llama", source, [d.block for d in found.dropped]))
+    assert [d.block for d in found.removed] == sorted(range(DEPTH), key=cosines.__getitem__)[:2]
+    assert found.removed[1].measured == pytest.approx(divergence("llama", source, [d.block for d in found.removed]))
 
     loss, ids = CrossEntropy(), torch.tensor(IDS)
     labels = loss.sample_targets(logits, next_tokens(ids), label_generator(0))
@@ -131,9 +134,9 @@ def test_cosines_and_quadratic_costs_are_what_they_say(deep: Any, tmp_path: Path
         0.5 * float((slope * (after - before).detach()).sum(-1).square().sum()) / loss.count(labels)
         for (before, after), slope in zip(pairwise(seen), slopes, strict=True)
     ]
-    found = drop(source, tmp_path / "quadratic", importance="quadratic", blocks=1)
+    found = drop(source, tmp_path / "quadratic", method="quadratic", blocks=1)
     assert found.scores == pytest.approx(expected, rel=1e-3)
-    assert found.dropped[0].block == expected.index(min(expected))
+    assert found.removed[0].block == expected.index(min(expected))
 
 
 # Stand-ins
@@ -148,8 +151,8 @@ def test_a_block_that_is_another_with_its_outputs_scaled_is_found(deep: Any, tmp
 
     (tmp_path / "edited").mkdir()
     source = change(tiny_models.save("llama", tmp_path / "edited", num_hidden_layers=DEPTH), edit)
-    report = drop(source, tmp_path / "out", blocks=1, share_rank=2)
-    (dropped,) = report.dropped
+    report = drop(source, tmp_path / "out", blocks=1, method="flexigpt", rank=2)
+    (dropped,) = report.removed
     assert (dropped.block, dropped.donor) == (3, 1)
     assert dropped.relative_error == pytest.approx(0, abs=1e-6)
     assert report.loss.measured < 1e-6 < dropped.measured
@@ -163,8 +166,8 @@ def test_a_block_that_is_another_with_its_outputs_scaled_is_found(deep: Any, tmp
 
 def test_a_higher_rank_stands_in_better_and_little_is_as_good_as_none(deep: Any, tmp_path: Path) -> None:
     source = deep("llama")
-    found = {rank: drop(source, tmp_path / str(rank), blocks=2, share_rank=rank) for rank in (1, 8, 31)}
-    errors = [max(d.relative_error or 0.0 for d in report.dropped) for report in found.values()]
+    found = {rank: drop(source, tmp_path / str(rank), blocks=2, method="flexigpt", rank=rank) for rank in (1, 8, 31)}
+    errors = [max(d.relative_error or 0.0 for d in report.removed) for report in found.values()]
     assert 1 > errors[0] > errors[1] > errors[2]
     assert found[31].loss.measured < found[8].loss.measured < drop(source, tmp_path / "gone", blocks=2).loss.measured
     model = tiny_models.load("llama", tmp_path / "31")
@@ -179,13 +182,19 @@ def test_a_higher_rank_stands_in_better_and_little_is_as_good_as_none(deep: Any,
     ("options", "said"),
     [
         ({}, "give one limit"),
-        ({"blocks": 1, "loss": 0.1}, "give one limit"),
-        ({"blocks": 0}, "--blocks is 0"),
-        ({"blocks": DEPTH}, "the model has 4: one must stay"),
+        ({"keep": 0.5, "loss": 0.1}, "give one limit"),
+        ({"keep": 1.0}, r"--keep is 1\.0"),
+        ({"keep": 0.95}, r"--keep 0\.95 of 4 blocks leaves 4: at least one must stay, and one be removed"),
+        ({"keep": 0.1}, r"--keep 0\.1 of 4 blocks leaves 0"),
         ({"loss": -0.1}, "--loss is -0.1"),
-        ({"blocks": 1, "importance": "size"}, "there is no importance 'size': use loss, cosine, quadratic"),
-        ({"blocks": 1, "share_rank": 0}, "rank is 0"),
-        ({"blocks": 1, "share_rank": 32}, "k_proj: rank 32 is not below the smaller side"),
+        ({"keep": 0.5, "method": "size"}, "no method 'size' that prunes blocks; there are drop-blocks, flexigpt"),
+        ({"keep": 0.5, "method": "obs"}, "the score obs judges a group by what reads it, not blocks"),
+        ({"keep": 0.5, "rank": 4}, "the method loss has no option 'rank'; it has keep, loss"),
+        ({"keep": 0.5, "method": "flexigpt", "rank": 0}, "rank is 0"),
+        ({"keep": 0.5, "method": "flexigpt", "rank": 32}, "k_proj: rank 32 is not below the smaller side"),
+        ({"keep": 0.5, "what": "heads"}, "on disk blocks and hidden are pruned, not heads"),
+        ({"keep": 0.5, "what": ["hidden", "heads"]}, "on disk blocks and hidden are pruned"),
+        ({"keep": 0.5, "ignore": ["a"]}, "layers and ignore are for modules"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(options: dict[str, Any], said: str, deep: Any, tmp_path: Path) -> None:
@@ -219,20 +228,20 @@ def test_blocks_that_the_config_names_by_number_keep_their_kind(deep: Any, tmp_p
     report = drop(source, tmp_path / "out", blocks=1)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mlp_only_layers"] == [report.kept.index(number) for number in (1, 3) if number in report.kept]
-    gone = [dropped.block for dropped in report.dropped]
+    gone = [dropped.block for dropped in report.removed]
     written = tiny_models.load("qwen3-moe", tmp_path / "out")
     torch.testing.assert_close(output(written), output(without("qwen3-moe", source, gone)), rtol=1e-3, atol=1e-4)
 
 
 def test_the_command_line(deep: Any, hesse_command: CommandLine, tmp_path: Path) -> None:
     ids = write_ids(tmp_path / "ids.jsonl")
-    arguments = ("drop-blocks", deep("llama"), tmp_path / "out", "--blocks", "1", "--data", ids)
+    arguments = ("prune", deep("llama"), tmp_path / "out", "--what", "blocks", "--keep", "0.75", "--data", ids)
     ran = hesse_command(*arguments, "--json")
     report = json.loads(ran.stdout)
     assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     found = hesse.evaluate(tmp_path / "out", reference=deep("llama"), data=OTHER_IDS)
     assert found.kl is not None
     assert found.kl > 0
-    ran = hesse_command(*arguments, "--overwrite", "--share-rank", "4")
+    ran = hesse_command(*arguments, "--overwrite", "--method", "flexigpt", "--rank", "4")
     assert ran.code == 0
     assert "made of" in ran.stdout

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ PARTS = {
     "bert": ("encoder.layer.{}", ("intermediate.dense",), "output.dense", "intermediate_size"),
     "gpt-neox": ("gpt_neox.layers.{}.mlp", ("dense_h_to_4h",), "dense_4h_to_h", "intermediate_size"),
 }
+
+
+def narrowed(model: Path, out: Path, **options: Any) -> Any:
+    return hesse.prune(model, out, what="hidden", **options)
 
 
 def test_units_have_the_highest_ridge_leverage_and_it_sums_to_their_number() -> None:
@@ -65,7 +70,7 @@ def test_a_narrow_model_is_the_dense_one_with_its_layers_cut_and_refitted(
 ) -> None:
     prefix, makers, reader, setting = PARTS[name]
     source, out = family_folder(name), tmp_path / "out"
-    report = hesse.narrow(source, out, keep=0.5, data=IDS).report
+    report = narrowed(source, out, keep=0.5, data=IDS).report
     assert report.width_after == report.width_before // 2
     assert json.loads((out / "config.json").read_text())[setting] == report.width_after
     narrow, dense = tiny_models.load(name, out), tiny_models.load(name, source)
@@ -126,7 +131,7 @@ def test_each_expert_keeps_units_of_its_own(
     name: str, data: list[list[int]], family_folder: FolderOf, tmp_path: Path
 ) -> None:
     source, out, whole = family_folder(name), tmp_path / "out", tmp_path / "whole"
-    report = hesse.narrow(source, out, keep=0.5, data=data).report
+    report = narrowed(source, out, keep=0.5, data=data).report
     assert report.width_after == report.width_before // 2
     narrow = tiny_models.load(name, out)
     assert sum(p.numel() for p in narrow.parameters()) == report.parameters_after
@@ -150,8 +155,7 @@ def seen_by(model: nn.Module, layer: nn.Module) -> Tensor:
 
 def test_more_units_cost_less(family_folder: FolderOf, tmp_path: Path) -> None:
     costs = [
-        hesse.narrow(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).report.loss.measured
-        for k in (0.25, 0.9)
+        narrowed(family_folder("llama"), tmp_path / str(k), keep=k, data=IDS).report.loss.measured for k in (0.25, 0.9)
     ]
     assert costs[1] < costs[0]
 
@@ -159,22 +163,22 @@ def test_more_units_cost_less(family_folder: FolderOf, tmp_path: Path) -> None:
 def test_what_cannot_be_narrowed_is_refused(family_folder: FolderOf, tmp_path: Path) -> None:
     for keep in (0.0, 1.0, -1.0, 2.0):
         with pytest.raises(OptionError, match="must be a share of the hidden units between 0 and 1"):
-            hesse.narrow(family_folder("llama"), tmp_path / "out", keep=keep, data=IDS)
+            narrowed(family_folder("llama"), tmp_path / "out", keep=keep, data=IDS)
     with pytest.raises(OptionError, match="leaves 96, a multiple of 8: give less"):
-        hesse.narrow(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
+        narrowed(family_folder("llama"), tmp_path / "out", keep=0.99, data=IDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed_forward, "CONFIG_WIDTHS", ("hidden_size", "ffn_dim"))
         with pytest.raises(UnsupportedModelError, match="no settings for the width of all feed-forward layers"):
-            hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
+            narrowed(family_folder("llama"), tmp_path / "out", data=IDS)
         patch.setattr(feed_forward, "EXPERT_LAYERS", ())
         with pytest.raises(UnsupportedModelError, match=r"layers\.0 has no feed-forward layer of a known shape"):
-            hesse.narrow(family_folder("llama"), tmp_path / "out", data=IDS)
+            narrowed(family_folder("llama"), tmp_path / "out", data=IDS)
     assert left_over(tmp_path) == []
 
 
 def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
     ids = write_ids(tmp_path / "ids.jsonl")
-    arguments = ("narrow", family_folder("llama"), tmp_path / "out", "--data", ids)
+    arguments = ("prune", family_folder("llama"), tmp_path / "out", "--what", "hidden", "--data", ids)
     report = json.loads(hesse_command(*arguments, "--json").stdout)
     assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
     ran = hesse_command(*arguments, "--overwrite")
@@ -184,6 +188,8 @@ def test_the_command_line(family_folder: FolderOf, hesse_command: CommandLine, t
 
 def test_what_was_not_reached_is_printed(family_folder: FolderOf, hesse_command: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"input_ids": [5, 5]}\n' * 2)
-    ran = hesse_command("narrow", family_folder("mixtral"), tmp_path / "out", "--data", tmp_path / "few.jsonl")
+    ran = hesse_command(
+        "prune", family_folder("mixtral"), tmp_path / "out", "--what", "hidden", "--data", tmp_path / "few.jsonl"
+    )
     assert ran.code == 0
     assert "no sample reached it" in ran.stdout

@@ -1,7 +1,7 @@
-"""`hesse drop-blocks`: remove whole blocks from a model on disk, or make them of blocks that stay."""
+"""Whole blocks pruned on disk, or made of blocks that stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,132 +9,125 @@ import torch
 
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.data.selection import Calibration, Data, Selection, select_samples
+from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
-from hesse.jobs.drop_report import DroppedBlock, DropReport
+from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
 from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import COMPARING, activations, collecting, comparing, running, stopping, taking_gradients
-from hesse.jobs.options import run_options
+from hesse.jobs.options import RunOptions
 from hesse.layerwise.weight_sharing import SharedWeights
+from hesse.methods.strategies import STRATEGIES
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
 from hesse.networks.network import CheckpointNetwork
+from hesse.options import setting
 from hesse.passes.batch_sizes import evaluation_batch
+from hesse.passes.loading import each_loaded
 from hesse.passes.stream import advance, start
-from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 from hesse.scores import find_score
 from hesse.scores.blocks import Removals
 
-IMPORTANCES = ("loss", "cosine", "quadratic")
 MOST_DIFFERENCE = 1e-6  # nats per token between the result and the dense model run without the blocks
 
 
 @dataclass(frozen=True)
-class DropRequest:
-    """How many blocks are removed, or what loss that may cost at most, and how they are chosen.
+class BlockRanking:
+    """Remove the blocks of the lowest score, until a share of the blocks or a measured loss is reached.
 
-    Raises:
-        OptionError: not exactly one limit is given, or a value has no meaning.
+    With the score "loss" blocks are removed one at a time, always the one whose removal costs least by measurement
+    (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); with another in the order of their scores on the whole
+    model, each removal measured as well.
     """
 
-    blocks: int | None = None
-    loss: float | None = None  # nats per token, measured on the samples that blocks are judged by
-    importance: str = "loss"
-    share_rank: int | None = None
+    score: str
+    keep: float | None = setting(None, "Share of the blocks that stays; or give loss.")
+    loss: float | None = setting(None, "Most that the removals may cost together, measured, in nats per token.")
+    rank: int | None = field(default=None, init=False)  # beside each layer of blocks that share weights
 
-    def __post_init__(self) -> None:
-        if (self.blocks is None) == (self.loss is None):
-            raise OptionError("give one limit: --blocks to drop, or the --loss that they may cost at most")
-        if self.importance not in IMPORTANCES:
-            raise OptionError(f"there is no importance {self.importance!r}: use {', '.join(IMPORTANCES)}")
-        if self.blocks is not None and self.blocks < 1:
-            raise OptionError(f"--blocks is {self.blocks}, but must be at least 1")
+    @property
+    def name(self) -> str:
+        """The method's name in a report."""
+        return self.score
+
+    def check(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: not exactly one limit is given, or a value has no meaning.
+        """
+        find_score(self.score, "blocks")
+        if (self.keep is None) == (self.loss is None):
+            raise OptionError(
+                "give one limit: --keep, the share of blocks that stays, or --loss, what removals may cost"
+            )
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise OptionError(f"--keep is {self.keep}, but must be a share of the blocks between 0 and 1, such as 0.75")
         if self.loss is not None and not 0 < self.loss < float("inf"):
             raise OptionError(f"--loss is {self.loss}: give a number of nats per token above 0")
 
-    def check(self, network: CheckpointNetwork) -> None:
+    def number(self, blocks: int) -> int:
+        """Return how many of the blocks are removed at most."""
+        return blocks - 1 if self.keep is None else blocks - round(self.keep * blocks)
+
+    def check_network(self, network: CheckpointNetwork) -> None:
         """Raise a HesseError if blocks of `network` cannot be removed so."""
-        count = len(network.blocks)
-        if self.blocks is not None and self.blocks >= count:
-            raise OptionError(f"--blocks is {self.blocks}, but the model has {count}: one must stay")
-        if self.share_rank is None:
-            fewer_blocks_config(network, range(count))
-            fewer_blocks_names(network, range(count))
+        blocks = len(network.blocks)
+        if not 0 < self.number(blocks) < blocks:
+            raise OptionError(
+                f"--keep {self.keep} of {blocks} blocks leaves {blocks - self.number(blocks)}: at least one must stay, "
+                "and one be removed"
+            )
+        if self.rank is None:
+            fewer_blocks_config(network, range(blocks))
+            fewer_blocks_names(network, range(blocks))
 
 
-def drop_blocks(
-    model: str | Path,
-    out: str | Path,
-    *,
-    blocks: int | None = None,
-    loss: float | None = None,
-    importance: str = "loss",
-    share_rank: int | None = None,
-    data: Data = None,
-    samples: int = 16,
-    length: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> Result[DropReport | ForecastReport]:
-    """Remove whole blocks from a model on disk, or make them of blocks that stay; transformers loads the result.
+@dataclass(frozen=True)
+class BlockSharing(BlockRanking):
+    """Make the blocks of the lowest score of the most similar ones that stay, scaled, plus a low rank in each layer.
 
-    With the importance "loss" blocks are removed one at a time, always the one whose removal costs least by
-    measurement; with another in the order of their scores on the whole model, each removal measured as well.
-
-    Args:
-        model: a model folder, `default`, or a hub id; dense.
-        out: the folder to write; it must not exist unless `overwrite`.
-        blocks: how many blocks to remove; or give `loss`.
-        loss: remove as many as cost no more than this together, in nats per token, measured on the samples.
-        importance: "loss", measured (greedy: AxFormer, Nagarajan et al., 2020, arXiv:2010.03688); "cosine", how little
-            a block turns the hidden states (ShortGPT, Men et al., 2024, arXiv:2403.03853); or "quadratic", what the
-            true Fisher predicts.
-        share_rank: do not remove blocks, but make each of the most similar one that stays, its outputs scaled, and a
-            low rank beside each layer (FlexiGPT, Smith et al., 2025, arXiv:2501.14713). The files hold the sums, in as
-            many bytes as before; the report counts what has to be stored.
-        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
-        samples: samples that blocks are judged by.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
-        seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together.
-        device: `auto`, `cpu`, or `cuda`.
-        overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
-
-    Returns:
-        Every block's score, what each removal cost by measurement, and what the whole change costs on other samples.
-
-    Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+    The files hold the sums, in the same bytes as before; the report counts what must be stored. Source: FlexiGPT
+    (Smith et al., 2025, arXiv:2501.14713).
     """
-    request = DropRequest(blocks, loss, importance, share_rank)
-    calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, dry_run, progress)
+
+    score: str = setting("loss", "Score that chooses the blocks: loss, cosine or quadratic.")
+    rank: int | None = setting(32, "Rank beside each layer.")
+
+    @property
+    def name(self) -> str:
+        return "flexigpt"
+
+    def check(self) -> None:
+        super().check()
+        if self.rank is None:
+            raise OptionError("flexigpt needs a rank, such as --rank 32")
+
+
+BlockStrategy = BlockRanking | BlockSharing
+
+
+def prune_blocks(
+    model: str | Path, out: Path, strategy: BlockStrategy, calibration: Calibration, run: RunOptions
+) -> Result[BlocksReport | ForecastReport]:
+    """Remove whole blocks from a model on disk, or make them of blocks that stay; see `hesse.prune`."""
     source = locate(model)
-    with Job("drop-blocks", str(model), [source], Path(out), calibration, run) as job:
+    with Job("prune", str(model), [source], out, calibration, run) as job:
         job.check_alone()
         _, network, _ = open_networks(source, run.device)
-        request.check(network)
-        sharing = None if share_rank is None else SharedWeights(network, share_rank)
+        strategy.check_network(network)
+        sharing = None if strategy.rank is None else SharedWeights(network, strategy.rank)
         selected = select_samples(source, calibration, network)
         job.notes += selected.notes
-        removal = _Removal(job, network, sharing, request, selected)
+        removal = _Removal(job, network, sharing, strategy, selected)
         needed = 3 * network.checkpoint.file_bytes
         needed += (2 * len(network.blocks) + 4) * hidden_bytes(network, tokens_of(selected.samples))
-        if dry_run:
+        if run.dry_run:
             return Result(removal.forecast(needed))
-        job.begin([network.checkpoint], {"options": repr(request)}, needed)
+        job.begin([network.checkpoint], {"options": repr(strategy)}, needed)
         report = removal.run()
         job.finish(report)
     return Result(report)
@@ -148,22 +141,22 @@ class _Removal:
         job: Job,
         network: CheckpointNetwork,
         sharing: SharedWeights | None,
-        request: DropRequest,
+        strategy: BlockStrategy,
         selected: Selection,
     ) -> None:
         self.job, self.network, self.sharing = job, network, sharing
-        self.request, self.selected = request, selected
+        self.strategy, self.selected = strategy, selected
         samples = selected.samples
         size = job.calibration.batch_size or evaluation_batch(network, samples.longest)
         self.batches = samples.batches(size)
-        self.dropped: list[DroppedBlock] = []
+        self.removed: list[RemovedBlock] = []
         self.scores: list[float] = []
 
     @property
     def kept(self) -> list[int]:
         """The blocks that stay."""
-        dropped = {drop.block for drop in self.dropped}
-        return [number for number in range(len(self.network.blocks)) if number not in dropped]
+        removed = {each.block for each in self.removed}
+        return [number for number in range(len(self.network.blocks)) if number not in removed]
 
     @cached_property
     def removals(self) -> Removals:
@@ -176,12 +169,12 @@ class _Removal:
         """Return what the run would take: as many blocks removed as `loss` could allow, where that is the limit."""
         network, job, samples = self.network, self.job, self.selected.samples
         tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
-        removed = self.request.blocks or blocks - 1
+        removed = self.strategy.number(blocks)
         batch = self.batches[0].numel()
         phases = {COMPARING: comparing(network, length)}
         for block in network.blocks:
             phases[f"run {block.name} in float32"] = running(network, block, batch)
-            if self.request.importance == "quadratic":
+            if self.strategy.score == "quadratic":
                 phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, 0)
             if self.sharing is not None:
                 solving = max(self.sharing.workspace(layer) + collecting(layer, batch) for layer in block.layers)
@@ -190,16 +183,16 @@ class _Removal:
         passes = (
             1.0
             + sum(  # blocks that run in each round
-                (blocks - k) * (blocks - k + 1) / 2 if self.request.importance == "loss" else 2 * (blocks - k)
+                (blocks - k) * (blocks - k + 1) / 2 if self.strategy.score == "loss" else 2 * (blocks - k)
                 for k in range(removed)
             )
             / blocks
         )
-        size, loss = network.checkpoint.file_bytes, self.request.loss
+        size, loss = network.checkpoint.file_bytes, self.strategy.loss
         work = Work(
             forward=int(blocks * (passes * tokens + 3 * tokens_of(self.selected.check))),
             calibrated=0 if self.sharing is None else blocks * tokens,
-            backward=blocks * tokens if self.request.importance == "quadratic" else 0,
+            backward=blocks * tokens if self.strategy.score == "quadratic" else 0,
             bytes=(removed + 6) * size,
         )
         estimate = seconds_of(work, network, samples, job.calibration.batch_size)
@@ -215,14 +208,14 @@ class _Removal:
         names = self.network.stored_in(self.network.blocks[number])
         return sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in names)
 
-    def run(self) -> DropReport:
-        """Do everything but give the result its name."""
+    def run(self) -> BlocksReport:
+        """Do everything except renaming the result to OUT."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         self._choose()
-        if not self.dropped:
+        if not self.removed:
             raise OptionError(
-                f"no block can go: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
-                f"{self.request.loss:g}"
+                f"no block can be removed: the cheapest costs {min(self.scores):.4g} nats per token, above --loss "
+                f"{self.strategy.loss:g}"
             )
         if self.sharing is not None:
             self._share(self.sharing)
@@ -233,54 +226,55 @@ class _Removal:
             self._check(result)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("changed", self.selected.held_out)
-        return DropReport(
+        return BlocksReport(
             **job.head(checkpoint.file_bytes, result.checkpoint.file_bytes, loss),
-            method=self.request.importance,
+            method=self.strategy.name,
+            score=self.strategy.score,
+            rank=self.strategy.rank,
             parameters_before=parameters,
-            parameters_after=parameters - sum(self._saved(drop.block) for drop in self.dropped),
-            share_rank=self.request.share_rank,
+            parameters_after=parameters - sum(self._saved(each.block) for each in self.removed),
             scores=self.scores,
-            dropped=self.dropped,
+            removed=self.removed,
             kept=self.kept,
         )
 
     def _choose(self) -> None:
         """Choose the blocks to remove, in order, until the limit is reached; each choice is noted."""
-        most = self.request.blocks or len(self.network.blocks) - 1
+        most = self.strategy.number(len(self.network.blocks))
         order: list[int] = []
-        if self.request.importance != "loss":
+        if self.strategy.score != "loss":
             self.scores = self.job.once("scores", self._score)["scores"]
             order = sorted(range(len(self.scores)), key=self.scores.__getitem__)
-        while len(self.dropped) < most:
-            candidates = [order[len(self.dropped)]] if order else self.kept
+        while len(self.removed) < most:
+            candidates = [order[len(self.removed)]] if order else self.kept
             costs = self._costs(candidates)
             self.scores = self.scores or [costs[number] for number in sorted(costs)]
             number = min(costs, key=costs.__getitem__)
-            if self.request.loss is not None and costs[number] > self.request.loss:
+            if self.strategy.loss is not None and costs[number] > self.strategy.loss:
                 return
             score = self.scores[number] if order else costs[number]
-            self.dropped.append(DroppedBlock(number, score, costs[number]))
+            self.removed.append(RemovedBlock(number, score, costs[number]))
 
     def _score(self) -> dict[str, list[float]]:
-        score = find_score(self.request.importance)
+        score = find_score(self.strategy.score)
         return {"scores": score.costs(self.removals, self.removals.partition).tolist()}
 
     def _costs(self, candidates: Sequence[int]) -> dict[int, float]:
-        """Return the measured loss without each candidate, besides the blocks that were dropped before."""
+        """Return the measured loss without each candidate, besides the blocks that were removed before."""
 
         def measure() -> dict[str, list[list[float]]]:
             measured = self.removals.without(self.kept, candidates)
             return {"costs": [[number, found.value] for number, found in measured.items()]}
 
-        content = self.job.once(f"removal-{len(self.dropped)}", measure)
+        content = self.job.once(f"removal-{len(self.removed)}", measure)
         return {int(number): cost for number, cost in content["costs"]}
 
     def _share(self, sharing: SharedWeights) -> None:
-        """Make the dropped blocks of blocks that stay; write and note one block after another."""
+        """Make the removed blocks of blocks that stay; write and note one block after another."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         job.progress.begin("share weights", len(network.blocks))
         blocks = network.blocks
-        donors = {drop.block: sharing.donor(blocks[drop.block], self.kept) for drop in self.dropped}
+        donors = {each.block: sharing.donor(blocks[each.block], self.kept) for each in self.removed}
         batches = start(network, self.batches, TensorStore(job.journal.folder, "shared", lasting=True))
         steps = job.steps("block", network, batches)
         errors = [content["error"] for content in steps.done]
@@ -289,8 +283,8 @@ class _Removal:
             steps.note(index, {"error": error}, {**checkpoint.read_stored(names), **weights})
             errors.append(error)
             job.progress.advance()
-        self.dropped = [
-            replace(drop, donor=donors[drop.block], relative_error=errors[drop.block]) for drop in self.dropped
+        self.removed = [
+            replace(each, donor=donors[each.block], relative_error=errors[each.block]) for each in self.removed
         ]
 
     def _saved(self, number: int) -> int:
@@ -325,13 +319,16 @@ class _Removal:
         network, check = self.network, self.selected.check
         batches = check.batches(evaluation_batch(network, check.longest))
         passed, skipping = pass_through(result, batches, self.job.progress, "verify"), start(network, batches)
-        for number in self.kept:
-            with network.loaded(network.blocks[number]) as module:
-                advance(skipping, module, number)
+        for number, block in each_loaded(network, self.kept):
+            advance(skipping, block.module, number)
         same = compare(result, passed, network, skipping, self.job.progress)
         if not same.difference <= MOST_DIFFERENCE:
             raise VerificationError(
                 f"the blocks of {type(network.model).__name__} do other things in other places "
-                f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be dropped from this "
-                "architecture"
+                f"({same.difference:.4g} nats per token): nothing was put in place; they cannot be removed from "
+                "this architecture"
             )
+
+
+STRATEGIES.register("block_ranking", BlockRanking)
+STRATEGIES.register("block_sharing", BlockSharing)

@@ -1,4 +1,4 @@
-"""`hesse narrow`: keep a share of the hidden units of feed-forward layers, and refit the layers that read them."""
+"""Hidden units of feed-forward layers pruned on disk, with the layers that read them refitted."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.curvature import Gram
-from hesse.data.selection import Calibration, Data, Selection, select_samples
+from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.formats import open_checkpoint
@@ -17,11 +17,12 @@ from hesse.formats.opening import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
-from hesse.jobs.options import run_options
+from hesse.jobs.options import RunOptions
+from hesse.methods.strategies import STRATEGIES
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
 from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.options import setting
 from hesse.passes.stream import calibration_batch, start
-from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
 from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
@@ -29,79 +30,55 @@ MULTIPLE = 8  # of hidden units, which kernels want
 
 
 @dataclass(frozen=True)
-class NarrowedBlock:
-    """A feed-forward layer of a block."""
+class NarrowedLayer:
+    """A layer that reads hidden units, of which some were removed."""
 
     name: str  # of the layer that reads the hidden units
     relative_error: float | None  # E‖W z - W' z_S‖² / E‖W z‖², of the outputs; None where no sample reached it
 
 
 @dataclass(frozen=True, kw_only=True)
-class NarrowReport(Report):
-    """A model with fewer hidden units; `layers` are NarrowedBlocks."""
+class HiddenReport(Report):
+    """A model with fewer hidden units; `layers` are NarrowedLayers."""
 
+    what: str = "hidden"
     width_before: int  # hidden units of a block, all of its experts together
     width_after: int
 
 
-def narrow(
-    model: str | Path,
-    out: str | Path,
-    *,
-    keep: float = 0.75,
-    data: Data = None,
-    samples: int = 128,
-    length: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> Result[NarrowReport | ForecastReport]:
-    """Make a model's feed-forward layers narrower; transformers loads the result, which is smaller and faster.
+@dataclass(frozen=True)
+class UnitsByLeverage:
+    """Keep the hidden units of the highest ridge leverage scores, and refit the layers that read them.
 
-    Of each feed-forward layer those units stay that have the highest ridge leverage scores on the samples, and the
-    layer that reads them is the least-squares fit to what it gave before: the Nyström step of MoDeGPT (Lin et al.,
-    2024). The samples go through the narrowed model; layers of one width get one, so that config.json can say it.
-
-    Args:
-        model: a model folder, `default`, or a hub id; dense.
-        out: the folder to write; it must not exist unless `overwrite`.
-        keep: share of the hidden units that stay, the same for every block.
-        data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
-        samples: calibration samples.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
-        seed: seed of the choice of samples.
-        batch_size: samples that go through the model together.
-        device: `auto`, `cpu`, or `cuda`.
-        overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
-
-    Returns:
-        Each block's error, and what the change costs on samples that were held out, in nats per token.
-
-    Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+    The layer that reads the units is the least-squares fit to what it gave before: the Nyström step of MoDeGPT (Lin et
+    al., 2024). The samples go through the narrowed model; layers of one width get one, so that config.json can say it.
     """
-    if not 0 < keep < 1:
-        raise OptionError(f"--keep is {keep}, but must be a share of the hidden units between 0 and 1, such as 0.75")
-    calibration = Calibration(data, samples, length, seed, batch_size)
-    run = run_options(device, None, overwrite, restart, dry_run, progress)
+
+    keep: float = setting(0.75, "Share of the hidden units that stays, the same for every block.")
+
+    def check(self) -> None:
+        """Raise OptionError if `keep` is no share."""
+        if not 0 < self.keep < 1:
+            raise OptionError(
+                f"--keep is {self.keep}, but must be a share of the hidden units between 0 and 1, such as 0.75"
+            )
+
+
+def prune_hidden(
+    model: str | Path, out: Path, strategy: UnitsByLeverage, calibration: Calibration, run: RunOptions
+) -> Result[HiddenReport | ForecastReport]:
+    """Make a model's feed-forward layers narrower; see `hesse.prune`."""
     source = locate(model)
-    with Job("narrow", str(model), [source], Path(out), calibration, run) as job:
+    with Job("prune", str(model), [source], out, calibration, run) as job:
         job.check_alone()
         with job.clock.phase("read"):
             _, network, _ = open_networks(source, run.device)
-            narrowing = _Narrowing(job, network, keep, select_samples(source, calibration, network))
+            narrowing = _Narrowing(job, network, strategy.keep, select_samples(source, calibration, network))
         needed = 2 * network.checkpoint.file_bytes
         needed += 3 * hidden_bytes(network, tokens_of(narrowing.selected.samples))
-        if dry_run:
+        if run.dry_run:
             return Result(narrowing.forecast(needed))
-        job.begin([network.checkpoint], {"options": f"keep {keep}"}, needed)
+        job.begin([network.checkpoint], {"options": repr(strategy)}, needed)
         narrowing.narrow_blocks()
         report = narrowing.report()
         job.finish(report)
@@ -122,11 +99,11 @@ class _Narrowing:
                     f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less"
                 )
         self.settings = width_settings(network, every, self.widths)
-        self.layers: list[NarrowedBlock] = []
+        self.layers: list[NarrowedLayer] = []
         self.notes: list[str] = []
 
     def forecast(self, needed: int) -> ForecastReport:
-        """Return what the run would take."""
+        """Return the forecast of the run."""
         network, job, samples = self.network, self.job, self.selected.samples
         tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
         batch = (job.calibration.batch_size or calibration_batch(length)) * length
@@ -173,7 +150,7 @@ class _Narrowing:
             batches = start(network, samples.batches(size), store)
         steps = job.steps("block", network, batches)
         for content in steps.done:
-            self._add([NarrowedBlock(**layer) for layer in content["layers"]], content["notes"])
+            self._add([NarrowedLayer(**layer) for layer in content["layers"]], content["notes"])
         needs = {part.reader.name: ("inputs",) for parts in self.parts for part in parts}
         blocks = calibrated_blocks(network, batches, needs, first=len(steps.done), clock=job.clock)
         for index, (block, layers) in enumerate(blocks, len(steps.done)):
@@ -181,17 +158,17 @@ class _Narrowing:
             steps.note(index, {"layers": [asdict(layer) for layer in narrowed], "notes": notes}, tensors)
             self._add(narrowed, notes)
 
-    def _add(self, narrowed: list[NarrowedBlock], notes: list[str]) -> None:
+    def _add(self, narrowed: list[NarrowedLayer], notes: list[str]) -> None:
         self.layers += narrowed
         self.notes += notes
         self.job.progress.advance()
 
     def _narrow_block(
         self, block: Block, parts: list[FeedForward], layers: Layers
-    ) -> tuple[list[NarrowedBlock], list[str], dict[str, Tensor]]:
+    ) -> tuple[list[NarrowedLayer], list[str], dict[str, Tensor]]:
         """Refit the layers of a block that read hidden units; return what became of them, and the block's tensors."""
         readers = {part.reader for part in parts}
-        narrowed, notes = list[NarrowedBlock](), list[str]()
+        narrowed, notes = list[NarrowedLayer](), list[str]()
         kept: dict[Layer, tuple[Tensor, Tensor]] = {}
         for layer, statistics in layers:
             if layer not in readers:
@@ -201,7 +178,7 @@ class _Narrowing:
             with self.job.clock.phase("solve"):
                 units, weight, error = self._refit(layer, statistics.gram)
             kept[layer] = units.cpu(), weight.cpu()
-            narrowed.append(NarrowedBlock(layer.name, error))
+            narrowed.append(NarrowedLayer(layer.name, error))
             if error is None:
                 notes.append(f"{layer.name}: no sample reached it; its units are chosen by their weights")
         return narrowed, notes, self._tensors(block, parts, kept)
@@ -238,7 +215,7 @@ class _Narrowing:
             tensors[weight] = (fitted.T if part.reader.transposed else fitted).to(tensors[weight].dtype)
         return tensors
 
-    def report(self) -> NarrowReport:
+    def report(self) -> HiddenReport:
         """Write the other tensors, read the result back, and measure it."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
@@ -246,11 +223,15 @@ class _Narrowing:
         result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
         evaluation = job.compare(result, network, self.selected.check)
         loss = evaluation.loss_change("narrow", self.selected.held_out)
-        return NarrowReport(
+        return HiddenReport(
             **job.head(checkpoint.file_bytes, evaluation.bytes, loss),
+            method="modegpt-mlp",
             parameters_before=sum(p.numel() for p in network.model.parameters()),
             parameters_after=evaluation.parameters,
             layers=self.layers,
             width_before=max(sum(part.width for part in parts) for parts in self.parts),
             width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
         )
+
+
+STRATEGIES.register("units_by_leverage", UnitsByLeverage)
