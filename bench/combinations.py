@@ -159,7 +159,7 @@ def measure(recipe: Recipe, samples: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         report = hesse.compress("default", out, recipe=recipe, samples=samples, length=LENGTH).report
-        found = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH)
+        found = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).report
     assert found.kl is not None
     return found.kl, report.loss.predicted
 

@@ -47,7 +47,7 @@ def measure(model: Path, recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH).report
-        found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH)
+        found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH).report
     return {
         "bits": report.bits_per_weight,
         "bytes": report.bytes_after,
@@ -175,9 +175,9 @@ def main() -> None:
 
     for budget in BUDGETS:
         wall, processor = time.perf_counter(), time.process_time()
-        plan = hesse.plan(model, mean_bits=budget, method=arguments.method, samples=SAMPLES, length=LENGTH)
+        plan = hesse.plan(model, mean_bits=budget, method=arguments.method, samples=SAMPLES, length=LENGTH).report
         seconds = {"plan_seconds": time.perf_counter() - wall, "plan_cpu_seconds": time.process_time() - processor}
-        row(budget, "planned", plan.recipe, plan_predicted=plan.loss, **seconds)
+        row(budget, "planned", plan.recipe, plan_predicted=plan.loss.predicted, **seconds)
         for bits, group in neighbours(budget):
             if (bits, group) not in measured:
                 recipe = method.recipe(Options(bits=bits, group_size=group))

@@ -316,8 +316,8 @@ def test_what_has_no_meaning_is_said() -> None:
 @pytest.mark.parametrize("allocation", ["hawq", "hawq-v2"])
 def test_a_checkpoint_is_planned_by_a_number_a_layer(allocation: str, half_folder: FolderOf) -> None:
     model = half_folder("llama")
-    plan = hesse.plan(model, mean_bits=3.6, data=IDS, method="rtn", allocation=allocation)
-    assert plan.bits <= 3.6
+    plan = hesse.plan(model, mean_bits=3.6, data=IDS, method="rtn", allocation=allocation).report
+    assert plan.bits_per_weight <= 3.6
     uniform = [point for point in plan.front if point["kind"] == "uniform"]
     (chosen,) = [point for point in plan.front if point["kind"] == "chosen"]
     assert all(point["predicted"] >= chosen["predicted"] for point in uniform if point["bytes"] <= chosen["bytes"])

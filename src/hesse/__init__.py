@@ -3,8 +3,7 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 
 Change a model, on disk or in memory:
-    compress, plan, prune, prune_gradually, finetune, repair, rotate; cut; with
-    Options and Training
+    compress, plan, prune, prune_gradually, finetune, repair, rotate, cut; with Options and Training
 
 Look at a model, or run it elsewhere:
     estimate, evaluate, inspect; export, benchmark

@@ -15,8 +15,7 @@ from hesse.cli.options import (
     OverwriteOption,
     RequiredSizeOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
-from hesse.result import ForecastReport
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def cut(
@@ -43,10 +42,4 @@ def cut(
             overwrite=overwrite,
             progress=bars,
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(compression_summary(report))
+    print_report(report, compression_summary, as_json)

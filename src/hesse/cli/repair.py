@@ -24,8 +24,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
-from hesse.result import ForecastReport
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def repair(
@@ -77,10 +76,4 @@ def repair(
             dry_run=dry_run,
             progress=bars,
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(repair_summary(report))
+    print_report(report, repair_summary, as_json)

@@ -28,7 +28,7 @@ def facts(inspection: "Inspection") -> list[tuple[str, str]]:
     return [
         ("samples, tokens", f"{inspection.samples}, {inspection.tokens:,}"),
         ("parameters looked at", f"{inspection.parameters:,}"),
-        ("loss, nats per token", number(inspection.loss, 5)),
+        ("loss, nats per token", number(inspection.model_loss, 5)),
         ("norm of the gradient", number(inspection.gradient_norm)),
         ("Hessian's largest eigenvalues, ± residual", _listed(inspection.largest_eigenvalues)),
         ("Hessian's smallest eigenvalues, ± residual", _listed(inspection.smallest_eigenvalues)),
