@@ -34,7 +34,7 @@ from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.modules.compress import compress_in_memory
 from hesse.networks.allocator import keep_no_large_memory
 from hesse.networks.network import Layer
-from hesse.passes.per_sample import Kind
+from hesse.passes.per_sample import FisherKind
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.progress import Clock, Progress
 from hesse.result import ForecastReport, Result
@@ -88,7 +88,7 @@ def compress(
     layers: Sequence[str] = ("*",),
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    kind: Kind = "sampled",
+    kind: FisherKind = "sampled",
     progress: Progress | None = None,
 ) -> Result[Any]:
     """Compress a language model or encoder on disk into a new folder that other programs load, or a module in memory.

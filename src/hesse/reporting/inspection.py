@@ -68,7 +68,7 @@ def _layers(inspection: "Inspection") -> Table:
         for scheme in SHOWN:
             costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
         eigenvalue = number(layer.mean_eigenvalue, 2)
-        table.add_row(shown(layer.name.removeprefix(prefix)), with_error(layer.trace), eigenvalue, *costs)
+        table.add_row(shown(layer.name.removeprefix(prefix)), value_with_error(layer.trace), eigenvalue, *costs)
     return table
 
 
@@ -85,7 +85,7 @@ def predicts(inspection: "Inspection") -> str:
     return next(kind for kind in ("eigen-kronecker", "kronecker", "fisher diagonal", *kinds) if kind in kinds)
 
 
-def with_error(pair: tuple[float, float]) -> str:
+def value_with_error(pair: tuple[float, float]) -> str:
     """Return a value with its standard error, as text."""
     value, error = pair
     return f"{number(value, 2)} ± {number(error, 1)}"
