@@ -242,10 +242,10 @@ def checkpoint() -> None:
             for allocation in (None, "hawq", "hawq-v2"):
                 plan = hesse.plan(
                     DEFAULT_FOLDER, mean_bits=budget, method=method, allocation=allocation, samples=64, length=256
-                )
+                ).report
                 found = measure(DEFAULT_FOLDER, plan.recipe)
                 row = f"| {budget} | `{method}` | {allocation or 'each choice solved'} | {found['bits']:.3f} "
-                print(f"{row}| {found['kl']:.5f} | {plan.seconds:.1f} |", flush=True)
+                print(f"{row}| {found['kl']:.5f} | {plan.seconds['total']:.1f} |", flush=True)
             found = measure(DEFAULT_FOLDER, find_method(method).recipe(Options(bits=uniform[0], group_size=uniform[1])))
             print(f"| {budget} | `{method}` | uniform | {found['bits']:.3f} | {found['kl']:.5f} | |", flush=True)
 

@@ -18,7 +18,7 @@ def uniform_rank(shapes: list[tuple[int, int]], share: float) -> int:
 
 def row(name: str, report: Any, out: Path) -> None:
     """Evaluate on held-out text, and print."""
-    kl = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).kl
+    kl = hesse.evaluate(out, reference="default", samples=SAMPLES, length=LENGTH).report.kl
     print(f"| {name} | {kl:.5f} | {report.loss.predicted:.5f} |", flush=True)
 
 

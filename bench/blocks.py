@@ -29,7 +29,7 @@ RANDOM = 5  # choices of blocks
 
 def measured(out: Path, model: Path, held_out: Path | None) -> float:
     """KL on held-out text."""
-    found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
+    found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH).report
     assert found.kl is not None
     return found.kl
 

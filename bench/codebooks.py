@@ -61,7 +61,7 @@ def main() -> None:
                     report = hesse.compress(
                         model, out, recipe=recipe, data=texts[0], samples=arguments.samples, length=LENGTH
                     ).report
-                    found = hesse.evaluate(out, reference=model, data=texts[1], samples=SAMPLES, length=LENGTH)
+                    found = hesse.evaluate(out, reference=model, data=texts[1], samples=SAMPLES, length=LENGTH).report
                 stored = constraint.build().stored_as(stored_dtype(model))
                 shapes = [torch.Size(layer.shape) for layer in report.layers]
                 total = sum(shape.numel() for shape in shapes)

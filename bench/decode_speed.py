@@ -69,7 +69,7 @@ def main() -> None:
             generate=arguments.generate,
             threads=arguments.threads,
             repeats=arguments.repeats,
-        )
+        ).report
     Console(width=140).print(benchmark_summary(result))
     content = {"parameters": parameters, **result.to_dict(), "model": "random-llama-4bit", "reference": "random-llama"}
     arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

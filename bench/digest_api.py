@@ -42,7 +42,7 @@ def compress(model: str | Path, out: Path, **arguments: Any) -> Any:
 
 def plan(model: str | Path, **arguments: Any) -> Any:
     """Plan a budget."""
-    return hesse.plan(model, **with_options(arguments))
+    return hesse.plan(model, **with_options(arguments)).report
 
 
 def estimate(model: str | Path, out: Path, **arguments: Any) -> Any:
@@ -86,17 +86,17 @@ def repair(dense: str | Path, compressed: Path, out: Path, **arguments: Any) -> 
 
 def export(model: str | Path, out: Path, to: str) -> Any:
     """Write a model for another runtime."""
-    return hesse.export(model, out, to=to)
+    return hesse.export(model, out, to=to).report
 
 
 def inspect(model: str | Path, **arguments: Any) -> Any:
     """Inspect the loss around a model."""
-    return hesse.inspect(model, **with_options(arguments))
+    return hesse.inspect(model, **with_options(arguments)).report
 
 
 def evaluate(model: str | Path, **arguments: Any) -> Any:
     """Evaluate a model."""
-    return hesse.evaluate(model, **arguments)
+    return hesse.evaluate(model, **arguments).report
 
 
 def compress_module(model: nn.Module, batches: Batches, **arguments: Any) -> Any:

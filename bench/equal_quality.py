@@ -63,7 +63,7 @@ def main() -> None:
 
         def note(name: str, number: int, seconds: float, out: Path) -> None:
             if name not in found or seconds < found[name][1]:
-                kl: Any = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH).kl
+                kl: Any = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH).report.kl
                 found[name] = number, seconds, float(kl)
             print(name, number, f"{seconds:.2f} s", flush=True)
 

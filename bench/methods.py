@@ -148,7 +148,7 @@ def measure(method: str, options: dict[str, Any], model: Path, texts: tuple[Any,
         report = hesse.compress(
             model, out, method=method, options=chosen, data=calibration, samples=samples, length=LENGTH
         ).report
-        found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH)
+        found = hesse.evaluate(out, reference=model, data=held_out, samples=SAMPLES, length=LENGTH).report
     (rule,) = hesse.methods.METHODS[method].recipe(chosen).rules
     constraint = rule.constraint.build().stored_as(stored_dtype(model))
     shapes = [layer.shape for layer in report.layers]

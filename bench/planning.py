@@ -27,7 +27,7 @@ from hesse.estimation import GramAccumulator
 from hesse.formats.opening import open_networks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, cheapest_within
 from hesse.planning.budget import PricedMenu
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, make_menu
@@ -47,7 +47,7 @@ def measure(model: Path, recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         report = hesse.compress(model, out, recipe=recipe, samples=SAMPLES, length=LENGTH).report
-        found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH)
+        found = hesse.evaluate(out, reference=model, samples=SAMPLES, length=LENGTH).report
     return {
         "bits": report.bits_per_weight,
         "bytes": report.bytes_after,
@@ -104,7 +104,7 @@ class Study:
                 costs = [c.loss + slope * c.loss**0.5 for c in group.candidates]
                 shifted = zip(group.candidates, costs, strict=True)
                 members = tuple(Candidate(c.label, c.size, cost - min(costs)) for c, cost in shifted)
-                groups.append(Group(group.name, members))
+                groups.append(ChoiceGroup(group.name, members))
             choice = cheapest_within(Problem(tuple(groups)), room)
         return best
 
@@ -175,9 +175,9 @@ def main() -> None:
 
     for budget in BUDGETS:
         wall, processor = time.perf_counter(), time.process_time()
-        plan = hesse.plan(model, mean_bits=budget, method=arguments.method, samples=SAMPLES, length=LENGTH)
+        plan = hesse.plan(model, mean_bits=budget, method=arguments.method, samples=SAMPLES, length=LENGTH).report
         seconds = {"plan_seconds": time.perf_counter() - wall, "plan_cpu_seconds": time.process_time() - processor}
-        row(budget, "planned", plan.recipe, plan_predicted=plan.loss, **seconds)
+        row(budget, "planned", plan.recipe, plan_predicted=plan.loss.predicted, **seconds)
         for bits, group in neighbours(budget):
             if (bits, group) not in measured:
                 recipe = method.recipe(Options(bits=bits, group_size=group))

@@ -42,7 +42,7 @@ def main() -> None:
         for name, (method, options) in COMPRESSED.items():
             chosen = hesse.Options(**options)
             hesse.compress(model, compressed, method=method, options=chosen, overwrite=True, **settings)
-            before = hesse.evaluate(compressed, **measuring)
+            before = hesse.evaluate(compressed, **measuring).report
             print(f"| {name} | | {before.kl:.5f} | {before.bytes:,} | |", flush=True)
             for curvature in ("identity", "gram", "kronecker"):
                 report = hesse.repair(
@@ -54,7 +54,7 @@ def main() -> None:
                     overwrite=True,
                     **settings,
                 ).report
-                after = hesse.evaluate(compressed, adapter=repaired, **measuring)
+                after = hesse.evaluate(compressed, merge_adapter=repaired, **measuring).report
                 print(f"| {name} | `{curvature}` | {after.kl:.5f} | | {report.bytes_added:,} |", flush=True)
     print("\n", limits())
 

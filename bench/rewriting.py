@@ -74,7 +74,7 @@ def measure(method: str, options: dict[str, Any], model: Path, samples: int) -> 
             hesse.compress(model, out, method=method, options=hesse.Options(**options), samples=samples, length=LENGTH)
         except HesseError as error:
             return f"refused: {error}"
-        kl = hesse.evaluate(out, reference=model, samples=EVALUATED, length=LENGTH).kl
+        kl = hesse.evaluate(out, reference=model, samples=EVALUATED, length=LENGTH).report.kl
     assert kl is not None
     return kl
 

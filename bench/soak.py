@@ -63,11 +63,11 @@ def draw(generator: random.Random) -> tuple[str, dict[str, Any]]:
 
 def difference(family: str, out: Path, source: Path, ids: list[list[int]]) -> float:
     """How far what transformers makes of a checkpoint is from what Hesse says it makes."""
-    found = hesse.evaluate(out, reference=source, data=ids)
+    found = hesse.evaluate(out, reference=source, data=ids).report
     model, dense = tiny_models.load(family, out), tiny_models.load(family, source)
     batch = torch.tensor(ids)
     with torch.no_grad():
-        if found.loss is None:
+        if found.model_loss is None:
             outputs = (each(input_ids=batch, output_hidden_states=True) for each in (model, dense))
             hidden: list[Tensor] = [output.hidden_states[-1] for output in outputs]
             error = 0.5 * (hidden[0] - hidden[1]).double().square().sum(-1).mean()
@@ -75,7 +75,7 @@ def difference(family: str, out: Path, source: Path, ids: list[list[int]]) -> fl
             return abs(float(error) - found.hidden_error) / max(float(error), 1.0)
         logits = model(input_ids=batch).logits[:, :-1].double()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    return abs(float(loss) - found.loss)
+    return abs(float(loss) - found.model_loss)
 
 
 def own_temporary_folder(folder: Path) -> None:

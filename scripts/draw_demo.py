@@ -17,7 +17,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         report = hesse.compress("default", out, options=hesse.Options(bits=4, group_size=64)).report
-        after, before = hesse.evaluate(out, reference="default"), hesse.evaluate("default")
+        after, before = hesse.evaluate(out, reference="default").report, hesse.evaluate("default").report
     console = Console(record=True, width=92)
     console.print(cost_table(report, before, after))
     console.save_svg(str(picture), title="make demo")

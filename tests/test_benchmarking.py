@@ -24,7 +24,20 @@ def row(runtime: str, model: str, decode: float) -> BenchmarkRow:
 
 
 def result(*rows: BenchmarkRow) -> Benchmark:
-    return Benchmark("m", "d", 8, 2, 1, 1, "processor", 2, 0.0, {}, list(rows), [])
+    return Benchmark(
+        verb="benchmark",
+        model="m",
+        reference="d",
+        prompt=8,
+        generate=2,
+        threads=1,
+        repeats=1,
+        processor="processor",
+        processors=2,
+        load_average=0.0,
+        rows=list(rows),
+        missing=[],
+    )
 
 
 def test_the_median_and_the_spread() -> None:
@@ -79,7 +92,7 @@ def test_each_runtime_agrees_with_transformers(name: str, package: str, half_fol
     pytest.importorskip(package)
     out = tmp_path / "out"
     compress(half_folder("llama"), out, method="rtn", bits=4, group_size=32)
-    found = hesse.benchmark(out, runtimes=[name, "transformers"], **SHORT)
+    found = hesse.benchmark(out, runtimes=[name, "transformers"], **SHORT).report
     assert found.missing == []
     assert [(r.runtime, r.model) for r in found.rows] == [("transformers", "compressed"), (name, "compressed")]
     kl = found.rows[1].kl
@@ -103,7 +116,7 @@ def test_a_family_that_a_runtime_does_not_have_is_listed(
 ) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setattr(programs.Runtime, "missing", lambda self: None)
-    found = hesse.benchmark(half_folder("gemma2"), runtimes=["llama.cpp"], **SHORT)
+    found = hesse.benchmark(half_folder("gemma2"), runtimes=["llama.cpp"], **SHORT).report
     assert found.rows == []
     (missing,) = found.missing
     assert (missing.runtime, "GGUF of the family 'gemma2' is not written" in missing.reason) == ("llama.cpp", True)

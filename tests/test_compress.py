@@ -104,7 +104,9 @@ torch.save(found, "logits.pt")
         assert torch.equal(found[str(bits)], output(tiny_models.load("llama", folder)))
         logits = output(tiny_models.load("llama", folder, dtype=torch.float32))[:, :-1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(OTHER_IDS)[:, 1:].flatten())
-        assert hesse.evaluate(tmp_path / f"out-{bits}", data=OTHER_IDS).loss == pytest.approx(loss.item(), abs=1e-4)
+        assert hesse.evaluate(tmp_path / f"out-{bits}", data=OTHER_IDS).report.model_loss == pytest.approx(
+            loss.item(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -228,7 +230,7 @@ def test_gptq_costs_less_than_rounding(half_folder: FolderOf, tmp_path: Path) ->
     kl = {}
     for method in ("rtn", "gptq"):
         report = compress(half_folder("llama"), tmp_path / method, method=method, bits=3, group_size=32)
-        kl[method] = hesse.evaluate(tmp_path / method, reference=half_folder("llama"), data=OTHER_IDS).kl
+        kl[method] = hesse.evaluate(tmp_path / method, reference=half_folder("llama"), data=OTHER_IDS).report.kl
         assert 1 / 3 < report.loss.predicted / kl[method] < 3
     assert kl["gptq"] < 0.9 * kl["rtn"]
 

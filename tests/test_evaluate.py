@@ -28,15 +28,15 @@ def logs_and_labels(name: str, folder: Path, samples: list[list[int]]) -> tuple[
 def test_loss_and_divergence_are_those_of_the_logits(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source, out = family_folder(name), tmp_path / "out"
     compress(source, out, bits=3, group_size=32)
-    found = hesse.evaluate(out, reference=source, data=UNEVEN)
+    found = hesse.evaluate(out, reference=source, data=UNEVEN).report
     logs, labels = logs_and_labels(name, twin(out, tmp_path / "twin", source), UNEVEN)
     dense, _ = logs_and_labels(name, source, UNEVEN)
     divergence = (dense.exp() * (dense - logs)).sum(-1)
     assert (found.kind, found.samples, found.tokens) == ("causal-lm", 5, 3 * 23 + 2 * 8)
-    assert found.loss == pytest.approx(nn.functional.nll_loss(logs, labels).item(), abs=1e-4)
+    assert found.model_loss == pytest.approx(nn.functional.nll_loss(logs, labels).item(), abs=1e-4)
     assert found.reference_loss == pytest.approx(nn.functional.nll_loss(dense, labels).item(), abs=1e-4)
-    assert found.loss_increase == pytest.approx(found.loss - found.reference_loss)
-    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found.loss_increase == pytest.approx(found.model_loss - found.reference_loss)
+    assert found.perplexity == pytest.approx(math.exp(found.model_loss))
     assert found.kl == pytest.approx(divergence.mean().item(), rel=1e-3)
     assert found.kl_standard_error == pytest.approx(
         divergence.std(correction=0).item() / math.sqrt(len(labels)), rel=1e-2
@@ -50,7 +50,7 @@ def test_loss_and_divergence_are_those_of_the_logits(name: str, family_folder: F
 def test_size_counts_what_is_stored(half_folder: FolderOf, tmp_path: Path) -> None:
     source, out = half_folder("llama-tied"), tmp_path / "out"
     report = compress(source, out, bits=4, group_size=32)
-    found, dense = hesse.evaluate(out, data=OTHER_IDS), hesse.evaluate(source, data=OTHER_IDS)
+    found, dense = hesse.evaluate(out, data=OTHER_IDS).report, hesse.evaluate(source, data=OTHER_IDS).report
     parameters = sum(tensor.numel() for tensor in dense_tensors(source).values())
     assert found.parameters == dense.parameters == parameters
     assert found.bytes == sum(path.stat().st_size for path in out.glob("*.safetensors")) == report.bytes_after
@@ -60,7 +60,7 @@ def test_size_counts_what_is_stored(half_folder: FolderOf, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_model_is_no_distance_from_itself(name: str, family_folder: FolderOf) -> None:
-    found = hesse.evaluate(family_folder(name), reference=family_folder(name), data=OTHER_IDS)
+    found = hesse.evaluate(family_folder(name), reference=family_folder(name), data=OTHER_IDS).report
     assert found.kl == 0
     assert found.kl_standard_error == 0
     assert found.top1_agreement == 1
@@ -68,17 +68,17 @@ def test_a_model_is_no_distance_from_itself(name: str, family_folder: FolderOf) 
 
 
 def test_batch_size_and_samples(family_folder: FolderOf) -> None:
-    one = hesse.evaluate(family_folder("llama"), data=UNEVEN, batch_size=1)
-    many = hesse.evaluate(family_folder("llama"), data=UNEVEN, batch_size=8)
+    one = hesse.evaluate(family_folder("llama"), data=UNEVEN, batch_size=1).report
+    many = hesse.evaluate(family_folder("llama"), data=UNEVEN, batch_size=8).report
     assert one.tokens == many.tokens
-    assert one.loss == pytest.approx(many.loss, rel=1e-5)
+    assert one.model_loss == pytest.approx(many.model_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", tiny_models.ENCODERS)
 def test_encoders_are_compared_by_their_hidden_states(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source, out = family_folder(name), tmp_path / "out"
     compress(source, out, method="rtn", bits=4, group_size=32)
-    found = hesse.evaluate(out, reference=source, data=OTHER_IDS)
+    found = hesse.evaluate(out, reference=source, data=OTHER_IDS).report
 
     def hidden(folder: Path) -> Tensor:
         model = tiny_models.load(name, folder, dtype=torch.float32).base_model
@@ -92,7 +92,7 @@ def test_encoders_are_compared_by_their_hidden_states(name: str, family_folder: 
     assert found.hidden_relative_error == pytest.approx((square.sum() / dense.square().sum()).item(), rel=1e-3)
     cosine = nn.functional.cosine_similarity(changed, dense).mean().item()
     assert found.hidden_cosine == pytest.approx(cosine, abs=1e-5)
-    assert found.loss is None
+    assert found.model_loss is None
     assert found.perplexity is None
     assert found.kl is None
 

@@ -109,7 +109,7 @@ class TestGguf:
         self, bits: int, group_size: int, symmetric: bool, half_folder: FolderOf, tmp_path: Path
     ) -> None:
         out = rounded(half_folder("qwen2"), tmp_path / "out", bits, group_size, symmetric)
-        report = hesse.export(out, tmp_path / "out.gguf", to="gguf")
+        report = hesse.export(out, tmp_path / "out.gguf", to="gguf").report
         expected = GRIDS[bits, group_size, symmetric]
         assert report.stored == {expected: 14}
         found = gguf_tensors(tmp_path / "out.gguf")
@@ -127,7 +127,7 @@ class TestGguf:
 
     def test_scales_of_float32_are_rounded_and_it_is_said(self, family_folder: FolderOf, tmp_path: Path) -> None:
         out = rounded(family_folder("qwen2"), tmp_path / "out", 4, 32)
-        report = hesse.export(out, tmp_path / "out.gguf")
+        report = hesse.export(out, tmp_path / "out.gguf").report
         worst = max(layer.scale_error for layer in report.layers)
         assert 0 < worst <= 2.0**-11
         assert any("scales are rounded" in note and f"{worst:.2g}" in note for note in report.notes)
@@ -154,7 +154,7 @@ class TestGguf:
         assert torch.equal(got.sort(0).values, wanted.sort(0).values)
 
     def test_a_dense_model_is_bit_for_bit_itself(self, half_folder: FolderOf, tmp_path: Path) -> None:
-        report = hesse.export(half_folder("qwen3"), tmp_path / "out.gguf")
+        report = hesse.export(half_folder("qwen3"), tmp_path / "out.gguf").report
         assert report.layers == []
         assert set(report.dense) == {"BF16", "F32"}
         dense, found = dense_tensors(half_folder("qwen3")), gguf_tensors(tmp_path / "out.gguf")
@@ -166,7 +166,7 @@ class TestGguf:
 
     def test_the_default_model_has_its_tokenizer(self, tmp_path: Path) -> None:
         gguf = pytest.importorskip("gguf")
-        report = hesse.export("default", tmp_path / "default.gguf")
+        report = hesse.export("default", tmp_path / "default.gguf").report
         assert report.notes == []
         fields = gguf.GGUFReader(tmp_path / "default.gguf").fields
         tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -184,7 +184,7 @@ class TestGguf:
         recipe.write_text(f"rules: [{rows}, {others}]", encoding="utf-8")
         out = tmp_path / "out"
         compress(half_folder("llama"), out, recipe=hesse.methods.load_recipe(recipe))
-        report = hesse.export(out, tmp_path / "out.gguf")
+        report = hesse.export(out, tmp_path / "out.gguf").report
         assert report.stored == {"BF16": 12, "Q4_0": 2}
         assert any("12 layers of 4 bit, groups of 16, symmetric are stored as BF16" in note for note in report.notes)
 
@@ -287,7 +287,7 @@ class TestOnnx:
     ) -> None:
         source = family_folder(family)
         folder = source if grid is None else rounded(source, tmp_path / "out", *grid)
-        report = hesse.export(folder, tmp_path / "onnx", to="onnx")
+        report = hesse.export(folder, tmp_path / "onnx", to="onnx").report
         assert report.exact_layers == len(report.layers) == (0 if grid is None else 14)
         dense = tiny_models.load(family, twin(folder, tmp_path / "twin", source))
         got, wanted = self.logits(tmp_path / "onnx", dense.config, 7), output(dense, IDS)
@@ -333,7 +333,7 @@ class TestTorchao:
 
         source = family_folder(family)
         folder = source if grid is None else rounded(source, tmp_path / "out", *grid)
-        report = hesse.export(folder, tmp_path / "torchao", to="torchao")
+        report = hesse.export(folder, tmp_path / "torchao", to="torchao").report
         assert report.stored == ({} if stored is None else {stored: 14})
         # Only the offsets of asymmetric grids are rounded, to float32 here.
         assert all(layer.exact or 0 < layer.offset_error < 1e-6 for layer in report.layers)
@@ -343,7 +343,7 @@ class TestTorchao:
 
     def test_offsets_that_bfloat16_rounds_are_told(self, half_folder: FolderOf, tmp_path: Path) -> None:
         out = rounded(half_folder("llama"), tmp_path / "out", 4, 32, symmetric=False)
-        report = hesse.export(out, tmp_path / "torchao", to="torchao")
+        report = hesse.export(out, tmp_path / "torchao", to="torchao").report
         assert report.exact_layers < 14
         assert any("zero points times scales are rounded" in note for note in report.notes)
 
@@ -438,7 +438,7 @@ def test_the_command_prints_for_people_and_machines(
     ran = hesse_command("export", out, tmp_path / "b.gguf", "--json")
     assert (ran.code, ran.stderr) == (0, "")
     content = json.loads(ran.stdout)
-    assert content["bytes"] == (tmp_path / "b.gguf").stat().st_size
-    assert (tmp_path / "a.gguf").stat().st_size == content["bytes"]
+    assert content["bytes_after"] == (tmp_path / "b.gguf").stat().st_size
+    assert (tmp_path / "a.gguf").stat().st_size == content["bytes_after"]
     ran = hesse_command("export", out, tmp_path / "b.gguf")
     assert (ran.code, "exists" in ran.error) == (1, True)

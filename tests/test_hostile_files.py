@@ -99,7 +99,7 @@ def test_links_out_of_the_folder_are_not_exported(linked: str, model: Path, tmp_
     (model / linked).unlink(missing_ok=True)
     (tmp_path / "secret").write_text(json.dumps({"chat_template": "the secret"}))
     (model / linked).symlink_to(tmp_path / "secret")
-    report = hesse.export(model, tmp_path / "out.gguf")
+    report = hesse.export(model, tmp_path / "out.gguf").report
     assert b"the secret" not in (tmp_path / "out.gguf").read_bytes()
     assert ("the tokenizer is left out" in " ".join(report.notes)) == (linked == "tokenizer.json")
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from helpers import CommandLine, compress
-from hesse.evaluation import Evaluation
+from hesse.evaluation import Evaluation, EvaluationReport
 from hesse.inspection import SCHEMES, Inspection
 from hesse.inspection.layers import LayerInspection
 from hesse.jobs.report import CompressionReport
@@ -34,7 +34,12 @@ ON_A_PAGE = (
     "</pre></svg></style></title><svg/onload=alert(4)><!-- --><a href=javascript:alert(5)>]]>&lt;b&gt;{{ 7 * 7 }}$x_{$"
 )
 IN_A_TERMINAL = "\x1b]0;a title\x07\x1b[2J\x9b31m[red][/blue]:smile:\u202ehidden\r\b\x7f\ud800\n"
-EVALUATION = Evaluation("causal-lm", 1, 2, 2, 1.0, 2.0, *[None] * 8, 10, 40, 32.0)  # type: ignore[arg-type]
+EVALUATION = EvaluationReport.of(
+    Evaluation("causal-lm", 1, 2, 2, 1.0, 2.0, *[None] * 8, 10, 40, 32.0),  # type: ignore[arg-type]
+    "m",
+    None,
+    seconds=1.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +57,23 @@ def inspection() -> Inspection:
     measured = dict.fromkeys(SCHEMES, (0.1, 0.01))
     layers = [LayerInspection(f"model.{i}", (2, 2), (1.0, 0.1), 0.1, costs, measured) for i in range(2)]
     pairs = [(1.0, 0.1)]
-    seconds = {"total": 1.0}
-    return Inspection("m", 1, 2, 3, "c", 1.0, 1.0, pairs, pairs, pairs, (1.0, 0.1), layers, costs, seconds)
+    return Inspection(
+        verb="inspect",
+        model="m",
+        samples=1,
+        tokens=2,
+        parameters=3,
+        statistics="c",
+        model_loss=1.0,
+        gradient_norm=1.0,
+        largest_eigenvalues=pairs,
+        smallest_eigenvalues=pairs,
+        spectrum=pairs,
+        trace=(1.0, 0.1),
+        layers=layers,
+        rank_correlations=costs,
+        seconds={"total": 1.0},
+    )
 
 
 def spoilt(value: Any, evil: str) -> Any:
@@ -117,20 +137,44 @@ def test_an_inspection_page(inspection: Inspection, tmp_path: Path) -> None:
 
 def exports() -> ExportReport:
     layer = ExportedLayer("a", "4 bit", "Q4_0", True)
-    return ExportReport("m", "out", "gguf", 1, 2, 0.1, [layer], {"float32": 1}, 1, ["a note"], {})
+    return ExportReport(
+        verb="export",
+        model="m",
+        out="out",
+        target="gguf",
+        bytes_before=2,
+        bytes_after=1,
+        layers=[layer],
+        dense={"float32": 1},
+        tensors_checked=1,
+        notes=["a note"],
+    )
 
 
 def benchmark() -> Benchmark:
     one = TimedRun.of([1.0])
     row = BenchmarkRow("transformers", "dense", "1", "float32", 1, one, one, one, one, None, None)
-    return Benchmark("m", "d", 8, 2, 1, 1, "processor", 2, 0.0, {}, [row], [MissingRun("torchao", "not installed")])
+    return Benchmark(
+        verb="benchmark",
+        model="m",
+        reference="d",
+        prompt=8,
+        generate=2,
+        threads=1,
+        repeats=1,
+        processor="processor",
+        processors=2,
+        load_average=0.0,
+        rows=[row],
+        missing=[MissingRun("torchao", "not installed")],
+    )
 
 
 def test_a_terminal(report: CompressionReport, inspection: Inspection) -> None:
     shown: list[RenderableType] = [
         compression_summary(spoilt(report, IN_A_TERMINAL)),
         cost_table(spoilt(report, IN_A_TERMINAL), EVALUATION, EVALUATION),
-        evaluation_table(EVALUATION, IN_A_TERMINAL),
+        evaluation_table(spoilt(EVALUATION, IN_A_TERMINAL)),
         inspection_summary(spoilt(inspection, IN_A_TERMINAL)),
         export_summary(spoilt(exports(), IN_A_TERMINAL)),
         benchmark_summary(spoilt(benchmark(), IN_A_TERMINAL)),

@@ -67,7 +67,7 @@ def test_transformers_rounds_inputs_and_hesse_measures_it(
         wide.lm_head.weight = nn.Parameter(model.lm_head.weight.float())
     round_inputs(wide, bits)
     loss = nn.functional.cross_entropy(output(wide)[:, :-1].flatten(0, 1), torch.tensor(OTHER_IDS)[:, 1:].flatten())
-    assert hesse.evaluate(out, data=OTHER_IDS).loss == pytest.approx(loss.item(), abs=2e-4)
+    assert hesse.evaluate(out, data=OTHER_IDS).report.model_loss == pytest.approx(loss.item(), abs=2e-4)
 
 
 def test_a_token_is_a_row_of_a_grid(family_folder: FolderOf, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_bytes_are_exported_as_they_are_and_what_is_lost_is_said(
     assert torch.equal(
         grid.decode(read_grid_code(checkpoint, layer)), checkpoint.read([f"{layer}.weight"])[f"{layer}.weight"]
     )
-    report = hesse.export(out, tmp_path / f"model.{target}", to=target)
+    report = hesse.export(out, tmp_path / f"model.{target}", to=target).report
     assert len(report.layers) == 14
     assert any("14 layers: inputs are not rounded" in note for note in report.notes)
 

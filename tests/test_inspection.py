@@ -32,7 +32,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 @pytest.fixture(scope="module")
 def llama(family_folder: FolderOf) -> tuple[Path, Inspection]:
     source = family_folder("llama")
-    return source, hesse.inspect(source, data=FEW)
+    return source, hesse.inspect(source, data=FEW).report
 
 
 def test_the_loss_and_its_gradient(llama: tuple[Path, Inspection]) -> None:
@@ -43,7 +43,7 @@ def test_the_loss_and_its_gradient(llama: tuple[Path, Inspection]) -> None:
     names = {f"{layer.name}.weight" for layer in found.layers}
     weights = [p for name, p in model.named_parameters() if name in names]
     assert len(weights) == len(found.layers) == 14
-    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert found.model_loss == pytest.approx(float(loss.detach()), rel=1e-5)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
     assert found.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
     assert found.parameters == sum(p.numel() for p in weights)
@@ -62,7 +62,7 @@ def test_what_is_measured_is_what_evaluating_the_changed_model_gives(
             tensors[f"{LAYER}.weight"] = solve(weight.float(), Identity(), SCHEMES[scheme], Nearest()).weight.to(weight)
 
         copy = Path(shutil.copytree(source, tmp_path / scheme.replace(" ", "")))
-        result = hesse.evaluate(change(copy, edit), reference=source, data=FEW)
+        result = hesse.evaluate(change(copy, edit), reference=source, data=FEW).report
         assert layer.measured[scheme][0] == pytest.approx(result.kl, rel=1e-3)
         assert layer.measured[scheme][1] == pytest.approx(result.kl_standard_error, rel=1e-3)
 
@@ -109,7 +109,7 @@ def test_the_spectrum_is_bounded_by_what_is_said(llama: tuple[Path, Inspection])
 
 @pytest.mark.parametrize("name", fast_first(["opt", "mixtral", "gemma3", "gpt2"]))
 def test_other_families(name: str, family_folder: FolderOf) -> None:
-    found = hesse.inspect(family_folder(name), data=FEW)
+    found = hesse.inspect(family_folder(name), data=FEW).report
     assert found.layers
     assert all(layer.measured["2 bits"][0] > 0 for layer in found.layers)
 
@@ -119,7 +119,7 @@ def test_predictions_from_statistics(llama: tuple[Path, Inspection], tmp_path: P
     data = write_ids(tmp_path / "ids.jsonl", FEW)
     kinds = ("gram", "kronecker", "fisher")
     hesse.estimate(source, tmp_path / "statistics", data=data, curvatures=kinds)
-    found = hesse.inspect(source, data=data, statistics=tmp_path / "statistics")
+    found = hesse.inspect(source, data=data, statistics=tmp_path / "statistics").report
     assert list(found.rank_correlations["4 bits"]) == ["identity", "gram", "fisher diagonal", "kronecker"]
     for ours, theirs in zip(found.layers, plain.layers, strict=True):
         assert ours.measured == theirs.measured

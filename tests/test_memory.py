@@ -19,7 +19,7 @@ from helpers import IDS, compress, fast_first, sha256, write_ids
 from hesse.checkpoints.tensor_store import InMemory, TensorFile, TensorStore
 from hesse.errors import OptionError, OutputError
 from hesse.jobs import memory
-from hesse.jobs.memory import MemoryPlan
+from hesse.jobs.memory import MemoryBound
 from hesse.jobs.options import bytes_of
 from hesse.passes.activation_offload import OffloadToDisk
 
@@ -107,8 +107,8 @@ def test_activations_on_disk_change_nothing(
 ) -> None:
     options: dict[str, Any] = {"method": method, "bits": 4, "group_size": 32, "batch_size": 3}
     compress(half_folder(name), tmp_path / "memory", **options)
-    plan = MemoryPlan(0, 3, True, "")
-    monkeypatch.setattr("hesse.jobs.compress.plan_memory", lambda *_: plan)
+    plan = MemoryBound(0, 3, True, "")
+    monkeypatch.setattr("hesse.jobs.compress.fit_memory", lambda *_: plan)
     compress(half_folder(name), tmp_path / "disk", **options)
     assert sha256(tmp_path / "memory") == sha256(tmp_path / "disk")
 
@@ -116,25 +116,25 @@ def test_activations_on_disk_change_nothing(
 def test_the_fastest_way_that_fits_is_taken(family_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = {(8, False): 4 << 30, (8, True): 3 << 30, (1, True): 2 << 30}
 
-    def bound(plan: Any, batch_size: int, paused: bool) -> MemoryPlan:
-        return MemoryPlan(bounds[batch_size, paused], batch_size, paused, "solve model.layers.0")
+    def bound(plan: Any, batch_size: int, paused: bool) -> MemoryBound:
+        return MemoryBound(bounds[batch_size, paused], batch_size, paused, "solve model.layers.0")
 
     plan = tiny_plan(family_folder("llama"))
     monkeypatch.setattr(memory, "_bound", bound)
-    chosen = [memory.plan_memory(plan, limit) for limit in (5 << 30, 3 << 30, 2 << 30)]
-    assert [(choice.batch_size, choice.paused_on_disk) for choice in chosen] == [(8, False), (8, True), (1, True)]
+    chosen = [memory.fit_memory(plan, limit) for limit in (5 << 30, 3 << 30, 2 << 30)]
+    assert [(choice.batch_size, choice.offloads) for choice in chosen] == [(8, False), (8, True), (1, True)]
     with pytest.raises(OptionError, match=r"--memory 1\.00GiB is not enough .*: 2\.00GiB are, needed to solve model"):
-        memory.plan_memory(plan, 1 << 30)
-    assert memory.plan_memory(plan, 4 << 30, batch_size=8).batch_size == 8
+        memory.fit_memory(plan, 1 << 30)
+    assert memory.fit_memory(plan, 4 << 30, batch_size=8).batch_size == 8
 
 
 def tiny_plan(folder: Path) -> Any:
     from hesse.data.selection import Calibration
-    from hesse.jobs.plan import make_plan
+    from hesse.jobs.setup import open_setup
     from hesse.methods import Options, find_method
 
     recipe = find_method("kronecker").recipe(Options(bits=4, group_size=32))
-    return make_plan(folder, recipe, Calibration(IDS, 8, None, 0, None), None, "auto", CPU)
+    return open_setup(folder, recipe, Calibration(IDS, 8, None, 0, None), None, "auto", CPU)
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 gib", 3 << 29), ("7", 7)])
@@ -156,16 +156,16 @@ from hesse.jobs import compress, memory
 torch.set_num_threads(1)
 model, out, data, limit = sys.argv[1:]
 
-def within(plan, limit, batch_size=None, fits=memory.plan_memory):
+def within(plan, limit, batch_size=None, fits=memory.fit_memory):
     chosen = fits(plan, limit, batch_size)
     process = psutil.Process()
     free = chosen.bound - process.memory_info().rss
     data = next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (data + free, data + free))
-    print(chosen.bound, int(chosen.paused_on_disk), free)
+    print(chosen.bound, int(chosen.offloads), free)
     return chosen
 
-compress.plan_memory = within
+compress.fit_memory = within
 report = hesse.compress(model, out, data=data, options=hesse.Options(bits=4, group_size=64),
                         method="gptq", memory=limit, overwrite=True).report
 print(report.peak_rss_bytes)

@@ -239,7 +239,7 @@ def test_the_command_line(deep: Any, hesse_command: CommandLine, tmp_path: Path)
     ran = hesse_command(*arguments, "--json")
     report = json.loads(ran.stdout)
     assert report == json.loads((tmp_path / "out" / "hesse-report.json").read_text())
-    found = hesse.evaluate(tmp_path / "out", reference=deep("llama"), data=OTHER_IDS)
+    found = hesse.evaluate(tmp_path / "out", reference=deep("llama"), data=OTHER_IDS).report
     assert found.kl is not None
     assert found.kl > 0
     ran = hesse_command(*arguments, "--overwrite", "--method", "flexigpt", "--rank", "4")

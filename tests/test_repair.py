@@ -120,8 +120,8 @@ def test_the_adapter_beside_the_compressed_model_is_the_dense_result(
     torch.testing.assert_close(output(beside), output(ordinary), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(output(ordinary), output(tiny_models.load(family, tmp_path / "twin")), atol=1e-2)
     assert merged.loss.measured == pytest.approx(report.loss.measured, rel=1e-3)
-    found = hesse.evaluate(base, adapter=tmp_path / "adapter", reference=source, data=OTHER_IDS)
-    again = hesse.evaluate(tmp_path / "dense", reference=source, data=OTHER_IDS)
+    found = hesse.evaluate(base, merge_adapter=tmp_path / "adapter", reference=source, data=OTHER_IDS).report
+    again = hesse.evaluate(tmp_path / "dense", reference=source, data=OTHER_IDS).report
     distances = [x.hidden_error if x.kl is None else x.kl for x in (found, again)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-3)
     weights = (tmp_path / "adapter" / WEIGHTS).stat().st_size
@@ -270,7 +270,7 @@ def test_an_adapter_that_is_not_understood_is_refused(
     (adapter / CONFIG).write_text(json.dumps({**written, **config}))
     save_file({**load_file(adapter / WEIGHTS), **(edit or {})}, adapter / WEIGHTS)
     with pytest.raises(CheckpointError, match=said):
-        hesse.evaluate(base, adapter=adapter, data=OTHER_IDS)
+        hesse.evaluate(base, merge_adapter=adapter, data=OTHER_IDS)
     (adapter / WEIGHTS).write_bytes(b"nothing")
     (adapter / CONFIG).write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -139,7 +139,7 @@ def test_experts_are_changed_together(of_family: Callable[[str], CompressionRepo
     change(
         copy, lambda tensors: tensors.update({f"{key}.weight": after[f"{key}.weight"] for key in groups[name].layers})
     )
-    result = hesse.evaluate(copy, reference=source, data=IDS)
+    result = hesse.evaluate(copy, reference=source, data=IDS).report
     assert groups[name].measured.value == pytest.approx(result.kl, rel=1e-3)
 
 
@@ -151,9 +151,9 @@ def test_text_seen_and_held_out(with_text: CompressionReport, writer: Path) -> N
         writer / "text.txt", out, count=4, length=64, seed=0, purpose="calibration", limit=None, reserve=16
     )
     for text, chosen in zip((found.seen, found.check), samples, strict=True):
-        result = hesse.evaluate(out, reference=writer, data=[ids.tolist() for ids in chosen.ids])
+        result = hesse.evaluate(out, reference=writer, data=[ids.tolist() for ids in chosen.ids]).report
         assert text.dense_loss == pytest.approx(result.reference_loss, rel=1e-4)
-        assert text.compressed_loss == pytest.approx(result.loss, rel=1e-4)
+        assert text.compressed_loss == pytest.approx(result.model_loss, rel=1e-4)
         assert text.divergence.value == pytest.approx(result.kl, rel=1e-3)
         assert text.divergence.standard_error == pytest.approx(result.kl_standard_error, rel=1e-3)
         assert text.top1_agreement == pytest.approx(result.top1_agreement, abs=2e-3)
@@ -270,9 +270,9 @@ def test_the_page_says_what_the_report_says(name: str, of_family: Callable[[str]
         assert f"{number(point.predicted, 3)} {number(point.measured.value, 3)} ±" in text
     assert f"{report.bytes_before:,} bits" in text.replace(f" {report.bytes_after:,}", "")
     assert number(report.bits_per_weight) in text
-    assert ("What both models write" in text) == (name != "bert")
+    assert ("Continuations of both models" in text) == (name != "bert")
     assert ("perplexity" in text) == (name != "bert")
-    assert ("Tokens that each expert saw" in text) == (name == "mixtral")
+    assert ("Tokens per expert" in text) == (name == "mixtral")
     assert "Nothing was held out." in text
     assert "No alternatives were planned" in text
     for layer in report.layers:

@@ -281,7 +281,7 @@ def test_a_method_rounds_what_it_rewrote(method: str, half_folder: FolderOf, tmp
     assert all(torch.equal(ours[name], two_steps[name]) for name in ours)
     dense = tiny_models.load("llama-tied", twin(out, tmp_path / "twin", rotated))
     assert torch.equal(output(tiny_models.load("llama-tied", out)), output(dense))
-    kl = hesse.evaluate(out, reference=source, data=IDS).kl
+    kl = hesse.evaluate(out, reference=source, data=IDS).report.kl
     assert report.loss.measured == pytest.approx(kl, rel=0.5)
     if method == "quarot":
         assert report.bytes_before == open_checkpoint(source).file_bytes

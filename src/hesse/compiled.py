@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+LoopResult = TypeVar("LoopResult")
 
 
-def compile_loop(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def compile_loop(loop: Callable[Arguments, LoopResult]) -> Callable[Arguments, LoopResult]:
     """Compile `loop` to machine code, cached for the next process where a folder can be written."""
     machine_code: Any
     try:
         machine_code = numba.njit(cache=True, nogil=True)(loop)
     except RuntimeError:  # no folder that can be written
         machine_code = numba.njit(nogil=True)(loop)
-    typed: Callable[Arguments, Result] = machine_code
+    typed: Callable[Arguments, LoopResult] = machine_code
     return typed
 
 

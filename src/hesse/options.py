@@ -48,7 +48,7 @@ def _option(help: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """What a call can change about a method; None leaves the method's own choice."""
+    """Options of a call to a method; None keeps the method's default."""
 
     bits: int | None = _option("Bits per weight, 2 to 8.")
     group_size: int | None = _option("Columns that share a scale; -1 for one scale a row.")

@@ -23,7 +23,7 @@ COPIED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenPart:
     """Tensors in a file of their own, which becomes a shard or a piece of a shard."""
 
     path: Path
@@ -36,7 +36,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._parts: list[Part] = []
+        self._parts: list[WrittenPart] = []
         self.names: set[str] = set()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
 
 
-def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
+def write_part(path: Path, tensors: dict[str, Tensor]) -> WrittenPart:
     """Write `tensors` to a file, and keep no reference to them.
 
     Raises:
@@ -77,10 +77,10 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
     """
     with writing(path.parent.parent):
         write_tensors(path, tensors, {"format": "pt"})
-    return Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    return WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def assemble(parts: list[Part], folder: Path) -> None:
+def assemble(parts: list[WrittenPart], folder: Path) -> None:
     """Write the weights' files in `folder` from all parts: one file, or shards and their index. The parts are kept.
 
     A large part becomes a shard by a hard link to its file, so that nothing large is written twice. The function may be
@@ -89,9 +89,9 @@ def assemble(parts: list[Part], folder: Path) -> None:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    shards: list[list[Part]] = []
+    shards: list[list[WrittenPart]] = []
     single = sum(part.bytes for part in parts) <= SHARD_BYTES
-    small: list[Part] = []  # the present shard of small parts
+    small: list[WrittenPart] = []  # the present shard of small parts
     for part in parts:
         if not single and part.bytes >= LARGE_BYTES:
             shards.append([part])

@@ -33,7 +33,7 @@ from hesse.cli.options import (
     SizeOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, print_line, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 from hesse.errors import OptionError
 from hesse.options import Options, parse_settings
 from hesse.result import ForecastReport
@@ -132,7 +132,7 @@ def compress(
     with progress_bars(as_json or not main) as bars:
         if print_recipe or out is None:
             plan = hesse.plan(model, **calibration, **target_options, **budget, progress=bars)
-            sys.stdout.write(plan.recipe.to_yaml())
+            sys.stdout.write(plan.report.recipe.to_yaml())
             return
         result = hesse.compress(
             model,
@@ -150,17 +150,9 @@ def compress(
         ).report
     if not main:
         return
-    if isinstance(result, ForecastReport):
-        print_forecast(result, as_json)
-        return
-    if report is not None:
+    if report is not None and not isinstance(result, ForecastReport):
         write_page(report, compression_page(result, shlex.join(["hesse", *sys.argv[1:]])))
-    if as_json:
-        print_json(result.to_dict())
-        return
-    out_console.print(compression_summary(result))
-    if report is not None:
-        print_line(f"The report: {report.absolute()}")
+    print_report(result, compression_summary, as_json, report)
 
 
 def _mean_bits(text: str | None) -> float | None:

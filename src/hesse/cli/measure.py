@@ -26,7 +26,7 @@ from hesse.cli.options import (
     ShortLengthOption,
     StatisticsOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, print_line, progress_bars
+from hesse.cli.terminal import out_console, print_json, print_line, print_report, progress_bars
 from hesse.result import ForecastReport
 
 
@@ -41,8 +41,8 @@ def demo(
     with progress_bars(False) as bars:
         options = hesse.Options(bits=4, group_size=64)
         report = hesse.compress("default", out, options=options, overwrite=True, progress=bars).report
-        after = hesse.evaluate(out, reference="default", progress=bars)
-        before = hesse.evaluate("default", progress=bars)
+        after = hesse.evaluate(out, reference="default", progress=bars).report
+        before = hesse.evaluate("default", progress=bars).report
     if not isinstance(report, ForecastReport):
         out_console.print(cost_table(report, before, after))
     print_line(f"The compressed checkpoint: {out.absolute()}")
@@ -101,15 +101,10 @@ def inspect(
             seed=seed,
             device=device,
             progress=bars,
-        )
+        ).report
     if report is not None:
         write_page(report, inspection_page(result))
-    if as_json:
-        print_json(result.to_dict())
-        return
-    out_console.print(inspection_summary(result))
-    if report is not None:
-        print_line(f"The report: {report.absolute()}")
+    print_report(result, inspection_summary, as_json, report)
 
 
 def evaluate(
@@ -132,18 +127,15 @@ def evaluate(
         result = hesse.evaluate(
             model,
             reference=reference,
-            adapter=merge_adapter,
+            merge_adapter=merge_adapter,
             data=data,
             samples=samples,
             length=length,
             batch_size=batch_size,
             device=device,
             progress=bars,
-        )
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        out_console.print(evaluation_table(result, model))
+        ).report
+    print_report(result, evaluation_table, as_json)
 
 
 def estimate(
@@ -162,6 +154,8 @@ def estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
+    from hesse.reporting import estimate_summary
+
     with progress_bars(as_json) as bars:
         report = hesse.estimate(
             model,
@@ -178,13 +172,4 @@ def estimate(
             dry_run=dry_run,
             progress=bars,
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-        return
-    held = ", ".join(f"{kind} of {len(layers)} layers" for kind, layers in report.curvatures.items())
-    print_line(f"{held} from {report.tokens:,} tokens: {out.absolute()}")
-    command = "compress {} OUT" if "gram" in report.curvatures else "inspect {}"
-    print_line(f"Next: hesse {command.format(model)} --statistics {out}")
+    print_report(report, estimate_summary, as_json)

@@ -6,6 +6,7 @@ import typer
 
 import hesse
 from hesse.cli.options import (
+    CALIBRATION,
     METHOD,
     SAMPLES,
     SMALLER,
@@ -22,9 +23,8 @@ from hesse.cli.options import (
     RestartOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 from hesse.options import help_of
-from hesse.result import ForecastReport
 
 
 def prune(
@@ -53,7 +53,7 @@ def prune(
     data: DataOption = None,
     samples: Annotated[
         int | None,
-        typer.Option(help=SAMPLES, show_default="16 for blocks, 128 for hidden", rich_help_panel="Calibration"),
+        typer.Option(help=SAMPLES, show_default="16 for blocks, 128 for hidden", rich_help_panel=CALIBRATION),
     ] = None,
     length: LengthOption = None,
     seed: SeedOption = 0,
@@ -89,10 +89,4 @@ def prune(
             progress=bars,
             **{name: value for name, value in given.items() if value is not None},
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(prune_summary(report))
+    print_report(report, prune_summary, as_json)

@@ -24,8 +24,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import out_console, print_forecast, print_json, progress_bars
-from hesse.result import ForecastReport
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def repair(
@@ -51,7 +50,7 @@ def repair(
     """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
 
     The low rank minimizes the error in the layer's outputs with --curvature gram (EoRA), in the end loss with
-    kronecker, and in the weights with identity (LoRC). --format adapter writes a LoRA for PEFT, to load beside the
+    kronecker, and in the weights with identity (LoRC). --format adapter writes a LoRA for PEFT, to load on top of the
     compressed model; dense writes a whole model.
     """
     from hesse.reporting import repair_summary
@@ -77,10 +76,4 @@ def repair(
             dry_run=dry_run,
             progress=bars,
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(repair_summary(report))
+    print_report(report, repair_summary, as_json)

@@ -19,8 +19,7 @@ from hesse.cli.options import (
     SamplesOption,
     SeedOption,
 )
-from hesse.cli.terminal import print_forecast, print_json, print_line, progress_bars
-from hesse.result import ForecastReport
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def rotate(
@@ -39,6 +38,8 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Rotate a model to remove outliers without changing its function, before it is rounded."""
+    from hesse.reporting import rotation_summary
+
     with progress_bars(as_json) as bars:
         report = hesse.rotate(
             model,
@@ -55,15 +56,4 @@ def rotate(
             dry_run=dry_run,
             progress=bars,
         ).report
-    if isinstance(report, ForecastReport):
-        print_forecast(report, as_json)
-        return
-    if as_json:
-        print_json(report.to_dict())
-        return
-    for note in report.notes:
-        print_line(note)
-    if report.loss is not None:
-        print_line(f"{report.loss.name}: {report.loss.measured:.3g} nats per token, on {report.tokens:,} tokens")
-    print_line(f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {out.absolute()}")
-    print_line(f"Next: hesse compress {out} OUT")
+    print_report(report, rotation_summary, as_json)

@@ -7,7 +7,7 @@ import typer
 
 import hesse
 from hesse.cli.options import JsonOption, ModelArgument, OverwriteOption, ReferenceOption
-from hesse.cli.terminal import out_console, print_json, progress_bars
+from hesse.cli.terminal import print_report, progress_bars
 
 
 def export(
@@ -21,11 +21,8 @@ def export(
     from hesse.reporting.runtimes import export_summary
 
     with progress_bars(as_json) as bars:
-        report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        out_console.print(export_summary(report))
+        report = hesse.export(model, out, to=to, overwrite=overwrite, progress=bars).report
+    print_report(report, export_summary, as_json)
 
 
 def benchmark(
@@ -40,7 +37,7 @@ def benchmark(
     repeats: Annotated[int, typer.Option(help="Processes per measurement.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure load time, speed and memory of a model in each runtime on this machine, beside the dense one."""
+    """Measure load time, speed and memory of a model and its dense original in each runtime on this machine."""
     from hesse.reporting.runtimes import benchmark_summary
 
     with progress_bars(as_json) as bars:
@@ -53,8 +50,5 @@ def benchmark(
             threads=threads,
             repeats=repeats,
             progress=bars,
-        )
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        out_console.print(benchmark_summary(result))
+        ).report
+    print_report(result, benchmark_summary, as_json)

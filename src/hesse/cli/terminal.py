@@ -1,18 +1,19 @@
-"""What commands print: progress bars on standard error; lines, tables and JSON on standard output."""
+"""Output of commands: progress bars on standard error; lines, tables and JSON on standard output."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from hesse.cli.progress import Bars
 from hesse.errors import printable
+from hesse.result import ForecastReport, Report
 
-if TYPE_CHECKING:
-    from hesse.result import ForecastReport
+R = TypeVar("R", bound=Report)
 
 out_console = Console()
 error_console = Console(stderr=True)
@@ -46,14 +47,20 @@ def print_error(text: str) -> None:
     error_console.print(printable(text), style="red", soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
-def print_forecast(report: "ForecastReport", as_json: bool) -> None:
-    """Print what a run would take."""
+def print_report(
+    report: R | ForecastReport, summary: Callable[[R], RenderableType], as_json: bool, page: Path | None = None
+) -> None:
+    """Print a report as JSON, or its summary and where its `page` is; of a dry run, the forecast."""
     from hesse.reporting import forecast_summary
 
     if as_json:
         print_json(report.to_dict())
-    else:
+    elif isinstance(report, ForecastReport):
         out_console.print(forecast_summary(report))
+    else:
+        out_console.print(summary(report), crop=False)  # commands and paths stay whole
+        if page is not None:
+            print_line(f"The report: {page.absolute()}")
 
 
 def print_json(content: Any) -> None:

@@ -50,7 +50,7 @@ class GroupBits(Grouped):
         return max(self.bits)
 
     def grid(self, bits: int) -> Grid:
-        """Return the grid of groups with so many bits."""
+        """Return the grid of the groups with `bits` bits."""
         if bits == 1:
             return Signs(group_size=self.group_size, dtype=self.base.dtype)
         return replace(self.base, bits=bits)
@@ -121,7 +121,7 @@ class MixedGrid(Constraint):
             yield self.with_bits(bits)
 
     def with_bits(self, bits: list[int]) -> GroupBits:
-        """Return the grid with so many bits in each group."""
+        """Return the grid with the given bits in each group."""
         return GroupBits(self.base, tuple(bits), dtype=self.dtype)
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> MixedCode:

@@ -116,7 +116,7 @@ class BlockRankOneSum(Curvature):
 
 
 class BlockAccumulator:
-    """Accumulates the blocks of gradients, several at a time: more at once is faster."""
+    """Accumulator of the blocks of gradients; larger batches of gradients are faster."""
 
     def __init__(
         self,

@@ -117,11 +117,11 @@ class Sum(Curvature):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockDiagonal(Curvature):
-    """One curvature a parameter, on all parameters as one flat vector, in the order of `shapes`.
+    """One curvature per parameter, on all parameters as one flat vector, in the order of `shapes`.
 
     `shapes` are the parameters' own, since a block may act on a part of them that repeats (a Gram on each row), or on
     the same entries in another shape (a convolution's weight as a matrix). The damping is added to every block; blocks
-    have none of their own, and all have one origin: a block per position beside one per sample is refused.
+    have none of their own, and all have one origin: a block per position and one per sample are refused.
 
     Example:
         >>> blocks = {"weight": Gram.from_inputs(2 * torch.eye(2)), "bias": Diagonal(values=torch.ones(1))}

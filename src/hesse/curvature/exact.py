@@ -23,7 +23,7 @@ COLUMNS = 8
 class Exact(Curvature):
     """A matrix on the flat vector of an objective's parameters, in the unit of its loss; never formed.
 
-    Each product takes one pass over the data. Several right-hand sides share a pass, `columns` of them at once in
+    Each product takes one pass over the data. Several right-hand sides share a pass, with `columns` of them in
     memory: by default 8, or 1 where that is faster.
     """
 

@@ -24,7 +24,7 @@ from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-Known = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
+KnownStatistics = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
 
 
 class LayerStatistics(Mapping[str, Any]):
@@ -65,7 +65,7 @@ def calibrated_blocks(
     batches: Sequence[CalibrationBatch],
     needs: Needs,
     *,
-    known: Known = MappingProxyType({}),
+    known: KnownStatistics = MappingProxyType({}),
     first: int = 0,
     clock: Clock | None = None,
     processes: Processes = ALONE,
@@ -139,7 +139,7 @@ def _layers(
     index: int,
     block: Block,
     names: Collection[str],
-    known: Known,
+    known: KnownStatistics,
     clock: Clock,
     processes: Processes,
     offload: Path | None,

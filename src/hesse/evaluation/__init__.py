@@ -1,5 +1,5 @@
 """Evaluation: loss, perplexity, divergence from the dense model, and size."""
 
-from hesse.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from hesse.evaluation.evaluate import Evaluation, EvaluationReport, evaluate_checkpoint
 
-__all__ = ["Evaluation", "evaluate_checkpoint"]
+__all__ = ["Evaluation", "EvaluationReport", "evaluate_checkpoint"]

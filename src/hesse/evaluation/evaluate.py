@@ -1,9 +1,8 @@
 """Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from hesse.networks.vocabulary import check_ids, vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, finish, start
-from hesse.progress import Progress, Silence
-from hesse.result import LossChange
+from hesse.progress import Clock, Progress, Silence
+from hesse.result import LossChange, Report, Result
+from hesse.version import versions
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ class Evaluation:
     bytes: int
     bits_per_weight: float  # 8 · bytes of all stored tensors / parameters
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
     @property
     def difference(self) -> float:
         """Return the divergence from the reference: `kl`, or `hidden_error` for an encoder."""
@@ -78,24 +74,66 @@ class Evaluation:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(Report):
+    """Quality and size of a checkpoint; fields that need a reference or a language model are None without it.
+
+    `loss` is the divergence from the reference; `kl` and the others are as in `Evaluation`, in nats per token.
+    """
+
+    reference: str | None
+    kind: str
+    samples: int
+    length: int  # tokens of the longest sample
+    tokens: int
+    model_loss: float | None
+    perplexity: float | None
+    reference_loss: float | None
+    loss_increase: float | None
+    kl: float | None
+    kl_standard_error: float | None
+    top1_agreement: float | None
+    hidden_error: float | None
+    hidden_relative_error: float | None
+    hidden_cosine: float | None
+    parameters: int
+    bytes: int
+    bits_per_weight: float
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float) -> "EvaluationReport":
+        """Return the report of an evaluation of `model` against `reference`, as the user named them."""
+        values = {name: value for name, value in vars(evaluation).items() if name != "loss"}
+        return cls(
+            verb="evaluate",
+            model=model,
+            reference=reference,
+            model_loss=evaluation.loss,
+            loss=None if reference is None else evaluation.loss_change("model", held_out=True),
+            seconds={"total": seconds},
+            versions=versions(),
+            **values,
+        )
+
+
 def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
-    adapter: str | Path | None = None,
+    merge_adapter: str | Path | None = None,
     data: Data = None,
     samples: int | None = None,
     length: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-) -> Evaluation:
+) -> Result[EvaluationReport]:
     """Measure the loss, perplexity and size of a model on disk, and its divergence from a reference.
 
     Args:
         model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
         reference: the dense model to compare with.
-        adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
+        merge_adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
         data: as for `compress`; None for the shipped held-out text.
         samples: number of windows, from the start of the text; None for all.
         length: tokens per window; None for 2048 or the model's positions, whichever is less.
@@ -109,12 +147,12 @@ def evaluate(
     check_at_least("--samples", samples, 1)
     check_at_least("--length", length, 2)
     check_at_least("--batch-size", batch_size, 1)
-    place = find_device(device)
+    clock, place = Clock(), find_device(device)
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     network = CheckpointNetwork(checkpoint, torch.float32, place)
-    if adapter is not None:
-        checkpoint = AdaptedCheckpoint(folder, Path(adapter), layer_paths(network))
+    if merge_adapter is not None:
+        checkpoint = AdaptedCheckpoint(folder, Path(merge_adapter), layer_paths(network))
     tokens = sample_length(network, length)
     chosen, _ = read_samples(
         data,
@@ -127,7 +165,9 @@ def evaluate(
     )
     batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
     dense = None if reference is None else open_checkpoint(locate(reference))
-    return evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+    evaluation = evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+    names = str(model), None if reference is None else str(reference)
+    return Result(EvaluationReport.of(evaluation, *names, clock.total))
 
 
 def evaluate_checkpoint(

@@ -1,6 +1,6 @@
 """Inspect a model: gradient, spectrum and trace of the curvature, and the accuracy of each approximation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from hesse.networks.device import find_device
 from hesse.networks.network import CheckpointNetwork, Layer, Network
 from hesse.networks.vocabulary import check_ids
 from hesse.progress import Clock, Progress, Silence
+from hesse.result import Report, Result
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
+from hesse.version import versions
 
 EIGENVALUES = 3  # at each end of the spectrum
 LANCZOS_PRODUCTS = 25  # for both ends
@@ -31,16 +33,15 @@ TRACE_PRODUCTS = 15
 DENSITY_PROBES, DENSITY_STEPS = 2, 12
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, kw_only=True)
+class Inspection(Report):
     """The loss around a model's weights, over the linear layers of its blocks; losses are in nats per token."""
 
-    model: str
     samples: int
     tokens: int
     parameters: int
-    curvature: str | None  # the statistics folder that predictions were made from; None: from these samples
-    loss: float
+    statistics: str | None  # the statistics folder that predictions were made from; None: from these samples
+    model_loss: float
     gradient_norm: float
     largest_eigenvalues: list[tuple[float, float]]  # of the Hessian, with residuals that bound their errors
     smallest_eigenvalues: list[tuple[float, float]]
@@ -48,7 +49,6 @@ class Inspection:
     trace: tuple[float, float]  # of the Gauss-Newton matrix, and its standard error
     layers: list[LayerInspection]
     rank_correlations: dict[str, dict[str, float]]  # scheme: curvature: Spearman's with the measurements
-    seconds: dict[str, float]
 
     @property
     def at_a_minimum(self) -> bool:
@@ -58,7 +58,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
-        return {**asdict(self), "at_a_minimum": self.at_a_minimum}
+        return {**super().to_dict(), "at_a_minimum": self.at_a_minimum}
 
 
 def inspect(
@@ -71,7 +71,7 @@ def inspect(
     seed: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
-) -> Inspection:
+) -> Result[Inspection]:
     """Inspect the loss around a language model, and measure how well each curvature predicts it.
 
     Each linear layer is changed alone, to 8, 4, 3 and 2 bits and to half of its weights zero, and each curvature's
@@ -92,7 +92,7 @@ def inspect(
     """
     check_at_least("--samples", samples, 2)
     check_at_least("--length", length, 2)
-    return inspect_checkpoint(
+    inspection = inspect_checkpoint(
         locate(model),
         str(model),
         data,
@@ -103,6 +103,7 @@ def inspect(
         find_device(device),
         progress or Silence(),
     )
+    return Result(inspection)
 
 
 def inspect_checkpoint(
@@ -193,12 +194,13 @@ class _Inspector:
         ends, trace, density = self._spectrum()
         pairs = list(zip(ends.values.tolist(), ends.residuals.tolist(), strict=True))
         return Inspection(
+            verb="inspect",
             model=self.name,
             samples=len(self.batches),
             tokens=sum(ids.numel() for ids in self.batches),
             parameters=objective.size,
-            curvature=None if self.statistics is None else str(self.statistics.folder),
-            loss=objective.value(),
+            statistics=None if self.statistics is None else str(self.statistics.folder),
+            model_loss=objective.value(),
             gradient_norm=float(gradient.double().norm()),
             largest_eigenvalues=pairs[:EIGENVALUES],
             smallest_eigenvalues=pairs[EIGENVALUES:],
@@ -207,6 +209,7 @@ class _Inspector:
             layers=layers,
             rank_correlations=rank_correlations(layers),
             seconds={"total": self.clock.total, **self.clock.seconds},
+            versions=versions(),
         )
 
     def _layers(self, estimates: Estimates, eigen_corrected: dict[str, Any], scale: float) -> list[LayerInspection]:

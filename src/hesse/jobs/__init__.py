@@ -1,1 +1,1 @@
-"""The verbs on a checkpoint, one file a command."""
+"""Jobs: the verbs on a checkpoint, one file per command."""

@@ -25,16 +25,16 @@ from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.compression import Compression
 from hesse.jobs.forecast import Work, seconds_of, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import MemoryPlan, plan_memory, waiting_bytes
+from hesse.jobs.memory import MemoryBound, fit_memory, waiting_bytes
 from hesse.jobs.options import RunOptions, run_options
-from hesse.jobs.plan import Plan, make_plan
 from hesse.jobs.report import CompressionReport
+from hesse.jobs.setup import Setup, open_setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, methods_of
 from hesse.modules.compress import compress_in_memory
 from hesse.networks.allocator import keep_no_large_memory
 from hesse.networks.network import Layer
-from hesse.passes.per_sample import Kind
+from hesse.passes.per_sample import FisherKind
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
 from hesse.planning.singular_directions import directions_recipe
 from hesse.progress import Clock, Progress
@@ -89,31 +89,31 @@ def compress(
     layers: Sequence[str] = ("*",),
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    kind: Kind = "sampled",
+    kind: FisherKind = "sampled",
     progress: Progress | None = None,
 ) -> Result[Any]:
     """Compress a language model or encoder on disk into a new folder that other programs load, or a module in memory.
 
-    A run on disk that was killed resumes behind the last block it finished, to the same result bit for bit. A module
+    A killed run on disk resumes after the last block it finished, with the same result bit for bit. A module
     is copied and the copy is changed: see `hesse.modules.compress.compress_in_memory`, which takes `layers`,
-    `loss_function`, `forward` and `kind`; what only has a meaning for files is refused for it.
+    `loss_function`, `forward` and `kind`; options that concern files are refused for it.
 
     Args:
         model: a model folder, `default`, or a hub id, dense; or any `torch.nn.Module`.
         out: the folder to write; it must not exist unless `overwrite`. None for a module.
         method: a row of `hesse methods`, changed by `options`; or give a whole `recipe` instead.
-        recipe: what to do per layer, from `hesse.methods.load_recipe` or built in Python.
-        options: `Options(bits=3, group_size=64)` and the like; what is None is the method's own choice.
-        ignore: patterns of layer names to leave as they are.
+        recipe: rules per layer, from `hesse.methods.load_recipe` or built in Python.
+        options: options such as `Options(bits=3, group_size=64)`; None keeps the method's default.
+        ignore: patterns of layers to leave unchanged.
         data: a text, JSON lines or parquet file, a datasets id, a `datasets.Dataset` with a column `input_ids`, or
             lists of token ids; None for the shipped text. For a module also batches: (inputs, targets) pairs or
             dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
         samples: calibration samples.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together; it changes memory and time, not the result.
+        batch_size: samples per batch; it changes memory and time, not the result.
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `int-quantized`, `dense` or `low-rank`.
         size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
@@ -121,26 +121,26 @@ def compress(
             that are not ignored, of which its one ranking of singular directions takes any share.
         mean_bits: a budget of bits a weight over the planned layers, scales included.
         loss: a budget of predicted loss in nats per token.
-        target: `transformers`, `vllm` or `any`: refuse, or do not plan, what that loader does not serve.
-        allocation: how a budget's choices are priced: `hawq` or `hawq-v2`; None solves every layer for every choice.
+        target: `transformers`, `vllm` or `any`: refuse, or do not plan, schemes that this loader does not support.
+        allocation: the predictor of a budget's costs: `hawq` or `hawq-v2`; None solves every layer for every choice.
         overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        memory: the most that the process may take, such as "8GiB" or a number of bytes: what is kept in memory and what
-            on disk follows from it. None for most of what is free.
-        measure: also measure what each layer costs alone, how far the quadratic model holds, and the loss on text that
-            calibration saw, and write continuations: what `hesse.reporting.compression_page` shows. It takes time.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        memory: the memory limit of the process, such as "8GiB" or a number of bytes; it determines which activations
+            are kept on disk. None for most of the free memory.
+        measure: also measure the cost of each layer alone, the range of the quadratic model, and the loss on text of
+            the calibration, and generate continuations, for `hesse.reporting.compression_page`. It takes time.
         layers: patterns of the layers of a module to change.
         loss_function: the loss of a module; None for cross-entropy, or a language model's own.
         forward: `forward(model, inputs)` gives the outputs of a module.
         kind: "sampled" or "empirical" labels for the Fisher of a module.
-        progress: told how far the run is.
+        progress: receives each phase and step.
 
     Returns:
-        What was done to each layer, sizes in bytes, seconds by phase, and losses in nats per token.
+        A record of each layer, sizes in bytes, seconds by phase, and losses in nats per token.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     if isinstance(model, nn.Module):
         settings = {"out": out, "statistics": statistics, "size": size, "mean_bits": mean_bits, "loss": loss}
@@ -180,8 +180,8 @@ def compress(
             or any(given is not None for given in (mean_bits, loss, allocation, options))
         ):
             raise OptionError(
-                f"the method {method} takes a size of the linear layers and statistics, no other budget and no options: "
-                "give --size 60% and --statistics DIR, a folder of `hesse estimate --curvature gram,kronecker`"
+                f"the method {method} takes a size of the linear layers and statistics, no other budget and no "
+                "options: give --size 60% and --statistics DIR, which `hesse estimate --curvature gram,kronecker` wrote"
             )
         run = run_options(device, memory, overwrite, restart, dry_run, progress)
         ranks = directions_recipe(locate(model), Path(statistics), size, tuple(ignore), run.device, run.progress)
@@ -227,61 +227,61 @@ def compress_folder(
     with Job("compress", str(model), [source], out, calibration, run) as job:
         estimated = None if statistics is None else Statistics(statistics)
 
-        def open_plan(recipe: Recipe) -> Plan:
+        def open_setup_of(recipe: Recipe) -> Setup:
             with job.clock.phase("read"):
-                return make_plan(source, recipe, calibration, estimated, format, run.device, target)
+                return open_setup(source, recipe, calibration, estimated, format, run.device, target)
 
-        plan = open_plan(request) if isinstance(request, Recipe) else None
+        setup = open_setup_of(request) if isinstance(request, Recipe) else None
         if run.dry_run:
             if isinstance(request, BudgetRequest):
-                plan = open_plan(request.method.recipe(request.options, request.ignore))
-            assert plan is not None
-            return Result(_forecast(job, plan, request))
-        checkpoint = open_checkpoint(source) if plan is None else plan.checkpoint
-        needed = _most_bytes(checkpoint, plan)
+                setup = open_setup_of(request.method.recipe(request.options, request.ignore))
+            assert setup is not None
+            return Result(_forecast(job, setup, request))
+        checkpoint = open_checkpoint(source) if setup is None else setup.checkpoint
+        needed = _most_bytes(checkpoint, setup)
         text = request.to_yaml() if isinstance(request, Recipe) else repr(request)
         index = None if estimated is None else file_digest(estimated.folder / INDEX_FILE)
         job.begin([checkpoint], {"recipe": text}, needed, {"format": format, "target": target, "statistics": index})
         budget = None
-        if plan is None:
+        if setup is None:
             assert isinstance(request, BudgetRequest)
             fits = None  # how planning keeps within a limit: as the method alone does
             if run.memory is not None:
-                fits = plan_memory(open_plan(request.method.recipe(request.options, request.ignore)), run.memory)
+                fits = fit_memory(open_setup_of(request.method.recipe(request.options, request.ignore)), run.memory)
             with job.clock.phase("plan"):
                 budget = _plan_once(job, source, request, statistics, format, fits)
-            plan = open_plan(budget.recipe)
+            setup = open_setup_of(budget.recipe)
         if not job.work.resumed:
-            check_room(job.work.folder, out, needed + waiting_bytes(plan))
-        fits = _fit_memory(job, plan)
+            check_room(job.work.folder, out, needed + waiting_bytes(setup))
+        fits = _fit_memory(job, setup)
         if run.memory is not None:
             keep_no_large_memory()
             job.progress.say(f"Memory: {fits.sentence()}.")
-        if plan.rewriting is not None:
+        if setup.rewriting is not None:
             with job.clock.phase("rewrite"):
-                _rewrite(job, plan, plan.rewriting, fits.batch_size)
-        report = Compression(job, plan, budget, fits).run(measure)
+                _rewrite(job, setup, setup.rewriting, fits.batch_size)
+        report = Compression(job, setup, budget, fits).run(measure)
         job.finish(report)
     return Result(report)
 
 
-def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> ForecastReport:
-    """Return what a run would take; `plan` is that of the method alone where a budget is still to be planned."""
-    network, checkpoint, calibration = plan.network, plan.checkpoint, job.calibration
-    fits = plan_memory(plan, job.run.memory)
-    needed = _most_bytes(checkpoint, plan) + waiting_bytes(plan)
-    rules = {name: rule for name, rule in plan.rules.items() if rule is not None}
+def _forecast(job: Job, setup: Setup, request: Recipe | BudgetRequest) -> ForecastReport:
+    """Return the forecast of a run; `plan` is that of the method alone if a budget is still to be planned."""
+    network, checkpoint, calibration = setup.network, setup.checkpoint, job.calibration
+    fits = fit_memory(setup, job.run.memory)
+    needed = _most_bytes(checkpoint, setup) + waiting_bytes(setup)
+    rules = {name: rule for name, rule in setup.rules.items() if rule is not None}
     shapes = {layer.name: layer.weight.shape for layer in network.layers if layer.name in rules}
     size = checkpoint.stored_bytes
     for name, shape in shapes.items():
         stored = checkpoint.dtype(f"{name}.weight").itemsize
-        size += int(shape.numel() * (plan.format.stored_bits(name) / 8 - stored))
-    solver = BlockSolver(plan, Clock())
-    calibrated = 0 if plan.statistics is not None else tokens_of(plan.samples)
-    probed = 0 if plan.statistics is not None else tokens_of(plan.probes)
+        size += int(shape.numel() * (setup.format.stored_bits(name) / 8 - stored))
+    solver = BlockSolver(setup, Clock())
+    calibrated = 0 if setup.statistics is not None else tokens_of(setup.samples)
+    probed = 0 if setup.statistics is not None else tokens_of(setup.probes)
     blocks = len(network.blocks)
     work = Work(
-        forward=blocks * (2 * tokens_of(plan.check) + probed),
+        forward=blocks * (2 * tokens_of(setup.check) + probed),
         calibrated=blocks * calibrated,
         backward=blocks * probed,
         bytes=6 * checkpoint.file_bytes,
@@ -290,12 +290,12 @@ def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> Forecast
 
     def solve(layer: Layer, statistics: LayerStatistics) -> object:
         return solver.solve_layer(
-            layer, LayerStatistics({**statistics, **_unit_statistics(plan, layer)}), BlockResult()
+            layer, LayerStatistics({**statistics, **_unit_statistics(setup, layer)}), BlockResult()
         )
 
     by_sample = {"fisher blocks", "fisher gradients"}
-    known = not any(by_sample & set(names) for names in statistics_needed(plan.rules).values())
-    seconds, notes = seconds_of(work, network, plan.samples, calibration.batch_size, solve if known else None)
+    known = not any(by_sample & set(names) for names in statistics_needed(setup.rules).values())
+    seconds, notes = seconds_of(work, network, setup.samples, calibration.batch_size, solve if known else None)
     if not known:
         notes.append("the time to solve layers by gradients of samples is not part of the estimate")
     if isinstance(request, BudgetRequest):
@@ -309,12 +309,12 @@ def _forecast(job: Job, plan: Plan, request: Recipe | BudgetRequest) -> Forecast
         else:
             size = checkpoint.file_bytes
         notes.append("the time to plan, which solves every layer for each choice, is not part of the estimate")
-    job.notes = list(plan.notes)
+    job.notes = list(setup.notes)
     report = job.forecast((checkpoint.file_bytes, size, size), needed, {fits.largest: 0}, (seconds, notes))
-    return replace(report, memory_bytes=fits.bound, method=plan.recipe.method)
+    return replace(report, memory_bytes=fits.bound, method=setup.recipe.method)
 
 
-def _unit_statistics(plan: Plan, layer: Layer) -> dict[str, Tensor]:
+def _unit_statistics(setup: Setup, layer: Layer) -> dict[str, Tensor]:
     """Return backward statistics of a layer as large as those that a run estimates, to take as long to solve with."""
     rows, columns = layer.weight.shape
     made = {
@@ -322,17 +322,17 @@ def _unit_statistics(plan: Plan, layer: Layer) -> dict[str, Tensor]:
         "output diagonal": lambda: torch.ones(rows),
         "fisher diagonal": lambda: torch.ones(rows, columns),
     }
-    return {name: made[name]() for name in statistics_needed(plan.rules).get(layer.name, ()) if name in made}
+    return {name: made[name]() for name in statistics_needed(setup.rules).get(layer.name, ()) if name in made}
 
 
-def _most_bytes(checkpoint: Checkpoint, plan: Plan | None) -> int:
+def _most_bytes(checkpoint: Checkpoint, setup: Setup | None) -> int:
     """Return bytes on disk that the result never exceeds, assembled from its parts."""
-    size = checkpoint.file_bytes if plan is None else max(checkpoint.file_bytes, checkpoint.stored_bytes)
+    size = checkpoint.file_bytes if setup is None else max(checkpoint.file_bytes, checkpoint.stored_bytes)
     return int(size * 1.05) + (1 << 20) + min(size, SHARD_BYTES)
 
 
 def _plan_once(
-    job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str, fits: MemoryPlan | None
+    job: Job, model: Path, request: BudgetRequest, statistics: Path | None, format: str, fits: MemoryBound | None
 ) -> BudgetPlan:
     """Return the plan for a budget, which rank 0 makes and notes.
 
@@ -340,7 +340,7 @@ def _plan_once(
     """
     work, device, progress, calibration = job.work, job.run.device, job.progress, job.calibration
     if job.processes.is_main and work.journal.recall("plan") is None:
-        offload = work.own.folder if fits is not None and fits.paused_on_disk else None
+        offload = work.own.folder if fits is not None and fits.offloads else None
         if fits is not None:
             calibration = replace(calibration, batch_size=fits.batch_size)
         plan = plan_budget(
@@ -351,16 +351,16 @@ def _plan_once(
     return BudgetPlan.from_dict(work.journal.expect("plan"))
 
 
-def _rewrite(job: Job, plan: Plan, rewriting: Rewriting, batch_size: int) -> None:
-    """Have the model read as it is rewritten; rank 0 finds the rewriting and notes it."""
+def _rewrite(job: Job, setup: Setup, rewriting: Rewriting, batch_size: int) -> None:
+    """Apply the rewriting to the model as it is read; rank 0 finds the rewriting and records it."""
     journal, progress = job.work.journal, job.progress
     path = journal.folder / "rewriting.safetensors"
     if job.processes.is_main and journal.recall("rewriting") is None:
-        progress.begin("rewrite", len(plan.network.blocks))
+        progress.begin("rewrite", len(setup.network.blocks))
         targets = {
-            name: RoundingTarget(layer.constraint, layer.input_bits) for name, layer in plan.format.layers.items()
+            name: RoundingTarget(layer.constraint, layer.input_bits) for name, layer in setup.format.layers.items()
         }
-        batches, seed = plan.samples.batches(batch_size), plan.calibration.seed
+        batches, seed = setup.samples.batches(batch_size), setup.calibration.seed
         rewriting.find(RewritingSamples(batches, targets, seed, journal.folder, progress.advance))
         with writing(path):
             rewriting.save(path)
@@ -369,12 +369,12 @@ def _rewrite(job: Job, plan: Plan, rewriting: Rewriting, batch_size: int) -> Non
     rewriting.load(path)
 
 
-def _fit_memory(job: Job, plan: Plan) -> MemoryPlan:
-    """Return how the run keeps within its memory, at the batch size it began with: the last digits depend on it."""
+def _fit_memory(job: Job, setup: Setup) -> MemoryBound:
+    """Return the memory plan of the run, at the batch size it began with: the last digits depend on it."""
     noted = job.journal.recall("memory")
-    fits = plan_memory(plan, job.run.memory, None if noted is None else noted["batch_size"])
+    fits = fit_memory(setup, job.run.memory, None if noted is None else noted["batch_size"])
     least = job.processes.all_reduce_min(fits.batch_size)
     if least < fits.batch_size:
-        fits = plan_memory(plan, job.run.memory, least)
+        fits = fit_memory(setup, job.run.memory, least)
     job.journal.record("memory", {"batch_size": fits.batch_size})
     return fits

@@ -1,19 +1,19 @@
-"""One compression of a folder: the dense model's pass, blocks solved in order, the result read back and measured."""
+"""Compression of a folder: the dense model's pass, solving blocks in order, reading back and measuring the result."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
 from hesse.formats import open_checkpoint
 from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.job import Job
-from hesse.jobs.memory import MemoryPlan
-from hesse.jobs.plan import Plan
+from hesse.jobs.memory import MemoryBound
 from hesse.jobs.report import CompressionReport
+from hesse.jobs.setup import Setup
 from hesse.jobs.verify import Verification, verify
 from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
@@ -26,23 +26,23 @@ RECIPE_FILE = "recipe.yaml"
 
 
 class Compression:
-    """The state of one run of `job`: what it is going to do, and what is done."""
+    """State of one run of `job`: its plan, and its finished work."""
 
-    def __init__(self, job: Job, plan: Plan, budget: BudgetPlan | None, memory: MemoryPlan) -> None:
-        self.job, self.plan, self.budget, self.memory = job, plan, budget, memory
+    def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
+        self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
         self.result = BlockResult()
-        self.known: Known = {}  # the backward statistics
+        self.known: KnownStatistics = {}  # the backward statistics
 
     def run(self, with_measurements: bool) -> CompressionReport:
-        """Do everything but give the result its name."""
-        plan, job = self.plan, self.job
+        """Do everything except renaming the result to OUT."""
+        setup, job = self.setup, self.job
         dense = self._dense_pass()
         self._solve_blocks()
         job.processes.barrier()  # for the parts that other ranks write
         if job.processes.is_main:
             with job.clock.phase("write"):
-                files = {**plan.format.files(), RECIPE_FILE: plan.recipe.to_yaml()}
-                job.assemble(plan.format.config(), files)
+                files = {**setup.format.files(), RECIPE_FILE: setup.recipe.to_yaml()}
+                job.assemble(setup.format.config(), files)
             self._verify(dense)
         job.processes.barrier()
         verification = Verification(**job.work.journal.expect("verified"))
@@ -53,26 +53,26 @@ class Compression:
         return self._report(verification, measurements)
 
     def _dense_pass(self) -> list[StreamBatch]:
-        """Collect the backward statistics, and return the check samples behind the unchanged model's last block."""
-        plan, job = self.plan, self.job
+        """Collect the backward statistics, and return the check samples after the unchanged model's last block."""
+        setup, job = self.setup, self.job
         clock, journal, step, processes = job.clock, job.journal, job.progress.advance, job.processes
-        passes = 1 if plan.statistics is not None else 3
-        job.progress.begin("probe the loss", passes * len(plan.network.blocks) + (passes > 1))
-        batch_size = evaluation_batch(plan.dense, plan.length)
-        batches = plan.check.batches(batch_size) if processes.is_main else []
-        flows = check_pass(plan.original, batches, clock, step, journal)
-        if plan.statistics is None:
-            needs, seed, folder = statistics_needed(plan.rules), plan.calibration.seed, journal.folder
-            self.known = probe(plan.network, plan.probes, needs, folder, seed, clock, step, journal, processes)
+        passes = 1 if setup.statistics is not None else 3
+        job.progress.begin("probe the loss", passes * len(setup.network.blocks) + (passes > 1))
+        batch_size = evaluation_batch(setup.dense, setup.length)
+        batches = setup.check.batches(batch_size) if processes.is_main else []
+        flows = check_pass(setup.original, batches, clock, step, journal)
+        if setup.statistics is None:
+            needs, seed, folder = statistics_needed(setup.rules), setup.calibration.seed, journal.folder
+            self.known = probe(setup.network, setup.probes, needs, folder, seed, clock, step, journal, processes)
         return flows
 
     def _solve_blocks(self) -> None:
-        """Take the calibration samples through the blocks; solve, write and note one after another."""
-        plan, job, blocks = self.plan, self.job, self.plan.network.blocks
+        """Pass the calibration samples through the blocks; solve, write and record one block after another."""
+        setup, job, blocks = self.setup, self.job, self.setup.network.blocks
         job.progress.begin("compress", len(blocks))
         flows = self._flows()
-        solver = BlockSolver(plan, job.clock, job.processes)
-        steps = job.steps("block", plan.network, flows)
+        solver = BlockSolver(setup, job.clock, job.processes)
+        steps = job.steps("block", setup.network, flows)
         for content in steps.done:
             self.result.add(BlockResult.from_dict(content))
             job.progress.advance()
@@ -82,30 +82,30 @@ class Compression:
             self.result.add(result)
             job.progress.advance()
         if job.processes.is_main:
-            inside = {name for block in blocks for name in plan.network.stored_in(block)}
-            outside = [name for name in plan.checkpoint.stored_names() if name not in inside]
+            inside = {name for block in blocks for name in setup.network.stored_in(block)}
+            outside = [name for name in setup.checkpoint.stored_names() if name not in inside]
             with job.clock.phase("write"):
-                job.write_rest(outside, plan.checkpoint.read_stored)
+                job.write_rest(outside, setup.checkpoint.read_stored)
 
     def _flows(self) -> list[StreamBatch]:
         """Return the calibration samples of this rank at the first block; none if statistics replace them."""
-        plan, job = self.plan, self.job
-        if plan.statistics is not None:
+        setup, job = self.setup, self.job
+        if setup.statistics is not None:
             return []
         with job.clock.phase("calibrate"):
             store = TensorStore(job.journal.folder, "calibration", lasting=True)
-            size = min(self.memory.batch_size, max(len(plan.samples.ids) // job.processes.world_size, 1))
-            _, batches = job.processes.shard(plan.samples.batches(size))
-            return start(plan.network, batches, store)
+            size = min(self.memory.batch_size, max(len(setup.samples.ids) // job.processes.world_size, 1))
+            _, batches = job.processes.shard(setup.samples.batches(size))
+            return start(setup.network, batches, store)
 
     def _layers(self, flows: list[StreamBatch], first: int) -> Iterator[tuple[Block, Layers]]:
         """Yield the blocks from number `first` on, and their layers with statistics of the flows or of a folder."""
-        plan, job, needs = self.plan, self.job, statistics_needed(self.plan.rules)
-        if plan.statistics is not None:
-            return stored_blocks(plan.network, plan.statistics, needs, first=first, clock=job.clock)
-        offload = job.journal.folder if self.memory.paused_on_disk else None
+        setup, job, needs = self.setup, self.job, statistics_needed(self.setup.rules)
+        if setup.statistics is not None:
+            return stored_blocks(setup.network, setup.statistics, needs, first=first, clock=job.clock)
+        offload = job.journal.folder if self.memory.offloads else None
         return calibrated_blocks(
-            plan.network,
+            setup.network,
             flows,
             needs,
             known=self.known,
@@ -116,8 +116,8 @@ class Compression:
         )
 
     def _verify(self, dense: list[StreamBatch]) -> None:
-        """Read the result back, compare it with what was solved and predicted, and note how far it is from it."""
-        plan, job = self.plan, self.job
+        """Read the result back, compare it with the solution and the prediction, and record the difference."""
+        setup, job = self.setup, self.job
         predicted = {
             layer.name: (layer.predicted_loss_increase or 0.0) + (layer.predicted_input_loss or 0.0)
             for layer in self.result.layers
@@ -125,49 +125,49 @@ class Compression:
         with job.clock.phase("verify"):
             verification = verify(
                 job.folder,
-                plan.checkpoint,
-                plan.original,
+                setup.checkpoint,
+                setup.original,
                 dense,
                 self.result.digests,
                 predicted,
-                plan.held_out,
+                setup.held_out,
                 job.progress,
             )
         job.work.journal.record("verified", asdict(verification))
 
     def _measure(self) -> Measurements:
-        """Measure each layer alone, along the change, and in words."""
-        plan, job = self.plan, self.job
+        """Measure each layer alone, points along the change, and continuations."""
+        setup, job = self.setup, self.job
         costs = {layer.name: layer.predicted_loss_increase for layer in self.result.layers}
         result, folder = open_checkpoint(job.folder), job.journal.folder
-        return measure(plan.dense, result, plan.check, plan.seen, costs, folder, job.progress)
+        return measure(setup.dense, result, setup.check, setup.seen, costs, folder, job.progress)
 
     def _report(self, verification: Verification, measurements: Measurements | None) -> CompressionReport:
-        plan, job, layers = self.plan, self.job, self.result.layers
-        after, before = open_checkpoint(job.folder), plan.original.checkpoint
+        setup, job, layers = self.setup, self.job, self.result.layers
+        after, before = open_checkpoint(job.folder), setup.original.checkpoint
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
         budget_notes = [] if self.budget is None else self.budget.notes
-        job.notes = [*budget_notes, *plan.notes, *self.result.notes]
+        job.notes = [*budget_notes, *setup.notes, *self.result.notes]
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, verification.loss_change()),
-            method=plan.recipe.method,
-            format=plan.format.name,
+            method=setup.recipe.method,
+            format=setup.format.name,
             peak_rss_bytes=peak_memory(),
             bits_per_weight=bits / weights,
-            bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in plan.dense.model.parameters()),
+            bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in setup.dense.model.parameters()),
             tensors_equal=verification.tensors_equal,
             calibration={
-                "source": plan.samples.source,
-                "statistics": None if plan.statistics is None else str(plan.statistics.folder),
-                "samples": len(plan.samples.ids),
-                "length": plan.length,
-                "tokens": sum(len(ids) for ids in plan.samples.ids),
-                "seed": plan.calibration.seed,
-                "fingerprint": plan.samples.fingerprint(),
+                "source": setup.samples.source,
+                "statistics": None if setup.statistics is None else str(setup.statistics.folder),
+                "samples": len(setup.samples.ids),
+                "length": setup.length,
+                "tokens": sum(len(ids) for ids in setup.samples.ids),
+                "seed": setup.calibration.seed,
+                "fingerprint": setup.samples.fingerprint(),
             },
             layers=layers,
-            recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
+            recipe=setup.recipe.model_dump(mode="json", exclude_none=True),
             front=None if self.budget is None else self.budget.front,
             measurements=measurements,
         )

@@ -1,4 +1,4 @@
-"""`hesse estimate`: a model's curvature to disk, a block at a time."""
+"""`hesse estimate`: write a model's curvature to disk, block by block."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,13 +32,13 @@ from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
 
-Kind = Literal["gram", "kronecker", "fisher"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+EstimatedKind = Literal["gram", "kronecker", "fisher"]
+KINDS: tuple[EstimatedKind, ...] = get_args(EstimatedKind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateReport(Report):
-    """The index of a folder of statistics: what they are of, and the file of each layer by kind."""
+    """Index of a folder of statistics: their model and samples, and the file of each layer by kind."""
 
     model_files: dict[str, str]  # SHA-256 by file
     samples: dict[str, Any]  # the calibration, that it can be read again
@@ -63,7 +63,7 @@ def estimate(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result[EstimateReport | ForecastReport]:
-    """Estimate a model's curvature once, into a folder from which `compress` tries any number of schemes.
+    """Estimate a model's curvature once, into a folder from which `compress` can try any number of schemes.
 
     The folder holds for each linear layer what `curvatures` names, E[ggᵀ] at its outputs, and fingerprints of model and
     data. "gram" is the second moment of the layer's inputs in the weights' own type, which `compress` needs;
@@ -75,22 +75,22 @@ def estimate(
         model: a model folder, `default`, or a hub id; dense.
         out: the folder to write; it must not exist unless `overwrite`.
         curvatures: some of "gram", "kronecker" and "fisher".
-        data: a text, JSON lines or parquet file, or a datasets id; None for the shipped text.
+        data: a text, JSON lines or parquet file, or a data set id; None for the shipped text.
         samples: calibration samples.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together.
+        batch_size: samples per batch.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace the statistics at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        progress: receives each phase and step.
 
     Returns:
-        The folder's index: what was estimated, from what, and the seconds by phase.
+        The folder's index: the curvatures, their model and samples, and the seconds by phase.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     for kind in curvatures or [""]:
         if kind not in KINDS:
@@ -143,13 +143,13 @@ def _most_bytes(network: CheckpointNetwork, kinds: Sequence[str]) -> int:
 
 @dataclass
 class _Files:
-    """The curvature files of a folder: by kind and layer, and how many there are."""
+    """Curvature files of a folder, by kind and layer, and their number."""
 
     kinds: dict[str, dict[str, str]]
     count: int = 0
-    new: list[Path] = field(default_factory=list)  # since the last note
+    new: list[Path] = field(default_factory=list)  # since the last record
 
-    def save(self, folder: Path, kind: Kind, curvature: Curvature) -> str:
+    def save(self, folder: Path, kind: EstimatedKind, curvature: Curvature) -> str:
         """Write a curvature below `folder`; return the name of its file."""
         self.count += 1
         name = f"{kind}-{self.count:05d}.safetensors"
@@ -159,23 +159,28 @@ class _Files:
         return name
 
     def note(self, layers: Sequence[str]) -> tuple[dict[str, Any], list[Path]]:
-        """Return what a note says of these layers, and the files that are new in it."""
+        """Return the record of these layers, and its new files."""
         own = {kind: {name: files[name] for name in layers if name in files} for kind, files in self.kinds.items()}
         new, self.new = self.new, []
         return {"files": own, "count": self.count}, new
 
     def recall(self, content: dict[str, Any]) -> None:
-        """Take over what `note` returned."""
+        """Restore the state from the content that `note` returned."""
         for kind, files in content["files"].items():
             self.kinds[kind] |= files
         self.count = content["count"]
 
 
 class _Estimation:
-    """One run: a backward pass, a probe of the loss and a forward pass, as far as the kinds need them."""
+    """Run of an estimation: a backward pass, a probe of the loss and a forward pass, as the kinds require."""
 
     def __init__(
-        self, job: Job, dense: CheckpointNetwork, network: CheckpointNetwork, selected: Selection, kinds: list[Kind]
+        self,
+        job: Job,
+        dense: CheckpointNetwork,
+        network: CheckpointNetwork,
+        selected: Selection,
+        kinds: list[EstimatedKind],
     ) -> None:
         self.job, self.dense, self.network, self.kinds = job, dense, network, kinds
         self.samples, self.probes = selected.samples, selected.probes
@@ -183,7 +188,7 @@ class _Estimation:
         self.files = _Files({kind: {} for kind in kinds})
 
     def forecast(self, out_bytes: int, needed: int) -> ForecastReport:
-        """Return what the run would take."""
+        """Return the forecast of the run."""
         network, dense, job = self.network, self.dense, self.job
         tokens, length, blocks = tokens_of(self.samples), self.samples.longest, len(network.blocks)
         batch, single = self.batch_size * length, "fisher" in self.kinds
@@ -216,14 +221,14 @@ class _Estimation:
         return job.forecast((size, out_bytes, out_bytes), needed, phases, estimate)
 
     def _numbers(self, kind: str, shape: torch.Size) -> int:
-        """Return how many numbers a curvature of a weight of `shape` (out, in) holds."""
+        """Return the number of entries of a curvature of a weight of `shape` (out, in)."""
         rows, columns = shape
         return rows**2 + columns**2 if kind == "kronecker" else rows * columns
 
     def run(self) -> dict[str, dict[str, str]]:
         """Estimate everything; return the file of each layer by kind."""
         job = self.job
-        backward: list[Kind] = [kind for kind in self.kinds if kind != "gram"]
+        backward: list[EstimatedKind] = [kind for kind in self.kinds if kind != "gram"]
         factors = self._backward_pass(backward) if backward else {}
         if "kronecker" not in self.kinds:
             factors = self._probe()
@@ -272,11 +277,11 @@ class _Estimation:
                 last = statistics.gram, self.files.save(self.job.journal.folder, "gram", statistics.gram)
             self.files.kinds["gram"][layer.name] = last[1]
 
-    def _backward_pass(self, kinds: list[Kind]) -> dict[str, Tensor]:
+    def _backward_pass(self, kinds: list[EstimatedKind]) -> dict[str, Tensor]:
         """Write Kronecker factors and Fisher diagonals block by block; return the diagonals of the output factors."""
         job, dense, journal = self.job, self.dense, self.job.journal
         job.progress.begin("backward pass", 2 * len(dense.blocks) + 1)
-        single = "fisher" in kinds  # whose gradients are of single samples, which experts mix
+        single = "fisher" in kinds  # it needs gradients of single samples, which experts mix
         with job.clock.phase("probe"):
             store = TensorStore(journal.folder, "forward", lasting=True)
             batches = start(dense, self.samples.batches(1 if single else self.batch_size), store)
@@ -296,7 +301,7 @@ class _Estimation:
         return diagonals
 
     def _save_estimates(
-        self, block: Block, recorded: Iterator[RecordedBatch], backward: BackwardPass, kinds: list[Kind]
+        self, block: Block, recorded: Iterator[RecordedBatch], backward: BackwardPass, kinds: list[EstimatedKind]
     ) -> dict[str, Tensor]:
         """Write the curvatures of a block's layers; return the diagonals of their output factors."""
         parts = {layer.name: [layer_part(layer)] for layer in block.layers}
@@ -317,7 +322,7 @@ class _Estimation:
         return diagonals
 
     def _note_backward(self, block: Block, state: BackwardState, scale: float, diagonals: dict[str, Tensor]) -> None:
-        """Note that the backward pass has passed a block."""
+        """Record that the backward pass has finished a block."""
         journal, reached = self.job.journal, state.reached
         with self.job.clock.phase("write"):
             content, files = self.files.note([layer.name for layer in block.layers])
@@ -330,7 +335,7 @@ class _Estimation:
             journal.forget(f"backward-gradient-{reached + 2}")
 
     def _recall_backward(self, diagonals: dict[str, Tensor]) -> BackwardState | None:
-        """Return how far an earlier process came with the backward pass, and take over what it wrote."""
+        """Return the state of an earlier process's backward pass, and restore its results."""
         journal, last = self.job.journal, len(self.dense.blocks)
         notes, reached = list[dict[str, Any]](), last
         while reached and (note := journal.recall(f"backward-{reached - 1}")) is not None:

@@ -1,4 +1,4 @@
-"""Everything that can be said before a run: bytes of OUT, disk, memory and time."""
+"""Forecast of a run: bytes of OUT, disk, memory and time."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ Solve = Callable[[Layer, LayerStatistics], object]
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does that takes time: tokens that pass a block each, bytes, and layers to solve."""
+    """Work of a run that takes time: tokens that pass each block, bytes, and layers to solve."""
 
     forward: int = 0
     calibrated: int = 0  # with a stop and a Gram at each layer
@@ -92,6 +92,6 @@ def tokens_of(samples: Samples) -> int:
 
 
 def hidden_bytes(network: CheckpointNetwork, tokens: int) -> int:
-    """Return the bytes of the hidden states of so many tokens between two blocks."""
+    """Return the bytes of the hidden states of `tokens` tokens between two blocks."""
     width = int(network.model.config.get_text_config().hidden_size)
     return tokens * width * network.dtype.itemsize

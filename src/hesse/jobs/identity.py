@@ -1,4 +1,4 @@
-"""What a run's result depends on, so that a run never resumes the work of another."""
+"""Identity of a run: everything that its result depends on, so that no run resumes the work of another."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ def identity(
     request: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Return a fingerprint of each thing that the result depends on, by the name that a refusal gives it.
+    """Return a digest of each thing that the result depends on, by its name in error messages.
 
-    `request` is text by such a name. The weights of all checkpoints are read whole.
+    `request` maps such names to text. The weights of all checkpoints are read completely.
     """
     return {
         "command": command,

@@ -1,4 +1,4 @@
-"""One command from a model folder to a new folder: everything that all commands that write one have in common."""
+"""Job: a command from a model folder to a new folder; the shared part of all commands that write one."""
 
 import json
 import zlib
@@ -16,7 +16,7 @@ from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
 from hesse.checkpoints.tensor_store import memory_of
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
-from hesse.checkpoints.writer import Part, assemble, write_part, write_text
+from hesse.checkpoints.writer import WrittenPart, assemble, write_part, write_text
 from hesse.data import Samples
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError, VerificationError
@@ -36,9 +36,9 @@ from hesse.version import versions
 class Job:
     """A command that reads the model folders `sources` and writes the folder `out`.
 
-    A command checks what was asked, calls `begin`, works block by block with `steps`, calls `assemble` and `finish`.
-    Whatever it notes in the `journal` outlives the process: a run that was killed resumes behind the last note, and
-    comes to the same bytes. Until `finish` nothing has the name `out`.
+    A command checks its options, calls `begin`, works block by block with `steps`, calls `assemble` and `finish`. Its
+    records in the `journal` outlive the process: a killed run resumes after the last record, and produces the same
+    bytes. Nothing has the name `out` before `finish`.
 
         with Job("narrow", name, [folder], out, calibration, run) as job:
             job.begin([checkpoint], {"options": repr(request)}, needed_bytes)
@@ -66,8 +66,8 @@ class Job:
         self.clock, self.processes = Clock(), join_process_group(run.device)
         self.progress = run.progress if self.processes.is_main else Silence()
         self.notes: list[str] = []
-        self.parts: list[Part] = []
-        self._digests: dict[str, int] = {}  # CRC-32 of each tensor that this rank knows the bytes of
+        self.parts: list[WrittenPart] = []
+        self._digests: dict[str, int] = {}  # CRC-32 of each tensor whose bytes this rank knows
         self._earlier: dict[str, float] = {}  # seconds by phase of processes that were killed
         self._stack = ExitStack()
         if self.processes.is_main:
@@ -95,9 +95,9 @@ class Job:
         needed_bytes: int,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Lock the work folder, and make it or resume what the same command left there.
+        """Lock the work folder, and create it or resume the same command's work in it.
 
-        `request` and `settings` are what the result depends on besides the checkpoints and the calibration.
+        The result depends on `request`, `settings`, the checkpoints and the calibration only.
 
         Raises:
             OutputError: another process works there, another command was interrupted there, or the disk has less than
@@ -113,21 +113,21 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The folder that becomes `out`."""
+        """Return the folder that becomes `out`."""
         return self.work.result
 
     @property
     def journal(self) -> Journal:
-        """This rank's notes; files beside them are kept as long as the run."""
+        """Return this rank's journal; other files in its folder are kept as long as the run."""
         return self.work.own
 
     @property
     def names(self) -> set[str]:
-        """The names of the tensors that are written."""
+        """Return the names of the tensors that are written."""
         return {name for part in self.parts for name in part.names}
 
     def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what `compute` returns, noted as `step`: a run that is resumed recalls it. JSON must hold it."""
+        """Return the JSON value of `compute`, recorded as `step`, so that a resumed run recalls it."""
         content = self.journal.recall(step)
         if content is None:
             content = compute()
@@ -137,26 +137,26 @@ class Job:
         return content
 
     def steps(self, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> "BlockSteps":
-        """Return the blocks of `network` as steps named `name`, with `flows` behind the last one that was noted.
+        """Return the blocks of `network` as steps named `name`, with `flows` after the last recorded one.
 
-        The hidden states of `flows` wait in a lasting TensorStore in the journal's folder; there may be no flows.
+        The hidden states of `flows` are kept in a lasting TensorStore in the journal's folder; `flows` may be empty.
         """
         return BlockSteps(self, name, network, flows)
 
-    def write(self, tensors: dict[str, Tensor], number: int | None = None) -> Part:
-        """Write tensors of the result, as part `number`; of several ranks one writes."""
+    def write(self, tensors: dict[str, Tensor], number: int | None = None) -> WrittenPart:
+        """Write tensors of the result, as part `number`; one of several ranks writes."""
         number = len(self.parts) if number is None else number
         path = self.part_path(number)
         if self.processes.writer(number) == self.processes.rank:
             part = write_part(path, tensors)
         else:
-            part = Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+            part = WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
         self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
         self.parts.append(part)
         return part
 
     def write_rest(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write those of `names` that no part has yet, one by one, as `read` gives them."""
+        """Write the tensors of `names` that no part has yet, each read by `read`."""
         done = self.names
         for name in names:
             if name not in done:
@@ -170,7 +170,7 @@ class Job:
         return self.work.journals(self.processes.writer(number)) / f"part-{number}.safetensors"
 
     def assemble(self, config: Mapping[str, Any], files: Mapping[str, str] | None = None) -> list[str]:
-        """Make the result of all parts, config.json, other `files` by name, and what a loader needs besides.
+        """Assemble the result from all parts, config.json, other `files` by name, and the model's companion files.
 
         Returns the notes on files of the model folder that were not copied, or are code.
 
@@ -186,7 +186,7 @@ class Job:
         return notes
 
     def _compare(self) -> None:
-        """Compare every tensor that this rank knows with the file that it is in now."""
+        """Compare every tensor that this rank knows with its file in the result."""
         for path in sorted(self.folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no mapping
@@ -197,7 +197,7 @@ class Job:
                         )
 
     def compare(self, result: CheckpointNetwork, dense: CheckpointNetwork, check: Samples) -> Evaluation:
-        """Evaluate the result beside the dense model on the samples `check`, a block of each in memory at a time."""
+        """Evaluate the result against the dense model on the samples `check`, with one block of each in memory."""
         batches = check.batches(evaluation_batch(dense, check.longest))
         with self.clock.phase("verify"):
             passes = [
@@ -207,7 +207,7 @@ class Job:
             return compare(result, passes[0], dense, passes[1], self.progress)
 
     def phases(self) -> dict[str, float]:
-        """Return the seconds by phase, those of processes that were killed included."""
+        """Return the seconds by phase, including those of killed processes."""
         now = self.clock.seconds
         return {phase: self._earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self._earlier}}
 
@@ -229,11 +229,11 @@ class Job:
         return ForecastReport(**head, out_bytes=out, disk_bytes=disk_bytes, memory_bytes=memory, memory_phase=phase)
 
     def resume_clock(self, seconds: dict[str, float]) -> None:
-        """Count the seconds by phase that a note of an earlier process holds."""
+        """Add the seconds by phase that an earlier process recorded."""
         self._earlier = seconds
 
     def head(self, bytes_before: int, bytes_after: int, loss: LossChange | None) -> dict[str, Any]:
-        """Return the fields that all reports have."""
+        """Return the fields that all reports share."""
         return {
             "verb": self.command,
             "model": self.name,
@@ -247,17 +247,17 @@ class Job:
         }
 
     def finish(self, report: Report, file: str = REPORT_FILE) -> None:
-        """Write the report into the result, and give the result its name."""
+        """Write the report into the result, and rename the result to OUT."""
         if self.processes.is_main:
             write_text(self.folder / file, json.dumps(report.to_dict(), indent=2) + "\n")
         self.work.finish()
 
 
 class BlockSteps:
-    """The blocks of a network as steps of a job: each is noted with its tensors and with where the samples are.
+    """Blocks of a network as steps of a job; each is recorded with its tensors and the samples' hidden states.
 
-    `done` holds the contents of the notes of blocks that an earlier process finished; the parts of these are the job's
-    already, and the flows are behind them.
+    `done` holds the records of blocks that an earlier process finished; their parts already belong to the job, and the
+    flows continue after them.
     """
 
     def __init__(self, job: Job, name: str, network: CheckpointNetwork, flows: list[StreamBatch]) -> None:
@@ -281,7 +281,7 @@ class BlockSteps:
         for number, note in enumerate(notes[:count]):
             if note["part"] is not None:
                 names, size = note["part"]
-                job.parts.append(Part(job.part_path(number), names, size))
+                job.parts.append(WrittenPart(job.part_path(number), names, size))
                 job._digests |= note["digests"]
             job.resume_clock(note["seconds"])
         return [note["content"] for note in notes[:count]]
@@ -293,9 +293,9 @@ class BlockSteps:
         tensors: dict[str, Tensor] | None = None,
         files: Sequence[Path] = (),
     ) -> None:
-        """Note that block number `index` is done: `content` in JSON, and the result's `tensors` if it has any.
+        """Record that block number `index` is finished: `content` in JSON, and the result's `tensors` if there are any.
 
-        `files` in the journal's folder belong to the note.
+        `files` in the journal's folder belong to the record.
         """
         job, journal = self._job, self._job.journal
         with job.clock.phase("write"):

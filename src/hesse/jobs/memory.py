@@ -1,4 +1,4 @@
-"""How much memory a run will take at most, and how it is kept within a limit."""
+"""Bound the memory of a run, and keep it within a limit."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from hesse.data.selection import PROBE_TOKENS
 from hesse.errors import OptionError
 from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic
 from hesse.estimation.statistics.attention_factor import layers_of_attention
-from hesse.jobs.plan import Plan
+from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.network import Block, CheckpointNetwork, Layer
@@ -20,25 +20,25 @@ from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import calibration_batch
 
 COMPARING = "compare the result with the dense model"
-LATER = 200 << 20  # bytes that libraries take once they are used: compiled loops, thread pools, their buffers
+LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
 OF_LOGITS = 6  # as many while two models are compared
 OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
-SHARE_FREE = 0.05  # of what is freed that the allocator keeps
+SHARE_FREE = 0.05  # share of freed memory that the allocator keeps
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """What a run does to stay within its memory, and how much that is."""
+class MemoryBound:
+    """Batch size and offloading of a run, and the resulting bound of its memory."""
 
     bound: int  # bytes
-    batch_size: int  # samples that are calibrated on together
-    paused_on_disk: bool  # whether what a block holds for waiting samples is in files
-    largest: str  # when the most is needed
+    batch_size: int  # samples per calibration batch
+    offloads: bool  # whether what a block holds for waiting samples is in files
+    largest: str  # the phase that needs the most memory
 
     def sentence(self) -> str:
-        """What a person is told before the run."""
-        where = "on disk" if self.paused_on_disk else "in memory"
+        """Return the message that is shown before the run."""
+        where = "on disk" if self.offloads else "in memory"
         samples = "1 sample" if self.batch_size == 1 else f"{self.batch_size} samples"
         return (
             f"at most {shown_bytes(self.bound)} of memory, needed to {self.largest}; {samples} at a time, "
@@ -46,25 +46,25 @@ class MemoryPlan:
         )
 
 
-def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) -> MemoryPlan:
-    """The fastest way to run `plan` in at most `limit` bytes; without a limit, in what is free now if that will do.
+def fit_memory(setup: Setup, limit: int | None, batch_size: int | None = None) -> MemoryBound:
+    """The fastest way to run `setup` in at most `limit` bytes; without a limit, in what is free now if that will do.
 
-    A `batch_size` is kept to.
+    A given `batch_size` is not changed.
 
     Raises:
-        OptionError: there is none; the message says how much is enough.
+        OptionError: the limit is too small; the message says how much is enough.
     """
-    usual = batch_size or plan.calibration.batch_size or calibration_batch(plan.length)
-    usual = min(usual, len(plan.samples.ids))
+    usual = batch_size or setup.calibration.batch_size or calibration_batch(setup.length)
+    usual = min(usual, len(setup.samples.ids))
     choices = [(usual, False), (usual, True), *([] if batch_size else [(1, True)])]
-    found = [_bound(plan, size, paused) for size, paused in choices]
+    found = [_bound(setup, size, paused) for size, paused in choices]
     for choice in found:
         if choice.bound <= (_free() if limit is None else limit):
             return choice
     least = min(choice.bound for choice in found)
-    if limit is None and any("fisher gradients" in needs for needs in statistics_needed(plan.rules).values()):
+    if limit is None and any("fisher gradients" in needs for needs in statistics_needed(setup.rules).values()):
         raise OptionError(
-            f"{len(plan.probes.ids)} gradients of each weight take {shown_bytes(least)} of memory, more than is free: "
+            f"{len(setup.probes.ids)} gradients of each weight take {shown_bytes(least)} of memory, more than is free: "
             "take fewer --samples, leave layers out with --ignore, or use woodfisher"
         )
     if limit is None:
@@ -75,46 +75,46 @@ def plan_memory(plan: Plan, limit: int | None, batch_size: int | None = None) ->
     )
 
 
-def waiting_bytes(plan: Plan) -> int:
-    """What a run has on disk at once besides its result, at most: hidden states of three steps, inputs, factors."""
-    width = int(plan.network.model.config.get_text_config().hidden_size) * plan.network.dtype.itemsize
-    tokens = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.samples.ids)
-    probed = 0 if plan.statistics is not None else sum(len(ids) for ids in plan.probes.ids)
-    factors = sum(sum(_backward(plan, layer).values()) for layer in plan.network.layers)
-    return width * (3 * tokens + (len(plan.network.blocks) + 4) * probed) + factors
+def waiting_bytes(setup: Setup) -> int:
+    """Return the bytes on disk in addition to the result, at most: hidden states of three steps, inputs, factors."""
+    width = int(setup.network.model.config.get_text_config().hidden_size) * setup.network.dtype.itemsize
+    tokens = 0 if setup.statistics is not None else sum(len(ids) for ids in setup.samples.ids)
+    probed = 0 if setup.statistics is not None else sum(len(ids) for ids in setup.probes.ids)
+    factors = sum(sum(_backward(setup, layer).values()) for layer in setup.network.layers)
+    return width * (3 * tokens + (len(setup.network.blocks) + 4) * probed) + factors
 
 
-def _bound(plan: Plan, batch_size: int, paused: bool) -> MemoryPlan:
-    network, dense = plan.network, plan.dense
-    flows = 0 if plan.statistics is not None else -(-len(plan.samples.ids) // batch_size)
-    tokens = batch_size * plan.length
-    checked = evaluated_tokens(dense, plan.length)
-    phases = {COMPARING: comparing(dense, plan.length)}
+def _bound(setup: Setup, batch_size: int, paused: bool) -> MemoryBound:
+    network, dense = setup.network, setup.dense
+    flows = 0 if setup.statistics is not None else -(-len(setup.samples.ids) // batch_size)
+    tokens = batch_size * setup.length
+    checked = evaluated_tokens(dense, setup.length)
+    phases = {COMPARING: comparing(dense, setup.length)}
     for block in network.blocks:
         phases[f"run {block.name} in float32"] = running(dense, block, checked)
-        if plan.statistics is None:
-            probing = min(batch_size, calibration_batch(plan.length)) * plan.length
-            each = [_backward(plan, layer) for layer in block.layers]
+        if setup.statistics is None:
+            probing = min(batch_size, calibration_batch(setup.length)) * setup.length
+            each = [_backward(setup, layer) for layer in block.layers]
             kept = sum(sum(sizes.values()) for sizes in each)
             kept += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
             phases[f"take gradients through {block.name}"] = taking_gradients(network, block, probing, kept)
         waiting = activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
-        solving = max((_solving(plan, layer, tokens) for layer in block.layers), default=0)
-        sides = _attention_factors(plan, block)
+        solving = max((_solving(setup, layer, tokens) for layer in block.layers), default=0)
+        sides = _attention_factors(setup, block)
         if sides:
             passed = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
             phases[f"take gradients through the attention of {block.name}"] = (
                 network.dtype.itemsize * parameters(block) + passed + 2 * sides
             )
         phases[f"solve {block.name}"] = stopping(network, block, waiting) + solving + sides
-    bound, largest = bound_of(phases, 0 if plan.rewriting is None else plan.rewriting.working_bytes)
-    return MemoryPlan(bound, batch_size, paused, largest)
+    bound, largest = bound_of(phases, 0 if setup.rewriting is None else setup.rewriting.working_bytes)
+    return MemoryBound(bound, batch_size, paused, largest)
 
 
 def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, str]:
-    """Return the most bytes that this process will have, and the phase that takes them.
+    """Return the largest memory of this process, in bytes, and the phase that needs it.
 
-    `phases` are bytes by what is done then, beside what the process has now and `working_bytes`.
+    `phases` are bytes by phase, in addition to the process's present memory and `working_bytes`.
     """
     largest = max(phases, key=phases.__getitem__)
     base = psutil.Process().memory_info().rss + LATER + working_bytes
@@ -122,7 +122,7 @@ def bound_of(phases: Mapping[str, int], working_bytes: int = 0) -> tuple[int, st
 
 
 def evaluated_tokens(network: CheckpointNetwork, length: int) -> int:
-    """Return the tokens that pass a network together where a result is measured."""
+    """Return the tokens per batch when a result is measured."""
     return min(evaluation_batch(network, length) * length, max(PROBE_TOKENS, 2 * length))
 
 
@@ -135,12 +135,12 @@ def comparing(dense: CheckpointNetwork, length: int) -> int:
 
 
 def running(network: CheckpointNetwork, block: Block, tokens: int) -> int:
-    """Return the bytes of a loaded block and of what it makes of `tokens` in float32."""
+    """Return the bytes of a loaded block and of its activations for `tokens` in float32."""
     return _loaded(network, parameters(block)) + activations(network, block, tokens, 4)
 
 
 def taking_gradients(network: CheckpointNetwork, block: Block, tokens: int, kept: int) -> int:
-    """Return the bytes of a backward pass through a block, `kept` being those of the statistics that it fills."""
+    """Return the bytes of a backward pass through a block; `kept` are the bytes of its statistics."""
     widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
     gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
     return _loaded(network, parameters(block)) + kept + gradients + 4 * tokens * widest + 4 * widest**2
@@ -162,12 +162,12 @@ def parameters(block: Block) -> int:
     return sum(parameter.numel() for parameter in block.module.parameters())
 
 
-def _attention_factors(plan: Plan, block: Block) -> int:
-    """Bytes of the statistics that a pass over a block gives before its layers are solved."""
-    needs = statistics_needed(plan.rules)
+def _attention_factors(setup: Setup, block: Block) -> int:
+    """Return the bytes of the statistics of a pass over a block before its layers are solved."""
+    needs = statistics_needed(setup.rules)
     wanted = {name for layer in block.layers for name in needs.get(layer.name, ())}
     return sum(
-        statistic.bytes(layer.weight.shape, len(plan.samples.ids))
+        statistic.bytes(layer.weight.shape, len(setup.samples.ids))
         for name in wanted
         if isinstance(statistic := STATISTICS[name], BlockStatistic)
         for layer in layers_of_attention(block)
@@ -175,7 +175,7 @@ def _attention_factors(plan: Plan, block: Block) -> int:
 
 
 def _free() -> int:
-    """What this process may take in all, of what the system and its control group have left."""
+    """Return the total bytes that this process may take, by the free memory of the system and its control group."""
     free = int(psutil.virtual_memory().available)
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if path.exists() and (text := path.read_text().strip()).isdigit():
@@ -183,38 +183,38 @@ def _free() -> int:
     return int(psutil.Process().memory_info().rss) + int(USED_OF_FREE * free)
 
 
-def _solving(plan: Plan, layer: Layer, tokens: int) -> int:
+def _solving(setup: Setup, layer: Layer, tokens: int) -> int:
     """Return the bytes that a layer takes while its statistics are collected, or while it is solved."""
-    shape, rule, every = layer.weight.shape, plan.rules.get(layer.name), statistics_needed(plan.rules)
-    block = next(block for block in plan.network.blocks if layer in block.layers)
+    shape, rule, every = layer.weight.shape, setup.rules.get(layer.name), statistics_needed(setup.rules)
+    block = next(block for block in setup.network.blocks if layer in block.layers)
     needs = frozenset(name for other in block.layers for name in every.get(other.name, ()))
-    collected = collecting_bytes(shape, needs, tokens, plan.length) if plan.statistics is None else 0
+    collected = collecting_bytes(shape, needs, tokens, setup.length) if setup.statistics is None else 0
     if rule is None:
         return collected
-    constraint = plan.format.constraint(layer.name)
+    constraint = setup.format.constraint(layer.name)
     assert constraint is not None
-    solved = layer_bytes(rule, constraint, shape, needs, len(plan.probes.ids))
+    solved = layer_bytes(rule, constraint, shape, needs, len(setup.probes.ids))
     if rule.kind.couples_rows:  # other layers with the same inputs keep their factors, one for each number of outputs
         others = {other.weight.shape[0] for other in block.layers if other.weight.shape[1] == shape[1]} - {shape[0]}
         solved += sum(8 * (rows**2 + shape[1] ** 2) for rows in others)
     return max(collected, solved)
 
 
-def _backward(plan: Plan, layer: Layer) -> dict[str, int]:
-    """Bytes of the backward statistics that are kept of a layer, by name."""
-    if plan.statistics is not None:
+def _backward(setup: Setup, layer: Layer) -> dict[str, int]:
+    """Return the bytes of a layer's backward statistics, by name."""
+    if setup.statistics is not None:
         return {}
     return {
-        name: statistic.bytes(layer.weight.shape, len(plan.probes.ids))
-        for name in statistics_needed(plan.rules).get(layer.name, ())
+        name: statistic.bytes(layer.weight.shape, len(setup.probes.ids))
+        for name in statistics_needed(setup.rules).get(layer.name, ())
         if isinstance(statistic := STATISTICS[name], BackwardStatistic)
     }
 
 
 def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize: int) -> int:
-    """Return the bytes that a block makes of `tokens`, at most: what goes into and comes out of its layers.
+    """Return an upper bound of the bytes of a block's activations for `tokens`: the layers' inputs and outputs.
 
-    A token reaches some of a block's experts only.
+    A token reaches only some of a block's experts.
     """
     experts = {layer.name for layer in block.layers if ".experts." in layer.name}
     chosen, number = 1, 1
@@ -230,7 +230,7 @@ def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize:
 
 
 def _loaded(network: CheckpointNetwork, elements: int) -> int:
-    """Bytes while `elements` weights are read and brought into the network's type."""
+    """Return the bytes while `elements` weights are read and converted to the network's type."""
     stored, own = _stored(network), network.dtype.itemsize
     return elements * (own if stored == own else own + stored)
 
@@ -242,11 +242,11 @@ def _stored(network: CheckpointNetwork) -> int:
 
 
 def _outside(network: CheckpointNetwork) -> int:
-    """Parameters outside the blocks."""
+    """Return the number of parameters outside the blocks."""
     inside = {id(parameter) for block in network.blocks for parameter in block.module.parameters()}
     return sum(parameter.numel() for parameter in network.model.parameters() if id(parameter) not in inside)
 
 
 def shown_bytes(size: int) -> str:
-    """Return a size as people write it, rounded up."""
+    """Return a size as text with a unit, rounded up."""
     return f"{size / 2**30:.2f}GiB" if size >= 1 << 30 else f"{-(-size // 2**20)}MiB"

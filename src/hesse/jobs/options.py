@@ -1,4 +1,4 @@
-"""How a command runs: what its result does not depend on, gathered once."""
+"""Run options of a command, which do not affect its result."""
 
 from dataclasses import dataclass, field
 
@@ -12,13 +12,13 @@ from hesse.progress import Progress, Silence
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a command runs, within what memory, and what it does about files that exist."""
+    """Device and memory of a command, and its treatment of existing files."""
 
     device: torch.device
-    memory: int | None = None  # bytes that the process may take; None for most of what is free
+    memory: int | None = None  # limit of the process in bytes; None for most of the free memory
     overwrite: bool = False  # replace OUT
-    restart: bool = False  # lose what an unfinished run to OUT has done
-    dry_run: bool = False  # say what the run would take, and write nothing
+    restart: bool = False  # discard the work of an unfinished run to OUT
+    dry_run: bool = False  # estimate the resources of the run, and write nothing
     progress: Progress = field(default_factory=Silence)
 
 
@@ -30,10 +30,10 @@ def run_options(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> RunOptions:
-    """Return the options as a public function takes them.
+    """Return the run options from the arguments of a public function.
 
     Raises:
-        OptionError: there is no such device, or `memory` is no size.
+        OptionError: there is no such device, or `memory` is not a size.
     """
     limit = bytes_of(memory) if isinstance(memory, str) else memory
     return RunOptions(find_device(device), limit, overwrite, restart, dry_run, progress or Silence())
@@ -43,7 +43,7 @@ def bytes_of(text: str) -> int:
     """Return a number of bytes from text such as 8GiB.
 
     Raises:
-        OptionError: the text is no size.
+        OptionError: the text is not a size.
     """
     size = read_size(text)
     if size is None:

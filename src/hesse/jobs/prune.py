@@ -68,22 +68,22 @@ def prune(
         layers: for weights of a module, patterns of the names of layers to prune.
         ignore: for weights of a module, patterns of the names of layers to leave.
         samples: on disk, calibration samples; None for 16 that blocks are judged by, or 128.
-        length: on disk, tokens a sample; None for 2048, or as many as the model has positions for.
+        length: on disk, tokens per sample; None for 2048 or the positions of the model, if less.
         batch_size: on disk, samples that go through the model together.
         seed: seed of random choices and of sampled labels.
         device: on disk, `auto`, `cpu`, or `cuda`.
         overwrite: on disk, replace a model folder at `out`.
         restart: on disk, discard what an interrupted run to `out` has done, rather than resume it.
         dry_run: on disk, only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        progress: receives each phase and step.
         options: options of the method by name.
 
     Returns:
         What was removed and what it cost; of a module the pruned copy too.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do. Options are checked before any work; nothing
-            has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do. Options are checked before any work, and
+            nothing is left at `out`.
     """
     if isinstance(model, nn.Module):
         if out is not None:

@@ -90,7 +90,7 @@ class BlockRanking:
 class BlockSharing(BlockRanking):
     """Make the blocks of the lowest score of the most similar ones that stay, scaled, plus a low rank in each layer.
 
-    The files hold the sums, in as many bytes as before; the report counts what has to be stored. Source: FlexiGPT
+    The files hold the sums, in the same bytes as before; the report counts what must be stored. Source: FlexiGPT
     (Smith et al., 2025, arXiv:2501.14713).
     """
 
@@ -209,7 +209,7 @@ class _Removal:
         return sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in names)
 
     def run(self) -> BlocksReport:
-        """Do everything but give the result its name."""
+        """Do everything except renaming the result to OUT."""
         network, checkpoint, job = self.network, self.network.checkpoint, self.job
         self._choose()
         if not self.removed:

@@ -103,7 +103,7 @@ class _Narrowing:
         self.notes: list[str] = []
 
     def forecast(self, needed: int) -> ForecastReport:
-        """Return what the run would take."""
+        """Return the forecast of the run."""
         network, job, samples = self.network, self.job, self.selected.samples
         tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
         batch = (job.calibration.batch_size or calibration_batch(length)) * length

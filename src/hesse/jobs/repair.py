@@ -1,4 +1,4 @@
-"""`hesse repair`: add the best low rank to each layer of a compressed checkpoint, whoever compressed it."""
+"""`hesse repair`: add the best low rank to each layer of a compressed checkpoint from any program."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import LowRank, LowRankCode
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation.calibrated import Known, Layers, LayerStatistics, calibrated_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, LayerStatistics, calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics.output_factor import output_factor
@@ -47,7 +47,7 @@ from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 
 FORMATS = ("adapter", "dense")
-LEFT, RIGHT = ".left", ".right"  # behind a layer's name: the factors that a run for an adapter keeps
+LEFT, RIGHT = ".left", ".right"  # suffixes of a layer's name: the factors that a run for an adapter keeps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RepairRequest:
     """The low rank to add.
 
     Raises:
-        OptionError: a value has no meaning.
+        OptionError: a value is invalid.
     """
 
     rank: int
@@ -74,7 +74,7 @@ class RepairRequest:
             raise OptionError(f"--damping is {self.damping}, but must be between 0 and 10000; 0.01 is usual")
 
     def rule(self) -> Rule:
-        """Return the row of the table as a recipe's rule, with the curvature that is asked for."""
+        """Return the row of the table as a recipe's rule, with the requested curvature."""
         (rule,) = METHODS["repair"].recipe(Options(rank=self.rank, damping=self.damping)).rules
         return rule.model_copy(update={"curvature": self.curvature})
 
@@ -111,29 +111,29 @@ def repair(
         compressed: the compressed model, from Hesse or any program that writes dense or compressed-tensors checkpoints.
         out: the folder to write; it must not exist unless `overwrite`.
         rank: rank of the factors, the same for each layer.
-        curvature: what the low rank is best for: "gram", each layer's outputs (EoRA, Liu et al., 2024,
+        curvature: the metric of the low rank: "gram", each layer's outputs (EoRA, Liu et al., 2024,
             arXiv:2410.21271); "kronecker", the end loss; "identity", the weights (LoRC, Yao et al., 2023,
             arXiv:2303.08302).
-        format: "adapter" for a LoRA folder of PEFT, to be loaded beside `compressed`, which stays as it is; "dense" for
+        format: "adapter" for a LoRA folder in PEFT's layout, to load on top of the unchanged `compressed`; "dense" for
             an ordinary checkpoint of the sums, as large as the dense model.
         damping: share of the Gram's mean eigenvalue that is added to it.
-        ignore: patterns of layer names to leave as they are.
+        ignore: patterns of layers to leave unchanged.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
         samples: calibration samples, which go through the compressed model.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
-        batch_size: samples that go through the model together.
+        batch_size: samples per batch.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace an adapter or a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        progress: receives each phase and step.
 
     Returns:
         Losses before and after, predicted and measured, in nats per token, for the model and predicted for each layer.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     request = RepairRequest(rank, curvature, format, damping, tuple(ignore))
     calibration = Calibration(data, samples, length, seed, batch_size)
@@ -166,7 +166,7 @@ def _needs(layers: Iterable[Layer], request: RepairRequest) -> dict[str, tuple[s
 
 
 class _Repair:
-    """One run: the dense model's pass, each layer repaired where the samples arrive at it, the result measured."""
+    """Run of a repair: the dense model's pass, repairing each layer as the samples reach it, and the measurement."""
 
     def __init__(self, job: Job, pair: Pair, request: RepairRequest, selected: Selection, compressed: str) -> None:
         self.job, self.pair, self.request, self.selected = job, pair, request, selected
@@ -176,7 +176,7 @@ class _Repair:
         self.notes: list[str] = []
 
     def forecast(self, needed: int) -> ForecastReport:
-        """Return what the run would take."""
+        """Return the forecast of the run."""
         pair, job, samples, request = self.pair, self.job, self.selected.samples, self.request
         network, tokens, length = pair.network, tokens_of(samples), samples.longest
         batch = (job.calibration.batch_size or calibration_batch(length)) * length
@@ -213,7 +213,7 @@ class _Repair:
         return 8 * shape.numel() + layer_bytes(rule, constraint, shape, rule.kind.needs | {"inputs"}, samples)
 
     def run(self) -> RepairReport:
-        """Do everything but give the result its name."""
+        """Do everything except renaming the result to OUT."""
         pair, job = self.pair, self.job
         flows = self._dense_flows()
         self._repair_blocks(self._output_factors())
@@ -265,7 +265,7 @@ class _Repair:
         batches = check.batches(evaluation_batch(network, check.longest))
         return check_pass(network, batches, job.clock, job.progress.advance, job.journal)
 
-    def _output_factors(self) -> Known:
+    def _output_factors(self) -> KnownStatistics:
         """Collect the output factors of the dense layers, by the layers' names in the compressed model."""
         network, job = self.pair.probed, self.job
         job.progress.begin("probe the loss", 2 * len(network.blocks) + 1)
@@ -281,7 +281,7 @@ class _Repair:
         )
         return {name: known[twin] for name, twin in self.pair.twins.items() if twin in known}
 
-    def _repair_blocks(self, known: Known) -> None:
+    def _repair_blocks(self, known: KnownStatistics) -> None:
         """Take the samples through the compressed model; repair, write and note one block after another."""
         network, samples, job = self.pair.network, self.selected.samples, self.job
         job.progress.begin("repair", len(network.blocks))

@@ -22,7 +22,7 @@ class RepairedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport(Report):
-    """Low-rank factors beside a compressed model; `layers` are RepairedLayers, `method` is the curvature.
+    """Low-rank factors added to a compressed model; `layers` are RepairedLayers, `method` is the curvature.
 
     `model` is the dense model, `bytes_before` are the compressed one's; losses are differences from the dense model,
     predicted by sums over layers.

@@ -58,17 +58,17 @@ def rotate(
         kind: `hadamard`, which looks at data only to check the result, or `kurtail`, learned on the samples.
         data: a text, JSON lines or parquet file, a datasets id, or lists of token ids; None for the shipped text.
         samples: samples to learn from.
-        length: tokens a sample; None for 2048, or as many as the model has positions for.
+        length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the random rotations and of the choice of samples.
-        batch_size: samples that go through the model together.
+        batch_size: samples per batch.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
-        restart: discard what an interrupted run to `out` has done, rather than resume it.
-        dry_run: only say what the run would take: bytes, memory and time. Nothing is written.
-        progress: told how far the run is.
+        restart: discard the work of an interrupted run to `out` instead of resuming it.
+        dry_run: only estimate the bytes, memory and time of the run; write nothing.
+        progress: receives each phase and step.
 
     Raises:
-        HesseError: one of its kinds names what is wrong and what to do; nothing has the name `out` then.
+        HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     if kind not in ROTATIONS:
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")

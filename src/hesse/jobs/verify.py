@@ -25,7 +25,7 @@ TOLERATED_INCREASE = 0.05  # nats per token
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading a checkpoint back found; losses as in LossChange."""
+    """Result of reading a checkpoint back; losses as in LossChange."""
 
     tensors_equal: int
     samples: int

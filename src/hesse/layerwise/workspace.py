@@ -1,4 +1,4 @@
-"""How many bytes solving one layer takes, from what its statistics, its solver and its constraint declare."""
+"""Workspace in bytes of solving one layer, as its statistics, solver and constraint declare it."""
 
 from collections.abc import Collection
 

@@ -84,7 +84,7 @@ class Method:
         """Return the method's constraint with `options` in place of its defaults.
 
         Raises:
-            OptionError: a value has no meaning.
+            OptionError: a value is invalid.
         """
         return self._constraint(options.over(self.defaults))
 

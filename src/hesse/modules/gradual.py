@@ -18,7 +18,7 @@ from hesse.progress import Progress, Silence
 from hesse.result import Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import HeldZeros
-from hesse.training.loop import Loop
+from hesse.training.loop import TrainingLoop
 from hesse.training.movement import share_of
 from hesse.training.prunable import prunable, pruning_recipe
 from hesse.training.schedules import SCHEDULES
@@ -29,7 +29,7 @@ FIRST = 0.7  # of the final sparsity, at the first cut
 
 @dataclass(frozen=True, kw_only=True)
 class GradualReport(Report):
-    """What a gradual method did; `losses` are of each training step's batches, before the step."""
+    """Report of a gradual method; `losses` are those of each training step's batches, before the step."""
 
     verb: str = "prune_gradually"
     losses: tuple[float, ...]
@@ -63,7 +63,7 @@ def prune_gradually(
     teacher "gmp" is GMP* (Kurtic and Alistarh, 2022, arXiv:2210.06384), "gradual-obert" is gradual oBERT (Kurtic et
     al., 2022, arXiv:2203.07259). A row that prunes in one shot is run by the cubic schedule of both.
 
-    There are `cuts`, of which the first, before any training, goes to the share of zeros `first` (0.7 of the final
+    There are `cuts` cuts; the first, before any training, prunes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
     reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
     `ignore` are patterns of layers' names, as in `compress`; checkpoints are as in `finetune`.
@@ -86,7 +86,7 @@ def prune_gradually(
         if name not in objective.named:
             raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")
     whole = {name: HeldZeros(torch.ones_like(objective.named[name], dtype=torch.bool)) for name in chosen}
-    loop = Loop(objective, replace(training, rate=rate), whole)
+    loop = TrainingLoop(objective, replace(training, rate=rate), whole)
     cutting = Cutting(loop, schedule, pattern, recipe, calibration)
     progress = Silence() if progress is None else progress
     settings = f"{method} {sparsity} {options} {schedule} {layers} {ignore} {calibration}"

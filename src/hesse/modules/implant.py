@@ -1,4 +1,4 @@
-"""A low rank in the place of some of a layer's outputs."""
+"""Replace some of a layer's outputs by a low rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Plain = nn.Linear | nn.Conv1d | nn.Conv2d
 
 @dataclass(frozen=True)
 class Implant:
-    """The share of each site's groups that stay as a low rank, and that rank in each layer that makes them."""
+    """Share of each site's groups that are kept as a low rank, and the rank in each layer that produces them."""
 
     share: float
     rank: int
@@ -31,7 +31,7 @@ class Implant:
 
 
 class ImplantedLayer(nn.Module):
-    """Some outputs of a layer as they were, the others through `rank` outputs of the same kind and a kernel of 1."""
+    """A layer with some outputs unchanged, and others through `rank` outputs of the same kind and a kernel of 1."""
 
     order: Tensor
 
@@ -41,7 +41,7 @@ class ImplantedLayer(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, values: Tensor) -> Tensor:
-        """The layer's outputs, in their places."""
+        """Return the layer's outputs, in their original order."""
         axis = -1 if isinstance(self.whole, nn.Linear) else 1
         both = torch.cat([self.whole(values), self.wide(self.narrow(values))], axis)
         return both.index_select(axis, self.order)
@@ -50,9 +50,9 @@ class ImplantedLayer(nn.Module):
 def implant(objective: Objective, rows: Mapping[str, Sequence[int]], rank: int) -> None:
     """Replace layers of the objective's model, in place: the given outputs of each get a low rank.
 
-    The rank is at most theirs, and then nothing changes. What the layer's inputs feel least is left out: the SVD is
+    A rank of at least the outputs' own changes nothing. The low rank is the best one on the layer's inputs: the SVD is
     whitened by E[xxᵀ] on the objective's data. Source: the neural implant of HAP (Yu et al., 2022,
-    arXiv:2101.08940), which puts a kernel of 1 there.
+    arXiv:2101.08940), which uses a kernel of 1 there.
 
     Raises:
         UnsupportedModelError: a layer is not nn.Linear, or a convolution without groups.
@@ -104,7 +104,7 @@ def _pointwise(layer: Plain) -> Plain:
 
 
 def _with(like: Plain, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer that does what `like` does, with other weights."""
+    """Return a layer of the kind of `like`, with other weights."""
     out, into = weight.shape[:2]
     kind: type[Any] = type(like)
     how: dict[str, Any] = {"bias": bias is not None}

@@ -1,4 +1,4 @@
-"""A user's network made ready: a copy whose layers are known, and its loss on data that can be walked again."""
+"""Prepare a user's network: a copy with its layers, and its loss on data that can be iterated repeatedly."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from hesse.networks.torch_attention import split_attentions
 
 
 @contextmanager
-def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
-    """A copy in eval mode, its layers, and notes on what else has weights.
+def copy_model(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
+    """Yield a copy of the model in eval mode, its layers, and notes on other weights.
 
-    Meanwhile the projections of torch's own attention are layers.
+    While inside, the projections of torch's own attention are layers.
 
     Raises:
-        HesseError: it has no layers, or is one itself.
+        HesseError: the model has no layers, or is a single layer.
     """
     if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d):
         raise OptionError("the model is a single layer: put it into an nn.Sequential")
@@ -36,14 +36,14 @@ def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]
 
 
 @contextmanager
-def objective_of(
+def layers_objective(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Iterable[Batch],
     loss: Loss | nn.Module | None,
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Iterator[Objective]:
-    """The loss as a function of the weights of `layers`, the only parameters that take gradients meanwhile."""
+    """Yield the loss as a function of the weights of `layers`; only these require gradients while inside."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     for layer in layers:

@@ -15,7 +15,7 @@ from hesse.result import NOT_WRITTEN, Report
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport(Report):
-    """What was pruned. Losses are of all batches, in the loss's unit; `loss.measured` is their difference.
+    """Report of pruning. Losses are over all batches, in the loss's unit; `loss.measured` is their difference.
 
     `removed` counts (removed, there were) by site: groups of a layer, dimensions of a head, or weights of a layer.
     `settings` are the options of the method. `loss.predicted` is None for scores that are no losses.

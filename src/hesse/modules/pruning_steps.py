@@ -1,4 +1,4 @@
-"""The cuts of a gradual method: weights solved for by a rule of the table, and their zeros held from then on."""
+"""Cuts of a gradual method: solve for masks and weights by a rule of the table, and keep the zeros from then on."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.constraints import Sparse
 from hesse.methods import Recipe
 from hesse.training.held import HeldZeros
-from hesse.training.loop import Loop
+from hesse.training.loop import TrainingLoop
 from hesse.training.movement import partial_pattern
 from hesse.training.schedules import GradualSchedule
 
@@ -34,7 +34,7 @@ class Cutting:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: TrainingLoop,
         schedule: GradualSchedule,
         pattern: Sparse,
         recipe: Callable[[float | str], Recipe],
@@ -78,17 +78,17 @@ class Cutting:
         self.cuts.append(Cut(loop.step, amount, *changes))
 
     def note(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it beside the training."""
+        """Return the state that a checkpoint saves in addition to the training's."""
         masks = {name: held.kept for name, held in self.loop.held.items() if isinstance(held, HeldZeros)}
         return {"passed": self.passed, "cuts": [asdict(cut) for cut in self.cuts], "masks": masks}
 
     def go_to(self, note: dict[str, Any]) -> None:
-        """Be where it was when `note` was kept, with a training that is there already."""
+        """Restore the state that `note` returned; the training must be restored already."""
         self.passed, self.cuts = note["passed"], [Cut(**cut) for cut in note["cuts"]]
         masks: dict[str, Tensor] = note["masks"]
         self.loop.set_parametrizations({name: HeldZeros(mask.to(torch.bool)) for name, mask in masks.items()})
 
 
 def format_sparsity(pattern: Sparse) -> float | str:
-    """A pattern as options have it."""
+    """Return a pattern as the value of the option `sparsity`."""
     return pattern.amount if pattern.of is None else f"{int(pattern.amount)}:{pattern.of}"

@@ -9,7 +9,7 @@ from hesse.result import NOT_WRITTEN, Report
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport(Report):
-    """What was done to each layer of a module. Losses are in the loss's own unit, a term: nats for cross-entropy.
+    """Report of compressing a module. Losses are in the loss's own unit per term: nats for cross-entropy.
 
     `encoded` has for each layer codes and scales, mask and values, or factors, as the constraint stores them.
     """
@@ -24,7 +24,7 @@ class ModuleReport(Report):
 
     @property
     def measured_loss_increase(self) -> float:
-        """The loss after less the loss before."""
+        """Return the loss after minus the loss before."""
         return self.loss_after - self.loss_before
 
     def __str__(self) -> str:

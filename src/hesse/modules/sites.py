@@ -86,7 +86,7 @@ class Sites:
 
     @cached_property
     def evidence(self) -> LossEvidence:
-        """What scores judge the groups by."""
+        """Return the evidence from which scores rank the groups."""
         return LossEvidence(self.objective, seed=self.seed)
 
     def without(self, removed: Mapping[str, Sequence[Group]]) -> tuple[nn.Module, float]:
@@ -102,7 +102,7 @@ def leave_one(removed: Sequence[Group], there: Sequence[Group]) -> list[Group]:
     return list(removed[1:] if len(removed) == len(there) else removed)
 
 
-def objective_of(
+def pruning_objective(
     model: nn.Module,
     data: Iterable[Batch],
     loss_function: Loss | nn.Module | None,

@@ -20,7 +20,7 @@ from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
 from hesse.networks.families import ROUTER_LAYERS, family_of
-from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
+from hesse.networks.layout import NetworkKind, find_blocks, kind_of, sources_of
 from hesse.networks.limits import bounded_modules
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
@@ -92,7 +92,7 @@ class Network(Protocol):
     """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
 
     model: PreTrainedModel
-    kind: Kind
+    kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
     blocks: list[Block]
@@ -133,7 +133,7 @@ class CheckpointNetwork:
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
-        self.kind: Kind = kind_of(self.model)
+        self.kind: NetworkKind = kind_of(self.model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode  # faster than no_grad
         self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         self.sources = sources_of(self.model, stored)

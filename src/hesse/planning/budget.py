@@ -20,13 +20,15 @@ from hesse.layerwise.rules import check_patterns
 from hesse.methods import DEFAULT_METHOD, Method, Options, find_method, methods_of
 from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.device import find_device
-from hesse.planning import Candidate, Choice, Group, Problem, size_loss_front, smallest_within
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, size_loss_front, smallest_within
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, Offer, make_menu
 from hesse.planning.planners import PLANNERS
 from hesse.planning.sizes import read_size
 from hesse.progress import Clock, Progress, Silence
+from hesse.result import LossChange, Report, Result
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity
+from hesse.version import versions
 
 FRONT_POINTS = 12
 HEADER_ENTRY = 64  # bytes of a tensor's entry in the header of a safetensors file, without its name and offsets
@@ -126,6 +128,21 @@ class BudgetPlan:
         return cls(**{**content, "recipe": Recipe.model_validate(content["recipe"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanReport(Report):
+    """A recipe within a budget; `bytes_after` is the most that its weights' files take."""
+
+    bytes_after: int
+    bits_per_weight: float  # of the planned layers, scales and zero points included
+    loss: LossChange  # predicted
+    recipe: Recipe
+    front: list[dict[str, Any]]  # other choices: kind ("front", "chosen" or "uniform"), label, bytes and predicted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {**super().to_dict(), "recipe": self.recipe.model_dump(mode="json", exclude_none=True)}
+
+
 def budget_request(
     budget: Budget,
     method: str,
@@ -165,7 +182,7 @@ def plan(
     target: str | None = None,
     allocation: str | None = None,
     progress: Progress | None = None,
-) -> BudgetPlan:
+) -> Result[PlanReport]:
     """Plan the recipe that divides one budget among the layers at the least predicted loss; write nothing.
 
     Give exactly one of `size`, `mean_bits` and `loss`; with `loss` the plan has the smallest size. Given `options` hold
@@ -175,7 +192,7 @@ def plan(
         HesseError: the subclass and message say what is wrong and what to do; for a budget that cannot be met, the
             message gives one that can.
     """
-    return plan_budget(
+    planned = plan_budget(
         locate(model),
         budget_request(Budget(size, mean_bits, loss), method, options, ignore, target, allocation),
         Calibration(data, samples, length, seed, batch_size),
@@ -184,6 +201,20 @@ def plan(
         device=find_device(device),
         progress=progress or Silence(),
     )
+    report = PlanReport(
+        verb="plan",
+        model=str(model),
+        method=method,
+        bytes_after=planned.size,
+        bits_per_weight=planned.bits,
+        loss=LossChange(name="loss increase", predicted=planned.loss),
+        recipe=planned.recipe,
+        front=planned.front,
+        notes=planned.notes,
+        seconds={"total": planned.seconds},
+        versions=versions(),
+    )
+    return Result(report)
 
 
 def plan_budget(
@@ -251,7 +282,7 @@ class PricedMenu:
         self.menu, self.checkpoint, self.planner = menu, checkpoint, planner
         self.problem = Problem(
             tuple(
-                Group(
+                ChoiceGroup(
                     group.name,
                     tuple(
                         Candidate(offer.label, offer.size, cost)

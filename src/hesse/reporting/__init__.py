@@ -7,6 +7,8 @@ from hesse.reporting.inspection_page import inspection_page
 from hesse.reporting.page import check_page, write_page
 from hesse.reporting.pruning import prune_summary
 from hesse.reporting.repair import repair_summary
+from hesse.reporting.rotation import rotation_summary
+from hesse.reporting.statistics import estimate_summary
 from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table, options_table
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "compression_page",
     "compression_summary",
     "cost_table",
+    "estimate_summary",
     "evaluation_table",
     "forecast_summary",
     "inspection_page",
@@ -22,5 +25,6 @@ __all__ = [
     "options_table",
     "prune_summary",
     "repair_summary",
+    "rotation_summary",
     "write_page",
 ]

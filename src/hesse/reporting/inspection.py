@@ -28,7 +28,7 @@ def facts(inspection: "Inspection") -> list[tuple[str, str]]:
     return [
         ("samples, tokens", f"{inspection.samples}, {inspection.tokens:,}"),
         ("parameters looked at", f"{inspection.parameters:,}"),
-        ("loss, nats per token", number(inspection.loss, 5)),
+        ("loss, nats per token", number(inspection.model_loss, 5)),
         ("norm of the gradient", number(inspection.gradient_norm)),
         ("Hessian's largest eigenvalues, ± residual", _listed(inspection.largest_eigenvalues)),
         ("Hessian's smallest eigenvalues, ± residual", _listed(inspection.smallest_eigenvalues)),
@@ -65,7 +65,7 @@ def _layers(inspection: "Inspection") -> Table:
         for scheme in SHOWN:
             costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
         eigenvalue = number(layer.mean_eigenvalue, 2)
-        table.add_row(shown(layer.name.removeprefix(prefix)), with_error(layer.trace), eigenvalue, *costs)
+        table.add_row(shown(layer.name.removeprefix(prefix)), value_with_error(layer.trace), eigenvalue, *costs)
     return table
 
 
@@ -82,7 +82,7 @@ def predicts(inspection: "Inspection") -> str:
     return next(kind for kind in ("eigen-kronecker", "kronecker", "fisher diagonal", *kinds) if kind in kinds)
 
 
-def with_error(pair: tuple[float, float]) -> str:
+def value_with_error(pair: tuple[float, float]) -> str:
     """Return a value with its standard error, as text."""
     value, error = pair
     return f"{number(value, 2)} ± {number(error, 1)}"

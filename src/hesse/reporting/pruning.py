@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hesse.jobs.blocks_report import BlocksReport
-from hesse.reporting.terminal import fallback_lines, number, shown
+from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _blocks(report: BlocksReport) -> RenderableType:
         *fallback_lines(report.notes, REPORT_FILE),
         _measured(report, "scored"),
         shown(f"parameters to store: {after:,} ({share:.1f} %); bytes: {report.bytes_after or 0:,}"),
-        shown(f"written to {report.out}", "bold"),
+        unwrapped(f"written to {report.out}", "bold"),
     )
 
 
@@ -48,7 +48,7 @@ def _hidden(report: "HiddenReport") -> RenderableType:
         *fallback_lines(report.notes, REPORT_FILE),
         shown(f"{after:,} parameters ({share:.1f} %), {report.bytes_after or 0:,} bytes"),
         _measured(report, "calibration"),
-        shown(f"written to {report.out}", "bold"),
+        unwrapped(f"written to {report.out}", "bold"),
     )
 
 

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hesse.reporting.terminal import fallback_lines, number, shown
+from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def repair_summary(report: "RepairReport") -> RenderableType:
     )
     parts: list[RenderableType] = [table, *fallback_lines(report.notes, REPORT_FILE)]
     parts.append(Text(f"{len(report.layers)} layers repaired in {report.seconds['total']:.1f} s"))
-    parts.append(shown(f"written to {report.out}", "bold"))
+    parts.append(unwrapped(f"written to {report.out}", "bold"))
     if report.format == "adapter":
         load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{report.compressed}"), "{report.out}")'
-        parts.append(shown(f"It loads in PEFT: {load}"))
+        parts.append(unwrapped(f"It loads in PEFT: {load}"))
     return Group(*parts)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hesse.reporting.terminal import number, shown, size
+from hesse.reporting.terminal import number, shown, size, unwrapped
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
     from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, TimedRun
@@ -28,8 +28,8 @@ def export_summary(report: "ExportReport") -> RenderableType:
     parts: list[RenderableType] = [table, *([Text(exact)] if report.layers else [])]
     parts += [shown(note, "yellow") for note in report.notes]
     parts.append(Text(f"read back: {report.tensors_checked} tensors equal what was to be written"))
-    parts.append(Text(f"bytes: {report.bytes:,}, and {report.bytes_before:,} in the checkpoint"))
-    parts.append(shown(f"written to {report.out}", "bold"))
+    parts.append(Text(f"bytes: {report.bytes_after:,}, and {report.bytes_before:,} in the checkpoint"))
+    parts.append(unwrapped(f"written to {report.out}", "bold"))
     return Group(*parts)
 
 

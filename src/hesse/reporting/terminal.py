@@ -14,13 +14,18 @@ from hesse.methods import Method
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
-    from hesse.evaluation import Evaluation
+    from hesse.evaluation import EvaluationReport
     from hesse.jobs.report import CompressionReport
 
 
 def shown(text: str, style: str = "") -> Text:
     """Return text, which may come from a model or a file name, as rich shows it without interpreting markup."""
     return Text(printable(text), style=style)
+
+
+def unwrapped(text: str, style: str = "") -> Text:
+    """Return text for one line, however long: a command or a path to copy."""
+    return Text(printable(text), style=style, no_wrap=True, overflow="ignore")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -36,7 +41,9 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def cost_table(report: "CompressionReport", before: "Evaluation | None", after: "Evaluation | None") -> Table:
+def cost_table(
+    report: "CompressionReport", before: "EvaluationReport | None", after: "EvaluationReport | None"
+) -> Table:
     """Return the table of a compression, dense and compressed; evaluations add measurements on other text."""
     table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} by {report.method}"), title_justify="left")
     table.add_column("")
@@ -65,11 +72,11 @@ def cost_table(report: "CompressionReport", before: "Evaluation | None", after: 
     return table
 
 
-def _quality_rows(before: "Evaluation | None", after: "Evaluation | None") -> list[tuple[str, str, str]]:
+def _quality_rows(before: "EvaluationReport | None", after: "EvaluationReport | None") -> list[tuple[str, str, str]]:
     if before is None or after is None:
         return []
     rows = [
-        ("loss, nats per token", number(before.loss, 5), number(after.loss, 5)),
+        ("loss, nats per token", number(before.model_loss, 5), number(after.model_loss, 5)),
         ("perplexity", number(before.perplexity, 5), number(after.perplexity, 5)),
         ("KL(dense || compressed), nats per token", "0", number(after.kl)),
     ]
@@ -88,7 +95,7 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items() if phase != "total")
     parts.append(Text(f"seconds: {seconds}"))
     parts.append(Text(f"read back: {report.tensors_equal} tensors equal what was solved or copied"))
-    parts.append(shown(f"written to {report.out}", "bold"))
+    parts.append(unwrapped(f"written to {report.out}", "bold"))
     return Group(*parts)
 
 
@@ -103,15 +110,15 @@ def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
     return lines if len(fallbacks) <= 20 else [*lines, Text(f"  and {len(fallbacks) - 20} more in {file}")]
 
 
-def evaluation_table(evaluation: "Evaluation", name: str) -> Table:
+def evaluation_table(evaluation: "EvaluationReport") -> Table:
     """Return the table of an evaluation."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(name), title_justify="left", show_header=False)
+    table = Table(box=box.SIMPLE_HEAD, title=shown(evaluation.model), title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     rows = (
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
-        ("loss, nats per token", number(evaluation.loss, 5)),
+        ("loss, nats per token", number(evaluation.model_loss, 5)),
         ("perplexity", number(evaluation.perplexity, 5)),
         ("reference's loss, nats per token", number(evaluation.reference_loss, 5)),
         ("loss increase, nats per token", number(evaluation.loss_increase)),

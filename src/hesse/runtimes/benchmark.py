@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
@@ -19,6 +20,7 @@ from hesse.data import read_samples
 from hesse.errors import HesseError, OptionError, check_at_least
 from hesse.formats import open_checkpoint
 from hesse.progress import Progress, Silence
+from hesse.result import Result
 from hesse.runtimes import worker
 from hesse.runtimes.benchmark_result import Benchmark, BenchmarkRow, MissingRun, TimedRun
 from hesse.runtimes.export import export_checkpoint
@@ -70,7 +72,7 @@ def benchmark(
     threads: int | None = None,
     repeats: int = 3,
     progress: Progress | None = None,
-) -> Benchmark:
+) -> Result[Benchmark]:
     """Measure how fast a model loads, reads a prompt and decodes in each runtime on this machine, and its memory.
 
     Each measurement is a process of its own; the models alternate. Models are first exported to a temporary folder in
@@ -99,7 +101,7 @@ def benchmark(
         ("--threads", threads),
     ):
         check_at_least(option, value, 1)
-    return benchmark_checkpoint(
+    result = benchmark_checkpoint(
         locate(model),
         None if reference is None else locate(reference),
         list(runtimes),
@@ -111,6 +113,7 @@ def benchmark(
         names=(str(model), None if reference is None else str(reference)),
         version=__version__,
     )
+    return Result(result)
 
 
 def benchmark_checkpoint(
@@ -131,6 +134,7 @@ def benchmark_checkpoint(
     Raises:
         HesseError: a model cannot be read, or has too few positions for the sequence.
     """
+    started = time.perf_counter()
     chosen = find_runtimes(runtimes)
     threads = threads or _processor_count()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -166,6 +170,7 @@ def benchmark_checkpoint(
         else:
             rows.append(_row(entry, run, size, truth.get(entry.model)))
     return Benchmark(
+        verb="benchmark",
         model=names[0],
         reference=names[1],
         prompt=prompt,
@@ -175,6 +180,7 @@ def benchmark_checkpoint(
         processor=_processor_name(),
         processors=os.cpu_count() or 1,
         load_average=load_average,
+        seconds={"total": time.perf_counter() - started},
         versions={"hesse": version, "torch": torch.__version__, "python": platform.python_version()},
         rows=rows,
         missing=missing,

@@ -1,9 +1,10 @@
 """Result of a benchmark."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+
+from hesse.result import Report
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ class MissingRun:
     reason: str  # and what to do
 
 
-@dataclass(frozen=True)
-class Benchmark:
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Report):
     """Rows of a benchmark, with the settings and the machine of the measurement."""
 
-    model: str
     reference: str | None
     prompt: int
     generate: int
@@ -58,7 +58,6 @@ class Benchmark:
     processor: str
     processors: int
     load_average: float | None  # of the machine at the start: other work distorts the times
-    versions: dict[str, str]
     rows: list[BenchmarkRow]
     missing: list[MissingRun]
 
@@ -71,7 +70,3 @@ class Benchmark:
         dense = self.row(runtime, "dense") or (self.row("transformers", "dense") if runtime == "torchao" else None)
         compressed = self.row(runtime, "compressed")
         return None if dense is None or compressed is None else compressed.decode.median / dense.decode.median
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)

@@ -16,6 +16,7 @@ from hesse.checkpoints.writer import disk_reason
 from hesse.errors import OptionError, OutputError, UnsupportedModelError, reason
 from hesse.formats import open_checkpoint
 from hesse.progress import Progress, Silence
+from hesse.result import Result
 from hesse.runtimes.export_report import ExportedLayer, ExportedTensors, ExportReport
 from hesse.version import __version__
 
@@ -65,7 +66,7 @@ def export(
     to: str = "gguf",
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> ExportReport:
+) -> Result[ExportReport]:
     """Write a model for another runtime, with the codes and scales of its layers.
 
     Args:
@@ -82,7 +83,7 @@ def export(
     Raises:
         HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
-    return export_checkpoint(
+    report = export_checkpoint(
         locate(model),
         Path(out),
         to,
@@ -91,6 +92,7 @@ def export(
         name=str(model),
         version=__version__,
     )
+    return Result(report)
 
 
 def export_checkpoint(
@@ -113,12 +115,13 @@ def export_checkpoint(
             raise UnsupportedModelError(f"{model} cannot be written as {target}: {reason(error)}") from error
         size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     return ExportReport(
+        verb="export",
         model=name,
         out=str(out),
         target=target,
-        bytes=size,
         bytes_before=checkpoint.file_bytes,
-        seconds=time.perf_counter() - started,
+        bytes_after=size,
+        seconds={"total": time.perf_counter() - started},
         layers=written.layers,
         dense=written.dense,
         tensors_checked=written.tensors_checked,

@@ -1,8 +1,9 @@
 """Report of an export, layer by layer."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from hesse.result import Report
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,17 @@ class ExportedTensors:
     notes: list[str]  # every departure but those of single layers
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Report):
     """An export: the storage of each layer, and the differences from the checkpoint."""
 
-    model: str
     out: str
-    target: str
-    bytes: int
     bytes_before: int
-    seconds: float
+    bytes_after: int
+    target: str
     layers: list[ExportedLayer]  # of those that were stored as codes
     dense: dict[str, int]  # tensors that are not codes, by the type they are stored in
     tensors_checked: int  # read back and equal to what was to be written
-    notes: list[str]  # every departure
-    versions: dict[str, str]
 
     @property
     def stored(self) -> dict[str, int]:
@@ -52,7 +49,3 @@ class ExportReport:
     def exact_layers(self) -> int:
         """Return the number of layers whose codes, scales and zero points are unchanged."""
         return sum(layer.exact for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)

@@ -1,4 +1,4 @@
-"""M-FAC over all layers at once: the inverse Fisher of whole networks, from single samples' gradients."""
+"""M-FAC over all layers jointly: the inverse Fisher of whole networks, from single samples' gradients."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from hesse.scores.score import WEIGHTS, Score, add_score
 
 
 class MatrixFreeSurgeon(Score):
-    """w² / 2[F⁻¹]_ii with F = λI + 1/m Σ g gᵀ over all weights at once: the cost with the best values of all others."""
+    """w² / 2[F⁻¹]_ii with F = λI + 1/m Σ g gᵀ over all weights jointly: the cost with the best values of all others."""
 
     def cost(self, evidence: LossEvidence, partition: Partition) -> Tensor:
         if tuple(partition.shapes) != evidence.objective.names:

@@ -140,7 +140,7 @@ def hessian_trace(evidence: LossEvidence, partition: Partition) -> Tensor:
 
 
 def hessian_traces(evidence: LossEvidence, partition: Partition, probes: int) -> Tensor:
-    """Return the score "hap" from so many random vectors."""
+    """Return the score "hap" from `probes` random vectors."""
     produced = partition.restricted("produced")
     objective = evidence.on(produced)
     hessian, generator = Hessian(objective=objective, keep_graph=True), torch.Generator().manual_seed(evidence.seed)

@@ -16,7 +16,7 @@ def gptq(
     order: list[int],  # of the columns
     nearest: Callable[[Tensor, int], Tensor],  # (W as it stands, column) to the column's nearest allowed values (out,)
 ) -> Tensor:
-    """Return Q (out, in): each column rounded in turn, its error fed back to the columns not yet rounded.
+    """Return Q (out, in): columns rounded one after another, each error fed back to the columns not yet rounded.
 
     Frantar et al., 2022 (arXiv:2210.17323), algorithm 1 with blocks of one column. With zeros for allowed values it is
     SparseGPT (Frantar and Alistarh, 2023), with `nearest` on an integer grid LDLQ (QuIP; Chee et al., 2023).
@@ -38,7 +38,7 @@ def two_sided(
     columns: list[int],  # order of the columns
     nearest: Callable[[Tensor, int, int], Tensor],  # (weight, row, column) to the nearest allowed value
 ) -> Tensor:
-    """Return Q (out, in): each weight rounded in turn, its error fed back to all weights not yet rounded.
+    """Return Q (out, in): weights rounded one after another, each error fed back to all weights not yet rounded.
 
     The update of YAQA (Tseng et al., 2025, arXiv:2505.22988) for H = G ⊗ A: optimal brain surgery over the whole
     matrix, since the Cholesky factor of H⁻¹ is the Kronecker product of those of G⁻¹ and A⁻¹. The weights are taken

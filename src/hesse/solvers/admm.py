@@ -33,7 +33,7 @@ class ADMMState:
 class ADMM(Solver):
     """Choose mask and values of a whole layer together, by steps between the sparse set and the quadratic model.
 
-    Use it for sparsity where quality counts: it weighs all weights at once, where ErrorFeedback decides the first
+    Use it for sparsity where quality counts: it considers all weights jointly; ErrorFeedback decides the first
     columns early. The eigenvectors of each side come first; then a step takes two products under a Gram, and four under
     a Kronecker.
 

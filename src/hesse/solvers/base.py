@@ -36,7 +36,7 @@ class Solver(ABC):
         """Return the stored form of the cheapest member found for `weight` (out, in)."""
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
-        """Return the bytes that `solve` holds at most beside its inputs, for a float32 weight of `shape` (out, in).
+        """Return the bytes that `solve` holds at most without its inputs, for a float32 weight of `shape` (out, in).
 
         The curvature's inputs are in float32 too; `held` are the numbers in its own tensors, which count where a
         solver copies them. By default what the constraint takes to encode and decode a weight.
@@ -45,7 +45,7 @@ class Solver(ABC):
 
 
 def float32_bytes(shape: torch.Size, weights: float = 0, inputs: float = 0, outputs: float = 0) -> int:
-    """Return the bytes of so many float32 matrices (out, in), (in, in) and (out, out)."""
+    """Return the bytes of given numbers of float32 matrices (out, in), (in, in) and (out, out)."""
     rows, columns = shape
     return math.ceil(4 * (weights * rows * columns + inputs * columns**2 + outputs * rows**2)) + OVERHEAD
 

@@ -65,7 +65,7 @@ def as_sum(solver: Solver, constraint: Constraint) -> Plus:
 def sum_workspace(
     first: Solver, second: Solver, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int
 ) -> int:
-    """Return the bytes of the more demanding of two solvers, the other's state and the parts of a sum beside it."""
+    """Return the bytes of the more demanding of two solvers, plus the other's state and the parts of a sum."""
     if not isinstance(constraint, Plus):
         return first.workspace(shape, curvature, constraint, held)
     parts = ((first, constraint.base), (second, constraint.correction))

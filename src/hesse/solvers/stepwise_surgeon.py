@@ -1,4 +1,4 @@
-"""Many weights pruned at once by what each alone would cost: WoodFisher, and M-FAC's in steps."""
+"""Prune many weights per step by their single costs: WoodFisher, and M-FAC's in steps."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hesse.solvers.refit import OfGradients, best_values, kept_part
 class StepwiseSurgeon(Solver):
     """Prune in `steps`: in each, remove the weights of the least w_i² / (2 [H⁻¹]_ii) together, then refit the others.
 
-    Use it where a layer is too wide for GreedySurgeon: removing many weights at once ignores how each removal changes
+    Use it where a layer is too wide for GreedySurgeon: removing many weights per step ignores how each removal changes
     the cost of the next one, and under a RankOneSum a step costs out · in · m².
 
     H is restricted to the weights still kept before each step. They move to where ½ dᵀHd is least, by

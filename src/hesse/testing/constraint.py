@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.b
 
 
 class ConstraintLaws:
-    """What holds for every set S: stored exactly, projected once and for all, priced by what is stored.
+    """Laws of every set S: exact storage, idempotent projection, bits that count what is stored.
 
     A subclass supplies `build`, and where the defaults do not fit `shape`, `again`, `rivals`, `stored_bits` and
     `refusals`.

@@ -36,7 +36,7 @@ class Case:
 
 
 class SolverLaws:
-    """What holds for every solver: a member of the set, never worse than promised, predicted exactly.
+    """Laws of every solver: a member of the set, never worse than promised, exactly predicted.
 
     A subclass supplies `build` and `cases`, and says in `plain` what the result is never worse than.
 
@@ -181,7 +181,7 @@ def check_member(constraint: Constraint, code: Any, weight: Tensor) -> None:
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
-    """Return the most memory that `action` holds at once in tensors, temporaries of single operations included.
+    """Return the peak memory of `action` in tensors, including temporaries of single operations.
 
     Counted from the allocations and releases of torch's CPU allocator, so the same on every run.
     """

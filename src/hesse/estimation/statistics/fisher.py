@@ -13,7 +13,7 @@ from hesse.estimation.statistics_folder import Statistics
 from hesse.estimation.sums import GradientBlocks, GradientSquares
 from hesse.networks.network import Layer
 from hesse.passes.backward import layer_part
-from hesse.passes.parts import Part
+from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch
 from hesse.passes.sample_gradients import sample_gradients
 from hesse.processes import Processes
@@ -21,7 +21,7 @@ from hesse.processes import Processes
 BLOCK_SIZE = 32  # weights of a row; the blocks take as many times the weights' own memory
 
 
-class Fisher(BackwardStatistic):
+class FisherStatistic(BackwardStatistic):
     """A part of the Fisher on a layer's weight (out, in), however its module keeps it."""
 
     missing = "the tokens that probed the loss did not reach it; its weights were taken as equals"
@@ -32,7 +32,7 @@ class Fisher(BackwardStatistic):
         return FACTOR_TOKENS
 
 
-class FisherDiagonal(Fisher):
+class FisherDiagonal(FisherStatistic):
     """E[(g xᵀ)²] (out, in) per position: each position's gradient is squared by itself."""
 
     name: ClassVar[str] = "fisher diagonal"
@@ -57,7 +57,7 @@ class FisherDiagonal(Fisher):
         return fisher.values.T if layer.transposed else fisher.values
 
 
-class FisherBlocks(Fisher):
+class FisherBlocks(FisherStatistic):
     """Blocks (blocks, size, size) of the Fisher on neighbors in row-major order, of gradients of whole samples."""
 
     name: ClassVar[str] = "fisher blocks"
@@ -72,7 +72,7 @@ class FisherBlocks(Fisher):
         return _Blocks(layers)
 
 
-class FisherGradients(Fisher):
+class FisherGradients(FisherStatistic):
     """Gradients g (samples, out, in) of whole samples, all kept, whose mean g gᵀ is the Fisher."""
 
     name: ClassVar[str] = "fisher gradients"
@@ -91,7 +91,7 @@ class FisherGradients(Fisher):
         return _Gradients(layers)
 
 
-def _parts(layers: Sequence[Layer]) -> dict[str, list[Part]]:
+def _parts(layers: Sequence[Layer]) -> dict[str, list[ParameterPart]]:
     """Return the weights of layers as (out, in) parts, by the layers' names."""
     return {layer.name: [replace(layer_part(layer), transposed=False)] for layer in layers}
 

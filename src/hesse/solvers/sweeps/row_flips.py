@@ -15,7 +15,7 @@ MOST_PASSES = 200  # over a row; more than any row was observed to need
 def settle_rows(code: GridCode, gram: Gram, grid: Grid, weight: Tensor) -> GridCode:
     """Return codes after coordinate descent on each row's ½ d A dᵀ from those of `code`, with the same scales.
 
-    Column after column a code goes to the best of all, until a pass changes none: then no change of a single code
+    Column after column a code is set to the best value, until a pass changes none: then no change of a single code
     lowers the cost. In float64, on the CPU.
     """
     columns, scales = weight.shape[1], code.scales

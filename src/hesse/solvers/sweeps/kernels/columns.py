@@ -1,4 +1,4 @@
-"""Error feedback over the columns of one block, for all outputs at once.
+"""Error feedback over the columns of one block, for all outputs in parallel.
 
 Each program holds the block's columns of some outputs and walks over them, so that a block costs one launch and its
 weights are read and written once. Outputs do not depend on one another; a column depends on all before it.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hesse.constraints import Grouped
-from hesse.solvers.sweeps.columns import Block, bounds_of
+from hesse.solvers.sweeps.columns import ColumnBlock, bounds_of
 from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
@@ -52,7 +52,7 @@ def _walk(
     tl.store(work + places, held, mask=inside)
 
 
-def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
+def walk(block: ColumnBlock, first: int, last: int, grid: Grouped | None) -> None:
     """Implement `sweeps.columns.walk` on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)

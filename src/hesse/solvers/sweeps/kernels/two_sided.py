@@ -2,11 +2,11 @@
 
 Feedback: a weight depends on those of no later column and no later row, so a weight is cut into tiles, and the tiles
 of one anti-diagonal are solved by one launch, a program each. Within a tile the weights of an anti-diagonal are
-rounded at once. For n columns and m rows that is (n + m) / TILE launches of 2 · TILE steps, n + m in all being the
+rounded together. For n columns and m rows that is (n + m) / TILE launches of 2 · TILE steps, n + m in all being the
 longest chain of weights that depend on one another.
 
 Descent: a weight depends on all before it, since G has no zeros. But it is only a *change* of a code that others
-depend on, and few change (1 or 2 in a hundred): a program weighs many codes of a column at once, makes the first
+depend on, and few change (1 or 2 in a hundred): a program weighs many codes of a column together, makes the first
 change, and weighs those after it again. The longest chain is as long as there are changes, and one program walks it,
 so that descent is expected to take longest (not measured).
 """
@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
-from hesse.solvers.sweeps.two_sided import BLOCK, GridLevels
+from hesse.solvers.sweeps.two_sided import DESCENT_COLUMNS, GridLevels
 
 TILE = 64  # columns and rows that one program solves
-CHUNK = 512  # rows that descent weighs at once
+CHUNK = 512  # rows that descent weighs together
 DEPTH = 16  # of the products that bring errors to a tile, as many as fit registers
 
 
@@ -115,7 +115,7 @@ def _descend(
     codes, gradient, changes, scale, lowest, highest, group, inputs, outputs, stride, width, height,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """One program's walk over a block of `width` columns; `CHUNK` rows of a column are weighed at once."""
+    """One program's walk over a block of `width` columns; `CHUNK` rows of a column are weighed together."""
     lane, chunks = tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
     all_rows = chunks[:, None] * CHUNK + lane[None, :]
     for j in range(width):
@@ -161,8 +161,8 @@ def descend(codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Te
     width, height = codes.shape
     padded = triton.next_power_of_2(height)
     chunk = min(padded, CHUNK)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, DESCENT_COLUMNS):
+        stop = min(start + DESCENT_COLUMNS, width)
         changes = torch.empty_like(codes[start:stop])
         with torch.cuda.device_of(codes):
             _descend[(1,)](

@@ -1,4 +1,4 @@
-"""What a run is going to do, settled and checked before anything is computed."""
+"""Plan of a compression, made and checked before anything is computed."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,34 +24,34 @@ from hesse.rewriting import Rewriting
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """The model, each layer's rule, how the result is stored, and the samples."""
+class Setup:
+    """Plan of a compression: the model, each layer's rule, the format of the result, and the samples."""
 
     model: Path
     recipe: Recipe
     calibration: Calibration
-    statistics: Statistics | None  # curvature that was estimated before, in place of `samples`
+    statistics: Statistics | None  # estimated before, in place of `samples`
     checkpoint: Checkpoint
-    original: CheckpointNetwork  # of the model as it is on disk, in float32
-    rewriting: Rewriting | None  # what is done to it first; `checkpoint` is then what comes of that
+    original: CheckpointNetwork  # the model as on disk, in float32
+    rewriting: Rewriting | None  # applied first; `checkpoint` is then the rewritten one
     dense: CheckpointNetwork  # of `checkpoint`, in float32
     network: CheckpointNetwork  # the same modules, in the type that calibration runs in
-    rules: dict[str, Rule | None]  # by layer; None for those left as they are
+    rules: dict[str, Rule | None]  # by layer; None for unchanged layers
     format: Format
     samples: Samples  # to calibrate on
-    probes: Samples  # some of them, for the backward statistics
+    probes: Samples  # the first of `samples`, for the backward statistics
     check: Samples  # to measure the result with
-    held_out: bool  # whether `check` is no part of `samples`
-    seen: Samples | None  # as many as `check` that layers are solved for; None if nothing is held out, or calibrated
-    notes: list[str]  # departures from what was asked
+    held_out: bool  # `check` is not a part of `samples`
+    seen: Samples | None  # calibration samples, as many as `check`; None if nothing is held out, or calibrated
+    notes: list[str]  # departures from the options
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sample."""
+        """Return the number of tokens of the longest sample."""
         return self.samples.longest
 
 
-def make_plan(
+def open_setup(
     model: Path,
     recipe: Recipe,
     calibration: Calibration,
@@ -59,8 +59,8 @@ def make_plan(
     format_name: str,
     device: torch.device,
     target: str | None = None,
-) -> Plan:
-    """Open the model folder `model` and settle everything.
+) -> Setup:
+    """Open the model folder `model`, and make and check the plan.
 
     With a `target`, that loader serves every layer. With `statistics` the samples only check the result; without data
     of their own they are those of the statistics.
@@ -111,9 +111,9 @@ def make_plan(
             statistics.check_samples(samples)
         calibrated = calibrated and same
     if statistics is not None or not calibrated:
-        samples = selected.probes  # only the prediction looks at them
+        samples = selected.probes  # only the prediction uses them
     seen = samples.first(len(selected.check.ids))
-    return Plan(
+    return Setup(
         model=model,
         recipe=recipe,
         calibration=calibration,
@@ -135,14 +135,14 @@ def make_plan(
 
 
 def statistics_calibration(statistics: Statistics, asked: Calibration) -> Calibration:
-    """What to check the result with: `asked`, or without data the samples that the statistics are of."""
+    """Return the samples to check the result with: `asked`, or without data those of the statistics."""
     if asked.data is not None:
         return replace(asked, samples=1)
     return Calibration(batch_size=asked.batch_size, **statistics.content["samples"])
 
 
 def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]:
-    """The rule of each linear layer of the blocks; None for those left as they are."""
+    """Return the rule of each linear layer of the blocks; None for unchanged layers."""
 
     def read(layer: Layer) -> Tensor:
         stored = network.checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
@@ -154,7 +154,7 @@ def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]
 
 
 def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> Format:
-    """The format that stores every layer as its rule has it."""
+    """Return the format that stores every layer under its rule's constraint."""
     stored = []
     for layer in network.layers:
         constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
