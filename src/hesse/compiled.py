@@ -5,7 +5,7 @@ takes seconds.
 """
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
@@ -24,14 +24,12 @@ def compile_loop(loop: Callable[Arguments, LoopResult]) -> Callable[Arguments, L
         machine_code = numba.njit(cache=True, nogil=True)(loop)
     except RuntimeError:  # no folder that can be written
         machine_code = numba.njit(nogil=True)(loop)
-    typed: Callable[Arguments, LoopResult] = machine_code
-    return typed
+    return cast(Callable[Arguments, LoopResult], machine_code)
 
 
 def lost_bits(dtype: torch.dtype) -> np.uint32:
     """Return how many of a float32's last bits a number of type `dtype` lacks: none if it is as precise or more."""
-    lost: np.uint32 = np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0))
-    return lost
+    return cast(np.uint32, np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0)))
 
 
 @compile_loop

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,34 +29,6 @@ class WrittenPart:
     path: Path
     names: list[str]
     bytes: int  # of the tensors
-
-
-class Parts:
-    """Parts of a checkpoint written so far: one file in `folder` per call, until they are assembled into shards."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._parts: list[WrittenPart] = []
-        self.names: set[str] = set()
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write `tensors` to a new part, and keep no reference to them.
-
-        Raises:
-            OutputError: the disk is full or cannot be written.
-        """
-        self._parts.append(write_part(self._folder / f"part-{len(self._parts)}.safetensors", tensors))
-        self.names |= tensors.keys()
-
-    def add_missing(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write the tensors of `names` that are not written yet, each read by `read`."""
-        for name in names:
-            if name not in self.names:
-                self.add(read([name]))
-
-    def assemble(self, folder: Path) -> None:
-        """Make the weights' files in `folder`; see `assemble`."""
-        assemble(self._parts, folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:

@@ -21,13 +21,6 @@ class Rotated(Constraint):
     base: Constraint = field(default_factory=Grid)
     seed: int = 0
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False
-
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
         # A diagonal metric is not diagonal in the other basis, so it is ignored.
         return self.base.encode(self.rotate_weight(weight))

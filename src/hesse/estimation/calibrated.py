@@ -5,7 +5,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -43,8 +43,7 @@ class LayerStatistics(Mapping[str, Any]):
     @property
     def gram(self) -> Gram:
         """Return the Gram of the layer's inputs: one object for all layers with the same inputs."""
-        gram: Gram = self._values["inputs"]
-        return gram
+        return cast(Gram, self._values["inputs"])
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name] if name in self._values else self._known[name]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -272,13 +272,11 @@ class _Inspector:
 
 def _counts(spectrum: Spectrum) -> list[float]:
     """Return the number of eigenvalues at each node, averaged over probes."""
-    counts: list[float] = (spectrum.dimension * spectrum.weights / len(spectrum.weights)).flatten().tolist()
-    return counts
+    return cast(list[float], (spectrum.dimension * spectrum.weights / len(spectrum.weights)).flatten().tolist())
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
 
 
 def _part(objective: Objective, vector: Tensor, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ class CurvatureKind:
 
 
 def _inputs(known: KnownLayer) -> Gram:
-    gram: Gram = known.statistics["inputs"]
-    return gram
+    return cast(Gram, known.statistics["inputs"])
 
 
 def _reached(known: KnownLayer, name: str) -> Tensor | None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,7 @@ class Layer:
     @property
     def parameter(self) -> Tensor:
         """Return the weight as the module stores it."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return cast(Tensor, self.module.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -283,9 +281,7 @@ class CheckpointNetwork:
         for full, (child, name) in places.items():
             source = self.sources[full]
             value = tensors[source]
-            present = getattr(child, name)
-            assert isinstance(present, Tensor)
-            _check_shape(source, value.shape, present.shape)
+            _check_shape(source, value.shape, getattr(child, name).shape)
             value = value.to(self.device, non_blocking=True)
             if value.is_floating_point():
                 if not all_finite(value):

@@ -85,10 +85,7 @@ def like(run: Propagation, call: Call) -> Sequence[Planes]:
 def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
     """A view of another shape; if it splits a dimension of units, the parts must stay rectangular."""
     source, (result,) = call.args[0], tensors(call.result)
-    found = []
-    for plane in run.planes(source):
-        labels = plane.units.expand(source.shape).reshape(result.shape)
-        found.append(Plane(labels, plane.zero))
+    found = [Plane(p.units.expand(source.shape).reshape(result.shape), p.zero) for p in run.planes(source)]
     planes = tidied(run.units, found, run.reason("takes it alone"))
     for plane in planes:
         if len(plane.varies()) > 1:

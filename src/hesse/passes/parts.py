@@ -1,7 +1,7 @@
 """Parts: a network's parameters as matrices, offsets and scales of their layers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,5 +152,4 @@ def _scaled_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     for value in (1.0, 0.0):
         replaced = {name: torch.full_like(p, value) for name, p in module.named_parameters() if name == "weight"}
         outputs.append(functional_call(module, replaced, (inputs,)))
-    difference: Tensor = outputs[0] - outputs[1]
-    return difference
+    return cast(Tensor, outputs[0] - outputs[1])

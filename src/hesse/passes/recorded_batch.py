@@ -29,8 +29,7 @@ class Rows:
     @cached_property
     def live(self) -> Tensor:
         """Return a mask (samples, positions) of positions with a gradient: padding has none, and is not counted."""
-        live: Tensor = (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
-        return live
+        return (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
 
     @cached_property
     def positions(self) -> Flat:

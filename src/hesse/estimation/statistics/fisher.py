@@ -1,6 +1,6 @@
 """The Fisher on a layer's weight in nats per token: its diagonal, blocks on its diagonal, or the gradients it is of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -43,7 +43,11 @@ class FisherDiagonal(FisherStatistic):
 
     def accumulator(self, layers: Sequence[Layer]) -> BackwardAccumulator:
         """Return empty sums."""
-        return _Squares(layers)
+        weights = _weights(layers)
+        squares = GradientSquares(_parts(layers), weights, "position")
+        # All of them from the start, so that several processes add up the same.
+        squares.sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        return _Totals(squares, lambda: squares.sums)
 
     def check_folder(self, folder: Statistics) -> None:
         """Refuse a folder without the Fisher."""
@@ -69,7 +73,8 @@ class FisherBlocks(FisherStatistic):
 
     def accumulator(self, layers: Sequence[Layer]) -> BackwardAccumulator:
         """Return empty sums."""
-        return _Blocks(layers)
+        blocks = GradientBlocks(_parts(layers), _weights(layers), BLOCK_SIZE)
+        return _Totals(blocks, lambda: {name: block.total for name, block in blocks.sums.items()})
 
 
 class FisherGradients(FisherStatistic):
@@ -104,34 +109,17 @@ def _reached(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if bool(value.any())}
 
 
-class _Squares:
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._squares = GradientSquares(_parts(layers), _weights(layers), "position")
-        # All of them from the start, so that several processes add up the same.
-        self._squares.sums = {
-            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in _weights(layers).items()
-        }
+class _Totals:
+    """Sums of some layers, whose `totals` the processes add up."""
 
-    def add(self, recorded: RecordedBatch) -> None:
-        self._squares.add(recorded)
+    def __init__(self, sums: GradientSquares | GradientBlocks, totals: Callable[[], dict[str, Tensor]]) -> None:
+        self.add, self._totals = sums.add, totals
 
     def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
-        for total in self._squares.sums.values():
+        totals = self._totals()
+        for total in totals.values():
             processes.all_reduce(total)
-        return _reached({name: scale * total for name, total in self._squares.sums.items()})
-
-
-class _Blocks:
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._blocks = GradientBlocks(_parts(layers), _weights(layers), BLOCK_SIZE)
-
-    def add(self, recorded: RecordedBatch) -> None:
-        self._blocks.add(recorded)
-
-    def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
-        for blocks in self._blocks.sums.values():
-            processes.all_reduce(blocks.total)
-        return _reached({name: scale * blocks.total for name, blocks in self._blocks.sums.items()})
+        return _reached({name: scale * total for name, total in totals.items()})
 
 
 class _Gradients:
