@@ -28,7 +28,7 @@ from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import GridOptions, LowRankOptions, OutlierOptions, SparseOptions
 from hesse.methods.solver_options import SolverOptions
-from hesse.planning import Candidate, Group, Problem, cheapest_within
+from hesse.planning import Candidate, ChoiceGroup, Problem, cheapest_within
 
 SOLVERS = {"low_rank": "two_sided_alternating", "outliers": "two_sided_outliers"}
 
@@ -140,7 +140,7 @@ def planned(schemes: list[Scheme], bits: float) -> tuple[Recipe, float, dict[str
     tables = [costs(scheme) for scheme in schemes]
     total = sum(shape.numel() for shape in shapes().values())
     groups = tuple(
-        Group(name, tuple(Candidate(s.label, *table[name]) for s, table in zip(schemes, tables, strict=True)))
+        ChoiceGroup(name, tuple(Candidate(s.label, *table[name]) for s, table in zip(schemes, tables, strict=True)))
         for name in tables[0]
     )
     problem = Problem(groups)

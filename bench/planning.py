@@ -27,7 +27,7 @@ from hesse.estimation import GramAccumulator
 from hesse.formats.opening import open_networks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, cheapest_within
 from hesse.planning.budget import PricedMenu
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, make_menu
@@ -104,7 +104,7 @@ class Study:
                 costs = [c.loss + slope * c.loss**0.5 for c in group.candidates]
                 shifted = zip(group.candidates, costs, strict=True)
                 members = tuple(Candidate(c.label, c.size, cost - min(costs)) for c, cost in shifted)
-                groups.append(Group(group.name, members))
+                groups.append(ChoiceGroup(group.name, members))
             choice = cheapest_within(Problem(tuple(groups)), room)
         return best
 

@@ -18,7 +18,7 @@ from hesse.curvature import Curvature, GaussNewton, Gram, Hessian, Kronecker, Ob
 from hesse.errors import OptionError
 from hesse.formats.opening import open_networks
 from hesse.methods import Options, find_method
-from hesse.planning import Candidate, Choice, Group, Problem
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem
 from hesse.planning.bisection import smallest_accepted
 from hesse.planning.costs import CostMeter
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
@@ -205,7 +205,7 @@ def test_one_block_of_all_layers_is_the_best_under_the_whole_matrix() -> None:
         costs = normal(seed, 12, 12)
         costs = costs @ costs.T
         groups = [
-            Group(
+            ChoiceGroup(
                 f"layer {k}", tuple(Candidate(f"{b}", 10 + 3 * b, float(costs[3 * k + b, 3 * k + b])) for b in range(3))
             )
             for k in range(4)
@@ -228,7 +228,7 @@ def test_one_block_of_all_layers_is_the_best_under_the_whole_matrix() -> None:
                 assert joint.loss(chosen) == pytest.approx(whole(single)) == pytest.approx(best)
             if len(partition) == 4:
                 assert joint.loss(chosen) == pytest.approx(problem.loss(single))
-    many = Problem(tuple(Group(f"{k}", groups[0].candidates) for k in range(14)))
+    many = Problem(tuple(ChoiceGroup(f"{k}", groups[0].candidates) for k in range(14)))
     with pytest.raises(OptionError, match="has 4,782,969 candidates"):
         joint_problem(many, torch.eye(42), [list(range(14))])
 
@@ -251,7 +251,7 @@ def careful(seed: int, groups: int, levels: int) -> Problem:
     losses = normal(seed, groups, levels).exp().cumsum(1)
     return Problem(
         tuple(
-            Group(f"{k}", tuple(Candidate(f"{b}", 100 - 10 * b, float(losses[k, b])) for b in range(levels)))
+            ChoiceGroup(f"{k}", tuple(Candidate(f"{b}", 100 - 10 * b, float(losses[k, b])) for b in range(levels)))
             for k in range(groups)
         )
     )

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Grid, Rotated, ScaledColumns
-from hesse.constraints.rotated import rotate
+from hesse.constraints.rotated import rotate_rows
 from hesse.curvature import Gram, Identity
 from hesse.errors import OptionError, UnsupportedProduct
 from hesse.methods.constraint_options import ConstraintOptions
@@ -17,12 +17,12 @@ from hesse.testing import normal
 @pytest.mark.parametrize("size", [1, 7, 12, 64, 96])
 def test_a_rotation_keeps_lengths_and_comes_back(size: int) -> None:
     rows = normal(0, 5, size)
-    turned = rotate(rows, 3)
+    turned = rotate_rows(rows, 3)
     torch.testing.assert_close(turned @ turned.T, rows @ rows.T)
-    torch.testing.assert_close(rotate(turned, 3, back=True), rows)
+    torch.testing.assert_close(rotate_rows(turned, 3, back=True), rows)
     if size > 7:
         assert (turned - rows).abs().max() > 0.1
-        assert not torch.allclose(rotate(rows, 4), turned)
+        assert not torch.allclose(rotate_rows(rows, 4), turned)
 
 
 def test_the_quadratic_is_the_same_in_every_basis() -> None:

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from write_method_pages import guide_table, options_page, with_table
 
 from hesse.methods import METHODS, methods_of
-from hesse.reporting.method_pages import guide_table, options_page, with_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 

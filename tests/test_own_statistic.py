@@ -17,7 +17,7 @@ from hesse.estimation.statistics import STATISTICS, InputStatistic
 from hesse.estimation.statistics.base import InputAccumulator
 from hesse.methods import Recipe, Rule
 from hesse.methods.constraint_options import ConstraintOptions, SparseOptions
-from hesse.methods.curvatures import CURVATURES, CurvatureKind, Known
+from hesse.methods.curvatures import CURVATURES, CurvatureKind, KnownLayer
 from hesse.methods.solver_options import SolverOptions
 from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.passes.stream import start
@@ -52,7 +52,7 @@ class _Sums:
         return self.total / max(processes.all_reduce_sum(self.tokens), 1)
 
 
-def build(known: Known, options: SolverOptions, damping: float) -> Curvature:
+def build(known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
     """Weigh each input by the root of its fourth moment; where these are not known (a dry run), all alike."""
     moments = known.statistics.get("fourth moments")
     values = torch.ones_like(known.weight[0]) if moments is None else moments.sqrt()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hesse.errors import OptionError
-from hesse.planning import Candidate, Choice, Group, Problem, cheapest_within, size_loss_front, smallest_within
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, cheapest_within, size_loss_front, smallest_within
 from hesse.planning.solve import GAP
 
 
@@ -22,7 +22,7 @@ def problem(seed: int, groups: int = 5, candidates: int = 4) -> Problem:
         losses = scale * 4**-bits * random.uniform(0.7, 1.4, candidates)
         found = zip(bits.tolist(), losses.tolist(), strict=True)
         members = tuple(Candidate(f"{b:.2f} bits", int(weights * b / 8), loss) for b, loss in found)
-        made.append(Group(f"layer {number}", members))
+        made.append(ChoiceGroup(f"layer {number}", members))
     return Problem(tuple(made))
 
 
@@ -91,7 +91,7 @@ def test_losses_of_any_scale_are_told_apart() -> None:
     for scale in (1e-12, 1e6):
         scaled = Problem(
             tuple(
-                Group(g.name, tuple(Candidate(c.label, c.size, c.loss * scale) for c in g.candidates))
+                ChoiceGroup(g.name, tuple(Candidate(c.label, c.size, c.loss * scale) for c in g.candidates))
                 for g in small.groups
             )
         )
@@ -100,8 +100,8 @@ def test_losses_of_any_scale_are_told_apart() -> None:
 
 
 def test_what_costs_nothing_is_taken() -> None:
-    free = Group("free", (Candidate("small", 10, 0.0), Candidate("left alone", 90, 0.0)))
-    other = Group("other", (Candidate("small", 10, 1.0), Candidate("left alone", 90, 0.0)))
+    free = ChoiceGroup("free", (Candidate("small", 10, 0.0), Candidate("left alone", 90, 0.0)))
+    other = ChoiceGroup("other", (Candidate("small", 10, 1.0), Candidate("left alone", 90, 0.0)))
     both = Problem((free, other))
     assert both.loss(cheapest_within(both, 180)) == 0
     assert both.size(smallest_within(both, 1e-3)) == 100
@@ -119,10 +119,10 @@ def test_budgets_that_cannot_be_met_say_what_can() -> None:
 
 def test_problems_without_meaning_are_refused() -> None:
     with pytest.raises(OptionError, match="empty has no candidates"):
-        Problem((Group("empty", ()),))
+        Problem((ChoiceGroup("empty", ()),))
     for loss in (-1.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="one: a costs"):
-            Problem((Group("one", (Candidate("a", 1, loss),)),))
+            Problem((ChoiceGroup("one", (Candidate("a", 1, loss),)),))
 
 
 def test_nothing_is_printed_by_the_solver(capfd: pytest.CaptureFixture[str]) -> None:

@@ -270,9 +270,9 @@ def test_the_page_says_what_the_report_says(name: str, of_family: Callable[[str]
         assert f"{number(point.predicted, 3)} {number(point.measured.value, 3)} ±" in text
     assert f"{report.bytes_before:,} bits" in text.replace(f" {report.bytes_after:,}", "")
     assert number(report.bits_per_weight) in text
-    assert ("What both models write" in text) == (name != "bert")
+    assert ("Continuations of both models" in text) == (name != "bert")
     assert ("perplexity" in text) == (name != "bert")
-    assert ("Tokens that each expert saw" in text) == (name == "mixtral")
+    assert ("Tokens per expert" in text) == (name == "mixtral")
     assert "Nothing was held out." in text
     assert "No alternatives were planned" in text
     for layer in report.layers:

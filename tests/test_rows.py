@@ -13,7 +13,7 @@ from torch import nn
 
 import digits
 import hesse
-from helpers import IDS
+from helpers import IDS, write_ids
 from hesse import solvers
 from hesse.constraints import (
     Codebook,
@@ -68,7 +68,7 @@ SOLVERS: dict[str, type] = {
     "error_feedback": solvers.ErrorFeedback,
     "two_sided_feedback": solvers.TwoSidedFeedback,
     "greedy_surgeon": solvers.GreedySurgeon,
-    "surgeon_at_once": solvers.StepwiseSurgeon,
+    "surgeon_at_once": solvers.SummedSurgeon,
     "surgeon_in_steps": solvers.StepwiseSurgeon,
     "admm": solvers.ADMM,
     "whitened_svd": solvers.WhitenedSVD,
@@ -178,7 +178,7 @@ ON_DISK = [
 @pytest.mark.parametrize("name", [name for name in rows_of("compress") if name not in ON_DISK])
 def test_rows_of_compress_build_what_they_print(name: str) -> None:
     with recording() as built:
-        hesse.compress_module(net(), digits.batches(samples=64), method=name, options=narrow_options(METHODS[name]))
+        METHODS[name].run(net(), data=digits.batches(samples=64), options=narrow_options(METHODS[name]))
     check_built(METHODS[name], built)
 
 
@@ -211,8 +211,8 @@ def test_rows_of_finetuning_build_what_they_print(name: str, monkeypatch: pytest
     with torch.no_grad():
         model[1].weight.mul_(Sparse(0.5).mask(model[1].weight.square()))
     loops: list[Any] = []
-    loop = FINETUNE.Loop
-    monkeypatch.setattr(FINETUNE, "Loop", lambda *given: loops.append(loop(*given)) or loops[-1])
+    loop = FINETUNE.TrainingLoop
+    monkeypatch.setattr(FINETUNE, "TrainingLoop", lambda *given: loops.append(loop(*given)) or loops[-1])
     options = hesse.Options(own={"cuts": 2}) if name == "movement" else narrow_options(method)
     options = hesse.Options() if name == "onebit-training" else options
     method.run(model, digits.batches(samples=64), Training(steps=4), loss_function=CrossEntropy(), options=options)
@@ -323,16 +323,16 @@ def test_rows_that_prune_a_checkpoint_build_what_they_print(name: str, half_fold
     assert method.score is None or report.score == method.score
 
 
-@pytest.mark.parametrize("name", rows_of("cut"))
+@pytest.mark.parametrize("name", rows_of("compress_to_size"))
 def test_rows_of_sizes_build_what_they_print(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
-    source = family_folder("llama")
-    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=IDS[:2])
+    source, data = family_folder("llama"), write_ids(tmp_path / "ids.jsonl")
+    hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=data)
     with recording() as built:
-        METHODS[name].run(source, tmp_path / "statistics", tmp_path / "out", size="60%")
+        METHODS[name].run(source, tmp_path / "out", statistics=tmp_path / "statistics", size="60%", data=data)
     check_built(METHODS[name], built)
 
 
 def test_every_row_is_run_by_one_of_these_tests() -> None:
-    here = ("compress", "prune_gradually", "finetune", "prune", "price", "allocate", "plan_tiles", "repair", "cut")
-    assert set(rows_of(*here, "prune_checkpoint")) == set(METHODS)
+    here = ("compress", "prune_gradually", "finetune", "prune", "price", "allocate", "plan_tiles", "repair")
+    assert set(rows_of(*here, "prune_checkpoint", "compress_to_size")) == set(METHODS)
     assert len(METHODS) >= 77

@@ -12,8 +12,8 @@ import digits
 from hesse.constraints import Sparse
 from hesse.curvature import CrossEntropy, Fisher, Objective
 from hesse.errors import OptionError
-from hesse.planning import Candidate, Group, Problem, cheapest_within
-from hesse.planning.block_sparsity import Gradients, TileCosts, _tile_costs, _tiled, plan_tiles
+from hesse.planning import Candidate, ChoiceGroup, Problem, cheapest_within
+from hesse.planning.block_sparsity import GradientKind, TileCosts, _tile_costs, _tiled, plan_tiles
 from hesse.planning.slope import by_common_slope, lower_hull
 from hesse.testing import normal
 
@@ -24,7 +24,9 @@ def problem(seed: int, groups: int = 4, candidates: int = 5) -> Problem:
     found = normal(seed, groups, candidates, 2).exp()
     return Problem(
         tuple(
-            Group(f"{g}", tuple(Candidate(f"{c}", 1 + int(20 * s), float(loss)) for c, (s, loss) in enumerate(own)))
+            ChoiceGroup(
+                f"{g}", tuple(Candidate(f"{c}", 1 + int(20 * s), float(loss)) for c, (s, loss) in enumerate(own))
+            )
             for g, own in enumerate(found.tolist())
         )
     )
@@ -85,7 +87,7 @@ def in_tiles(of: Objective, name: str, kept: Tensor, tile: tuple[int, int]) -> T
 
 @pytest.mark.parametrize("tile", [(1, 4), (2, 2)])
 @pytest.mark.parametrize("gradients", ["mean", "sampled", "empirical"])
-def test_a_curve_is_what_the_dense_matrix_says(gradients: Gradients, tile: tuple[int, int]) -> None:
+def test_a_curve_is_what_the_dense_matrix_says(gradients: GradientKind, tile: tuple[int, int]) -> None:
     of = objective()
     slope = of.gradient() if gradients == "mean" else torch.zeros(of.size).double()
     if gradients == "mean":

@@ -5,7 +5,7 @@ takes seconds.
 """
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
@@ -14,24 +14,22 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+LoopResult = TypeVar("LoopResult")
 
 
-def compile_loop(loop: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def compile_loop(loop: Callable[Arguments, LoopResult]) -> Callable[Arguments, LoopResult]:
     """Compile `loop` to machine code, cached for the next process where a folder can be written."""
     machine_code: Any
     try:
         machine_code = numba.njit(cache=True, nogil=True)(loop)
     except RuntimeError:  # no folder that can be written
         machine_code = numba.njit(nogil=True)(loop)
-    typed: Callable[Arguments, Result] = machine_code
-    return typed
+    return cast(Callable[Arguments, LoopResult], machine_code)
 
 
 def lost_bits(dtype: torch.dtype) -> np.uint32:
     """Return how many of a float32's last bits a number of type `dtype` lacks: none if it is as precise or more."""
-    lost: np.uint32 = np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0))
-    return lost
+    return cast(np.uint32, np.uint32(max(round(np.log2(torch.finfo(dtype).eps)) + 23, 0)))
 
 
 @compile_loop

@@ -44,7 +44,7 @@ class Report:
     parameters_after: int | None = None
     loss: LossChange | None = None
     layers: list[Any] = field(default_factory=list)  # a record for each layer, block or group that was changed
-    notes: list[str] = field(default_factory=list)  # everything that was not done as asked, and what else to know
+    notes: list[str] = field(default_factory=list)  # departures from the options, and other remarks
     seconds: dict[str, float] = field(default_factory=dict)  # "total", and by phase
     versions: dict[str, str] = field(default_factory=dict)  # of Hesse and of the packages that the result depends on
 

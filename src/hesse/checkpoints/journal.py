@@ -4,7 +4,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -48,8 +48,7 @@ class Journal:
                 return None
         except (OSError, ValueError):
             return None
-        content: dict[str, Any] = record["content"]
-        return content
+        return cast(dict[str, Any], record["content"])
 
     def expect(self, step: str) -> dict[str, Any]:
         """Return the record of a step that must be finished.

@@ -14,7 +14,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import tensor_entries
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Place of a stored tensor in a file."""
 
     path: Path
@@ -34,7 +34,7 @@ class ReadAhead:
         self.checkpoint = checkpoint
         self._thread = ThreadPoolExecutor(1, "read-ahead") if device.type == "cuda" else None
         self._pending: tuple[list[str], Future[dict[str, Tensor]]] | None = None
-        self._places: dict[str, Place] | None = None
+        self._places: dict[str, TensorPlace] | None = None
 
     def announce(self, names: Iterable[str]) -> None:
         """Start to fetch the dense tensors `names`, which will be read next."""
@@ -62,7 +62,7 @@ class ReadAhead:
     def _read_pinned(self, names: list[str]) -> dict[str, Tensor]:
         return {name: tensor.pin_memory() for name, tensor in self.checkpoint.read(names).items()}
 
-    def _place(self, name: str) -> Place | None:
+    def _place(self, name: str) -> TensorPlace | None:
         """Return the place of a tensor; None if it is decoded from other stored tensors."""
         if self._places is None:
             shards = {self.checkpoint.folder / shard for shard in self.checkpoint.shard_of.values()}
@@ -70,19 +70,19 @@ class ReadAhead:
         return self._places.get(name)
 
 
-def _places(path: Path) -> dict[str, Place]:
+def _places(path: Path) -> dict[str, TensorPlace]:
     """Return the place of each tensor in a safetensors file; empty if the file has changed since it was opened."""
     try:
         entries, data = tensor_entries(path)
     except (OSError, ValueError):
         return {}
     return {
-        name: Place(path, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        name: TensorPlace(path, data + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in entries.items()
     }
 
 
-def _prefetch(place: Place) -> None:
+def _prefetch(place: TensorPlace) -> None:
     """Ask the system to read a part of a file into its cache, if it supports that."""
     if not hasattr(os, "posix_fadvise"):
         return

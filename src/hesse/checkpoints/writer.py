@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,40 +23,12 @@ COPIED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenPart:
     """Tensors in a file of their own, which becomes a shard or a piece of a shard."""
 
     path: Path
     names: list[str]
     bytes: int  # of the tensors
-
-
-class Parts:
-    """Parts of a checkpoint written so far: one file in `folder` per call, until they are assembled into shards."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._parts: list[Part] = []
-        self.names: set[str] = set()
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write `tensors` to a new part, and keep no reference to them.
-
-        Raises:
-            OutputError: the disk is full or cannot be written.
-        """
-        self._parts.append(write_part(self._folder / f"part-{len(self._parts)}.safetensors", tensors))
-        self.names |= tensors.keys()
-
-    def add_missing(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write the tensors of `names` that are not written yet, each read by `read`."""
-        for name in names:
-            if name not in self.names:
-                self.add(read([name]))
-
-    def assemble(self, folder: Path) -> None:
-        """Make the weights' files in `folder`; see `assemble`."""
-        assemble(self._parts, folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
@@ -69,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
 
 
-def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
+def write_part(path: Path, tensors: dict[str, Tensor]) -> WrittenPart:
     """Write `tensors` to a file, and keep no reference to them.
 
     Raises:
@@ -77,10 +49,10 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> Part:
     """
     with writing(path.parent.parent):
         write_tensors(path, tensors, {"format": "pt"})
-    return Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    return WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def assemble(parts: list[Part], folder: Path) -> None:
+def assemble(parts: list[WrittenPart], folder: Path) -> None:
     """Write the weights' files in `folder` from all parts: one file, or shards and their index. The parts are kept.
 
     A large part becomes a shard by a hard link to its file, so that nothing large is written twice. The function may be
@@ -89,9 +61,9 @@ def assemble(parts: list[Part], folder: Path) -> None:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    shards: list[list[Part]] = []
+    shards: list[list[WrittenPart]] = []
     single = sum(part.bytes for part in parts) <= SHARD_BYTES
-    small: list[Part] = []  # the present shard of small parts
+    small: list[WrittenPart] = []  # the present shard of small parts
     for part in parts:
         if not single and part.bytes >= LARGE_BYTES:
             shards.append([part])

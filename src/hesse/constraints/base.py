@@ -20,9 +20,9 @@ class Constraint(ABC):
     dtype: torch.dtype = field(default=torch.float32, kw_only=True)
 
     @property
-    @abstractmethod
     def rows_are_independent(self) -> bool:
-        """True if each row of a member can be chosen without the others."""
+        """True if each row of a member can be chosen without the others; False unless a set says so."""
+        return False
 
     @abstractmethod
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
@@ -36,13 +36,20 @@ class Constraint(ABC):
     def bits_per_weight(self, shape: torch.Size) -> float:
         """Return the bits per weight of a member of `shape` (out, in), scales, zero points and masks included."""
 
-    @abstractmethod
     def check(self, shape: torch.Size) -> None:
-        """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way."""
+        """Raise OptionError if a weight of `shape` (out, in) cannot be constrained in this way, nor by its parts."""
+        for part in self.parts.values():
+            part.check(shape)
 
     def workspace(self, shape: torch.Size) -> int:
         """Return the bytes that encoding and decoding a float32 weight of `shape` (out, in) hold at most."""
         return 28 * shape.numel()  # seven matrices of its size
+
+    @property
+    def parts(self) -> dict[str, "Constraint"]:
+        """The sets that this one is made of, by the name of the field."""
+        values = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return {name: value for name, value in values if isinstance(value, Constraint)}
 
     @property
     def together(self) -> int:
@@ -68,9 +75,8 @@ class Constraint(ABC):
 
     def stored_as(self, dtype: torch.dtype) -> Self:
         """Return the same set with scales and values, also of the sets it is made of, stored in `dtype`."""
-        parts = ((each.name, getattr(self, each.name)) for each in fields(self))
-        sets: dict[str, Any] = {name: part.stored_as(dtype) for name, part in parts if isinstance(part, Constraint)}
-        return replace(self, **sets, dtype=dtype)
+        parts: dict[str, Any] = {name: part.stored_as(dtype) for name, part in self.parts.items()}
+        return replace(self, **parts, dtype=dtype)
 
 
 def metric_or_ones(weight: Tensor, metric: Tensor | None) -> Tensor:

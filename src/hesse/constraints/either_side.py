@@ -68,13 +68,6 @@ class EitherSide(Constraint):
 
     base: Grid = field(default_factory=Grid)
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False
-
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-
     def side(self, along_outputs: bool) -> Grouped:
         """Return the grid with its groups along rows, or along columns."""
         return AlongOutputs(self.base, dtype=self.dtype) if along_outputs else self.base

@@ -84,9 +84,6 @@ class Grouped(Constraint):
         """The lowest and the highest code, if codes are whole steps from a zero point; None otherwise."""
         return None
 
-    def check(self, shape: torch.Size) -> None:
-        """Accept every matrix."""
-
     def group_width(self, columns: int) -> int:
         """Return how many columns share a scale in a weight with `columns` columns."""
         return columns if self.group_size == -1 else min(self.group_size, columns)

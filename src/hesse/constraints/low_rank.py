@@ -30,10 +30,6 @@ class LowRank(Constraint):
     def workspace(self, shape: torch.Size) -> int:
         return 17 * shape.numel()  # its factors of all ranks, and the weight that they give
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False
-
     def check(self, shape: torch.Size) -> None:
         if self.rank >= min(shape):
             raise OptionError(

@@ -100,13 +100,6 @@ class MixedGrid(Constraint):
         if not 2 <= self.base.bits <= 7:
             raise OptionError(f"bits is {self.base.bits}, but groups of mixed bits have a mean of 2 to 7")
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False  # they share the bits of a group
-
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-
     def choices(self, salience: Tensor) -> Iterator[GroupBits]:
         """Yield the base's own bits, then those for k = 1, 2, ...; `salience` (in,) is each column's importance."""
         columns = len(salience)

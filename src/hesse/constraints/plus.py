@@ -49,10 +49,6 @@ class Plus(Constraint):
         both = self.base.workspace(shape), self.correction.workspace(shape)
         return (sum(both) if isinstance(self.correction, Sparse) else max(both)) + 4 * shape.numel()
 
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-        self.correction.check(shape)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> PlusCode:
         """Return the nearest member of the base, and the nearest member of the correction to the residual.
 

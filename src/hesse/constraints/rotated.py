@@ -21,35 +21,28 @@ class Rotated(Constraint):
     base: Constraint = field(default_factory=Grid)
     seed: int = 0
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False
-
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> Any:
         # A diagonal metric is not diagonal in the other basis, so it is ignored.
         return self.base.encode(self.rotate_weight(weight))
 
     def decode(self, encoded: Any) -> Tensor:
         inside = self.base.decode(encoded)
-        across = rotate(inside, self.seed, back=True)
-        return round_to(rotate(across.T, self.seed + 1, back=True).T, self.dtype)
+        across = rotate_rows(inside, self.seed, back=True)
+        return round_to(rotate_rows(across.T, self.seed + 1, back=True).T, self.dtype)
 
     def rotate_weight(self, weight: Tensor) -> Tensor:
         """Return U W Vᵀ."""
-        return rotate(rotate(weight, self.seed).T, self.seed + 1).T
+        return rotate_rows(rotate_rows(weight, self.seed).T, self.seed + 1).T
 
     def rotate_inputs(self, moment: Tensor) -> Tensor:
         """Return V A Vᵀ (in, in) for the second moment A of the inputs."""
-        return rotate(rotate(moment, self.seed).T, self.seed).T
+        return rotate_rows(rotate_rows(moment, self.seed).T, self.seed).T
 
     def bits_per_weight(self, shape: torch.Size) -> float:
         return self.base.bits_per_weight(shape)
 
 
-def rotate(rows: Tensor, seed: int, back: bool = False) -> Tensor:
+def rotate_rows(rows: Tensor, seed: int, back: bool = False) -> Tensor:
     """Return each row (..., n) in a random orthogonal basis of `seed`, or `back` from it.
 
     The basis is a random order, random signs and a Kronecker product of two random orthogonal matrices whose sizes are

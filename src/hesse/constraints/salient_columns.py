@@ -38,10 +38,6 @@ class SalientColumns(Constraint):
         if not self.grid.symmetric:
             raise OptionError("the grid of salient columns is asymmetric, but its scales are refitted: use symmetric")
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False  # they share their columns' numbers
-
     def count(self, columns: int) -> int:
         """Return how many of `columns` columns are salient."""
         return round(self.share * columns)

@@ -27,13 +27,6 @@ class ScaledColumns(Constraint):
 
     base: Constraint = field(default_factory=Grid)
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False  # they share s
-
-    def check(self, shape: torch.Size) -> None:
-        self.base.check(shape)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> ScaledCode:
         """Return the nearest member with every s = 1."""
         return self.encode_scaled(weight, torch.ones_like(weight[0]), metric)

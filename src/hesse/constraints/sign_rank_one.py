@@ -29,15 +29,8 @@ class SignRankOne(Constraint):
     alternating least squares. Source: OneBit (Xu et al., 2024, arXiv:2402.11295).
     """
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False  # they share b
-
     def workspace(self, shape: torch.Size) -> int:
         return 18 * shape.numel()  # four matrices of its size, and signs
-
-    def check(self, shape: torch.Size) -> None:
-        """Accept every matrix."""
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SignRankOneCode:
         rows, columns = rank_one(weight.abs(), metric_or_ones(weight, metric))

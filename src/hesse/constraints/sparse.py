@@ -141,10 +141,6 @@ class SparseGrid(Constraint):
     def together(self) -> int:
         return self.sparse.together
 
-    def check(self, shape: torch.Size) -> None:
-        self.sparse.check(shape)
-        self.grid.check(shape)
-
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> GridCode:
         return self.grid.encode(self.sparse.decode(self.sparse.encode(weight, metric)), metric)
 

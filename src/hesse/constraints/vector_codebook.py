@@ -54,10 +54,6 @@ class VectorCodebook(Constraint):
         return 1 << (self.bits * self.length // self.books)
 
     @property
-    def rows_are_independent(self) -> bool:
-        return False  # they share the codebooks
-
-    @property
     def together(self) -> int:
         return self.length
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,8 +80,7 @@ class BlockRankOneSum(Curvature):
                 f"blocks of {self.block_size} weights are singular at damping {self.damping:.3g}: use more damping "
                 "(.damped(0.01)) or more gradients"
             )
-        lower: Tensor = factor
-        return lower
+        return cast(Tensor, factor)
 
     def _matvec(self, vector: Tensor) -> Tensor:
         return self._joined(self._split(vector) @ self.matrices, vector)
@@ -91,8 +91,7 @@ class BlockRankOneSum(Curvature):
 
     def inverse_blocks(self) -> Tensor:
         """Return the blocks of (H + λI)⁻¹ (blocks, block_size, block_size), as greedy pruning of weights needs them."""
-        inverses: Tensor = torch.cholesky_inverse(self._factor)
-        return inverses
+        return torch.cholesky_inverse(self._factor)
 
     def split(self, vector: Tensor) -> Tensor:
         """Return a tensor of H's shape as (blocks, block_size), the last block padded with zeros."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +116,8 @@ class Objective:
         with differentiable_twice():
             if parameters is None:
                 return self.call(self.model, inputs)
-            replaced = dict(zip(self.names, parameters, strict=True))
-            result: Tensor = functional_call(_Forward(self.model, self.call), _add_prefix(replaced), (inputs,))
-            return result
+            replaced = {f"model.{name}": tensor for name, tensor in zip(self.names, parameters, strict=True)}
+            return cast(Tensor, functional_call(_Forward(self.model, self.call), replaced, (inputs,)))
 
     def outputs_once(self, inputs: Any) -> Tensor:
         """Return the model's outputs where one derivative of them is enough: attention may be fused."""
@@ -227,10 +226,6 @@ class _Forward(nn.Module):
 
     def forward(self, inputs: Any) -> Tensor:
         return self.call(self.model, inputs)
-
-
-def _add_prefix(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in parameters.items()}
 
 
 def _to_device(inputs: Any, device: torch.device) -> Any:

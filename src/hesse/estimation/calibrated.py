@@ -5,7 +5,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,7 @@ from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-Known = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
+KnownStatistics = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
 
 
 class LayerStatistics(Mapping[str, Any]):
@@ -43,8 +43,7 @@ class LayerStatistics(Mapping[str, Any]):
     @property
     def gram(self) -> Gram:
         """Return the Gram of the layer's inputs: one object for all layers with the same inputs."""
-        gram: Gram = self._values["inputs"]
-        return gram
+        return cast(Gram, self._values["inputs"])
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name] if name in self._values else self._known[name]
@@ -65,7 +64,7 @@ def calibrated_blocks(
     batches: Sequence[CalibrationBatch],
     needs: Needs,
     *,
-    known: Known = MappingProxyType({}),
+    known: KnownStatistics = MappingProxyType({}),
     first: int = 0,
     clock: Clock | None = None,
     processes: Processes = ALONE,
@@ -139,7 +138,7 @@ def _layers(
     index: int,
     block: Block,
     names: Collection[str],
-    known: Known,
+    known: KnownStatistics,
     clock: Clock,
     processes: Processes,
     offload: Path | None,

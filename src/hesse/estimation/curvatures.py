@@ -6,15 +6,15 @@ from typing import get_args
 from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.estimates import Estimates, Name, Sums
-from hesse.passes.per_sample import BUDGET, GradientPass, Kind
-from hesse.passes.recorded_batch import Per
+from hesse.passes.per_sample import BUDGET, FisherKind, GradientPass
+from hesse.passes.recorded_batch import GradientUnit
 
 
 def estimate_curvatures(
     objective: Objective,
     curvatures: Sequence[Name],
-    kind: Kind = "sampled",
-    per: Per = "position",
+    kind: FisherKind = "sampled",
+    per: GradientUnit = "position",
     *,
     seed: int = 0,
     budget: int = BUDGET,
@@ -46,7 +46,7 @@ def estimate_curvatures(
     for name in curvatures:
         if name not in get_args(Name):
             raise OptionError(f"{name!r} is not a curvature estimated from data: use {', '.join(get_args(Name))}")
-    if per not in get_args(Per):
+    if per not in get_args(GradientUnit):
         raise OptionError(f"factors are per 'position' or per 'sample', not {per!r}")
     kept = objective.size * objective.parameters[0].element_size() if "rank-one" in curvatures else 0
     apart = per == "sample" or not set(curvatures) <= {"gram", "kronecker"}

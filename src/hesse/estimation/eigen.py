@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hesse.curvature import Curvature, EigenKronecker, Kronecker, Objective
 from hesse.errors import OptionError
-from hesse.passes.parts import Part
-from hesse.passes.per_sample import BUDGET, GradientPass, Kind
-from hesse.passes.recorded_batch import Per, RecordedBatch, Rows
+from hesse.passes.parts import ParameterPart
+from hesse.passes.per_sample import BUDGET, FisherKind, GradientPass
+from hesse.passes.recorded_batch import GradientUnit, RecordedBatch, Rows
 
 TOGETHER = 1 << 26  # bytes of rotated gradients in one step
 
@@ -33,8 +33,8 @@ def eigen_kronecker(
         raise OptionError("the Kronecker factors must be of one origin: use those of one estimate_curvatures call")
     origin = next(iter(origins))
     assert origin is not None
-    kind: Kind = "empirical" if origin.matrix == "empirical Fisher" else "sampled"
-    per: Per = "position" if origin.per == "position" else "sample"
+    kind: FisherKind = "empirical" if origin.matrix == "empirical Fisher" else "sampled"
+    per: GradientUnit = "position" if origin.per == "position" else "sample"
     part_of = Objective(objective.model, objective.loss, objective.data, tuple(factors), objective.forward)
     walk = GradientPass(part_of, kind, seed=seed, budget=budget, apart=per == "sample")
     sums = _Eigenvalues({name: walk.parts[name][0] for name in factors}, factors, per)
@@ -56,7 +56,7 @@ def eigen_kronecker(
 class _Eigenvalues:
     """Sums of squared gradients in the eigenvectors' basis."""
 
-    def __init__(self, parts: dict[str, Part], factors: dict[str, Kronecker], per: Per) -> None:
+    def __init__(self, parts: dict[str, ParameterPart], factors: dict[str, Kronecker], per: GradientUnit) -> None:
         self.parts, self.per = parts, per
         # In the factors' own precision: the eigenvalues are measured in the resulting basis.
         known: dict[int, Tensor | None] = {}  # layers with the same inputs share a factor, and so its eigenvectors
@@ -79,7 +79,7 @@ class _Eigenvalues:
             if rows is not None:
                 self.totals[name] += self._squares(name, part, rows, rotated)
 
-    def _squares(self, name: str, part: Part, rows: Rows, rotated: dict[object, Tensor]) -> Tensor:
+    def _squares(self, name: str, part: ParameterPart, rows: Rows, rotated: dict[object, Tensor]) -> Tensor:
         first, second = self.vectors[name]
         left, right = (second, first) if part.transposed else (first, second)
         dtype = self.totals[name].dtype
@@ -120,7 +120,7 @@ def _of_samples(gradients: Tensor, inputs: Tensor, left: Tensor | None = None, r
     return total
 
 
-def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: Per) -> Tensor:
+def _of_tokens(gradients: Tensor, ids: Tensor, vocabulary: int, per: GradientUnit) -> Tensor:
     """Return the same for an embedding: gradients summed by token id."""
     total = gradients.new_zeros(vocabulary, gradients.shape[-1])
     if per == "position":

@@ -11,8 +11,8 @@ from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Kronecke
 from hesse.errors import DataError
 from hesse.estimation.sums import FlatGradients, GradientBlocks, GradientSquares, InputMoments, OutputMoments
 from hesse.finite import all_finite
-from hesse.passes.parts import Part
-from hesse.passes.recorded_batch import Per, RecordedBatch
+from hesse.passes.parts import ParameterPart
+from hesse.passes.recorded_batch import GradientUnit, RecordedBatch
 
 Name = Literal["gram", "kronecker", "fisher", "blocks", "rank-one"]
 
@@ -41,10 +41,10 @@ class Sums:
 
     def __init__(
         self,
-        parts: dict[str, list[Part]],
+        parts: dict[str, list[ParameterPart]],
         parameters: Mapping[str, Tensor],
         requested: Sequence[Name],
-        per: Per = "position",
+        per: GradientUnit = "position",
         block_size: int = 50,
     ) -> None:
         self.parts, self.requested, self.per = parts, set(requested), per
@@ -116,7 +116,7 @@ class Sums:
             found[name] = terms[0] if len(terms) == 1 else Sum(terms=tuple(terms))
         return found
 
-    def _factors(self, part: Part, scale: float, origin: Origin) -> Curvature:
+    def _factors(self, part: ParameterPart, scale: float, origin: Origin) -> Curvature:
         moment = self._outputs.sums.get(part.modules)
         if moment is None or not moment.count:
             raise _unreached(part)
@@ -126,7 +126,7 @@ class Sums:
         inputs = self._input(self._inputs, part)
         return Kronecker(output_factor=outputs, input_factor=inputs, transposed=part.transposed, origin=origin)
 
-    def _input(self, sums: InputMoments, part: Part) -> Tensor:
+    def _input(self, sums: InputMoments, part: ParameterPart) -> Tensor:
         """Return E[xxᵀ] of a part's inputs; layers with the same inputs share the tensor."""
         moment = sums.sums.get(part.modules)
         if moment is None or not moment.count:
@@ -145,5 +145,5 @@ class Sums:
         return found
 
 
-def _unreached(part: Part) -> DataError:
+def _unreached(part: ParameterPart) -> DataError:
     return DataError(f"no position of {part.modules[0]} has a gradient: the loss does not depend on its output")

@@ -7,11 +7,13 @@ from torch import Tensor
 from hesse.curvature import Objective
 from hesse.errors import DataError
 from hesse.finite import all_finite
-from hesse.passes.per_sample import BUDGET, GradientPass, Kind
+from hesse.passes.per_sample import BUDGET, FisherKind, GradientPass
 from hesse.passes.sample_gradients import flat_gradients
 
 
-def per_sample_gradients(objective: Objective, kind: Kind, *, seed: int = 0, budget: int = BUDGET) -> Iterator[Tensor]:
+def per_sample_gradients(
+    objective: Objective, kind: FisherKind, *, seed: int = 0, budget: int = BUDGET
+) -> Iterator[Tensor]:
     """Yield the gradients of each sample's summed loss, (samples, parameters), at most `budget` bytes at a time.
 
     `kind="empirical"` uses the labels of the data, `"sampled"` draws one label per term from the model itself. Samples

@@ -19,7 +19,7 @@ from hesse.estimation.storage import load_curvature
 INDEX_FILE = "statistics.json"
 OUTPUT_FACTORS_FILE = "output_factors.safetensors"
 SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # the samples' entries in an index
-Kind = TypeVar("Kind", bound=Curvature)
+StoredCurvature = TypeVar("StoredCurvature", bound=Curvature)
 
 
 class Statistics:
@@ -88,7 +88,9 @@ class Statistics:
         """Return the Fisher diagonal of a layer's weight, per sample, in nats per token; None if there is none."""
         return self._curvature("fisher", layer, device, Diagonal)
 
-    def _curvature(self, kind: str, layer: str, device: torch.device, wanted: type[Kind]) -> Kind | None:
+    def _curvature(
+        self, kind: str, layer: str, device: torch.device, wanted: type[StoredCurvature]
+    ) -> StoredCurvature | None:
         file = self.content["curvatures"].get(kind, {}).get(layer)
         if file is None:
             return None

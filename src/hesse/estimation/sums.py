@@ -10,8 +10,8 @@ from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSu
 from hesse.curvature.symmetric import add_upper, mirror, multiplies_exactly
 from hesse.errors import DataError
 from hesse.finite import all_finite
-from hesse.passes.parts import Part
-from hesse.passes.recorded_batch import Per, RecordedBatch, Rows
+from hesse.passes.parts import ParameterPart
+from hesse.passes.recorded_batch import GradientUnit, RecordedBatch, Rows
 from hesse.passes.sample_gradients import flat_gradients, sample_gradients
 
 Key = tuple[str, ...]  # the modules of a part
@@ -67,7 +67,7 @@ class InputMoments:
     For token ids, which represent unit vectors, the moment is the diagonal.
     """
 
-    def __init__(self, parts: list[Part], per: Per) -> None:
+    def __init__(self, parts: list[ParameterPart], per: GradientUnit) -> None:
         self.parts = list({part.modules: part for part in parts if part.role == "matrix"}.values())
         self.per = per
         self.sums: dict[Key, Moment] = {}
@@ -101,7 +101,7 @@ class InputMoments:
 class OutputMoments:
     """Sums of g gᵀ of the gradients at each layer's outputs, or with `diagonal` of g²."""
 
-    def __init__(self, parts: list[Part], per: Per, diagonal: bool = False) -> None:
+    def __init__(self, parts: list[ParameterPart], per: GradientUnit, diagonal: bool = False) -> None:
         self.parts = list({part.modules: part for part in parts if part.role != "scale"}.values())
         self.per, self.diagonal = per, diagonal
         self.sums: dict[Key, Moment] = {}
@@ -121,7 +121,9 @@ class OutputMoments:
 class GradientSquares:
     """Sums of g² of each parameter's gradients of samples or positions, and ‖g‖² of each sample's gradient."""
 
-    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], per: Per) -> None:
+    def __init__(
+        self, parts: dict[str, list[ParameterPart]], parameters: Mapping[str, Tensor], per: GradientUnit
+    ) -> None:
         self.parts, self.parameters, self.per = parts, parameters, per
         self.sums: dict[str, Tensor] = {}
         self.norms: dict[str, list[Tensor]] = {name: [] for name in parameters}  # per sample only
@@ -157,7 +159,7 @@ class GradientSquares:
         return squares
 
 
-def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
+def _position_squares(part: ParameterPart, rows: Rows, parameter: Tensor) -> Tensor:
     """Return the sum over positions of the squared gradient of one part (*shape)."""
     inputs, gradients = rows.inputs.flatten(0, 1), rows.gradients.flatten(0, 1)
     gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
@@ -175,7 +177,9 @@ def _position_squares(part: Part, rows: Rows, parameter: Tensor) -> Tensor:
 class GradientBlocks:
     """Diagonal blocks of the sum of g gᵀ over samples, for each parameter."""
 
-    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor], block_size: int) -> None:
+    def __init__(
+        self, parts: dict[str, list[ParameterPart]], parameters: Mapping[str, Tensor], block_size: int
+    ) -> None:
         self.parts, self.parameters = parts, parameters
         self.sums = {
             name: BlockAccumulator(
@@ -201,7 +205,7 @@ class GradientBlocks:
 class FlatGradients:
     """Gradients of all samples as flat vectors over all parameters; `rows` are (samples, parameters)."""
 
-    def __init__(self, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parts: dict[str, list[ParameterPart]], parameters: Mapping[str, Tensor]) -> None:
         self.parts, self.parameters = parts, parameters
         self.rows: list[Tensor] = []
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -184,8 +184,7 @@ class CompressedCheckpoint(Checkpoint):
 
 def _round_inputs(arguments: QuantizationArgs, inputs: Tensor) -> Tensor:
     scale, zero_point = compute_dynamic_scales_and_zp(inputs, arguments, None)
-    rounded: Tensor = fake_quantize(inputs, scale, zero_point, arguments)
-    return rounded
+    return cast(Tensor, fake_quantize(inputs, scale, zero_point, arguments))
 
 
 def _schemes(folder: Path, quantization: dict[str, Any] | None) -> dict[str, tuple[str, QuantizationScheme]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,56 +88,24 @@ def inspect(
         progress: receives each phase and step.
 
     Raises:
+        UnsupportedModelError: the model has no next-token loss, or no linear layers that Hesse supports.
         HesseError: the subclass and message say what is wrong and what to do.
     """
     check_at_least("--samples", samples, 2)
     check_at_least("--length", length, 2)
-    inspection = inspect_checkpoint(
-        locate(model),
-        str(model),
-        data,
-        None if statistics is None else Path(statistics),
-        samples,
-        length,
-        seed,
-        find_device(device),
-        progress or Silence(),
-    )
-    return Result(inspection)
-
-
-def inspect_checkpoint(
-    model: Path,
-    name: str,
-    data: str | Path | list[list[int]] | None,
-    curvature: Path | None,
-    samples: int,
-    length: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> Inspection:
-    """Inspect the causal language model in the folder `model`, in float32 and wholly in memory.
-
-    With a folder `curvature` that `hesse estimate` wrote, predictions are made from its statistics.
-
-    Raises:
-        UnsupportedModelError: the model has no next-token loss, or no linear layers that Hesse supports.
-        HesseError: the model or the data cannot be used.
-    """
-    clock = Clock()
+    clock, folder, progress = Clock(), locate(model), progress or Silence()
     with clock.phase("read"):
-        checkpoint = open_checkpoint(model)
-        statistics = None if curvature is None else Statistics(curvature)
-        if statistics is not None:
-            statistics.check_model(checkpoint)
-        network = CheckpointNetwork(checkpoint, torch.float32, device)
+        checkpoint = open_checkpoint(folder)
+        stored = None if statistics is None else Statistics(Path(statistics))
+        if stored is not None:
+            stored.check_model(checkpoint)
+        network = CheckpointNetwork(checkpoint, torch.float32, find_device(device))
         if network.kind != "causal-lm":
-            raise UnsupportedModelError(f"{model} is an encoder without a loss of its own: inspect a language model")
+            raise UnsupportedModelError(f"{folder} is an encoder without a loss of its own: inspect a language model")
         limit = network.input_limit
         chosen, _ = read_samples(
             data,
-            model,
+            folder,
             count=samples,
             length=length if limit is None else min(length, limit),
             seed=seed,
@@ -146,7 +114,7 @@ def inspect_checkpoint(
         )
         check_ids(network, chosen.batches(1))
     with network.whole() as whole:
-        return _Inspector(network, whole, name, statistics, chosen, seed, clock, progress).run()
+        return Result(_Inspector(network, whole, str(model), stored, chosen, seed, clock, progress).run())
 
 
 class _Inspector:
@@ -272,13 +240,11 @@ class _Inspector:
 
 def _counts(spectrum: Spectrum) -> list[float]:
     """Return the number of eigenvalues at each node, averaged over probes."""
-    counts: list[float] = (spectrum.dimension * spectrum.weights / len(spectrum.weights)).flatten().tolist()
-    return counts
+    return cast(list[float], (spectrum.dimension * spectrum.weights / len(spectrum.weights)).flatten().tolist())
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
 
 
 def _part(objective: Objective, vector: Tensor, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
@@ -31,7 +31,7 @@ class Compression:
     def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
         self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
         self.result = BlockResult()
-        self.known: Known = {}  # the backward statistics
+        self.known: KnownStatistics = {}  # the backward statistics
 
     def run(self, with_measurements: bool) -> CompressionReport:
         """Do everything except renaming the result to OUT."""

@@ -32,8 +32,8 @@ from hesse.passes.stream import calibration_batch, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
 
-Kind = Literal["gram", "kronecker", "fisher"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+EstimatedKind = Literal["gram", "kronecker", "fisher"]
+KINDS: tuple[EstimatedKind, ...] = get_args(EstimatedKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class _Files:
     count: int = 0
     new: list[Path] = field(default_factory=list)  # since the last record
 
-    def save(self, folder: Path, kind: Kind, curvature: Curvature) -> str:
+    def save(self, folder: Path, kind: EstimatedKind, curvature: Curvature) -> str:
         """Write a curvature below `folder`; return the name of its file."""
         self.count += 1
         name = f"{kind}-{self.count:05d}.safetensors"
@@ -175,7 +175,12 @@ class _Estimation:
     """Run of an estimation: a backward pass, a probe of the loss and a forward pass, as the kinds require."""
 
     def __init__(
-        self, job: Job, dense: CheckpointNetwork, network: CheckpointNetwork, selected: Selection, kinds: list[Kind]
+        self,
+        job: Job,
+        dense: CheckpointNetwork,
+        network: CheckpointNetwork,
+        selected: Selection,
+        kinds: list[EstimatedKind],
     ) -> None:
         self.job, self.dense, self.network, self.kinds = job, dense, network, kinds
         self.samples, self.probes = selected.samples, selected.probes
@@ -223,7 +228,7 @@ class _Estimation:
     def run(self) -> dict[str, dict[str, str]]:
         """Estimate everything; return the file of each layer by kind."""
         job = self.job
-        backward: list[Kind] = [kind for kind in self.kinds if kind != "gram"]
+        backward: list[EstimatedKind] = [kind for kind in self.kinds if kind != "gram"]
         factors = self._backward_pass(backward) if backward else {}
         if "kronecker" not in self.kinds:
             factors = self._probe()
@@ -272,7 +277,7 @@ class _Estimation:
                 last = statistics.gram, self.files.save(self.job.journal.folder, "gram", statistics.gram)
             self.files.kinds["gram"][layer.name] = last[1]
 
-    def _backward_pass(self, kinds: list[Kind]) -> dict[str, Tensor]:
+    def _backward_pass(self, kinds: list[EstimatedKind]) -> dict[str, Tensor]:
         """Write Kronecker factors and Fisher diagonals block by block; return the diagonals of the output factors."""
         job, dense, journal = self.job, self.dense, self.job.journal
         job.progress.begin("backward pass", 2 * len(dense.blocks) + 1)
@@ -296,7 +301,7 @@ class _Estimation:
         return diagonals
 
     def _save_estimates(
-        self, block: Block, recorded: Iterator[RecordedBatch], backward: BackwardPass, kinds: list[Kind]
+        self, block: Block, recorded: Iterator[RecordedBatch], backward: BackwardPass, kinds: list[EstimatedKind]
     ) -> dict[str, Tensor]:
         """Write the curvatures of a block's layers; return the diagonals of their output factors."""
         parts = {layer.name: [layer_part(layer)] for layer in block.layers}

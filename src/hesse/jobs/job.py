@@ -16,7 +16,7 @@ from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
 from hesse.checkpoints.tensor_store import memory_of
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
-from hesse.checkpoints.writer import Part, assemble, write_part, write_text
+from hesse.checkpoints.writer import WrittenPart, assemble, write_part, write_text
 from hesse.data import Samples
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError, VerificationError
@@ -66,7 +66,7 @@ class Job:
         self.clock, self.processes = Clock(), join_process_group(run.device)
         self.progress = run.progress if self.processes.is_main else Silence()
         self.notes: list[str] = []
-        self.parts: list[Part] = []
+        self.parts: list[WrittenPart] = []
         self._digests: dict[str, int] = {}  # CRC-32 of each tensor whose bytes this rank knows
         self._earlier: dict[str, float] = {}  # seconds by phase of processes that were killed
         self._stack = ExitStack()
@@ -143,14 +143,14 @@ class Job:
         """
         return BlockSteps(self, name, network, flows)
 
-    def write(self, tensors: dict[str, Tensor], number: int | None = None) -> Part:
+    def write(self, tensors: dict[str, Tensor], number: int | None = None) -> WrittenPart:
         """Write tensors of the result, as part `number`; one of several ranks writes."""
         number = len(self.parts) if number is None else number
         path = self.part_path(number)
         if self.processes.writer(number) == self.processes.rank:
             part = write_part(path, tensors)
         else:
-            part = Part(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+            part = WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
         self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
         self.parts.append(part)
         return part
@@ -281,7 +281,7 @@ class BlockSteps:
         for number, note in enumerate(notes[:count]):
             if note["part"] is not None:
                 names, size = note["part"]
-                job.parts.append(Part(job.part_path(number), names, size))
+                job.parts.append(WrittenPart(job.part_path(number), names, size))
                 job._digests |= note["digests"]
             job.resume_clock(note["seconds"])
         return [note["content"] for note in notes[:count]]

@@ -15,7 +15,7 @@ from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import LowRank, LowRankCode
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.estimation.calibrated import Known, Layers, LayerStatistics, calibrated_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, LayerStatistics, calibrated_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics.output_factor import output_factor
@@ -265,7 +265,7 @@ class _Repair:
         batches = check.batches(evaluation_batch(network, check.longest))
         return check_pass(network, batches, job.clock, job.progress.advance, job.journal)
 
-    def _output_factors(self) -> Known:
+    def _output_factors(self) -> KnownStatistics:
         """Collect the output factors of the dense layers, by the layers' names in the compressed model."""
         network, job = self.pair.probed, self.job
         job.progress.begin("probe the loss", 2 * len(network.blocks) + 1)
@@ -281,7 +281,7 @@ class _Repair:
         )
         return {name: known[twin] for name, twin in self.pair.twins.items() if twin in known}
 
-    def _repair_blocks(self, known: Known) -> None:
+    def _repair_blocks(self, known: KnownStatistics) -> None:
         """Take the samples through the compressed model; repair, write and note one block after another."""
         network, samples, job = self.pair.network, self.selected.samples, self.job
         job.progress.begin("repair", len(network.blocks))

@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ class LayerProblem:
     @property
     def gram(self) -> Gram:
         """Return the Gram E[xxᵀ] of the layer's inputs."""
-        gram: Gram = self.statistics["inputs"]
-        return gram
+        return cast(Gram, self.statistics["inputs"])
 
 
 class _State(NamedTuple):

@@ -19,16 +19,24 @@ from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.methods.method import Method
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver
-from hesse.methods.table import DEFAULT_METHOD, FAMILIES, METHODS, find_method, find_methods, methods_of, register
+from hesse.methods.table import (
+    DEFAULT_METHOD,
+    METHOD_FAMILIES,
+    METHODS,
+    find_method,
+    find_methods,
+    methods_of,
+    register,
+)
 from hesse.methods.verbs import VERBS, Verb
 from hesse.options import Option, Options, parse_settings
 
 __all__ = [
     "CURVATURES",
     "DEFAULT_METHOD",
-    "FAMILIES",
     "LOSS_CURVATURES",
     "METHODS",
+    "METHOD_FAMILIES",
     "PARTS",
     "SOLVERS",
     "VERBS",

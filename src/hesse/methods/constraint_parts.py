@@ -24,7 +24,7 @@ from hesse.methods.strict import Strict, Whole
 from hesse.options import KNOWN, Option, known_option, type_text
 from hesse.registry import Registry
 
-Scope = Literal["layer", "row", "global", "lamp"]
+SparsityScope = Literal["layer", "row", "global", "lamp"]
 
 
 class ConstraintPart(Strict, ABC):
@@ -99,13 +99,13 @@ class SparseOptions(ConstraintPart):
     extensible = True
 
     amount: float | str = 0.5
-    scope: Scope = "layer"
+    scope: SparsityScope = "layer"
     block: Whole = 1
 
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Self:
-        if options.get("scope", "layer") not in get_args(Scope):
-            raise OptionError(f"there is no scope {options['scope']!r}; there are {', '.join(get_args(Scope))}")
+        if options.get("scope", "layer") not in get_args(SparsityScope):
+            raise OptionError(f"there is no scope {options['scope']!r}; there are {', '.join(get_args(SparsityScope))}")
         return super().chosen(options)
 
     def build(self) -> Sparse:

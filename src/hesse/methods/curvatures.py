@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from hesse.methods.solver_options import SolverOptions
 from hesse.registry import Registry
 
 
-class Known(Protocol):
+class KnownLayer(Protocol):
     """Known data of a layer when it is solved."""
 
     @property
@@ -34,44 +34,43 @@ class CurvatureKind:
 
     name: str
     needs: frozenset[str]
-    build: Callable[[Known, SolverOptions, float], Curvature]
+    build: Callable[[KnownLayer, SolverOptions, float], Curvature]
     couples_rows: bool = False  # a curvature of the whole weight (out, in), not the same for every row
     inverts_gram: bool = False  # so that with fewer tokens than inputs the solution depends on the damping
 
 
-def _inputs(known: Known) -> Gram:
-    gram: Gram = known.statistics["inputs"]
-    return gram
+def _inputs(known: KnownLayer) -> Gram:
+    return cast(Gram, known.statistics["inputs"])
 
 
-def _reached(known: Known, name: str) -> Tensor | None:
+def _reached(known: KnownLayer, name: str) -> Tensor | None:
     """Return a statistic of gradients; None if no gradient reached the layer."""
     value: Tensor | None = known.statistics.get(name)
     return None if value is None or not bool(value.any()) else value
 
 
-def _gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _gram(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     return _inputs(known).damped(damping)
 
 
-def _weighted_gram(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _weighted_gram(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     gram: Gram = known.statistics.get("weighted inputs", known.statistics["inputs"])
     return gram.damped(damping)
 
 
-def _gram_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _gram_diagonal(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     return _inputs(known).damped(damping).diagonal_part()
 
 
-def _kronecker(known: Known, options: SolverOptions, damping: float) -> Curvature:
+def _kronecker(known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
     return _of_outputs("output factor", known, options, damping)
 
 
-def _attention(known: Known, options: SolverOptions, damping: float) -> Curvature:
+def _attention(known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
     return _of_outputs("attention factor", known, options, damping)
 
 
-def _of_outputs(name: str, known: Known, options: SolverOptions, damping: float) -> Curvature:
+def _of_outputs(name: str, known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
     factor = _reached(known, name)
     if factor is None:  # weigh all outputs equally
         factor = torch.ones_like(known.weight[:, 0])
@@ -79,39 +78,39 @@ def _of_outputs(name: str, known: Known, options: SolverOptions, damping: float)
     return kronecker.with_damped_factors(options.output_damping, damping)
 
 
-def _fisher_diagonal(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _fisher_diagonal(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     fisher = known.statistics.get("fisher diagonal")
     return Diagonal(values=torch.ones_like(known.weight) if fisher is None else fisher)
 
 
-def _fisher_rows_columns(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _fisher_rows_columns(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     """F_ij ≈ (r_i c_j / m)² with the means r, c and m of √F over a row, a column and all: LQ-LoRA, Guo et al., 2023."""
     root = _fisher_or_ones(known).sqrt()
     rows, columns = root.mean(1), root.mean(0) / root.mean()
     return Kronecker(output_factor=rows**2, input_factor=columns**2).with_damped_factors(damping, damping)
 
 
-def _fisher_columns(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _fisher_columns(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     """F_ij ≈ its mean over the outputs i, one value an input: FWSVD, Hsu et al., 2022, whose layers are z = xW."""
     fisher = _fisher_or_ones(known)
     ones = torch.ones_like(fisher[:, 0])
     return Kronecker(output_factor=ones, input_factor=fisher.mean(0)).with_damped_factors(0, damping)
 
 
-def _fisher_or_ones(known: Known) -> Tensor:
+def _fisher_or_ones(known: KnownLayer) -> Tensor:
     """Return the Fisher's diagonal (out, in), or ones where nothing is known of it."""
     fisher = _reached(known, "fisher diagonal")
     return torch.ones_like(known.weight) if fisher is None else fisher
 
 
-def _fisher_blocks(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _fisher_blocks(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     blocks = known.statistics.get("fisher blocks")
     if blocks is None:
         blocks = torch.eye(32).to(known.weight).repeat(-(-known.weight.numel() // 32), 1, 1)
     return BlockRankOneSum(matrices=blocks, weight_shape=tuple(known.weight.shape)).damped(damping)
 
 
-def _fisher_gradients(known: Known, _: SolverOptions, damping: float) -> Curvature:
+def _fisher_gradients(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     gradients = _reached(known, "fisher gradients")
     if gradients is None:
         return RankOneSum.from_gradients(torch.zeros_like(known.weight)[None]).with_damping(1)

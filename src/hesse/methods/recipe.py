@@ -57,8 +57,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """Return the recipe as `load_recipe` reads it."""
-        text: str = yaml.safe_dump(_plain(self.model_dump(exclude_none=True)), sort_keys=False)
-        return text
+        return yaml.safe_dump(_plain(self.model_dump(exclude_none=True)), sort_keys=False)
 
 
 def matches(layer: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ from hesse.registry import Registry
 
 DEFAULT_METHOD = "kronecker"
 # The pages of the documentation, in the order of the table; methods of other packages come after them.
-FAMILIES = (
+METHOD_FAMILIES = (
     "rounding",
     "rewriting",
     "pruning",
@@ -43,7 +43,7 @@ def register(*methods: Method, family: str = "own") -> None:
         OptionError: a name is taken, or a method names a curvature, constraint or solver that is not registered.
     """
     for method in methods:
-        if family not in FAMILIES:
+        if family not in METHOD_FAMILIES:
             method.check()
         METHODS.register(method.name, replace(method, family=family))
 
@@ -75,7 +75,7 @@ def find_methods(names: Iterable[str]) -> dict[str, tuple[Method, ...]]:
         OptionError: a name is neither a family nor a method.
     """
     names = set(names)
-    families: dict[str, list[Method]] = {family: [] for family in FAMILIES}
+    families: dict[str, list[Method]] = {family: [] for family in METHOD_FAMILIES}
     for method in METHODS.values():
         families.setdefault(method.family, []).append(method)
     if unknown := sorted(names - {*families, *METHODS}):

@@ -16,7 +16,7 @@ from hesse.curvature import Loss, Objective
 from hesse.data.batches import pairs, token_ids, unpadded_ids
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation.calibrated import Known, calibrated
+from hesse.estimation.calibrated import KnownStatistics, calibrated
 from hesse.estimation.statistics import (
     STATISTICS,
     BackwardCollection,
@@ -29,7 +29,7 @@ from hesse.layerwise.layer_solver import LayerSolver
 from hesse.layerwise.rules import Rules, rules_for, statistics_needed
 from hesse.layerwise.solved_layer import SolvedLayer, solve_layer
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
-from hesse.modules.preparation import copied, objective_of
+from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
 from hesse.modules.token_stream import TokenStream
 from hesse.networks.factored import factored, replace_module
@@ -37,7 +37,7 @@ from hesse.networks.layout import kind_of
 from hesse.networks.module_network import SingleBlock
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.module_batch import ModuleBatch
-from hesse.passes.per_sample import GradientPass, Kind
+from hesse.passes.per_sample import FisherKind, GradientPass
 from hesse.passes.stream import CalibrationBatch
 from hesse.progress import Clock
 from hesse.result import LossChange, Result
@@ -54,7 +54,7 @@ def compress_in_memory(
     ignore: Sequence[str] = (),
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    kind: Kind = "sampled",
+    kind: FisherKind = "sampled",
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -114,7 +114,7 @@ def compress_in_memory(
             "out the bits of inputs, or save the model and give the folder"
         )
     clock = Clock()
-    with copied(model) as (copy, found, notes):
+    with copy_model(model) as (copy, found, notes):
         tokens, data = _token_data(copy, data, loss_function, forward)
         if tokens:
             assert isinstance(copy, PreTrainedModel)
@@ -147,7 +147,7 @@ class _Source(Protocol):
     def loss(self) -> float:
         """Return the loss of the model as it is."""
 
-    def known(self) -> Known:
+    def known(self) -> KnownStatistics:
         """Collect the backward statistics."""
 
     def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
@@ -235,7 +235,7 @@ class _OneBlock:
 
     held_out = False
 
-    def __init__(self, objective: Objective, layers: list[Layer], needs: Needs, kind: Kind, seed: int) -> None:
+    def __init__(self, objective: Objective, layers: list[Layer], needs: Needs, kind: FisherKind, seed: int) -> None:
         self.objective, self.model, self.layers, self.notes = objective, objective.model, list(layers), list[str]()
         self._needs, self._kind, self._seed = needs, kind, seed
         self._counted = False
@@ -270,7 +270,7 @@ class _OneBlock:
         self.notes += [f"{layer.name}: {several}" for layer in self.layers if calls[layer.name] > batches]
         return value
 
-    def known(self) -> Known:
+    def known(self) -> KnownStatistics:
         """Collect the backward statistics; leave out layers whose weight is used by another way than a call."""
         gradients = GradientPass(self.objective, self._kind, seed=self._seed, apart=needs_samples(self._needs))
         collection = BackwardCollection(self.layers, self._needs)
@@ -335,7 +335,7 @@ def _objective(
     if forward is None and (isinstance(model, PreTrainedModel) or any(isinstance(each, Mapping) for each in batches)):
         forward = _call
     language_model = isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
-    with objective_of(model, layers, pairs(batches, language_model), loss_function, forward) as objective:
+    with layers_objective(model, layers, pairs(batches, language_model), loss_function, forward) as objective:
         yield objective
 
 

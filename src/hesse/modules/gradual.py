@@ -18,7 +18,7 @@ from hesse.progress import Progress, Silence
 from hesse.result import Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import HeldZeros
-from hesse.training.loop import Loop
+from hesse.training.loop import TrainingLoop
 from hesse.training.movement import share_of
 from hesse.training.prunable import prunable, pruning_recipe
 from hesse.training.schedules import SCHEDULES
@@ -86,7 +86,7 @@ def prune_gradually(
         if name not in objective.named:
             raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")
     whole = {name: HeldZeros(torch.ones_like(objective.named[name], dtype=torch.bool)) for name in chosen}
-    loop = Loop(objective, replace(training, rate=rate), whole)
+    loop = TrainingLoop(objective, replace(training, rate=rate), whole)
     cutting = Cutting(loop, schedule, pattern, recipe, calibration)
     progress = Silence() if progress is None else progress
     settings = f"{method} {sparsity} {options} {schedule} {layers} {ignore} {calibration}"

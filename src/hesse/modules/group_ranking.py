@@ -12,7 +12,7 @@ from torch import nn
 from hesse.errors import OptionError
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.implant import Implant, implant
-from hesse.modules.sites import BySite, Removal, Sites, objective_of
+from hesse.modules.sites import BySite, Removal, Sites, pruning_objective
 from hesse.options import setting
 from hesse.partitions import Group
 from hesse.partitions.checking import ALIGNED
@@ -20,7 +20,7 @@ from hesse.partitions.experts import chosen_experts
 from hesse.scores import find_score
 from hesse.scores.surgeon import fitted_weight
 
-Scope = Literal["site", "network"]
+RankingScope = Literal["site", "network"]
 Refit = Literal["least-squares", "none"]
 KEEP = 0.75
 
@@ -46,7 +46,7 @@ class GroupRanking:
 
     score: str
     keep: float = setting(KEEP, "Share that stays, of each site's groups, or of all parameters in groups.")
-    scope: Scope = setting("site", "Where the share is counted: in each site, or over the whole network.")
+    scope: RankingScope = setting("site", "Where the share is counted: in each site, or over the whole network.")
     least: float = setting(0.1, "Least share of each site's groups that stays.")
     refit: Refit | None = setting(None, "Refit the layers that read the groups: least-squares or none; obs does.")
     implant: Implant | None = setting(None, "Groups next in the ranking that become a low rank; for the score hap.")
@@ -97,7 +97,7 @@ class GroupRanking:
             for group in rest[: round(self.implant.share * len(sites.groups[site]))]
         ]
         rows = _smaller_rows(objective.model, removal.removed, chosen)
-        implant(objective_of(smaller, objective.data, objective.loss, objective.forward), rows, self.implant.rank)
+        implant(pruning_objective(smaller, objective.data, objective.loss, objective.forward), rows, self.implant.rank)
 
     def rankings(self, sites: Sites) -> list[Ranking]:
         """Return a ranking for each site."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,7 @@ def _narrow(attention: nn.MultiheadAttention, moments: Moments, size: int) -> No
 def root(moment: Tensor) -> Tensor:
     """Return R with R Rᵀ = `moment`."""
     values, vectors = torch.linalg.eigh(moment)
-    found: Tensor = vectors * values.clamp(min=0).sqrt()
-    return found
+    return cast(Tensor, vectors * values.clamp(min=0).sqrt())
 
 
 def nearest_product(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -165,8 +164,7 @@ def leading_directions(weight: Tensor, moment: Tensor, count: int) -> Tensor:
     seen = values > values[-1].clamp(min=0) * 1e-12  # nothing is known of the others, and nothing lost with them
     scale = torch.where(seen, values, 0).sqrt()
     directions = torch.linalg.svd(weight @ (vectors * scale))[2][:count]
-    found: Tensor = directions @ (vectors * torch.where(seen, 1 / scale, 0)).T
-    return found
+    return cast(Tensor, directions @ (vectors * torch.where(seen, 1 / scale, 0)).T)
 
 
 STRATEGIES.register("head_dimensions", HeadDimensions)

@@ -49,7 +49,7 @@ class Hierarchy:
             elements = [
                 (site, element)
                 for site, groups in sites.groups.items()
-                if (left := without(groups, removed[site]))
+                if (left := without_removed(groups, removed[site]))
                 for element in level(objective, left)
             ]
             alone = []
@@ -67,7 +67,7 @@ class Hierarchy:
         return removed
 
 
-def without(groups: Sequence[Group], removed: Sequence[Group]) -> list[Group]:
+def without_removed(groups: Sequence[Group], removed: Sequence[Group]) -> list[Group]:
     """Return those groups that are not removed."""
     lost = {id(group) for group in removed}
     return [group for group in groups if id(group) not in lost]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from hesse.constraints import LowRank, LowRankCode
 from hesse.curvature import Gram, Objective
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation import estimate_curvatures
+from hesse.networks.factored import factored
+from hesse.networks.network import Layer
 from hesse.solvers import WhitenedSVD, solve
 
 Plain = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -70,37 +72,25 @@ def implant(objective: Objective, rows: Mapping[str, Sequence[int]], rank: int) 
     grams = estimate_curvatures(chosen, ["gram"]).gram
     for name, places in rows.items():
         parent, _, key = name.rpartition(".")
-        made = _implanted(model.get_submodule(name), list(places), rank, grams[f"{name}.weight"])
+        made = _implanted(cast(Plain, model.get_submodule(name)), list(places), rank, grams[f"{name}.weight"])
         setattr(model.get_submodule(parent), key, made)
 
 
-def _implanted(layer: nn.Module, places: list[int], rank: int, gram: Gram) -> ImplantedLayer:
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+def _implanted(layer: Plain, places: list[int], rank: int, gram: Gram) -> ImplantedLayer:
     weight = layer.weight.detach()
     chosen = set(places)
     kept = [row for row in range(len(weight)) if row not in chosen]
     rows = weight[places].flatten(1)
     if rank >= min(rows.shape):
-        rank = len(rows)
-        code = LowRankCode(torch.eye(rank).to(rows), rows)
+        code = LowRankCode(torch.eye(len(rows)).to(rows), rows)
     else:
         code = solve(rows, gram.damped(1e-6), LowRank(rank), WhitenedSVD()).encoded
     bias = None if layer.bias is None else layer.bias.detach()
     whole = _with(layer, weight[kept], None if bias is None else bias[kept])
-    narrow = _with(layer, code.right.view(rank, *weight.shape[1:]), None)
-    left = code.left.view(len(places), rank, *[1] * (weight.ndim - 2))
-    wide = _with(_pointwise(layer), left, None if bias is None else bias[places])
+    others = _with(layer, weight[places], None if bias is None else bias[places])
+    narrow, wide = factored(Layer("", others), code)
     order = torch.tensor(kept + places, device=weight.device).argsort()
     return ImplantedLayer(whole, narrow, wide, order)
-
-
-def _pointwise(layer: Plain) -> Plain:
-    if isinstance(layer, nn.Linear):
-        return layer
-    kind: type[Any] = type(layer)
-    with torch.device("meta"):
-        made: nn.Conv1d | nn.Conv2d = kind(layer.in_channels, layer.out_channels, 1)
-    return made
 
 
 def _with(like: Plain, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -17,7 +17,7 @@ from hesse.networks.torch_attention import split_attentions
 
 
 @contextmanager
-def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
+def copy_model(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]]]:
     """Yield a copy of the model in eval mode, its layers, and notes on other weights.
 
     While inside, the projections of torch's own attention are layers.
@@ -36,7 +36,7 @@ def copied(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[str]
 
 
 @contextmanager
-def objective_of(
+def layers_objective(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Iterable[Batch],

@@ -18,7 +18,7 @@ from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
 from hesse.modules.head_dimensions import HeadDimensions
 from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
-from hesse.modules.sites import GroupStrategy, Sites, freeze_as, objective_of
+from hesse.modules.sites import GroupStrategy, Sites, freeze_as, pruning_objective
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
 from hesse.options import settings_of
@@ -129,13 +129,13 @@ def _prune_groups(
     """Cut groups out of a copy of the model."""
     strategy.check(kinds)
     training = model.training
-    objective = objective_of(deepcopy(model), data, loss_function, forward)
+    objective = pruning_objective(deepcopy(model), data, loss_function, forward)
     sites = Sites.trace(objective, kinds, training, seed)
     parameters, flops, before = parameters_of(objective.model), flops_of(objective), objective.value()
     removal = strategy.choose(sites)
     smaller, difference = sites.without(removal.removed)
     strategy.finish(sites, removal, smaller)
-    after = objective_of(smaller, objective.data, objective.loss, forward)
+    after = pruning_objective(smaller, objective.data, objective.loss, forward)
     report = PruneReport(
         model=type(model).__name__,
         method=method,
@@ -165,11 +165,11 @@ def _prune_head_dimensions(
 ) -> Result[PruneReport]:
     """Narrow the heads of a copy of the model."""
     strategy.check()
-    objective = objective_of(deepcopy(model), data, loss_function, forward)
+    objective = pruning_objective(deepcopy(model), data, loss_function, forward)
     narrow = objective.model
     parameters, flops, before = parameters_of(narrow), flops_of(objective), objective.value()
     removed = strategy.prune(objective)
-    after = objective_of(narrow, objective.data, objective.loss, forward)
+    after = pruning_objective(narrow, objective.data, objective.loss, forward)
     report = PruneReport(
         model=type(model).__name__,
         method="modegpt-heads",
@@ -202,14 +202,14 @@ def _prune_weights(
 ) -> Result[PruneReport]:
     """Set weights of a copy of the model to zero."""
     ranking.check([])
-    with preparation.copied(model) as (copy, found, notes):
+    with preparation.copy_model(model) as (copy, found, notes):
         names = [layer.name for layer in found]
         check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
         chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
         if not chosen:
             raise OptionError("no layer is left to prune: ignore fewer")
         ranking.check(chosen)
-        with preparation.objective_of(copy, chosen, data, loss_function, forward) as objective:
+        with preparation.layers_objective(copy, chosen, data, loss_function, forward) as objective:
             pruned, size = ranking.prune(objective, seed), objective.size
             reports = [ranking.report(layer) for layer in chosen]
         zeros = {layer.name: int((layer.weight == 0).sum()) for layer in chosen}

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.constraints import Sparse
 from hesse.methods import Recipe
 from hesse.training.held import HeldZeros
-from hesse.training.loop import Loop
+from hesse.training.loop import TrainingLoop
 from hesse.training.movement import partial_pattern
 from hesse.training.schedules import GradualSchedule
 
@@ -34,7 +34,7 @@ class Cutting:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: TrainingLoop,
         schedule: GradualSchedule,
         pattern: Sparse,
         recipe: Callable[[float | str], Recipe],

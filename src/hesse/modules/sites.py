@@ -102,7 +102,7 @@ def leave_one(removed: Sequence[Group], there: Sequence[Group]) -> list[Group]:
     return list(removed[1:] if len(removed) == len(there) else removed)
 
 
-def objective_of(
+def pruning_objective(
     model: nn.Module,
     data: Iterable[Batch],
     loss_function: Loss | nn.Module | None,

@@ -10,7 +10,7 @@ from hesse.curvature import CrossEntropy
 from hesse.curvature.losses import next_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
-from hesse.estimation.calibrated import Known
+from hesse.estimation.calibrated import KnownStatistics
 from hesse.estimation.probe import backward_statistics, forward_walk
 from hesse.estimation.statistics import STATISTICS, Needs, by_statistic, needs_samples, probe_tokens
 from hesse.networks.families import ROUTER_LAYERS
@@ -69,7 +69,7 @@ class TokenStream:
                 count += loss.count(targets) or 0
         return total / count
 
-    def known(self) -> Known:
+    def known(self) -> KnownStatistics:
         """Collect the backward statistics."""
         network, samples, of_samples = self._network, self._selected.probes, needs_samples(self._needs)
         size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))

@@ -13,11 +13,11 @@ from hesse.errors import OptionError
 from hesse.layerwise.report import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.methods.strategies import STRATEGIES
-from hesse.modules.group_ranking import Refit, Scope
+from hesse.modules.group_ranking import RankingScope, Refit
 from hesse.networks.network import Layer
 from hesse.options import setting
 from hesse.partitions import Tiles
-from hesse.passes.per_sample import Kind
+from hesse.passes.per_sample import FisherKind
 from hesse.scores import Attack, LossEvidence, find_score
 from hesse.solvers.refit import best_values, kept_part
 
@@ -37,11 +37,13 @@ class WeightRanking:
 
     score: str
     sparsity: float | str = setting(0.5, "Share of zeros such as 0.5, or N kept of M: 2:4.")
-    scope: Scope = setting("network", "Where a share of zeros is counted: over the whole network, or in each site.")
+    scope: RankingScope = setting(
+        "network", "Where a share of zeros is counted: over the whole network, or in each site."
+    )
     block: int = setting(1, "Neighbors in a row that are zero together, such as 4.")
     steps: int = setting(1, "How often scores are computed anew; each step leaves the same share of what is left.")
     refit: Refit | None = setting(None, "Move the weights that stay: least-squares or none; m-fac-network does.")
-    kind: Kind = setting("sampled", "Labels of the Fisher: sampled from the model, or empirical.")
+    kind: FisherKind = setting("sampled", "Labels of the Fisher: sampled from the model, or empirical.")
     attack: Attack | None = setting(None, "How inputs are moved, for the score mad.")
 
     @property

@@ -21,9 +21,7 @@ class LinearExperts(nn.Module):
 
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
         super().__init__()
-        gate_up, down = fused.gate_up_proj, fused.down_proj
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-        count, hidden, inner = down.shape
+        count, hidden, inner = fused.get_parameter("down_proj").shape
         self.act_fn = cast(Callable[[Tensor], Tensor], fused.act_fn)
         self.names = names
         for expert in range(count):

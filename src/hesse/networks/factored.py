@@ -25,9 +25,7 @@ class Factored(nn.Sequential):
     @property
     def bias(self) -> Tensor | None:
         """Return the bias of the second module."""
-        bias = self[1].bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
+        return self[1]._parameters["bias"]
 
 
 def factored(layer: Layer, code: LowRankCode) -> Factored:
@@ -50,8 +48,8 @@ def _pair(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linea
             geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
             first = kind(module.in_channels, rank, *geometry, bias=False, padding_mode=module.padding_mode)
             return first, kind(rank, module.out_channels, 1, bias=bias)
-        assert isinstance(module.weight, Tensor)
-        outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        shape = module.get_parameter("weight").shape
+        outputs, inputs = shape[::-1] if isinstance(module, Conv1D) else shape
         return nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias)
 
 

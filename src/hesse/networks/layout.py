@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.errors import UnsupportedModelError
 
-Kind = Literal["causal-lm", "encoder"]
+NetworkKind = Literal["causal-lm", "encoder"]
 
 
-def kind_of(model: PreTrainedModel) -> Kind:
+def kind_of(model: PreTrainedModel) -> NetworkKind:
     """Return the kind of a model, by its class."""
     return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.experts import unfuse
 from hesse.networks.families import ROUTER_LAYERS, family_of
-from hesse.networks.layout import Kind, find_blocks, kind_of, sources_of
+from hesse.networks.layout import NetworkKind, find_blocks, kind_of, sources_of
 from hesse.networks.limits import bounded_modules
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
@@ -49,9 +49,7 @@ class Layer:
     @property
     def parameter(self) -> Tensor:
         """Return the weight as the module stores it."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return cast(Tensor, self.module.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -92,7 +90,7 @@ class Network(Protocol):
     """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
 
     model: PreTrainedModel
-    kind: Kind
+    kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
     blocks: list[Block]
@@ -133,7 +131,7 @@ class CheckpointNetwork:
         with bounded_modules(checkpoint.folder, len(stored)):
             self.model = build(checkpoint)
             unfuse(self.model, set(stored))
-        self.kind: Kind = kind_of(self.model)
+        self.kind: NetworkKind = kind_of(self.model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode  # faster than no_grad
         self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         self.sources = sources_of(self.model, stored)
@@ -283,9 +281,7 @@ class CheckpointNetwork:
         for full, (child, name) in places.items():
             source = self.sources[full]
             value = tensors[source]
-            present = getattr(child, name)
-            assert isinstance(present, Tensor)
-            _check_shape(source, value.shape, present.shape)
+            _check_shape(source, value.shape, getattr(child, name).shape)
             value = value.to(self.device, non_blocking=True)
             if value.is_floating_point():
                 if not all_finite(value):

@@ -8,9 +8,7 @@ from hesse.networks.network import Network
 
 def vocabulary(network: Network) -> int:
     """Return the size of the network's vocabulary."""
-    weight = network.model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    return len(network.model.get_input_embeddings().get_parameter("weight"))
 
 
 def check_ids(network: Network, batches: list[Tensor]) -> None:

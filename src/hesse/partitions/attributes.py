@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from fractions import Fraction
 from itertools import takewhile
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -16,17 +17,13 @@ from hesse.partitions.groups import Group
 def resize_layers(old: nn.Module, new: nn.Module) -> None:
     """Update the sizes of torch's own layers from the shapes of their weights."""
     for name, module in new.named_modules():
-        before = (
-            dict(old.named_modules()).get(name) if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd) else None
-        )
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = weight.shape
         elif isinstance(module, nn.modules.conv._ConvNd):
-            assert isinstance(before, nn.modules.conv._ConvNd)
-            _resize_convolution(before, module)
+            _resize_convolution(cast(nn.modules.conv._ConvNd, old.get_submodule(name)), module)
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_features = len(weight)
         elif isinstance(module, nn.GroupNorm):

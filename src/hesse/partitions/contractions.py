@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hesse.partitions.planes import Plane, Planes, pinned, tidied
-from hesse.partitions.propagation import Call, Propagation, Rule
+from hesse.partitions.propagation import Call, Propagation, PropagationRule
 
 
 def contracted(
@@ -80,7 +80,7 @@ def mv(run: Propagation, call: Call) -> Sequence[Planes]:
     return [tuple(Plane(p.units.squeeze(-1), p.zero) for p in left)]
 
 
-def with_bias(product: Rule, elementwise: Rule) -> Rule:
+def with_bias(product: PropagationRule, elementwise: PropagationRule) -> PropagationRule:
     """Return the rule of a product whose first argument is added to it."""
 
     def rule(run: Propagation, call: Call) -> Sequence[Planes]:

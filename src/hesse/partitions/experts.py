@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ def followed_experts(model: nn.Module, run: Propagation) -> Iterator[None]:
 
 def _follower(module: nn.Module, run: Propagation, name: str) -> Any:
     units = run.units
-    gate_up, down = module.gate_up_proj, module.down_proj
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    experts, hidden, inner = down.shape
+    experts, hidden, inner = module.get_parameter("down_proj").shape
 
     def forward(states: Tensor, chosen: Tensor, weights: Tensor) -> Any:
         gates = units.new(Axis(f"{name}.gate_up_proj", 1, 2 * inner, experts))
@@ -67,8 +65,7 @@ def expert_groups(model: nn.Module) -> list[Group]:
         if not is_fused(module):
             continue
         parent = name.rpartition(".")[0]
-        assert isinstance(module.down_proj, Tensor)
-        count = len(module.down_proj)
+        count = len(module.get_parameter("down_proj"))
         if count <= chosen_experts(model.get_submodule(parent)):
             continue
         rows = router_rows(model, parent, count)
@@ -109,8 +106,7 @@ def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
         cuts = removed.get(f"{name}.down_proj", {})
         if not is_fused(module) or not any(stack is not None for _, stack in cuts):
             continue
-        assert isinstance(module.down_proj, Tensor)
-        count, _, inner = module.down_proj.shape
+        count, _, inner = module.get_parameter("down_proj").shape
         kept = [expert for expert in range(count) if expert not in cuts.get((0, None), ())]
         lost = [cuts.get((2, expert), set()) for expert in kept]
         if len({len(indices) for indices in lost}) == 1:
@@ -123,8 +119,7 @@ def ragged_experts(model: nn.Module, removed: dict[str, Any]) -> set[str]:
 
 
 def _linear_experts(fused: nn.Module, kept: list[int], units: list[list[int]]) -> LinearExperts:
-    gate_up, down = fused.gate_up_proj, fused.down_proj
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    gate_up, down = fused.get_parameter("gate_up_proj"), fused.get_parameter("down_proj")
     result, inner = LinearExperts(fused, EXPERT_LAYERS[0]), down.shape[2]
     for place in range(len(kept), result.count):
         delattr(result, str(place))
@@ -133,8 +128,7 @@ def _linear_experts(fused: nn.Module, kept: list[int], units: list[list[int]]) -
         rows = torch.tensor(chosen, device=down.device)
         gate, up, back = gate_up[expert][rows], gate_up[expert][rows + inner], down[expert][:, rows]
         for key, weight in zip(EXPERT_LAYERS[0], (gate, up, back), strict=True):
-            layer = result.get_submodule(f"{place}.{key}")
-            assert isinstance(layer, nn.Linear)
+            layer = cast(nn.Linear, result.get_submodule(f"{place}.{key}"))
             layer.weight = nn.Parameter(weight.detach().clone())
             layer.out_features, layer.in_features = weight.shape
     return result
@@ -147,8 +141,7 @@ def with_linear_experts(model: nn.Module) -> nn.Module:
     result = deepcopy(model)
     for name, module in list(result.named_modules()):
         if is_fused(module):
-            assert isinstance(module.down_proj, Tensor)
-            count, _, inner = module.down_proj.shape
+            count, _, inner = module.get_parameter("down_proj").shape
             parent, _, child = name.rpartition(".")
             whole = _linear_experts(module, list(range(count)), [list(range(inner))] * count)
             setattr(result.get_submodule(parent), child, whole)

@@ -15,7 +15,7 @@ ROLES = ("everything", "produced", "outgoing")
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class AxisPlace:
     """Indices of one axis of a parameter, or of the matrix at `stack` of its first axis, and the group of each."""
 
     axis: int
@@ -46,10 +46,10 @@ class GroupParts(Partition):
                     entries, numbers = indices[piece.parameter, piece.axis, piece.stack]
                     entries.extend(piece.indices)
                     numbers.extend([number] * len(piece.indices))
-        self._places: dict[str, list[Place]] = defaultdict(list)
+        self._places: dict[str, list[AxisPlace]] = defaultdict(list)
         for (name, axis, stack), pair in indices.items():
             both = (torch.tensor(values, device=parameters[name].device) for values in pair)
-            self._places[name].append(Place(axis, stack, *both))
+            self._places[name].append(AxisPlace(axis, stack, *both))
         self._shapes = {name: parameters[name].shape for name in self._places}
 
     @property

@@ -85,6 +85,6 @@ def aligned(plane: Plane, ndim: int) -> Plane:
     return Plane(plane.units[(None,) * (ndim - plane.units.ndim)], plane.zero)
 
 
-def without(plane: Plane, dims: Sequence[int]) -> Plane:
+def squeeze_plane(plane: Plane, dims: Sequence[int]) -> Plane:
     """Return the plane with some dimensions of size 1 removed."""
     return Plane(plane.units.squeeze(tuple(dims)) if dims else plane.units, plane.zero)

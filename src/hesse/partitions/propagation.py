@@ -47,7 +47,9 @@ class Call:
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Mode that propagates units through all ops while it is active."""
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, "Rule"], elementwise: "Rule") -> None:
+    def __init__(
+        self, model: nn.Module, rules: Mapping[str, "PropagationRule"], elementwise: "PropagationRule"
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.units = Units()
         self.rules, self.elementwise = rules, elementwise
@@ -128,7 +130,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             f"the groups of {self.modules[-1] or 'the model'} cannot be traced: {what}; trace modules without it"
         )
 
-    def _rule(self, call: Call) -> "Rule":
+    def _rule(self, call: Call) -> "PropagationRule":
         if call.name in self.rules:
             return self.rules[call.name]
         if call.name.rstrip("_") in self.rules:
@@ -157,7 +159,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.put(tensor, planes, level)
 
 
-Rule = Callable[[Propagation, Call], Sequence[Planes]]
+PropagationRule = Callable[[Propagation, Call], Sequence[Planes]]
 
 
 def tensors(values: Any) -> list[Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hesse.partitions.contractions import bmm, convolution, mm, mv, with_bias
-from hesse.partitions.planes import Plane, Planes, aligned, pinned, tidied, without
-from hesse.partitions.propagation import Call, Propagation, Rule, tensors
+from hesse.partitions.planes import Plane, Planes, aligned, pinned, squeeze_plane, tidied
+from hesse.partitions.propagation import Call, Propagation, PropagationRule, tensors
 from hesse.partitions.units import Axis
 
 
@@ -71,7 +71,7 @@ def _kept(kwargs: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if key not in ("dtype", "device", "layout", "memory_format")}
 
 
-def copied(run: Propagation, call: Call) -> Sequence[Planes]:
+def copy_planes(run: Propagation, call: Call) -> Sequence[Planes]:
     """Results of the same shape have the same planes."""
     return [run.planes(call.args[0]) for _ in tensors(call.result)]
 
@@ -85,10 +85,7 @@ def like(run: Propagation, call: Call) -> Sequence[Planes]:
 def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
     """A view of another shape; if it splits a dimension of units, the parts must stay rectangular."""
     source, (result,) = call.args[0], tensors(call.result)
-    found = []
-    for plane in run.planes(source):
-        labels = plane.units.expand(source.shape).reshape(result.shape)
-        found.append(Plane(labels, plane.zero))
+    found = [Plane(p.units.expand(source.shape).reshape(result.shape), p.zero) for p in run.planes(source)]
     planes = tidied(run.units, found, run.reason("takes it alone"))
     for plane in planes:
         if len(plane.varies()) > 1:
@@ -96,7 +93,7 @@ def reshaped(run: Propagation, call: Call) -> Sequence[Planes]:
     return [planes]
 
 
-def joined(run: Propagation, call: Call) -> Sequence[Planes]:
+def join_planes(run: Propagation, call: Call) -> Sequence[Planes]:
     """Concatenation: side by side along one dimension, joined along the others."""
     pieces: list[Tensor] = list(call.args[0])
     pieces = [t for t in pieces if t.numel()]
@@ -143,7 +140,7 @@ def reduced(run: Propagation, call: Call) -> Sequence[Planes]:
     zero = bool(planes) and gives_zero(call, {id(source)})
     if results[0].shape != source.shape:
         planes = [p for p in planes if not p.varies() & dims]
-    left = [p if results[0].ndim == source.ndim else without(p, sorted(dims)) for p in planes]
+    left = [p if results[0].ndim == source.ndim else squeeze_plane(p, sorted(dims)) for p in planes]
     return [tuple(Plane(p.units, zero and p.zero) for p in left)] * len(results)
 
 
@@ -261,17 +258,17 @@ def nothing(run: Propagation, call: Call) -> Sequence[Planes]:
     return [()] * len(tensors(call.result))
 
 
-def _table(*entries: tuple[Rule, str]) -> dict[str, Rule]:
+def _table(*entries: tuple[PropagationRule, str]) -> dict[str, PropagationRule]:
     return {name: rule for rule, names in entries for name in names.split()}
 
 
-RULES: dict[str, Rule] = _table(
+RULES: dict[str, PropagationRule] = _table(
     (moved, "t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind unfold diagonal"),
     (moved, "repeat roll flip narrow chunk movedim swapaxes as_strided tril triu"),
-    (copied, "clone detach alias _to_copy contiguous lift_fresh lift_fresh_copy dropout native_dropout"),
+    (copy_planes, "clone detach alias _to_copy contiguous lift_fresh lift_fresh_copy dropout native_dropout"),
     (like, "zeros_like ones_like full_like empty_like rand_like randn_like"),
     (reshaped, "view _unsafe_view reshape _reshape_alias flatten unflatten"),
-    (joined, "cat"),
+    (join_planes, "cat"),
     (stacked, "stack"),
     (elementwise, "masked_fill where clamp"),
     (written, "copy"),

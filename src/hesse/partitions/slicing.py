@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,7 @@ def slice_groups(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
 
 def _find(model: nn.Module, name: str) -> Tensor:
     parent, _, key = name.rpartition(".")
-    tensor = getattr(model.get_submodule(parent), key)
-    assert isinstance(tensor, Tensor)
-    return tensor
+    return cast(Tensor, getattr(model.get_submodule(parent), key))
 
 
 def _cut(tensor: Tensor, cuts: Mapping[tuple[int, int | None], set[int]]) -> Tensor:

@@ -15,7 +15,7 @@ from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.network import Block, Layer, Network
 from hesse.passes.loading import each_loaded
-from hesse.passes.parts import Part
+from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish
 from hesse.processes import ALONE, Processes
@@ -144,6 +144,6 @@ def _recorded(
         return flow.through(block.module, index, hidden), recorder
 
 
-def layer_part(layer: Layer) -> Part:
+def layer_part(layer: Layer) -> ParameterPart:
     """Return a streamed layer's weight as a part."""
-    return Part(f"{layer.name}.weight", "matrix", (layer.name,), isinstance(layer.module, Conv1D))
+    return ParameterPart(f"{layer.name}.weight", "matrix", (layer.name,), isinstance(layer.module, Conv1D))

@@ -1,7 +1,7 @@
 """Parts: a network's parameters as matrices, offsets and scales of their layers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """A parameter as layers of one kind use it; most have one part, and a weight tied to an embedding has two.
 
     A matrix multiplies a layer's inputs, an offset is added to its outputs, and a scale multiplies them entry by entry.
@@ -30,7 +30,7 @@ class Part:
     transposed: bool = False  # the matrix is (in, out)
 
 
-def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.Module]]:
+def parts_of(objective: Objective) -> tuple[dict[str, list[ParameterPart]], dict[str, nn.Module]]:
     """Return the parts of each parameter of the objective, and the modules by name; no parts for other parameters.
 
     Raises:
@@ -45,7 +45,7 @@ def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, module, key))
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[ParameterPart]] = {}
     modules: dict[str, nn.Module] = {}
     for name, parameter in zip(objective.names, objective.parameters, strict=True):
         uses: dict[tuple[Role, bool], list[str]] = {}
@@ -57,7 +57,7 @@ def parts_of(objective: Objective) -> tuple[dict[str, list[Part]], dict[str, nn.
             _check(owner, module)
             modules[owner] = module
             uses.setdefault((role, role == "matrix" and input_side_first(module)), []).append(owner)
-        parts[name] = [Part(name, role, tuple(found), first) for (role, first), found in uses.items()]
+        parts[name] = [ParameterPart(name, role, tuple(found), first) for (role, first), found in uses.items()]
     return parts, modules
 
 
@@ -152,5 +152,4 @@ def _scaled_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     for value in (1.0, 0.0):
         replaced = {name: torch.full_like(p, value) for name, p in module.named_parameters() if name == "weight"}
         outputs.append(functional_call(module, replaced, (inputs,)))
-    difference: Tensor = outputs[0] - outputs[1]
-    return difference
+    return cast(Tensor, outputs[0] - outputs[1])

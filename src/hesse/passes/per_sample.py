@@ -16,7 +16,7 @@ from hesse.passes.parts import parts_of
 from hesse.passes.recorded_batch import RecordedBatch, Recorder, backward
 from hesse.passes.sample_gradients import summed_gradient
 
-Kind = Literal["sampled", "empirical"]
+FisherKind = Literal["sampled", "empirical"]
 BUDGET = 1 << 27  # bytes
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}  # tolerance of hooks against autograd; larger in 16 bits
 
@@ -37,7 +37,7 @@ class GradientPass:
     def __init__(
         self,
         objective: Objective,
-        kind: Kind,
+        kind: FisherKind,
         *,
         seed: int = 0,
         budget: int = BUDGET,

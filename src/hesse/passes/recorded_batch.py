@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hesse.errors import UnsupportedModelError
 from hesse.passes.layer_stops import patching
-from hesse.passes.parts import Part, as_rows, fits
+from hesse.passes.parts import ParameterPart, as_rows, fits
 
-Per = Literal["position", "sample"]
+GradientUnit = Literal["position", "sample"]
 Flat = tuple[Tensor, Tensor]  # inputs (n, in) or token ids (n,), and gradients (m, out)
 
 
@@ -29,8 +29,7 @@ class Rows:
     @cached_property
     def live(self) -> Tensor:
         """Return a mask (samples, positions) of positions with a gradient: padding has none, and is not counted."""
-        live: Tensor = (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
-        return live
+        return (self.gradients.amax(-1) > 0) | (self.gradients.amin(-1) < 0)
 
     @cached_property
     def positions(self) -> Flat:
@@ -50,7 +49,7 @@ class Rows:
             summed = (self.inputs * mask[..., None]).sum(1)
         return (summed / number.clamp(min=1)[:, None])[some], self.gradients.sum(1)[some]
 
-    def per(self, per: Per) -> Flat:
+    def per(self, per: GradientUnit) -> Flat:
         """Return `positions` or `samples`."""
         return self.positions if per == "position" else self.samples
 
@@ -63,17 +62,17 @@ class RecordedBatch:
         self.others: dict[str, Tensor] = {}
         self._rows: dict[tuple[str, ...], Rows] = {(name,): found for name, found in rows.items()}
 
-    def rows(self, part: Part) -> Rows | None:
+    def rows(self, part: ParameterPart) -> Rows | None:
         """Return the rows of a part, with all calls of its modules as positions; None if none was called."""
         if part.modules not in self._rows:
             found = [self._rows[name,] for name in part.modules if (name,) in self._rows]
             if not found:
                 return None
-            self._rows[part.modules] = joined(found)
+            self._rows[part.modules] = concatenate(found)
         return self._rows[part.modules]
 
 
-def joined(several: list[Rows]) -> Rows:
+def concatenate(several: list[Rows]) -> Rows:
     """Concatenate several calls of one layer."""
     if len(several) == 1:
         return several[0]
@@ -149,7 +148,7 @@ class Recorder:
                 inputs, outputs = as_rows(self._modules[name], received, slope, flat)
                 rows = Rows(inputs, outputs, (place,), getattr(self._modules[name], "num_embeddings", 0))
                 calls.setdefault(name, []).append(rows)
-        return {name: joined(several) for name, several in calls.items()}
+        return {name: concatenate(several) for name, several in calls.items()}
 
 
 def backward(loss: Tensor, recorder: Recorder, parameters: Iterable[Tensor] = ()) -> tuple[Any, Any]:

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hesse.passes.parts import Part
+from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch, Rows
 
 TOGETHER = 1 << 26  # bytes of one parameter's gradients in one step
 
 
-def sample_gradients(passage: RecordedBatch, name: str, parts: list[Part], parameter: Tensor) -> Iterator[Tensor]:
+def sample_gradients(
+    passage: RecordedBatch, name: str, parts: list[ParameterPart], parameter: Tensor
+) -> Iterator[Tensor]:
     """Yield the gradients (samples, *shape) of a parameter, a few samples at a time; nothing if no sample used it."""
     if name in passage.others:
         yield passage.others[name]
@@ -26,7 +28,9 @@ def sample_gradients(passage: RecordedBatch, name: str, parts: list[Part], param
         yield flat.view(-1, *parameter.shape)
 
 
-def flat_gradients(passage: RecordedBatch, parts: dict[str, list[Part]], parameters: Mapping[str, Tensor]) -> Tensor:
+def flat_gradients(
+    passage: RecordedBatch, parts: dict[str, list[ParameterPart]], parameters: Mapping[str, Tensor]
+) -> Tensor:
     """Return the gradients of all parameters, concatenated, as (samples, entries)."""
     flat = []
     for name, parameter in parameters.items():
@@ -35,7 +39,7 @@ def flat_gradients(passage: RecordedBatch, parts: dict[str, list[Part]], paramet
     return torch.cat(flat, dim=1)
 
 
-def summed_gradient(passage: RecordedBatch, parts: list[Part], parameter: Tensor) -> Tensor:
+def summed_gradient(passage: RecordedBatch, parts: list[ParameterPart], parameter: Tensor) -> Tensor:
     """Return the gradient (*shape) summed over all samples."""
     total = torch.zeros_like(parameter)
     for gradients in sample_gradients(passage, "", parts, parameter):
@@ -43,7 +47,7 @@ def summed_gradient(passage: RecordedBatch, parts: list[Part], parameter: Tensor
     return total
 
 
-def _gradients(part: Part, rows: Rows, some: slice, parameter: Tensor) -> Tensor:
+def _gradients(part: ParameterPart, rows: Rows, some: slice, parameter: Tensor) -> Tensor:
     """Return the contribution of one part to the gradients of some samples."""
     inputs, gradients = rows.inputs[some], rows.gradients[some]
     if part.role == "offset":

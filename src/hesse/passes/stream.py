@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,7 @@ class StreamBatch:
     def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
         """Return the output (samples, tokens, width) of block `index`, which is `module`, for the hidden states."""
         result = module(self.hidden if hidden is None else hidden, **self.calls[index])
-        output: Tensor = result[0] if isinstance(result, tuple) else result
-        return output
+        return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
 
 def calibration_batch(length: int) -> int:

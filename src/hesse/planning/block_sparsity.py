@@ -12,9 +12,9 @@ from hesse.errors import OptionError
 from hesse.estimation import per_sample_gradients
 from hesse.methods import find_method
 from hesse.planning.planners import PLANNERS
-from hesse.planning.problem import Candidate, Group, Problem
+from hesse.planning.problem import Candidate, ChoiceGroup, Problem
 
-Gradients = Literal["mean", "sampled", "empirical"]
+GradientKind = Literal["mean", "sampled", "empirical"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def plan_tiles(
     kept: float,
     *,
     tile: tuple[int, int] = (4, 4),
-    gradients: Gradients = "sampled",
+    gradients: GradientKind = "sampled",
     damping: float = 1.0,
     cost: Mapping[str, float] | None = None,
     levels: int = 32,
@@ -101,7 +101,7 @@ def plan_tiles(
         dropped = sorted({round(number * level / levels) for level in range(levels)} - {number})
         weight = round(each[name] / unit * tile[0] * tile[1])
         candidates = [Candidate(f"{k}", weight * (number - k), float(curve[k]) - least) for k in dropped]
-        groups.append(Group(name, tuple(candidates)))
+        groups.append(ChoiceGroup(name, tuple(candidates)))
         counts.append(dropped)
     problem = Problem(tuple(groups))
     whole = sum(group.candidates[0].size for group in groups)
@@ -113,7 +113,7 @@ def plan_tiles(
 
 
 def _tile_costs(
-    objective: Objective, tile: tuple[int, int], gradients: Gradients, damping: float, seed: int
+    objective: Objective, tile: tuple[int, int], gradients: GradientKind, damping: float, seed: int
 ) -> dict[str, TileCosts]:
     squares = {name: _tiled(p.detach().double().square(), tile) for name, p in objective.named.items()}
     if gradients == "mean":

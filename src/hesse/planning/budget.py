@@ -20,7 +20,7 @@ from hesse.layerwise.rules import check_patterns
 from hesse.methods import DEFAULT_METHOD, Method, Options, find_method, methods_of
 from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.device import find_device
-from hesse.planning import Candidate, Choice, Group, Problem, size_loss_front, smallest_within
+from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, size_loss_front, smallest_within
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, Offer, make_menu
 from hesse.planning.planners import PLANNERS
@@ -282,7 +282,7 @@ class PricedMenu:
         self.menu, self.checkpoint, self.planner = menu, checkpoint, planner
         self.problem = Problem(
             tuple(
-                Group(
+                ChoiceGroup(
                     group.name,
                     tuple(
                         Candidate(offer.label, offer.size, cost)

@@ -13,7 +13,7 @@ from hesse.curvature import Gram, Kronecker
 from hesse.data import Samples
 from hesse.data.selection import Calibration, Selection
 from hesse.estimation import Statistics
-from hesse.estimation.calibrated import Known, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import probe
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
@@ -80,7 +80,7 @@ class CostMeter:
         network: Network,
         samples: Samples,
         calibration: Calibration,
-        factors: Known,
+        factors: KnownStatistics,
         progress: Progress,
         offload: Path | None,
     ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.errors import OptionError
-from hesse.planning.problem import Candidate, Choice, Group, Problem
+from hesse.planning.problem import Candidate, Choice, ChoiceGroup, Problem
 
 MOST_JOINT = 4096  # candidates of a block of layers
 
@@ -52,7 +52,7 @@ def joint_problem(problem: Problem, costs: Tensor, blocks: Sequence[Sequence[int
             loss = max(float(costs[places][:, places].sum()), 0.0)
             label = ", ".join(candidate.label for candidate in chosen)
             candidates.append(Candidate(label, sum(candidate.size for candidate in chosen), loss))
-        groups.append(Group(", ".join(group.name for group in members), tuple(candidates)))
+        groups.append(ChoiceGroup(", ".join(group.name for group in members), tuple(candidates)))
     return Problem(tuple(groups))
 
 
@@ -65,5 +65,5 @@ def single_choice(problem: Problem, blocks: Sequence[Sequence[int]], joint: Choi
     return tuple(places[place] for place in range(len(problem.groups)))
 
 
-def _ways(groups: Sequence[Group]) -> "itertools.product[tuple[int, ...]]":
+def _ways(groups: Sequence[ChoiceGroup]) -> "itertools.product[tuple[int, ...]]":
     return itertools.product(*(range(len(group.candidates)) for group in groups))

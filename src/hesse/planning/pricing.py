@@ -13,7 +13,7 @@ from hesse.methods import METHODS, methods_of
 from hesse.methods.loss_curvatures import LOSS_CURVATURES
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
 from hesse.planning.planners import PLANNERS
-from hesse.planning.problem import Candidate, Choice, Group, Problem
+from hesse.planning.problem import Candidate, Choice, ChoiceGroup, Problem
 from hesse.planning.solve import cheapest_within
 from hesse.scores.interactions import interactions
 from hesse.scores.sensitivities import predicted_costs
@@ -64,7 +64,7 @@ def priced(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
     """Return a menu with predicted costs as a planning problem."""
     return Problem(
         tuple(
-            Group(name, tuple(Candidate(m.label, m.size, cost) for m, cost in zip(own, costs[name], strict=True)))
+            ChoiceGroup(name, tuple(Candidate(m.label, m.size, cost) for m, cost in zip(own, costs[name], strict=True)))
             for name, own in menu.items()
         )
     )

@@ -18,7 +18,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Group:
+class ChoiceGroup:
     """Layers that share one scheme."""
 
     name: str
@@ -33,7 +33,7 @@ class Problem:
         OptionError: a group has no candidates, or a loss is negative or not finite.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[ChoiceGroup, ...]
 
     def __post_init__(self) -> None:
         for group in self.groups:

@@ -14,9 +14,10 @@ from hesse.layerwise.layer_solver import LayerProblem
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import METHODS, Options, Recipe
 from hesse.methods.recipe import matches
+from hesse.networks.families import is_expert
 from hesse.networks.network import Layer
 from hesse.passes.loading import each_loaded
-from hesse.planning.problem import Candidate, Group, Problem
+from hesse.planning.problem import Candidate, ChoiceGroup, Problem
 from hesse.planning.sizes import read_size
 from hesse.planning.slope import by_common_slope
 from hesse.progress import Progress
@@ -25,7 +26,7 @@ from hesse.solvers import WhitenedSVD
 METHOD = "acip"  # gives the metric of the ranking, and computes the factors
 
 
-def cut_recipe(
+def directions_recipe(
     model: Path, statistics: Path, size: str | int, ignore: tuple[str, ...], device: torch.device, progress: Progress
 ) -> Recipe:
     """Return the recipe with each layer's rank for a total `size` of the linear layers, such as "60%" or bytes.
@@ -45,7 +46,7 @@ def cut_recipe(
         estimated.check_holds(kind)
     check_patterns([layer.name for layer in network.layers], (), ignore)
     layers = [layer for layer in network.layers if not any(matches(layer.name, pattern) for pattern in ignore)]
-    expert = next((layer.name for layer in layers if ".experts." in layer.name), None)
+    expert = next((layer.name for layer in layers if is_expert(layer.name)), None)
     if expert is not None:
         raise OptionError(f"{expert}: single experts cannot be factorised: leave them out with --ignore '*.experts.*'")
     stored = {layer.name: checkpoint.dtype(f"{layer.name}.weight").itemsize for layer in layers}
@@ -57,7 +58,7 @@ def cut_recipe(
     smallest = sum(sum(layer.weight.shape) * stored[layer.name] for layer in layers)
     if budget < smallest:
         raise OptionError(f"--size {size} is below the {smallest:,} bytes of one direction a layer: give more")
-    groups: list[Group] = []
+    groups: list[ChoiceGroup] = []
     progress.begin("rank directions", len(network.blocks))
     wanted = {layer.name for layer in layers}
     for _, block in each_loaded(network):
@@ -81,14 +82,14 @@ def cut_recipe(
     return Recipe(method="acip", rules=tuple(rules), ignore=tuple(kept))
 
 
-def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> Group:
+def directions(name: str, shape: torch.Size, values: Tensor, itemsize: int) -> ChoiceGroup:
     """Return a layer's (out, in) sizes and losses at each rank and dense, from its singular `values` in the metric."""
     squares = 0.5 * values.double().square()
     left = [*squares.flip(0).cumsum(0).flip(0).tolist()[1:], 0.0]  # after 1, 2, ... directions
     whole = shape.numel() * itemsize
     sizes = [rank * sum(shape) * itemsize for rank in range(1, min(shape))]
     thin = [Candidate(str(k + 1), size, left[k]) for k, size in enumerate(sizes) if size < whole or k == 0]
-    return Group(name, (*thin, Candidate("dense", whole, 0.0)))
+    return ChoiceGroup(name, (*thin, Candidate("dense", whole, 0.0)))
 
 
 def singular_values(layer: Layer, folder: Statistics) -> Tensor:

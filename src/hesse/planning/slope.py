@@ -1,7 +1,7 @@
 """Choose by a common slope: one more byte saves the same loss in every group (Lagrange; Shoham and Gersho, 1988)."""
 
 from hesse.errors import OptionError
-from hesse.planning.problem import Choice, Group, Problem
+from hesse.planning.problem import Choice, ChoiceGroup, Problem
 
 
 def by_common_slope(problem: Problem, size: int) -> Choice:
@@ -32,7 +32,7 @@ def by_common_slope(problem: Problem, size: int) -> Choice:
     return tuple(hull[place] for hull, place in zip(hulls, places, strict=True))
 
 
-def lower_hull(group: Group) -> list[int]:
+def lower_hull(group: ChoiceGroup) -> list[int]:
     """Return the indices of the candidates on the lower convex hull of loss over size, in order of size."""
     candidates = group.candidates
     order = sorted(range(len(candidates)), key=lambda place: (candidates[place].size, candidates[place].loss))

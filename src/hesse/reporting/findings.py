@@ -46,7 +46,7 @@ def _whole(measured: "Measurements") -> Finding:
     if not whole.outside:
         return Finding("The cost is as predicted.", f"{text}, inside the band {band}.", False)
     advice = (
-        "The change is too large for a quadratic model, or the text that probed the loss is unlike the text that "
+        "The change is too large for a quadratic model, or the text that probed the loss differs from the text that "
         "checked it: trust the measured cost, and do not compare plans by their predictions here."
     )
     return Finding("The cost is not as predicted.", f"{text}, outside of the band {band}. {advice}", True)
@@ -92,7 +92,7 @@ def _line(measured: "Measurements") -> Finding:
             True,
         )
     reach = (
-        f"up to {number(held)} times the change, as far as was looked"
+        f"up to {number(held)} times the change, as far as was measured"
         if held == last.share
         else f"and breaks down beyond {number(held)} times the change"
     )
@@ -138,7 +138,7 @@ def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
     count = len(report.notes)
     if count:
         what = "There was one departure" if count == 1 else f"There were {count} departures"
-        yield Finding("Not everything was done as asked.", f"{what}: see the fallbacks below.", True)
+        yield Finding("Not all options were followed.", f"{what}: see the fallbacks below.", True)
 
 
 def _band(band: tuple[float, float]) -> str:

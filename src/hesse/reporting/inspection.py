@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.reporting.terminal import number, shown
@@ -42,11 +42,8 @@ def _listed(pairs: list[tuple[float, float]]) -> str:
 
 
 def _whole(inspection: "Inspection") -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, title=shown(inspection.model), title_justify="left", show_header=False, padding=0
-    )
-    table.add_column("")
-    table.add_column("", justify="right")
+    columns, title = ("", Column(justify="right")), shown(inspection.model)
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", show_header=False, padding=0)
     for label, value in facts(inspection):
         table.add_row(label, value)
     return table
@@ -55,17 +52,23 @@ def _whole(inspection: "Inspection") -> Table:
 def _layers(inspection: "Inspection") -> Table:
     kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
     title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
-    table = Table(box=box.SIMPLE_HEAD, title=shown(title), title_justify="left", padding=0, show_edge=False)
-    table.add_column("layer", no_wrap=True)
     costs_of = (heading for s in SHOWN for heading in ("\n".join([*s.rsplit(" ", 1), "predicted"]), "measured"))
-    for heading in ("trace,\n± error", "mean\neigen-\nvalue", *costs_of):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("trace,\n± error", "mean\neigen-\nvalue", *costs_of)
+    table = Table(
+        Column("layer", no_wrap=True),
+        *(Column(heading, justify="right", no_wrap=True) for heading in numbers),
+        box=box.SIMPLE_HEAD,
+        title=shown(title),
+        title_justify="left",
+        padding=0,
+        show_edge=False,
+    )
     for layer in inspection.layers:
         costs = []
         for scheme in SHOWN:
             costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
         eigenvalue = number(layer.mean_eigenvalue, 2)
-        table.add_row(shown(layer.name.removeprefix(prefix)), with_error(layer.trace), eigenvalue, *costs)
+        table.add_row(shown(layer.name.removeprefix(prefix)), value_with_error(layer.trace), eigenvalue, *costs)
     return table
 
 
@@ -82,7 +85,7 @@ def predicts(inspection: "Inspection") -> str:
     return next(kind for kind in ("eigen-kronecker", "kronecker", "fisher diagonal", *kinds) if kind in kinds)
 
 
-def with_error(pair: tuple[float, float]) -> str:
+def value_with_error(pair: tuple[float, float]) -> str:
     """Return a value with its standard error, as text."""
     value, error = pair
     return f"{number(value, 2)} ± {number(error, 1)}"
@@ -90,11 +93,9 @@ def with_error(pair: tuple[float, float]) -> str:
 
 def _trust(inspection: "Inspection") -> Table:
     title = "rank correlation over layers of what each curvature predicts with what was measured"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("curvature")
     schemes = list(inspection.rank_correlations)
-    for scheme in schemes:
-        table.add_column(scheme, justify="right")
+    columns = [Column("curvature"), *(Column(scheme, justify="right") for scheme in schemes)]
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for kind in next(iter(inspection.rank_correlations.values())):
         table.add_row(kind, *(f"{inspection.rank_correlations[scheme][kind]:.2f}" for scheme in schemes))
     return table

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hesse.reporting.inspection import advice, facts, predicts, with_error
+from hesse.reporting.inspection import advice, facts, predicts, value_with_error
 from hesse.reporting.page import render
 from hesse.reporting.plots import BLUE, GREY, colors, figure, name_rows, svg
 
@@ -20,7 +20,7 @@ def inspection_page(inspection: "Inspection") -> str:
         facts=facts(inspection),
         advice=advice(inspection),
         shown=predicts(inspection),
-        with_error=with_error,
+        value_with_error=value_with_error,
         schemes=list(inspection.rank_correlations),
         curvatures=list(next(iter(inspection.rank_correlations.values()))),
         spectrum=svg(_spectrum, inspection, "eigenvalues of the Hessian, and how many lie about there"),

@@ -21,10 +21,10 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-Content = TypeVar("Content")
+Plotted = TypeVar("Plotted")
 
 
-def svg(draw: Callable[[Content], "Figure"], content: Content, title: str) -> str:
+def svg(draw: Callable[[Plotted], "Figure"], content: Plotted, title: str) -> str:
     """Return the figure that `draw` makes of `content` as an SVG element, described by `title`; text stays text."""
     import matplotlib  # imported late: optional
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.jobs.blocks_report import BlocksReport
@@ -22,9 +22,13 @@ def prune_summary(report: "BlocksReport | HiddenReport") -> RenderableType:
 
 def _blocks(report: BlocksReport) -> RenderableType:
     """The blocks in the order of removal, and what the whole change saves and costs."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} without blocks"), title_justify="left")
-    for heading in ("block", f"by {report.score}", "loss without it and those above", "made of"):
-        table.add_column(heading, justify="right")
+    headings = ("block", f"by {report.score}", "loss without it and those above", "made of")
+    table = Table(
+        *(Column(heading, justify="right") for heading in headings),
+        box=box.SIMPLE_HEAD,
+        title=shown(f"{report.model} without blocks"),
+        title_justify="left",
+    )
     for drop in report.removed:
         donor = "-" if drop.donor is None else f"{drop.donor}, error {100 * (drop.relative_error or 0):.3g} %"
         table.add_row(str(drop.block), number(drop.score), number(drop.measured), donor)

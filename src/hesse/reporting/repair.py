@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 def repair_summary(report: "RepairReport") -> RenderableType:
     """Return the summary of a repair: losses before and after, added bytes, and departures from the options."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.compressed}, rank {report.rank} added"))
-    table.title_justify = "left"
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = Table(
+        "",
+        Column("before", justify="right"),
+        Column("after", justify="right"),
+        box=box.SIMPLE_HEAD,
+        title=shown(f"{report.compressed}, rank {report.rank} added"),
+        title_justify="left",
+    )
     before, after = report.loss_before, report.loss
     table.add_row("bytes", f"{report.bytes_before:,}", f"{report.bytes_before + report.bytes_added:,}")
     table.add_row("loss increase predicted, nats per token", number(before.predicted), number(after.predicted))

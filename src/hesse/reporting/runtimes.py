@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.reporting.terminal import number, shown, size, unwrapped
@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
 
 def export_summary(report: "ExportReport") -> RenderableType:
     """Return the summary of an export: storage types, differences from the checkpoint, and the output."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} to {report.target}"), title_justify="left")
-    for heading in ("stored as", "layers", "were"):
-        table.add_column(heading, justify="right" if heading == "layers" else "left")
+    columns = "stored as", Column("layers", justify="right"), "were"
+    title = shown(f"{report.model} to {report.target}")
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for stored, count in report.stored.items():
         grids = dict.fromkeys(layer.grid for layer in report.layers if layer.stored == stored)
         table.add_row(shown(stored), str(count), shown(", ".join(grids)))
@@ -36,11 +36,14 @@ def export_summary(report: "ExportReport") -> RenderableType:
 def benchmark_summary(result: "Benchmark") -> RenderableType:
     """Return the summary of a benchmark: measurements, ratios, and missing runs."""
     title = f"{result.model} on {result.processor}, {result.threads} of {result.processors} processors"
-    table = Table(box=box.SIMPLE_HEAD, title=shown(title), title_justify="left")
-    for heading in ("runtime", "model", "stored as"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("on disk", "load, s", "prompt, tokens/s", "decode, tokens/s", "× dense", "peak memory", "KL"):
-        table.add_column(heading, justify="right")
+    numbers = ("on disk", "load, s", "prompt, tokens/s", "decode, tokens/s", "× dense", "peak memory", "KL")
+    table = Table(
+        *(Column(heading, overflow="fold") for heading in ("runtime", "model", "stored as")),
+        *(Column(heading, justify="right") for heading in numbers),
+        box=box.SIMPLE_HEAD,
+        title=shown(title),
+        title_justify="left",
+    )
     for row in result.rows:
         table.add_row(*_cells(result, row))
     parts: list[RenderableType] = [table]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.errors import printable
@@ -45,10 +45,14 @@ def cost_table(
     report: "CompressionReport", before: "EvaluationReport | None", after: "EvaluationReport | None"
 ) -> Table:
     """Return the table of a compression, dense and compressed; evaluations add measurements on other text."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(f"{report.model} by {report.method}"), title_justify="left")
-    table.add_column("")
-    table.add_column("dense", justify="right")
-    table.add_column("compressed", justify="right")
+    table = Table(
+        "",
+        Column("dense", justify="right"),
+        Column("compressed", justify="right"),
+        box=box.SIMPLE_HEAD,
+        title=shown(f"{report.model} by {report.method}"),
+        title_justify="left",
+    )
     table.add_row("method", "-", shown(report.layers[0].method if report.layers else report.method))
     table.add_row("bytes", f"{report.bytes_before:,}", f"{report.bytes_after:,}")
     table.add_row("bits per weight, compressed layers", "-", number(report.bits_per_weight))
@@ -112,9 +116,8 @@ def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
 
 def evaluation_table(evaluation: "EvaluationReport") -> Table:
     """Return the table of an evaluation."""
-    table = Table(box=box.SIMPLE_HEAD, title=shown(evaluation.model), title_justify="left", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+    columns, title = ("", Column(justify="right")), shown(evaluation.model)
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", show_header=False)
     rows = (
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
@@ -139,9 +142,9 @@ def evaluation_table(evaluation: "EvaluationReport") -> Table:
 
 def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
     """Return the table of methods as triples by family, each with its source and needs."""
-    table = Table(box=box.SIMPLE_HEAD, title="method = curvature × constraint × solver", title_justify="left")
-    table.add_column("method", no_wrap=True)
-    table.add_column("curvature × constraint × solver")
+    triple = "curvature × constraint × solver"
+    columns = Column("method", no_wrap=True), triple
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=f"method = {triple}", title_justify="left")
     for family, methods in families.items():
         table.add_section()
         table.add_row(f"[bold]{family}[/bold]")
@@ -152,10 +155,8 @@ def methods_table(families: Mapping[str, Sequence[Method]]) -> Table:
 
 def options_table(method: Method) -> Table:
     """Return the table of a method's options, with defaults and help."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"options of {method.name}", title_justify="left")
-    table.add_column("option", no_wrap=True)
-    table.add_column("default", no_wrap=True)
-    table.add_column("")
+    columns = Column("option", no_wrap=True), Column("default", no_wrap=True), ""
+    table = Table(*columns, box=box.SIMPLE_HEAD, title=f"options of {method.name}", title_justify="left")
     for option in method.options():
         table.add_row(escape(option.name), escape(option.default_text), escape(option.help))
     return table

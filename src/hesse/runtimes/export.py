@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import unfinished_file
@@ -31,31 +32,15 @@ class ExportTarget:
     packages: tuple[str, ...]  # needed to write it
     install: str
     is_file: bool  # OUT is one file, not a folder
-    load: Callable[[], Writer]  # imported late: it needs the packages
-
-
-def _gguf() -> Writer:
-    from hesse.runtimes.gguf_file import write_gguf
-
-    return write_gguf
-
-
-def _onnx() -> Writer:
-    from hesse.runtimes.onnx_folder import write_onnx
-
-    return write_onnx
-
-
-def _torchao() -> Writer:
-    from hesse.runtimes.torchao_folder import write_torchao
-
-    return write_torchao
+    writer: str  # "module:function", imported late: it needs the packages
 
 
 EXPORT_TARGETS = {
-    "gguf": ExportTarget(("gguf",), "pip install 'hesse[gguf]'", True, _gguf),
-    "onnx": ExportTarget(("onnx",), "pip install 'hesse[onnx]'", False, _onnx),
-    "torchao": ExportTarget(("torchao",), "pip install 'hesse[torchao]'", False, _torchao),
+    "gguf": ExportTarget(("gguf",), "pip install 'hesse[gguf]'", True, "hesse.runtimes.gguf_file:write_gguf"),
+    "onnx": ExportTarget(("onnx",), "pip install 'hesse[onnx]'", False, "hesse.runtimes.onnx_folder:write_onnx"),
+    "torchao": ExportTarget(
+        ("torchao",), "pip install 'hesse[torchao]'", False, "hesse.runtimes.torchao_folder:write_torchao"
+    ),
 }
 
 
@@ -106,7 +91,7 @@ def export_checkpoint(
     started = time.perf_counter()
     chosen = find_target(target)
     checkpoint = open_checkpoint(model)
-    writer = chosen.load()
+    writer: Writer = resolve_name(chosen.writer)
     output = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
     with output as path:
         try:

@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 from hesse.constraints import Grid, GridCode
 from hesse.errors import CheckpointError
 
-BLOCK = 32  # weights that share a scale
+BLOCK_WEIGHTS = 32  # weights that share a scale
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}  # of a block
 LOWEST = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}  # codes of types without an offset range from here to -LOWEST - 1
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class GGUFBlocks:
     """A weight in blocks, its decoded values, and the rounding errors of its scales and offsets."""
 
     stored: NDArray[np.uint8]  # (out, bytes of a row)
-    weight: Floats  # (out, in): float16 scale · integer, plus the float16 offset of types that have one
+    weight: FloatArray  # (out, in): float16 scale · integer, plus the float16 offset of types that have one
     scale_error: float  # largest relative change of a scale in float16; 0 if all are exact
     offset_error: float  # largest change of an offset in float16, in steps of the grid; 0 if all are exact
 
@@ -32,7 +32,7 @@ def block_type(grid: Grid, columns: int) -> str | None:
     None if no type does: blocks of 32 columns would straddle two scales, or differences of 8-bit codes and zero points
     need a ninth bit.
     """
-    if columns % BLOCK or grid.group_width(columns) % BLOCK:
+    if columns % BLOCK_WEIGHTS or grid.group_width(columns) % BLOCK_WEIGHTS:
         return None
     if not grid.symmetric and grid.bits in (4, 5):
         return f"Q{grid.bits}_1"
@@ -41,7 +41,7 @@ def block_type(grid: Grid, columns: int) -> str | None:
     return next((name for name, low in LOWEST.items() if low <= lowest and highest < -low), None)
 
 
-def to_blocks(grid: Grid, code: GridCode, type: str) -> Blocks:
+def to_blocks(grid: Grid, code: GridCode, type: str) -> GGUFBlocks:
     """Return a layer in blocks of the GGUF type that `block_type` chose.
 
     Raises:
@@ -62,10 +62,10 @@ def to_blocks(grid: Grid, code: GridCode, type: str) -> Blocks:
         codes = codes - grid.lowest
     elif zero_point is not None:
         codes = codes - _per_column(zero_point.numpy().astype(np.int16), grid, columns)
-    per_block = columns // BLOCK
-    scales = _per_column(scale, grid, columns)[:, ::BLOCK]
-    offsets = None if offset is None else _per_column(offset, grid, columns)[:, ::BLOCK]
-    blocks = codes.reshape(rows, per_block, BLOCK)
+    per_block = columns // BLOCK_WEIGHTS
+    scales = _per_column(scale, grid, columns)[:, ::BLOCK_WEIGHTS]
+    offsets = None if offset is None else _per_column(offset, grid, columns)[:, ::BLOCK_WEIGHTS]
+    blocks = codes.reshape(rows, per_block, BLOCK_WEIGHTS)
     weight = scales[..., None].astype(np.float32) * blocks.astype(np.float32)
     if offsets is not None:
         weight += offsets[..., None].astype(np.float32)
@@ -73,10 +73,10 @@ def to_blocks(grid: Grid, code: GridCode, type: str) -> Blocks:
         blocks = blocks - LOWEST[type] if type != "Q8_0" else blocks
     parts = [_bytes(scales)] if offsets is None else [_bytes(scales), _bytes(offsets)]
     stored = np.concatenate([*parts, *_code_bytes(blocks, type)], axis=-1)
-    return Blocks(stored.reshape(rows, -1), weight.reshape(rows, columns), scale_error, offset_error)
+    return GGUFBlocks(stored.reshape(rows, -1), weight.reshape(rows, columns), scale_error, offset_error)
 
 
-def _half_scales(scale: Floats) -> tuple[NDArray[np.float16], float]:
+def _half_scales(scale: FloatArray) -> tuple[NDArray[np.float16], float]:
     """Return the scales in float16, and the largest relative change."""
     with np.errstate(over="ignore"):
         rounded = scale.astype(np.float16)

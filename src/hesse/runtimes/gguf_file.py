@@ -22,7 +22,7 @@ from hesse.networks.families import GgufFamily, family_of
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
 from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
-from hesse.runtimes.gguf_blocks import BLOCK, BYTES, block_type, to_blocks
+from hesse.runtimes.gguf_blocks import BLOCK_WEIGHTS, BYTES, block_type, to_blocks
 from hesse.runtimes.gguf_families import context_length, describe, find_family, rotary_factors, row_order
 from hesse.runtimes.gguf_tokenizer import write_tokenizer
 
@@ -31,7 +31,7 @@ TRANSPOSED = (".c_attn", ".c_proj", ".c_fc")  # the linear layers of GPT-2
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
 DENSE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 ALWAYS_FLOAT32 = ("position_embd.weight", "rope_freqs.weight")
-NEEDS = f"groups and widths that are multiples of {BLOCK}, and fewer than 8 bits where the grid is asymmetric"
+NEEDS = f"groups and widths that are multiples of {BLOCK_WEIGHTS}, and fewer than 8 bits where the grid is asymmetric"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Entry:
     @property
     def declared_shape(self) -> tuple[int, ...]:
         """Return the shape for the writer, which counts bytes in the rows of block types."""
-        return (self.shape[0], self.shape[1] // BLOCK * BYTES[self.type]) if self.type in BYTES else self.shape
+        return (self.shape[0], self.shape[1] // BLOCK_WEIGHTS * BYTES[self.type]) if self.type in BYTES else self.shape
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, name: str, progress: Progress) -> ExportedTensors:

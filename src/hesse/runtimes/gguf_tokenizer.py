@@ -92,8 +92,7 @@ def _content(folder: Path, name: str) -> dict[str, Any]:
 
 def _token_ids(folder: Path, text: str) -> list[int]:
     with usable_tokenizer(folder):
-        ids: list[int] = Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode(text).ids
-        return ids
+        return Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode(text).ids
 
 
 def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str]) -> None:

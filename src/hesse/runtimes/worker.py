@@ -5,16 +5,18 @@ reads the process's peak memory, and last computes the prompt's logits, to compa
 """
 
 import json
-import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hesse.progress import peak_memory  # loads no runtime, which would count
 
 Floats = NDArray[np.float32]
 
@@ -54,12 +56,32 @@ class Session(Protocol):
         """Return the logits of all `tokens` (tokens, vocabulary)."""
 
 
-class TorchSession:
+class CachedSession(ABC):
+    """Session of a model that takes its cache with each call, and returns it."""
+
+    _cache: Any = None  # None: empty
+
+    @abstractmethod
+    def _run(self, tokens: list[int], keep: int) -> Floats:
+        """Read `tokens`, replace the cache, and return the logits of the last `keep` tokens; of all if it is 0."""
+
+    def prefill(self, tokens: list[int]) -> Floats:
+        self._cache = None
+        return self.step(*tokens)
+
+    def step(self, *tokens: int) -> Floats:
+        return cast(Floats, self._run(list(tokens), 1)[-1])
+
+    def all_logits(self, tokens: list[int]) -> Floats:
+        self._cache = None
+        return self._run(tokens, 0)
+
+
+class TorchSession(CachedSession):
     """Session of transformers, with weights of any tensor class."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._cache: Any = None
 
     def _run(self, tokens: list[int], keep: int) -> Floats:
         import torch
@@ -68,21 +90,7 @@ class TorchSession:
             ids = torch.tensor([tokens])
             out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
         self._cache = out.past_key_values
-        logits: Floats = out.logits[0].float().numpy()
-        return logits
-
-    def prefill(self, tokens: list[int]) -> Floats:
-        self._cache = None
-        last: Floats = self._run(tokens, 1)[-1]
-        return last
-
-    def step(self, token: int) -> Floats:
-        last: Floats = self._run([token], 1)[-1]
-        return last
-
-    def all_logits(self, tokens: list[int]) -> Floats:
-        self._cache = None
-        return self._run(tokens, 0)
+        return cast(Floats, out.logits[0].float().numpy())
 
 
 class LlamaSession:
@@ -98,8 +106,7 @@ class LlamaSession:
     def _eval(self, tokens: list[int]) -> Floats:
         self._llama.eval(tokens)
         logits = self._llama._ctx.get_logits_ith(-1)
-        copy: Floats = np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
-        return copy
+        return cast(Floats, np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy())
 
     def prefill(self, tokens: list[int]) -> Floats:
         self._llama.reset()
@@ -111,11 +118,10 @@ class LlamaSession:
     def all_logits(self, tokens: list[int]) -> Floats:
         self._llama = self._open(logits_all=True)
         self._llama.eval(tokens)
-        scores: Floats = np.array(self._llama.scores[: len(tokens)])
-        return scores
+        return np.array(self._llama.scores[: len(tokens)])
 
 
-class OnnxSession:
+class OnnxSession(CachedSession):
     """Session of onnxruntime, on a model that `hesse export --to onnx` wrote."""
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -126,32 +132,18 @@ class OnnxSession:
         self._session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
         caches = [entry for entry in self._session.get_inputs() if entry.name.startswith("past_key_values.")]
         self._empty = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in caches}
-        self._past = self._empty
 
     def _run(self, tokens: list[int], keep: int) -> Floats:
-        length = len(tokens) + next(iter(self._past.values())).shape[2]
+        past = self._cache or self._empty
+        length = len(tokens) + next(iter(past.values())).shape[2]
         inputs = {
             "input_ids": np.array([tokens], np.int64),
             "attention_mask": np.ones((1, length), np.int64),
             "num_logits_to_keep": np.array(keep, np.int64),
         }
-        logits, *present = self._session.run(None, {**inputs, **self._past})
-        self._past = dict(zip(self._empty, present, strict=True))
-        result: Floats = logits[0]
-        return result
-
-    def prefill(self, tokens: list[int]) -> Floats:
-        self._past = self._empty
-        last: Floats = self._run(tokens, 1)[-1]
-        return last
-
-    def step(self, token: int) -> Floats:
-        last: Floats = self._run([token], 1)[-1]
-        return last
-
-    def all_logits(self, tokens: list[int]) -> Floats:
-        self._past = self._empty
-        return self._run(tokens, 0)
+        logits, *present = self._session.run(None, {**inputs, **past})
+        self._cache = dict(zip(self._empty, present, strict=True))
+        return cast(Floats, logits[0])
 
 
 def _transformers(path: Path, threads: int, length: int) -> Session:
@@ -204,15 +196,6 @@ def measure(request: Request) -> Measurement:
     if request.logits is not None:
         np.save(request.logits, session.all_logits(request.prompt))
     return Measurement(loaded - started, len(request.prompt) / (read - began), request.generate / (ended - read), peak)
-
-
-def peak_memory() -> int:
-    """Return the peak memory of this process, in bytes; importing hesse.progress would load torch."""
-    status = Path("/proc/self/status")
-    if status.exists():  # resource's figure starts from that of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from hesse.curvature.objective import Batch
 from hesse.errors import OptionError
 from hesse.estimation import estimate_curvatures
 from hesse.partitions import GroupParts, Partition
-from hesse.passes.per_sample import Kind
+from hesse.passes.per_sample import FisherKind
 from hesse.scores.attack import Attack
 from hesse.scores.readers import Reader, find_readers
 
@@ -40,7 +40,7 @@ class LossEvidence:
     """
 
     objective: Objective
-    kind: Kind = "sampled"
+    kind: FisherKind = "sampled"
     seed: int = 0
     attack: Attack | None = None
     _readers: list[tuple[GroupParts, dict[str, list[Reader]]]] = field(default_factory=list, repr=False)

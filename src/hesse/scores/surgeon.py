@@ -1,6 +1,7 @@
 """Scores of groups by what reads them, and the surgeon's greedy removal with the best values of all other columns."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -132,8 +133,7 @@ def _costs(value: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
         return value[:, places[:, 0]].square().sum(0) / inverse.diagonal()[places[:, 0]]
     blocks = inverse[places[:, :, None], places[:, None, :]]
     parts = value[:, places].permute(1, 2, 0)  # (groups, columns, out)
-    costs: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
-    return costs
+    return cast(Tensor, (parts * torch.linalg.solve(blocks, parts)).sum((1, 2)))
 
 
 def fitted_weight(reader: Reader, removed: Sequence[int]) -> Tensor:
@@ -168,5 +168,4 @@ def _root(factor: Tensor) -> Tensor:
     if factor.ndim == 1:
         return factor.clamp(min=0).sqrt().diag()
     values, vectors = torch.linalg.eigh(factor)
-    root: Tensor = vectors * values.clamp(min=0).sqrt()
-    return root
+    return cast(Tensor, vectors * values.clamp(min=0).sqrt())

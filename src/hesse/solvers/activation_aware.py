@@ -33,13 +33,7 @@ class ActivationAware(Solver):
         constraint = require_constraint(self, constraint, ScaledColumns)
         size = state.diagonal().to(weight).sqrt()
         size = torch.where(size > 0, size, size[size > 0].min() if bool((size > 0).any()) else torch.ones_like(size))
-        best: tuple[float, ScaledCode] | None = None
-        for step in range(self.steps + 1):
-            scale = size ** (step / self.steps)
-            scale = scale / (scale.amax() * scale.amin()).sqrt()  # keeps the grid's scales in the range of their type
-            code = constraint.encode_scaled(weight, scale)
-            cost = member_cost(state, constraint, code, weight)
-            if best is None or cost < best[0]:
-                best = cost, code
-        assert best is not None
-        return best[1]
+        scales = (size ** (step / self.steps) for step in range(self.steps + 1))
+        # Divided so that the grid's scales stay in the range of their type.
+        codes = (constraint.encode_scaled(weight, s / (s.amax() * s.amin()).sqrt()) for s in scales)
+        return min(codes, key=lambda code: member_cost(state, constraint, code, weight))

@@ -41,9 +41,8 @@ class CheaperSide(Solver):
         for along in (False, True):
             side = constraint.side(along)
             code = side.encode(weight) if self.inner is None else self.inner.compute(state.inner, weight, side)
-            found.append((member_cost(state.curvature, side, code, weight), along, code))
-        _, along, code = min(found, key=lambda each: each[0])
-        return SideCode(code, along)
+            found.append(SideCode(code, along))
+        return min(found, key=lambda code: member_cost(state.curvature, constraint, code, weight))
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         if self.inner is None or not isinstance(constraint, EitherSide):

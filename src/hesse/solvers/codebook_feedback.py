@@ -11,7 +11,7 @@ from hesse.solvers.refit_codes import in_order, refit_values
 from hesse.solvers.sweeps.blocks import sweep_blocks
 
 
-def feed_back(
+def feed_back_codebook(
     codebook: Codebook, weight: Tensor, gram: Gram, order: Tensor, feedback: Tensor, block_size: int, refit_steps: int
 ) -> CodebookCode:
     """Codes of `weight` (out, in) by Optimal Brain Surgeon's update, columns `taken` in this order; values refitted.

@@ -29,10 +29,10 @@ from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backw
 from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
 from hesse.solvers.sweeps import columns, kernels
 from hesse.solvers.sweeps.blocks import sweep_blocks
-from hesse.solvers.sweeps.columns import Block
+from hesse.solvers.sweeps.columns import ColumnBlock
 from hesse.solvers.sweeps.late_mask import LateMask
 
-Walk = Callable[[Block, int, int, Grouped | None], None]
+Walk = Callable[[ColumnBlock, int, int, Grouped | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class ErrorFeedback(Solver):
     ) -> GridCode | SparseCode | CodebookCode:
         if isinstance(constraint, Codebook):
             how = state.curvature, state.columns, state.feedback, self.block_size, self.refit_steps
-            return codebook_feedback.feed_back(constraint, weight, *how)
+            return codebook_feedback.feed_back_codebook(constraint, weight, *how)
         grid, sparse = _parts(constraint)
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
@@ -205,7 +205,7 @@ class _Sweep:
         def part(whole: Tensor | None) -> Tensor | None:
             return None if whole is None else whole[start:stop]
 
-        block = Block(
+        block = ColumnBlock(
             self.work[start:stop],
             errors,
             part(None if self.grid is None else self.codes),

@@ -27,7 +27,8 @@ class Nearest(Solver):
     def init(self, curvature: Curvature) -> Tensor | None:
         if isinstance(curvature, Identity):
             return None
-        if isinstance(curvature, Diagonal) or (isinstance(curvature, Kronecker) and _is_diagonal(curvature)):
+        two_diagonals = isinstance(curvature, Kronecker) and all(factor.ndim == 1 for factor in curvature.factors)
+        if two_diagonals or isinstance(curvature, Diagonal):
             return curvature.diagonal()
         raise UnsupportedProduct(
             f"Nearest cannot use the interactions of a {type(curvature).__name__}: "
@@ -36,7 +37,3 @@ class Nearest(Solver):
 
     def compute(self, state: Tensor | None, weight: Tensor, constraint: Constraint) -> Any:
         return constraint.encode(weight, state)
-
-
-def _is_diagonal(kronecker: Kronecker) -> bool:
-    return all(factor.ndim == 1 for factor in kronecker.factors)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,8 +61,7 @@ class Search(ABC, Generic[Code]):
         for _ in range(passes):
             best = self.cheaper(best, self.refit(best, refit_steps))
             best = self.cheaper(best, self.descend(best))
-        code: Code = self.cheaper(best, self.refit(best, refit_steps)).code
-        return code
+        return cast(Code, self.cheaper(best, self.refit(best, refit_steps)).code)
 
     def price(self, code: Code) -> PricedCode:
         """Return `code` with H d and ½ dᵀHd."""

@@ -1,7 +1,7 @@
 """The best low rank under a curvature that is a product of two sides: truncated SVD in their metric."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -65,8 +65,7 @@ class WhitenedSVD(Solver):
 
     def values(self, state: Sides, weight: Tensor) -> Tensor:
         """Return the singular values of C_Gᵀ W C_A in falling order: leaving out the k-th costs half its square."""
-        found: Tensor = torch.linalg.svdvals(_whitened(state, weight))
-        return found
+        return cast(Tensor, torch.linalg.svdvals(_whitened(state, weight)))
 
 
 def _whitened(state: Sides, weight: Tensor) -> Tensor:
@@ -87,8 +86,7 @@ def _over(matrix: Tensor, side: Tensor | None) -> Tensor:
     """Return `matrix` times C⁻¹, of the `side` C."""
     if side is None or side.ndim == 1:
         return matrix if side is None else torch.where(side > 0, matrix / side, 0)
-    divided: Tensor = torch.linalg.solve_triangular(side, matrix, upper=False, left=False)
-    return divided
+    return cast(Tensor, torch.linalg.solve_triangular(side, matrix, upper=False, left=False))
 
 
 def _root(factor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from hesse.training.compression_aware import CompressionAware
 from hesse.training.distillation import Distillation
 from hesse.training.finetune import FinetuneReport, finetune
 from hesse.training.held import Held, HeldCodes, HeldZeros, StraightThrough, held_zeros
-from hesse.training.loop import Loop, PlainStep, StepRule
+from hesse.training.loop import PlainStep, StepRule, TrainingLoop
 from hesse.training.movement import Movement
 from hesse.training.one_bit import HeldSigns, OneBit
 from hesse.training.prunable import prunable_weights
@@ -20,13 +20,13 @@ __all__ = [
     "HeldCodes",
     "HeldSigns",
     "HeldZeros",
-    "Loop",
     "Movement",
     "OneBit",
     "PlainStep",
     "StepRule",
     "StraightThrough",
     "Training",
+    "TrainingLoop",
     "adam",
     "finetune",
     "held_zeros",

@@ -12,7 +12,7 @@ from hesse.checkpoints.files import unfinished_file
 from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError, reason
 from hesse.progress import Progress
-from hesse.training.loop import Loop
+from hesse.training.loop import TrainingLoop
 
 NAME = "training.pt"
 
@@ -27,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, every: int, loop: Loop, method: str = "", note: Callable[[], dict[str, Any]] = dict
+        self, folder: Path, every: int, loop: TrainingLoop, method: str = "", note: Callable[[], dict[str, Any]] = dict
     ) -> None:
         self.path, self.every, self.loop, self.note = folder / NAME, every, loop, note
         self.identity = {"method": method, **_identity(loop)}
@@ -76,7 +76,7 @@ def after_each_step(progress: Progress, kept: Checkpoints | None) -> Callable[[]
     return after_step
 
 
-def _identity(loop: Loop) -> dict[str, Any]:
+def _identity(loop: TrainingLoop) -> dict[str, Any]:
     """Return the identity of a training: its settings, and a digest of its initial weights."""
     digest = hashlib.sha256()
     for name, parts in loop.free.items():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hesse.constraints import Sparse
 from hesse.errors import OptionError
-from hesse.training.loop import Gradients
+from hesse.training.loop import NamedGradients
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class CompressionAware:
                 pattern.check(weights[name].flatten(1).shape)
 
     def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
-    ) -> Gradients:
+        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
+    ) -> NamedGradients:
         """Return the sum of both gradients."""
         pattern = self.patterns[int(torch.randint(len(self.patterns), ()))]
         dense = gradients()

@@ -15,7 +15,7 @@ from hesse.progress import Progress, Silence
 from hesse.result import NOT_WRITTEN, Report, Result
 from hesse.training.checkpoints import Checkpoints, after_each_step
 from hesse.training.held import Held, held_zeros
-from hesse.training.loop import Loop, StepRule
+from hesse.training.loop import StepRule, TrainingLoop
 from hesse.training.training import Training
 from hesse.training.trainings import TRAININGS, TrainingRequest
 
@@ -77,7 +77,7 @@ def finetune(
     elif method != "finetune" or options != Options():
         raise OptionError("a method says what is held and how it steps: leave out held and rule, or method and options")
     objective = Objective.of(model, loss_function, data, forward=forward)
-    loop = Loop(objective, training, held_zeros(model) if held is None else held, rule)
+    loop = TrainingLoop(objective, training, held_zeros(model) if held is None else held, rule)
     progress = Silence() if progress is None else progress
     settings = "" if method == "finetune" else f"{method} {options} {layers} {ignore}"
     kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop, settings)

@@ -15,7 +15,7 @@ from hesse.training.held import Held, check_names
 from hesse.training.passes import USE, Passes, seed_all
 from hesse.training.training import Training, linear_decay
 
-Gradients = dict[str, Tensor]  # of the parameters that the loss depends on
+NamedGradients = dict[str, Tensor]  # of the parameters that the loss depends on
 
 
 class StepRule(Protocol):
@@ -25,8 +25,8 @@ class StepRule(Protocol):
         """Raise OptionError if the rule cannot train these weights."""
 
     def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
-    ) -> Gradients:
+        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
+    ) -> NamedGradients:
         """Return the direction that the optimiser gets as the gradient.
 
         `gradients()` computes the gradient on the step's batches at the present weights. The rule may change weights in
@@ -42,13 +42,13 @@ class PlainStep:
         """Accept any weights."""
 
     def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], Gradients], step: int
-    ) -> Gradients:
+        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
+    ) -> NamedGradients:
         """Return the gradient at the present weights."""
         return gradients()
 
 
-class Loop:
+class TrainingLoop:
     """A training that can stop and resume after any step.
 
     The model's own parameters are allowed weights after every step. In place of a parametrized weight other tensors are
@@ -148,7 +148,7 @@ class Loop:
         self.losses.append(losses[0])
         self.set_weights()
 
-    def _gradients(self, batches: list[Batch], losses: list[float]) -> Gradients:
+    def _gradients(self, batches: list[Batch], losses: list[float]) -> NamedGradients:
         """Return the gradients of all batches as one; append the loss to `losses`."""
         total, count = 0.0, 0
         for weight in self.objective.parameters:

@@ -1,6 +1,6 @@
 """The Fisher on a layer's weight in nats per token: its diagonal, blocks on its diagonal, or the gradients it is of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from hesse.estimation.statistics_folder import Statistics
 from hesse.estimation.sums import GradientBlocks, GradientSquares
 from hesse.networks.network import Layer
 from hesse.passes.backward import layer_part
-from hesse.passes.parts import Part
+from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch
 from hesse.passes.sample_gradients import sample_gradients
 from hesse.processes import Processes
@@ -21,7 +21,7 @@ from hesse.processes import Processes
 BLOCK_SIZE = 32  # weights of a row; the blocks take as many times the weights' own memory
 
 
-class Fisher(BackwardStatistic):
+class FisherStatistic(BackwardStatistic):
     """A part of the Fisher on a layer's weight (out, in), however its module keeps it."""
 
     missing = "the tokens that probed the loss did not reach it; its weights were taken as equals"
@@ -32,7 +32,7 @@ class Fisher(BackwardStatistic):
         return FACTOR_TOKENS
 
 
-class FisherDiagonal(Fisher):
+class FisherDiagonal(FisherStatistic):
     """E[(g xᵀ)²] (out, in) per position: each position's gradient is squared by itself."""
 
     name: ClassVar[str] = "fisher diagonal"
@@ -43,7 +43,11 @@ class FisherDiagonal(Fisher):
 
     def accumulator(self, layers: Sequence[Layer]) -> BackwardAccumulator:
         """Return empty sums."""
-        return _Squares(layers)
+        weights = _weights(layers)
+        squares = GradientSquares(_parts(layers), weights, "position")
+        # All of them from the start, so that several processes add up the same.
+        squares.sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        return _Totals(squares, lambda: squares.sums)
 
     def check_folder(self, folder: Statistics) -> None:
         """Refuse a folder without the Fisher."""
@@ -57,7 +61,7 @@ class FisherDiagonal(Fisher):
         return fisher.values.T if layer.transposed else fisher.values
 
 
-class FisherBlocks(Fisher):
+class FisherBlocks(FisherStatistic):
     """Blocks (blocks, size, size) of the Fisher on neighbors in row-major order, of gradients of whole samples."""
 
     name: ClassVar[str] = "fisher blocks"
@@ -69,10 +73,11 @@ class FisherBlocks(Fisher):
 
     def accumulator(self, layers: Sequence[Layer]) -> BackwardAccumulator:
         """Return empty sums."""
-        return _Blocks(layers)
+        blocks = GradientBlocks(_parts(layers), _weights(layers), BLOCK_SIZE)
+        return _Totals(blocks, lambda: {name: block.total for name, block in blocks.sums.items()})
 
 
-class FisherGradients(Fisher):
+class FisherGradients(FisherStatistic):
     """Gradients g (samples, out, in) of whole samples, all kept, whose mean g gᵀ is the Fisher."""
 
     name: ClassVar[str] = "fisher gradients"
@@ -91,7 +96,7 @@ class FisherGradients(Fisher):
         return _Gradients(layers)
 
 
-def _parts(layers: Sequence[Layer]) -> dict[str, list[Part]]:
+def _parts(layers: Sequence[Layer]) -> dict[str, list[ParameterPart]]:
     """Return the weights of layers as (out, in) parts, by the layers' names."""
     return {layer.name: [replace(layer_part(layer), transposed=False)] for layer in layers}
 
@@ -104,34 +109,17 @@ def _reached(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if bool(value.any())}
 
 
-class _Squares:
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._squares = GradientSquares(_parts(layers), _weights(layers), "position")
-        # All of them from the start, so that several processes add up the same.
-        self._squares.sums = {
-            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in _weights(layers).items()
-        }
+class _Totals:
+    """Sums of some layers, whose `totals` the processes add up."""
 
-    def add(self, recorded: RecordedBatch) -> None:
-        self._squares.add(recorded)
+    def __init__(self, sums: GradientSquares | GradientBlocks, totals: Callable[[], dict[str, Tensor]]) -> None:
+        self.add, self._totals = sums.add, totals
 
     def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
-        for total in self._squares.sums.values():
+        totals = self._totals()
+        for total in totals.values():
             processes.all_reduce(total)
-        return _reached({name: scale * total for name, total in self._squares.sums.items()})
-
-
-class _Blocks:
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._blocks = GradientBlocks(_parts(layers), _weights(layers), BLOCK_SIZE)
-
-    def add(self, recorded: RecordedBatch) -> None:
-        self._blocks.add(recorded)
-
-    def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
-        for blocks in self._blocks.sums.values():
-            processes.all_reduce(blocks.total)
-        return _reached({name: scale * blocks.total for name, blocks in self._blocks.sums.items()})
+        return _reached({name: scale * total for name, total in totals.items()})
 
 
 class _Gradients:

@@ -64,8 +64,7 @@ def linear_solve(
     except UnsupportedProduct:
         return conjugate_gradients(curvature, vector, tolerance=tolerance, max_iterations=max_iterations)
     residual = _residual(curvature, solution, vector)
-    ending: Ending = "converged"
-    return LinearSolution(solution, "direct", ending, _worst(residual, vector, curvature), 0)
+    return LinearSolution(solution, "direct", "converged", _worst(residual, vector, curvature), 0)
 
 
 def conjugate_gradients(

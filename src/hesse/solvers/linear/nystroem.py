@@ -1,5 +1,7 @@
 """Nyström approximation of a layer: inputs chosen by ridge leverage scores, and the weights on these alone."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,7 @@ def kept_units(moment: Tensor, count: int) -> Tensor:
         low, high = (middle, high) if more else (low, middle)
     ridge = max(high, torch.finfo(torch.float64).tiny)
     scores = vectors.square() @ (values / (values + ridge))
-    units: Tensor = scores.topk(count).indices.sort().values
-    return units
+    return cast(Tensor, scores.topk(count).indices.sort().values)
 
 
 def nystroem_weight(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
@@ -42,5 +43,4 @@ def nystroem_weight(weight: Tensor, moment: Tensor, units: Tensor) -> Tensor:
     if not bool((values > 0).any()):
         raise ConditioningError("all inputs of this layer are zero on this data: use other samples")
     inverse = (vectors[:, seen] / values[seen]) @ vectors[:, seen].T
-    fitted: Tensor = (weight.double() @ wide[:, units] @ inverse).to(weight.dtype)
-    return fitted
+    return cast(Tensor, (weight.double() @ wide[:, units] @ inverse).to(weight.dtype))

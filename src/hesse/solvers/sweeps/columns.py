@@ -12,7 +12,7 @@ from hesse.constraints import Grouped
 TILE = 64  # outputs taken together, so that their columns of a block stay in the nearest cache
 
 
-class Block(NamedTuple):
+class ColumnBlock(NamedTuple):
     """A block of columns of a transposed weight, all (columns, out) and contiguous; None for parts it lacks."""
 
     work: Tensor  # weights in float32, replaced by allowed values
@@ -26,7 +26,7 @@ class Block(NamedTuple):
     )
 
 
-def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
+def walk(block: ColumnBlock, first: int, last: int, grid: Grouped | None) -> None:
     """Replace the columns [first, last) of `block` by allowed values; all columns after them take the errors.
 
     Where there is a `grid`, it has `bounds`.

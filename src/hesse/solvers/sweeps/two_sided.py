@@ -9,11 +9,11 @@ from torch import Tensor
 from hesse.compiled import lost_bits
 from hesse.solvers.sweeps import two_sided_blocks
 
-BLOCK = 64  # columns whose errors reach those beyond them in one product
+DESCENT_COLUMNS = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block taken one by one; their errors reach the rows beyond them in one product
 
 
-Loop = Callable[..., None]
+SweepLoop = Callable[..., None]
 
 
 class GridLevels(NamedTuple):
@@ -30,7 +30,7 @@ class GridLevels(NamedTuple):
         parts = (values[self.group[columns], rows].contiguous().numpy() for values in self[:3])
         return (*parts, lost_bits(self.dtype))
 
-    def loops(self) -> tuple[Loop, Loop]:
+    def loops(self) -> tuple[SweepLoop, SweepLoop]:
         """Return the loops that feed errors back and that descend."""
         return two_sided_blocks.feed_back, two_sided_blocks.descend
 
@@ -44,7 +44,7 @@ class TableLevels(NamedTuple):
         """Return the arguments of the compiled loops for some columns and rows."""
         return (self.values[rows].numpy(),)
 
-    def loops(self) -> tuple[Loop, Loop]:
+    def loops(self) -> tuple[SweepLoop, SweepLoop]:
         """Return the loops that feed errors back and that descend."""
         return two_sided_blocks.feed_back_table, two_sided_blocks.descend_table
 
@@ -72,8 +72,8 @@ class TwoSidedSweeps(Protocol):
 def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, rows: Tensor) -> Tensor:
     """Implement `TwoSidedSweeps` on the CPU."""
     codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, DESCENT_COLUMNS):
+        stop = min(start + DESCENT_COLUMNS, width)
         within = columns[start:stop, start:stop].contiguous().numpy()
         spread = torch.zeros_like(work[start:stop])
         for top in range(0, height, TILE):
@@ -95,8 +95,8 @@ def descend(
 ) -> None:
     """Implement `TwoSidedSweeps` on the CPU."""
     (width, height), (_, loop) = codes.shape, steps.loops()
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, DESCENT_COLUMNS):
+        stop = min(start + DESCENT_COLUMNS, width)
         changes = torch.empty_like(codes[start:stop])
         within = input_factor[start:stop, start:stop].contiguous().numpy()
         block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from hesse.constraints import Grouped
-from hesse.solvers.sweeps.columns import Block, bounds_of
+from hesse.solvers.sweeps.columns import ColumnBlock, bounds_of
 from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
 
 HELD = 4096  # weights that one program holds
@@ -52,7 +52,7 @@ def _walk(
     tl.store(work + places, held, mask=inside)
 
 
-def walk(block: Block, first: int, last: int, grid: Grouped | None) -> None:
+def walk(block: ColumnBlock, first: int, last: int, grid: Grouped | None) -> None:
     """Implement `sweeps.columns.walk` on a GPU."""
     width, height = block.work.shape
     padded = triton.next_power_of_2(width)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hesse.solvers.sweeps.kernels.rounding import EXACT, nearest, stored, stored_type
-from hesse.solvers.sweeps.two_sided import BLOCK, GridLevels
+from hesse.solvers.sweeps.two_sided import DESCENT_COLUMNS, GridLevels
 
 TILE = 64  # columns and rows that one program solves
 CHUNK = 512  # rows that descent weighs together
@@ -161,8 +161,8 @@ def descend(codes: Tensor, gradient: Tensor, steps: GridLevels, input_factor: Te
     width, height = codes.shape
     padded = triton.next_power_of_2(height)
     chunk = min(padded, CHUNK)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, DESCENT_COLUMNS):
+        stop = min(start + DESCENT_COLUMNS, width)
         changes = torch.empty_like(codes[start:stop])
         with torch.cuda.device_of(codes):
             _descend[(1,)](
