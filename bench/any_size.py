@@ -30,8 +30,8 @@ def main() -> None:
         hesse.estimate("default", folder / "st", curvatures=("gram", "kronecker"), samples=SAMPLES, length=LENGTH)
         for share in (90, 80, 60):
             out = folder / f"cut-{share}"
-            report = hesse.cut("default", folder / "st", out, size=f"{share}%").report
-            row(f"`hesse cut` {share} %", report, out)
+            report = hesse.compress("default", out, method="acip", size=f"{share}%", statistics=folder / "st").report
+            row(f"`acip` {share} %", report, out)
             rank = uniform_rank([layer.shape for layer in report.layers] + kept(report), share / 100)
             for method in ("activation-svd", "kronecker-svd"):
                 out = folder / f"{method}-{share}"

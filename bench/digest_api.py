@@ -57,7 +57,7 @@ def rotate(model: str | Path, out: Path, **arguments: Any) -> Any:
 
 def cut(model: str | Path, statistics: Path, out: Path, size: str) -> Any:
     """Cut a model to a size by one ranking."""
-    return hesse.cut(model, statistics, out, size=size).report
+    return hesse.compress(model, out, method="acip", size=size, statistics=statistics).report
 
 
 def narrow(model: str | Path, out: Path, **arguments: Any) -> Any:

@@ -4,12 +4,13 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import hesse
-from helpers import dense_tensors, left_over, write_ids
+from helpers import CommandLine, dense_tensors, left_over, write_ids
 from hesse.curvature import Kronecker
 from hesse.errors import CheckpointError, OptionError
 from hesse.planning.problem import Problem
@@ -72,7 +73,7 @@ def test_any_size_is_cut_from_one_run(estimated: tuple[Path, Path], tmp_path: Pa
     dense, ranks, losses = dense_tensors(source), [], []
     for size in (40, 60, 80):
         out = tmp_path / str(size)
-        report = hesse.cut(source, statistics, out, size=f"{size}%").report
+        report = hesse.compress(source, out, method="acip", size=f"{size}%", statistics=statistics).report
         config = json.loads((out / "config.json").read_text())
         names = [layer for layer in dense if layer.endswith("_proj.weight")]
         held = dense_tensors(out)
@@ -96,7 +97,7 @@ def test_any_size_is_cut_from_one_run(estimated: tuple[Path, Path], tmp_path: Pa
 def test_sizes_that_cannot_be_reached_are_refused(size: str, estimated: tuple[Path, Path], tmp_path: Path) -> None:
     source, statistics = estimated
     with pytest.raises(OptionError, match="--size"):
-        hesse.cut(source, statistics, tmp_path / "out", size=size)
+        hesse.compress(source, tmp_path / "out", method="acip", size=size, statistics=statistics)
     assert left_over(tmp_path) == []
 
 
@@ -104,5 +105,25 @@ def test_statistics_of_another_model_are_refused(
     estimated: tuple[Path, Path], family_folder: FolderOf, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="is of another model"):
-        hesse.cut(family_folder("qwen2"), estimated[1], tmp_path / "out", size="60%")
+        hesse.compress(family_folder("qwen2"), tmp_path / "out", method="acip", size="60%", statistics=estimated[1])
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"size": "60%"}, {"statistics": "s"}, {"options": hesse.Options(rank=4)}])
+def test_a_size_and_statistics_are_needed_and_no_more(
+    options: dict[str, Any], estimated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given = {"size": "60%", "statistics": estimated[1], **options} if "options" in options else options
+    with pytest.raises(OptionError, match="the method acip takes a size of the linear layers and statistics"):
+        hesse.compress(estimated[0], tmp_path / "out", method="acip", **given)
+
+
+def test_the_command_line(estimated: tuple[Path, Path], hesse_command: CommandLine, tmp_path: Path) -> None:
+    arguments = ("compress", estimated[0], tmp_path / "out", "--method", "acip")
+    report = json.loads(hesse_command(*arguments, "--size", "60%", "--statistics", estimated[1], "--json").stdout)
+    assert report["recipe"]["method"] == "acip"
+    refused = hesse_command(*arguments, "--overwrite")
+    assert refused.code == 2
+    assert "hesse compress MODEL OUT --method acip --size 60% --statistics STATISTICS" in " ".join(
+        refused.stderr.split()
+    )

@@ -87,7 +87,7 @@ def test_of_a_model_that_replaces_another(umask: int, source: Path, tmp_path: Pa
 def test_of_statistics_and_what_is_cut_by_them(umask: int, source: Path, tmp_path: Path) -> None:
     statistics, data = tmp_path / "statistics", write_ids(tmp_path / "ids.jsonl")
     hesse.estimate(source, statistics, curvatures=("gram", "kronecker", "fisher"), data=data)
-    hesse.cut(source, statistics, tmp_path / "cut", size="60%")
+    hesse.compress(source, tmp_path / "cut", method="acip", size="60%", statistics=statistics)
     assert wrong(umask, statistics, tmp_path / "cut") == {}
 
 

@@ -323,16 +323,16 @@ def test_rows_that_prune_a_checkpoint_build_what_they_print(name: str, half_fold
     assert method.score is None or report.score == method.score
 
 
-@pytest.mark.parametrize("name", rows_of("cut"))
+@pytest.mark.parametrize("name", rows_of("compress_to_size"))
 def test_rows_of_sizes_build_what_they_print(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
     source, data = family_folder("llama"), write_ids(tmp_path / "ids.jsonl")
     hesse.estimate(source, tmp_path / "statistics", curvatures=("gram", "kronecker"), data=data)
     with recording() as built:
-        METHODS[name].run(source, tmp_path / "statistics", tmp_path / "out", size="60%")
+        METHODS[name].run(source, tmp_path / "out", statistics=tmp_path / "statistics", size="60%", data=data)
     check_built(METHODS[name], built)
 
 
 def test_every_row_is_run_by_one_of_these_tests() -> None:
-    here = ("compress", "prune_gradually", "finetune", "prune", "price", "allocate", "plan_tiles", "repair", "cut")
-    assert set(rows_of(*here, "prune_checkpoint")) == set(METHODS)
+    here = ("compress", "prune_gradually", "finetune", "prune", "price", "allocate", "plan_tiles", "repair")
+    assert set(rows_of(*here, "prune_checkpoint", "compress_to_size")) == set(METHODS)
     assert len(METHODS) >= 77

@@ -3,7 +3,7 @@
 L(w + d) - L(w) ≈ gᵀd + ½ dᵀHd, and method = curvature × constraint × solver.
 
 Change a model, on disk or in memory:
-    compress, plan, prune, prune_gradually, finetune, repair, rotate, cut; with Options and Training
+    compress, plan, prune, prune_gradually, finetune, repair, rotate; with Options and Training
 
 Look at a model, or run it elsewhere:
     estimate, evaluate, inspect; export, benchmark
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.evaluation.evaluate import evaluate as evaluate
     from hesse.inspection.inspect import inspect as inspect
     from hesse.jobs.compress import compress as compress
-    from hesse.jobs.cut import cut as cut
     from hesse.jobs.estimate import estimate as estimate
     from hesse.jobs.prune import prune as prune
     from hesse.jobs.repair import repair as repair
@@ -59,7 +58,6 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
 # Public names by the module that defines them.
 NAMES = {
     "jobs.compress": "compress",
-    "jobs.cut": "cut",
     "jobs.estimate": "estimate",
     "jobs.prune": "prune",
     "jobs.repair": "repair",

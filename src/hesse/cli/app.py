@@ -8,7 +8,6 @@ from typing import Annotated, NamedTuple
 import typer
 
 from hesse.cli.compress import compress
-from hesse.cli.cut import cut
 from hesse.cli.measure import demo, estimate, evaluate, inspect, methods
 from hesse.cli.prune import prune
 from hesse.cli.repair import repair
@@ -38,7 +37,6 @@ COMMANDS = (
     Command(prune, CHANGE, "hesse prune default narrower --what hidden --keep 0.75"),
     Command(repair, CHANGE, "hesse repair default tiny-3bit tiny-3bit-adapter --rank 16"),
     Command(rotate, CHANGE, "hesse rotate default default-rotated --kind kurtail --samples 32"),
-    Command(cut, CHANGE, "hesse cut default STATISTICS smaller --size 80%"),
     Command(demo, LOOK, "hesse demo"),
     Command(methods, LOOK, "hesse methods pruning"),
     Command(inspect, LOOK, "hesse inspect default --report report.html"),

@@ -126,7 +126,8 @@ def compress(
     target_options: dict[str, Any] = {"format": format, "target": target, "allocation": allocation, "device": device}
     budget: dict[str, Any] = {"size": size, "mean_bits": mean_bits, "loss": loss}
     if planned:
-        budget.update(options=options, ignore=patterns, **({} if method is None else {"method": method}))
+        given = None if options == Options() else options
+        budget.update(options=given, ignore=patterns, **({} if method is None else {"method": method}))
     main = is_main_process()
     with progress_bars(as_json or not main) as bars:
         if print_recipe or out is None:

@@ -30,12 +30,13 @@ from hesse.jobs.options import RunOptions, run_options
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup, open_setup
 from hesse.layerwise.rules import statistics_needed
-from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method, methods_of
 from hesse.modules.compress import compress_in_memory
 from hesse.networks.allocator import keep_no_large_memory
 from hesse.networks.network import Layer
 from hesse.passes.per_sample import FisherKind
 from hesse.planning.budget import Budget, BudgetPlan, BudgetRequest, budget_request, plan_budget
+from hesse.planning.singular_directions import directions_recipe
 from hesse.progress import Clock, Progress
 from hesse.result import ForecastReport, Result
 from hesse.rewriting import Rewriting, RewritingSamples, RoundingTarget
@@ -116,7 +117,8 @@ def compress(
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `int-quantized`, `dense` or `low-rank`.
         size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
-            `mean_bits` or `loss` the recipe is planned: see `plan`.
+            `mean_bits` or `loss` the recipe is planned: see `plan`. For the method "acip" the size of the linear layers
+            that are not ignored, of which its one ranking of singular directions takes any share.
         mean_bits: a budget of bits a weight over the planned layers, scales included.
         loss: a budget of predicted loss in nats per token.
         target: `transformers`, `vllm` or `any`: refuse, or do not plan, schemes that this loader does not support.
@@ -171,6 +173,20 @@ def compress(
         )
     if out is None:
         raise OptionError("a model on disk needs a folder to write: give out")
+    if recipe is None and method in methods_of("compress_to_size"):
+        if (
+            size is None
+            or statistics is None
+            or any(given is not None for given in (mean_bits, loss, allocation, options))
+        ):
+            raise OptionError(
+                f"the method {method} takes a size of the linear layers and statistics, no other budget and no "
+                "options: give --size 60% and --statistics DIR, which `hesse estimate --curvature gram,kronecker` wrote"
+            )
+        run = run_options(device, memory, overwrite, restart, dry_run, progress)
+        ranks = directions_recipe(locate(model), Path(statistics), size, tuple(ignore), run.device, run.progress)
+        calibration = Calibration(data, samples, length, seed, batch_size)
+        return compress_folder(model, Path(out), ranks, calibration, run, Path(statistics), format, target, measure)
     if tuple(layers) != ("*",) or loss_function is not None or forward is not None or kind != "sampled":
         raise OptionError("layers, loss_function, forward and kind are for modules: give a recipe for other layers")
     if data is not None and not isinstance(data, str | Path) and (ids := token_ids(data)) is not None:

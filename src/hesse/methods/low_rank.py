@@ -101,7 +101,7 @@ register(
         source="one ranking for any size, after Genzel et al., 2025, arXiv:2502.01717, by predicted loss",
         needs="what `hesse estimate --curvature gram,kronecker` wrote, once",
         defaults=Options(rank=64, damping=0.01),
-        verb="cut",
+        verb="compress_to_size",
     ),
     family="low-rank",
 )

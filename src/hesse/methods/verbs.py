@@ -47,7 +47,11 @@ VERBS: Registry[Verb] = Registry("verb")
 for _verb in (
     Verb("compress", "hesse:compress", "hesse compress MODEL OUT --method {name}"),
     Verb("repair", "hesse:repair", "hesse repair DENSE COMPRESSED OUT", keyword=None),
-    Verb("cut", "hesse:cut", "hesse cut MODEL STATISTICS OUT --size 60%", keyword=None),
+    Verb(
+        "compress_to_size",
+        "hesse:compress",
+        "hesse compress MODEL OUT --method {name} --size 60% --statistics STATISTICS",
+    ),
     Verb(
         "prune_gradually",
         "hesse:prune_gradually",

@@ -14,6 +14,7 @@ from hesse.layerwise.layer_solver import LayerProblem
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import METHODS, Options, Recipe
 from hesse.methods.recipe import matches
+from hesse.networks.families import is_expert
 from hesse.networks.network import Layer
 from hesse.passes.loading import each_loaded
 from hesse.planning.problem import Candidate, ChoiceGroup, Problem
@@ -25,7 +26,7 @@ from hesse.solvers import WhitenedSVD
 METHOD = "acip"  # gives the metric of the ranking, and computes the factors
 
 
-def cut_recipe(
+def directions_recipe(
     model: Path, statistics: Path, size: str | int, ignore: tuple[str, ...], device: torch.device, progress: Progress
 ) -> Recipe:
     """Return the recipe with each layer's rank for a total `size` of the linear layers, such as "60%" or bytes.
@@ -45,7 +46,7 @@ def cut_recipe(
         estimated.check_holds(kind)
     check_patterns([layer.name for layer in network.layers], (), ignore)
     layers = [layer for layer in network.layers if not any(matches(layer.name, pattern) for pattern in ignore)]
-    expert = next((layer.name for layer in layers if ".experts." in layer.name), None)
+    expert = next((layer.name for layer in layers if is_expert(layer.name)), None)
     if expert is not None:
         raise OptionError(f"{expert}: single experts cannot be factorised: leave them out with --ignore '*.experts.*'")
     stored = {layer.name: checkpoint.dtype(f"{layer.name}.weight").itemsize for layer in layers}
