@@ -33,7 +33,7 @@ UNKNOWN = Finding("Nothing was predicted.", "No sample that probed the loss reac
 def findings(report: "CompressionReport", measured: "Measurements") -> list[Finding]:
     """Return the findings, most important first."""
     predicted = [_whole(measured), _layers(measured), _line(measured)] if report.loss.predicted else [UNKNOWN]
-    return [*predicted, _fit(report, measured), *_fallbacks(report)]
+    return [*predicted, _fit(report, measured), *_notes(report)]
 
 
 def _whole(measured: "Measurements") -> Finding:
@@ -133,12 +133,12 @@ def _difference(check: "TextMeasurement", seen: "TextMeasurement") -> tuple[floa
     return one.value - other.value, math.hypot(one.standard_error, other.standard_error)
 
 
-def _fallbacks(report: "CompressionReport") -> Iterator[Finding]:
+def _notes(report: "CompressionReport") -> Iterator[Finding]:
     """Yield a warning if there were departures from the options."""
     count = len(report.notes)
     if count:
         what = "There was one departure" if count == 1 else f"There were {count} departures"
-        yield Finding("Not all options were followed.", f"{what}: see the fallbacks below.", True)
+        yield Finding("Not all options were followed.", f"{what}: see the notes below.", True)
 
 
 def _band(band: tuple[float, float]) -> str:

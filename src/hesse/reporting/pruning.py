@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.jobs.blocks_report import BlocksReport
-from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
+from hesse.reporting.terminal import note_lines, number, shown, unwrapped
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _blocks(report: BlocksReport) -> RenderableType:
     share = 100 * after / (report.parameters_before or 1)
     return Group(
         table,
-        *fallback_lines(report.notes, REPORT_FILE),
+        *note_lines(report.notes, REPORT_FILE),
         _measured(report, "scored"),
         shown(f"parameters to store: {after:,} ({share:.1f} %); bytes: {report.bytes_after or 0:,}"),
         unwrapped(f"written to {report.out}", "bold"),
@@ -49,7 +49,7 @@ def _hidden(report: "HiddenReport") -> RenderableType:
     share = 100 * after / (report.parameters_before or 1)
     return Group(
         shown(f"{report.width_after} of {report.width_before} hidden units a block"),
-        *fallback_lines(report.notes, REPORT_FILE),
+        *note_lines(report.notes, REPORT_FILE),
         shown(f"{after:,} parameters ({share:.1f} %), {report.bytes_after or 0:,} bytes"),
         _measured(report, "calibration"),
         unwrapped(f"written to {report.out}", "bold"),

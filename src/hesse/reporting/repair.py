@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from hesse.reporting.terminal import fallback_lines, number, shown, unwrapped
+from hesse.reporting.terminal import note_lines, number, shown, unwrapped
 from hesse.result import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def repair_summary(report: "RepairReport") -> RenderableType:
             for loss in (before, after)
         ),
     )
-    parts: list[RenderableType] = [table, *fallback_lines(report.notes, REPORT_FILE)]
+    parts: list[RenderableType] = [table, *note_lines(report.notes, REPORT_FILE)]
     parts.append(Text(f"{len(report.layers)} layers repaired in {report.seconds['total']:.1f} s"))
     parts.append(unwrapped(f"written to {report.out}", "bold"))
     if report.format == "adapter":

@@ -92,7 +92,7 @@ def _quality_rows(before: "EvaluationReport | None", after: "EvaluationReport | 
 def compression_summary(report: "CompressionReport") -> RenderableType:
     """Return the summary of a compression: the table of costs, departures from the recipe, and the costliest layers."""
     parts: list[RenderableType] = [cost_table(report, None, None)]
-    parts += fallback_lines(report.notes, REPORT_FILE)
+    parts += note_lines(report.notes, REPORT_FILE)
     worst = sorted(report.layers, key=lambda layer: -(layer.predicted_loss_increase or 0))[:3]
     names = ", ".join(f"{layer.name} ({number(layer.predicted_loss_increase, 2)})" for layer in worst)
     parts.append(shown(f"most of the predicted increase: {names}"))
@@ -103,15 +103,15 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     return Group(*parts)
 
 
-def fallback_lines(fallbacks: list[str], file: str) -> list[Text]:
-    """Return the first departures from the options; all of them are in the report `file`."""
-    if not fallbacks:
+def note_lines(notes: list[str], file: str) -> list[Text]:
+    """Return the first notes, such as departures from the options; all of them are in the report `file`."""
+    if not notes:
         return []
     lines = [
-        Text(f"{len(fallbacks)} fallbacks:", style="bold yellow"),
-        *(shown(f"  {note}") for note in fallbacks[:20]),
+        Text(f"{len(notes)} {'note' if len(notes) == 1 else 'notes'}:", style="bold yellow"),
+        *(shown(f"  {note}") for note in notes[:20]),
     ]
-    return lines if len(fallbacks) <= 20 else [*lines, Text(f"  and {len(fallbacks) - 20} more in {file}")]
+    return lines if len(notes) <= 20 else [*lines, Text(f"  and {len(notes) - 20} more in {file}")]
 
 
 def evaluation_table(evaluation: "EvaluationReport") -> Table:
