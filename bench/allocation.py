@@ -29,7 +29,7 @@ from hesse.methods import Options, find_method
 from hesse.planning import Choice, Problem
 from hesse.planning.bisection import smallest_accepted
 from hesse.planning.block_sparsity import plan_tiles
-from hesse.planning.pricing import Menu, changes_of, grid_menu, price, priced, use
+from hesse.planning.pricing import Menu, changes_of, grid_menu, menu_problem, price, use
 from hesse.scores.sensitivities import predicted_costs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -150,7 +150,7 @@ def sizes_at_floor(seed: int) -> tuple[dict[str, float], int]:
     weights = sum(parameter.numel() for parameter in objective.parameters)
     found = {}
     for name, own in costs.items():
-        problem = priced(menu, own)
+        problem = menu_problem(menu, own)
         found[name] = 8 * problem.size(smallest_accepted(problem, accepts)) / weights
     return found, len(measured)
 

@@ -163,7 +163,7 @@ def repaired(folder: Path, **arguments: Any) -> object:
     report = api.repair(source, compressed, out, rank=6, data=IDS, **arguments)
     if arguments.get("format") == "dense":
         return report, out
-    return report, out, api.evaluate(compressed, adapter=out, reference=source, data=OTHER_IDS)
+    return report, out, api.evaluate(compressed, merge_adapter=out, reference=source, data=OTHER_IDS)
 
 
 def exported(model: Callable[[], str | Path], folder: Path, to: str, needs: str, bits: int | None = None) -> object:

@@ -46,6 +46,9 @@ RENAMED: list[tuple[str, str | None]] = [
     (r"\.calibration\.curvature$", ".calibration.statistics"),
     (rf"^((?:narrow|drop-blocks)/\S+ {TOP})\.(measured|standard_error|samples|held_out)$", r"\1.loss.\2"),
     (rf"^(narrow/\S+ {TOP})\.blocks\.", r"\1.layers."),
+    (r"^((?:inspect|evaluate)/\S+ numbers:)loss$", r"\1model_loss"),
+    (r"^(repair/\S+ numbers:2\.)loss$", r"\1model_loss"),
+    (rf"^(export/\S+ {TOP})\.bytes$", r"\1.bytes_after"),
     (rf"^(rotate/\S+ {TOP})\.kl$", r"\1.loss.measured"),
     (rf"^(repair/\S+ {TOP})\.bytes_compressed$", r"\1.bytes_before"),
     (rf"^(repair/\S+ {TOP})\.(predicted|measured|standard_error)_before$", r"\1.loss_before.\2"),
@@ -58,6 +61,8 @@ RENAMED: list[tuple[str, str | None]] = [
 ]
 # Names that NEW has and OLD had not, by regular expressions on the same lines.
 ADDED: list[str] = [
+    r"(inspect|evaluate)/\S+ numbers:(loss(\.\w+)?|schema|(bytes|parameters)_(before|after)|method)",
+    r"repair/\S+ numbers:2\.(loss(\.\w+)?|(bytes|parameters)_(before|after)|method)",
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.(schema|(bytes|parameters)_(before|after)|method|tokens)",
     r"\S+ numbers:(0|hesse-report\.json|statistics\.json)\.loss(_before)?(\.\w+)?",
     r"rotate/\S+ numbers:hesse-report\.json\..*",

@@ -23,7 +23,7 @@ from hesse.planning.bisection import smallest_accepted
 from hesse.planning.costs import CostMeter
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
 from hesse.planning.menu import make_menu
-from hesse.planning.pricing import Member, allocate, changes_of, grid_menu, priced, use
+from hesse.planning.pricing import Member, allocate, changes_of, grid_menu, menu_problem, use
 from hesse.scores import SCORES
 from hesse.scores.interactions import interactions
 from hesse.scores.sensitivities import Sensitivity, find_sensitivity, predicted_costs
@@ -192,7 +192,7 @@ def all_choices(problem: Problem) -> list[Choice]:
 def test_a_plan_is_the_best_of_all_assignments(setting: str, sensitivity: str) -> None:
     of = objective(setting)
     menu = menu_of(of)
-    problem = priced(menu, predicted_costs(of, changes_of(of, menu), sensitivity))
+    problem = menu_problem(menu, predicted_costs(of, changes_of(of, menu), sensitivity))
     room = (problem.smallest + sum(own[0].size for own in menu.values())) // 2
     found = allocate(of, menu, room, sensitivity)
     assert problem.size(found) <= room

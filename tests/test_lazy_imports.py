@@ -59,3 +59,9 @@ def test_type_checkers_see_the_same_names() -> None:
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"]
     seen = {entry.asname: node.module for node in imports for entry in node.names if node.module != "typing"}
     assert seen == hesse.HOMES
+
+
+def test_the_public_names_can_be_read_at_one_glance() -> None:
+    assert len(hesse.__all__) <= MOST_NAMES
+    undocumented = [name for name in hesse.__all__ if name != "__version__" and name not in str(hesse.__doc__)]
+    assert undocumented == []

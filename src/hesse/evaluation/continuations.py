@@ -52,11 +52,8 @@ def continuations(
 def _prompts(check: Samples, limit: int | None) -> list[Tensor]:
     """Return pieces (tokens,) of the samples: all beginnings, then all middles, with room for the continuation."""
     room = PROMPT_TOKENS if limit is None else min(PROMPT_TOKENS, max(limit - GENERATED_TOKENS, 1))
-    pieces = []
-    for part in (0, 1):
-        for ids in check.ids:
-            half = len(ids) // 2
-            pieces.append(ids[part * half :][: min(room, half)])
+    halves = [(ids, len(ids) // 2) for ids in check.ids]
+    pieces = [ids[part * half :][: min(room, half)] for part in (0, 1) for ids, half in halves]
     return pieces[:PROMPTS]
 
 

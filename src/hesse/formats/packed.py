@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -245,6 +245,4 @@ def _grid(layer: StoredLayer) -> Grid | None:
 
 
 def _grid_of(layer: StoredLayer) -> Grid:
-    grid = _grid(layer)
-    assert grid is not None
-    return grid
+    return cast(Grid, _grid(layer))

@@ -1,6 +1,6 @@
 """Inspection: the loss around a model's weights, and the accuracy of each curvature approximation."""
 
-from hesse.inspection.inspect import Inspection, inspect_checkpoint
+from hesse.inspection.inspect import Inspection
 from hesse.inspection.layers import SCHEMES, LayerInspection
 
-__all__ = ["SCHEMES", "Inspection", "LayerInspection", "inspect_checkpoint"]
+__all__ = ["SCHEMES", "Inspection", "LayerInspection"]

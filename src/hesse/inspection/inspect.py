@@ -88,56 +88,24 @@ def inspect(
         progress: receives each phase and step.
 
     Raises:
+        UnsupportedModelError: the model has no next-token loss, or no linear layers that Hesse supports.
         HesseError: the subclass and message say what is wrong and what to do.
     """
     check_at_least("--samples", samples, 2)
     check_at_least("--length", length, 2)
-    inspection = inspect_checkpoint(
-        locate(model),
-        str(model),
-        data,
-        None if statistics is None else Path(statistics),
-        samples,
-        length,
-        seed,
-        find_device(device),
-        progress or Silence(),
-    )
-    return Result(inspection)
-
-
-def inspect_checkpoint(
-    model: Path,
-    name: str,
-    data: str | Path | list[list[int]] | None,
-    curvature: Path | None,
-    samples: int,
-    length: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> Inspection:
-    """Inspect the causal language model in the folder `model`, in float32 and wholly in memory.
-
-    With a folder `curvature` that `hesse estimate` wrote, predictions are made from its statistics.
-
-    Raises:
-        UnsupportedModelError: the model has no next-token loss, or no linear layers that Hesse supports.
-        HesseError: the model or the data cannot be used.
-    """
-    clock = Clock()
+    clock, folder, progress = Clock(), locate(model), progress or Silence()
     with clock.phase("read"):
-        checkpoint = open_checkpoint(model)
-        statistics = None if curvature is None else Statistics(curvature)
-        if statistics is not None:
-            statistics.check_model(checkpoint)
-        network = CheckpointNetwork(checkpoint, torch.float32, device)
+        checkpoint = open_checkpoint(folder)
+        stored = None if statistics is None else Statistics(Path(statistics))
+        if stored is not None:
+            stored.check_model(checkpoint)
+        network = CheckpointNetwork(checkpoint, torch.float32, find_device(device))
         if network.kind != "causal-lm":
-            raise UnsupportedModelError(f"{model} is an encoder without a loss of its own: inspect a language model")
+            raise UnsupportedModelError(f"{folder} is an encoder without a loss of its own: inspect a language model")
         limit = network.input_limit
         chosen, _ = read_samples(
             data,
-            model,
+            folder,
             count=samples,
             length=length if limit is None else min(length, limit),
             seed=seed,
@@ -146,7 +114,7 @@ def inspect_checkpoint(
         )
         check_ids(network, chosen.batches(1))
     with network.whole() as whole:
-        return _Inspector(network, whole, name, statistics, chosen, seed, clock, progress).run()
+        return Result(_Inspector(network, whole, str(model), stored, chosen, seed, clock, progress).run())
 
 
 class _Inspector:

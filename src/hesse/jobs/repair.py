@@ -143,7 +143,7 @@ def repair(
     with Job("repair", str(dense), sources, Path(out), calibration, run, mark) as job:
         job.check_alone()
         with job.clock.phase("read"):
-            pair = Pair.opened(sources[0], sources[1], rank, request.ignore, run.device)
+            pair = Pair.open(sources[0], sources[1], rank, request.ignore, run.device)
             if format == "adapter":
                 check_adaptable(layer.name for layer in pair.layers)
             probed = probe_tokens(_needs(pair.layers, request), pair.layers, 0)

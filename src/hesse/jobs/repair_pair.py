@@ -29,7 +29,7 @@ class Pair:
     layers: list[Layer]  # of the compressed model, to be repaired
 
     @classmethod
-    def opened(cls, dense: Path, compressed: Path, rank: int, ignore: tuple[str, ...], device: torch.device) -> "Pair":
+    def open(cls, dense: Path, compressed: Path, rank: int, ignore: tuple[str, ...], device: torch.device) -> "Pair":
         """Both models, every layer that is not ignored to get factors of so high a rank.
 
         Raises:

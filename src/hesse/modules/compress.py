@@ -32,7 +32,7 @@ from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
 from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
 from hesse.modules.token_stream import TokenStream
-from hesse.networks.factored import factored, replace_module
+from hesse.networks.factored import factorize_layer, replace_module
 from hesse.networks.layout import kind_of
 from hesse.networks.module_network import SingleBlock
 from hesse.networks.network import Blocks, Layer
@@ -179,7 +179,7 @@ def _compress(
         raise UnsupportedModelError(f"{type(source.model).__name__} calls none of its layers: nothing was compressed")
     for layer in source.layers:
         if layer.name in solutions and isinstance(code := solutions[layer.name].encoded, LowRankCode):
-            replace_module(source.model, layer.name, factored(layer, code))
+            replace_module(source.model, layer.name, factorize_layer(layer, code))
     reports = [solution.report for solution in solutions.values()]
     weights = sum(report.shape[0] * report.shape[1] for report in reports)
     bits = sum(report.shape[0] * report.shape[1] * report.bits_per_weight for report in reports)

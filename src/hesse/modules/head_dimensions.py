@@ -136,7 +136,7 @@ def _narrow(attention: nn.MultiheadAttention, moments: Moments, size: int) -> No
         attention.in_proj_bias = nn.Parameter(flat[:, -1].to(reader).contiguous())
     attention.out_proj.weight = nn.Parameter(fitted.to(reader))
     attention.out_proj.in_features = attention.num_heads * size
-    NarrowAttention.narrowed(attention, attention.num_heads)
+    NarrowAttention.convert(attention, attention.num_heads)
     attention.head_dim = size
 
 

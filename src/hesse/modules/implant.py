@@ -11,7 +11,7 @@ from hesse.constraints import LowRank, LowRankCode
 from hesse.curvature import Gram, Objective
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation import estimate_curvatures
-from hesse.networks.factored import factored
+from hesse.networks.factored import factorize_layer
 from hesse.networks.network import Layer
 from hesse.solvers import WhitenedSVD, solve
 
@@ -88,7 +88,7 @@ def _implanted(layer: Plain, places: list[int], rank: int, gram: Gram) -> Implan
     bias = None if layer.bias is None else layer.bias.detach()
     whole = _with(layer, weight[kept], None if bias is None else bias[kept])
     others = _with(layer, weight[places], None if bias is None else bias[places])
-    narrow, wide = factored(Layer("", others), code)
+    narrow, wide = factorize_layer(Layer("", others), code)
     order = torch.tensor(kept + places, device=weight.device).argsort()
     return ImplantedLayer(whole, narrow, wide, order)
 

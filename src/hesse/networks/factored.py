@@ -28,7 +28,7 @@ class Factored(nn.Sequential):
         return self[1]._parameters["bias"]
 
 
-def factored(layer: Layer, code: LowRankCode) -> Factored:
+def factorize_layer(layer: Layer, code: LowRankCode) -> Factored:
     """Return the layer as Linear + Linear, or as a convolution with `rank` outputs + a convolution with kernel 1."""
     module, rank = layer.module, len(code.right)
     bias = module._parameters.get("bias")

@@ -18,7 +18,7 @@ class NarrowAttention(nn.MultiheadAttention):
     """
 
     @classmethod
-    def narrowed(cls, attention: nn.MultiheadAttention, heads: int) -> None:
+    def convert(cls, attention: nn.MultiheadAttention, heads: int) -> None:
         """Convert `attention`, whose weights have been sliced to `heads` heads, to this class in place.
 
         Raises:
@@ -32,7 +32,7 @@ class NarrowAttention(nn.MultiheadAttention):
         attention.num_heads = heads
         attention._qkv_same_embed_dim = False  # disables the fused path, which assumes the full width
 
-    def widened(self) -> None:
+    def restore(self) -> None:
         """Convert to torch's MultiheadAttention again, in place; all heads must be present."""
         self.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         self._qkv_same_embed_dim = True
@@ -84,13 +84,13 @@ def outputs_called(model: nn.Module) -> Iterator[None]:
     """Make torch's own attentions below `model` call `out_proj` as a layer while inside, so that its hooks run."""
     attentions = plain_attentions(model)
     for attention in attentions:
-        NarrowAttention.narrowed(attention, attention.num_heads)
+        NarrowAttention.convert(attention, attention.num_heads)
     try:
         yield
     finally:
         for attention in attentions:
             assert isinstance(attention, NarrowAttention)
-            attention.widened()
+            attention.restore()
 
 
 def without_nested_tensors(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ class SplitAttention(NarrowAttention):
             if bias is not None:
                 layer.bias = nn.Parameter(bias.detach().chunk(3)[number])
             attention.add_module(name, layer.train(attention.training))
-        cls.narrowed(attention, attention.num_heads)
+        cls.convert(attention, attention.num_heads)
         return fused
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class SplitAttention(NarrowAttention):
             self._parameters[name] = parameter
         for name in PROJECTIONS:
             del self._modules[name]
-        self.widened()
+        self.restore()
 
     def _project(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [layer(x) for layer, x in zip(self.projections, parts, strict=True)]

@@ -63,7 +63,7 @@ def resize_heads(old: nn.Module, new: nn.Module, groups: Sequence[Group]) -> Non
         attention = new.get_submodule(place)
         for module in attention.modules():
             if isinstance(module, nn.MultiheadAttention):
-                NarrowAttention.narrowed(module, _scaled(module.num_heads, share))
+                NarrowAttention.convert(module, _scaled(module.num_heads, share))
                 continue
             for attribute in (*HEAD_COUNTS, *HEAD_MULTIPLES):
                 _scale(module, attribute, share)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hesse.partitions.planes import Plane, Planes, pinned, tidied
+from hesse.partitions.planes import Plane, Planes, pin_units, tidy_planes
 from hesse.partitions.propagation import Call, Propagation, PropagationRule
 
 
-def contracted(
+def contract(
     run: Propagation, left: tuple[Tensor, int], right: tuple[Tensor, int], name: str
 ) -> tuple[list[Plane], list[Plane]]:
     """Sum over an axis of each side: join and mark as read the units along it; return each side's other planes.
@@ -27,7 +27,7 @@ def contracted(
                 pure[-1].append(plane)
             elif axis in plane.varies():
                 run.units.join(plane.units, plane.units.narrow(axis, 0, 1))
-                rest[-1].extend(tidied(run.units, [plane], run.reason("takes it alone")))
+                rest[-1].extend(tidy_planes(run.units, [plane], run.reason("takes it alone")))
             else:
                 rest[-1].append(plane)
     size = left[0].shape[left[1]]
@@ -53,8 +53,8 @@ def contracted(
 def _product(run: Propagation, call: Call, first: Tensor, second: Tensor) -> Planes:
     """Multiply (…, i, k) by (…, k, j)."""
     ndim = first.ndim
-    left, right = contracted(run, (first, ndim - 1), (second, ndim - 2), call.name)
-    return tidied(run.units, [*left, *right], run.reason("takes it alone"))
+    left, right = contract(run, (first, ndim - 1), (second, ndim - 2), call.name)
+    return tidy_planes(run.units, [*left, *right], run.reason("takes it alone"))
 
 
 def mm(run: Propagation, call: Call) -> Sequence[Planes]:
@@ -69,14 +69,14 @@ def bmm(run: Propagation, call: Call) -> Sequence[Planes]:
     for tensor, other in ((first, second), (second, first)):
         if all(0 not in p.varies() for p in run.planes(other)) and first.shape[0] > 1:
             for plane in run.planes(tensor):
-                pinned(run.units, plane, {0}, run.reason("stacks them beside a constant"))
+                pin_units(run.units, plane, {0}, run.reason("stacks them beside a constant"))
     return [_product(run, call, first, second)]
 
 
 def mv(run: Propagation, call: Call) -> Sequence[Planes]:
     """Multiply a matrix or a vector by a vector."""
     first, second = call.args[:2]
-    left, _ = contracted(run, (first, first.ndim - 1), (second, 0), call.name)
+    left, _ = contract(run, (first, first.ndim - 1), (second, 0), call.name)
     return [tuple(Plane(p.units.squeeze(-1), p.zero) for p in left)]
 
 
@@ -98,12 +98,12 @@ def convolution(run: Propagation, call: Call) -> Sequence[Planes]:
     source, weight, bias, transposed, groups = *call.args[:3], call.args[6], call.args[8]
     ndim, out, into = source.ndim, int(transposed), 1 - int(transposed)
     for plane in run.planes(source):
-        pinned(run.units, plane, plane.varies() - {1}, run.reason("sums over positions"))
+        pin_units(run.units, plane, plane.varies() - {1}, run.reason("sums over positions"))
     for plane in run.planes(weight):
         if min(plane.varies()) > 1:
             run.units.note("fixed", plane.units, "the positions of a kernel stay")
     if groups == 1:
-        _, made = contracted(run, (source, 1), (weight, into), call.name)
+        _, made = contract(run, (source, 1), (weight, into), call.name)
     else:
         made = _grouped(run, source, weight, groups, transposed)
     made = [p for p in made if p.varies() == {0 if groups > 1 else out}]
@@ -111,7 +111,7 @@ def convolution(run: Propagation, call: Call) -> Sequence[Planes]:
         run.units.note("channels", plane.units)
     planes = [p.units.flatten() for p in made] + [p.units for p in run.planes(bias)]
     shaped = [Plane(p.view(1, -1, *[1] * (ndim - 2)), zero=True) for p in planes]
-    return [tidied(run.units, shaped, run.reason("takes it alone"))]
+    return [tidy_planes(run.units, shaped, run.reason("takes it alone"))]
 
 
 def _grouped(run: Propagation, source: Tensor, weight: Tensor, groups: int, transposed: bool) -> list[Plane]:
@@ -132,4 +132,4 @@ def _grouped(run: Propagation, source: Tensor, weight: Tensor, groups: int, tran
             inputs = partner.units.reshape(groups, -1)
             run.units.join(inputs, inputs[:, :1])
             run.units.join(rows[:, 0], inputs[:, 0])
-    return list(tidied(run.units, made, run.reason("takes it alone")))
+    return list(tidy_planes(run.units, made, run.reason("takes it alone")))

@@ -41,7 +41,7 @@ def tidy(units: Units, labels: Tensor) -> Tensor:
     return labels
 
 
-def tidied(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
+def tidy_planes(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
     """Return the planes with current sets; planes that share a dimension are joined, because both label its indices.
 
     A plane of a single unit is dropped and the unit fixed: without it nothing would remain.
@@ -66,7 +66,7 @@ def tidied(units: Units, planes: Iterable[Plane], reason: str) -> Planes:
     return tuple(result)
 
 
-def pinned(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
+def pin_units(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
     """Forbid units that differ along `dims`; return True if the plane differed along these dimensions alone.
 
     In that case the units are fixed; otherwise units that differ along `dims` are joined, and removed as a whole.
@@ -80,7 +80,7 @@ def pinned(units: Units, plane: Plane, dims: set[int], reason: str) -> bool:
     return False
 
 
-def aligned(plane: Plane, ndim: int) -> Plane:
+def align_plane(plane: Plane, ndim: int) -> Plane:
     """Return the plane of a tensor that is broadcast to `ndim` dimensions."""
     return Plane(plane.units[(None,) * (ndim - plane.units.ndim)], plane.zero)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesse.errors import UnsupportedModelError
-from hesse.partitions.planes import Plane, Planes, tidied
+from hesse.partitions.planes import Plane, Planes, tidy_planes
 from hesse.partitions.units import Axis, Units
 
 CONSTANT, INTEGERS, DATA = 0, 1, 2  # a tensor depends on: nothing in the batch, only integers in it, or more
@@ -105,11 +105,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the tidied planes of an argument; empty for a number or None."""
         if not isinstance(tensor, Tensor):
             return ()
-        return tidied(self.units, self.record(tensor).planes, self.reason("takes it alone"))
+        return tidy_planes(self.units, self.record(tensor).planes, self.reason("takes it alone"))
 
     def planes_of(self, plane: Plane) -> Planes:
         """Return an earlier plane with the joins made since."""
-        return tidied(self.units, [plane], self.reason("takes it alone"))
+        return tidy_planes(self.units, [plane], self.reason("takes it alone"))
 
     def put(self, tensor: Tensor, planes: Planes, level: int) -> None:
         """Record the planes and level of a tensor."""
@@ -150,7 +150,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _store(self, call: Call, tensor: Tensor, planes: Planes, level: int) -> None:
         before = self.records.get(id(tensor))
-        planes = tidied(self.units, planes, self.reason("takes it alone"))
+        planes = tidy_planes(self.units, planes, self.reason("takes it alone"))
         if before is not None:
             base = self.owners.get(tensor.untyped_storage()._cdata) == id(tensor)
             if not base and [p.varies() for p in planes] != [p.varies() for p in before.planes]:

@@ -10,7 +10,7 @@ from torch import nn
 from hesse.curvature.objective import differentiable_twice, layer_by_layer
 from hesse.partitions.experts import expert_groups, followed_experts
 from hesse.partitions.groups import Group, GroupKind, Slice, TracedGroups
-from hesse.partitions.planes import pinned
+from hesse.partitions.planes import pin_units
 from hesse.partitions.propagation import DATA, INTEGERS, Propagation, named_modules, tensors
 from hesse.partitions.rules import RULES, elementwise
 from hesse.partitions.units import Units
@@ -57,7 +57,7 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
             run.units.note("fixed", plane.units, "they are an output of the model")
     for plane, why in run.rectangles:
         for left in run.planes_of(plane):
-            pinned(run.units, left, set(sorted(left.varies())[1:]), why)
+            pin_units(run.units, left, set(sorted(left.varies())[1:]), why)
     return _partition(model, run.units)
 
 
@@ -70,7 +70,7 @@ def _partition(model: nn.Module, units: Units) -> TracedGroups:
         start = units.starts[number]
         for offset in range(axis.size * (axis.stacked or 1)):
             members[roots[start + offset]][number].append(offset)
-    fixed, heads, channels = units.noted("fixed"), units.noted("heads"), units.noted("channels")
+    fixed, heads, channels = units.sets_with("fixed"), units.sets_with("heads"), units.sets_with("channels")
     readers = units.members("read") - units.members("written")
     groups: dict[tuple[Any, ...], list[Group]] = defaultdict(list)
     why: dict[str, str] = {}

@@ -64,7 +64,7 @@ class Units:
         """Record a note about some units; the first reason counts."""
         self.notes.setdefault(kind, []).append((units.flatten(), reason))
 
-    def noted(self, kind: str) -> dict[int, str]:
+    def sets_with(self, kind: str) -> dict[int, str]:
         """Return the sets with a note of this kind by their smallest number, with the reasons."""
         found: dict[int, str] = {}
         for units, reason in self.notes.get(kind, ()):

@@ -161,15 +161,15 @@ class GradientPass:
 
 def batch_of_one(sample: Any) -> Any:
     """Return one sample as a batch."""
-    return mapped(sample, lambda tensor: tensor.unsqueeze(0))
+    return map_tensors(sample, lambda tensor: tensor.unsqueeze(0))
 
 
 def rows_of(inputs: Any, part: slice) -> Any:
     """Return some samples of a batch."""
-    return mapped(inputs, lambda tensor: tensor[part])
+    return map_tensors(inputs, lambda tensor: tensor[part])
 
 
-def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return `inputs` with `change` applied to each tensor.
 
     Raises:
@@ -178,7 +178,7 @@ def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Tensor):
         return change(inputs)
     if isinstance(inputs, dict):
-        return {key: mapped(value, change) for key, value in inputs.items()}
+        return {key: map_tensors(value, change) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(mapped(value, change) for value in inputs)
+        return type(inputs)(map_tensors(value, change) for value in inputs)
     raise OptionError(f"inputs of {type(inputs).__name__} cannot be taken apart into samples: give tensors")

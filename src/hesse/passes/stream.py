@@ -149,8 +149,7 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
 
 def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
     """Run all of the model except its head."""
-    base = model.base_model
-    assert isinstance(base, nn.Module)
+    base = cast(nn.Module, model.base_model)
     base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
 
 

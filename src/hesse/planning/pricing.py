@@ -60,7 +60,7 @@ def changes_of(objective: Objective, menu: Menu) -> dict[str, list[Tensor]]:
     return {name: [member.weight - objective.named[name].detach() for member in own] for name, own in menu.items()}
 
 
-def priced(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
+def menu_problem(menu: Menu, costs: Mapping[str, Sequence[float]]) -> Problem:
     """Return a menu with predicted costs as a planning problem."""
     return Problem(
         tuple(
@@ -124,11 +124,11 @@ def price(
         curvature = LOSS_CURVATURES[(known or ["gauss_newton"])[0]]
     changes, choose = changes_of(objective, menu), PLANNERS.find(planner)
     if row is None or row.partition != LAYER_BLOCKS:
-        problem = priced(menu, predicted_costs(objective, changes, name, curvature))
+        problem = menu_problem(menu, predicted_costs(objective, changes, name, curvature))
         return Pricing(problem, problem, [[place] for place in range(len(menu))], choose)
     costs = interactions(curvature(objective), objective, changes)
     parts = torch.split(costs.diagonal().clamp(min=0), [len(own) for own in menu.values()])
-    problem = priced(menu, {name: part.tolist() for name, part in zip(menu, parts, strict=True)})
+    problem = menu_problem(menu, {name: part.tolist() for name, part in zip(menu, parts, strict=True)})
     lasts = torch.tensor([len(own) for own in menu.values()]).cumsum(0) - 1
     blocks = dependent_blocks(costs[lasts][:, lasts], THRESHOLD, MOST_JOINED)
     return Pricing(problem, joint_problem(problem, costs, blocks), blocks, choose)

@@ -44,7 +44,7 @@ def compression_page(report: "CompressionReport", command: str | None = None) ->
         facts=list(_facts(report, measured)),
         findings=findings(report, measured),
         texts=list(_texts(measured)),
-        with_error=with_error,
+        mean_with_error=mean_with_error,
         percent=percent,
         prefix=prefix,
         rows=layer_rows(report, measured, prefix),
@@ -71,7 +71,7 @@ def _cost(report: "CompressionReport", measured: "Measurements") -> str:
     return f"{report.loss.name}, {unit(measured).removeprefix('half squared error ')}"
 
 
-def with_error(measured: "MeasuredMean") -> str:
+def mean_with_error(measured: "MeasuredMean") -> str:
     """Return a mean with its standard error, as text."""
     return f"{number(measured.value, 3)} ± {number(measured.standard_error, 1)}"
 
@@ -122,7 +122,7 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
         yield "loss, nats per token", number(check.dense_loss, 5), number(check.compressed_loss, 5)
         yield "perplexity", number(_perplexity(check.dense_loss), 5), number(_perplexity(check.compressed_loss), 5)
         yield "likeliest next token as the dense model's", "100 %", f"{100 * check.top1_agreement:.2f} %"
-    yield _cost(report, measured), "0", with_error(check.divergence)
+    yield _cost(report, measured), "0", mean_with_error(check.divergence)
 
 
 def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:
@@ -131,7 +131,7 @@ def _texts(measured: "Measurements") -> Iterator[tuple[str, str, str]]:
     if seen is None:
         return
     yield "text", _amount(seen), _amount(check)
-    yield f"cost, {unit(measured)}", with_error(seen.divergence), with_error(check.divergence)
+    yield f"cost, {unit(measured)}", mean_with_error(seen.divergence), mean_with_error(check.divergence)
     if seen.dense_loss is not None and seen.compressed_loss is not None:
         assert check.dense_loss is not None and check.compressed_loss is not None
         yield "loss of the dense model", number(seen.dense_loss, 5), number(check.dense_loss, 5)

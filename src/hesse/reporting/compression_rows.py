@@ -15,7 +15,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """One layer, or one matrix of all experts of a block."""
 
     name: str
@@ -39,7 +39,7 @@ class ExpertTable:
     most: int
 
 
-def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: str) -> list[Row]:
+def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: str) -> list[LayerRow]:
     """Return a row for each layer that was changed alone."""
     by_name = {layer.name: layer for layer in report.layers}
     rows = []
@@ -50,7 +50,7 @@ def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: st
         ranks = [layer.rank for layer in members if layer.rank is not None]
         errors = [layer.relative_output_error for layer in members if layer.relative_output_error is not None]
         rows.append(
-            Row(
+            LayerRow(
                 name=group.name.removeprefix(prefix),
                 shape=count + ", ".join(shapes),
                 method=", ".join(dict.fromkeys(layer.method for layer in members)),

@@ -92,7 +92,8 @@ def benchmark(
         Medians and spreads, and each runtime's divergence from the same checkpoint in transformers.
 
     Raises:
-        HesseError: the subclass and message say what is wrong and what to do.
+        HesseError: the subclass and message say what is wrong and what to do: a model cannot be read, or has too few
+            positions for the sequence.
     """
     for option, value in (
         ("--prompt", prompt),
@@ -101,45 +102,13 @@ def benchmark(
         ("--threads", threads),
     ):
         check_at_least(option, value, 1)
-    result = benchmark_checkpoint(
-        locate(model),
-        None if reference is None else locate(reference),
-        list(runtimes),
-        prompt=prompt,
-        generate=generate,
-        threads=threads,
-        repeats=repeats,
-        progress=progress or Silence(),
-        names=(str(model), None if reference is None else str(reference)),
-        version=__version__,
-    )
-    return Result(result)
-
-
-def benchmark_checkpoint(
-    model: Path,
-    reference: Path | None,
-    runtimes: list[str],
-    *,
-    prompt: int,
-    generate: int,
-    threads: int | None,
-    repeats: int,
-    progress: Progress,
-    names: tuple[str, str | None],
-    version: str,
-) -> Benchmark:
-    """Measure the model folders `model` and `reference` in `runtimes`; `names` are the names for the report.
-
-    Raises:
-        HesseError: a model cannot be read, or has too few positions for the sequence.
-    """
     started = time.perf_counter()
-    chosen = find_runtimes(runtimes)
+    chosen = find_runtimes(list(runtimes))
     threads = threads or _processor_count()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    models = _models(model, reference)
-    tokens = _prompt(model, prompt)
+    measured = locate(model)
+    models = _models(measured, None if reference is None else locate(reference))
+    tokens = _prompt(measured, prompt)
     for folder in models.values():
         _check_length(folder, prompt + generate + 1)
     missing = [MissingRun(runtime.name, reason) for runtime in chosen if (reason := runtime.missing()) is not None]
@@ -155,6 +124,7 @@ def benchmark_checkpoint(
                 except HesseError as error:
                     missing.append(MissingRun(runtime.name, f"{kind}: {error}"))
         runs = [_ModelRuns([]) for _ in prepared]
+        progress = progress or Silence()
         progress.begin("measure", repeats * len(prepared))
         for repeat in range(repeats):
             for entry, run in zip(prepared, runs, strict=True):
@@ -169,10 +139,10 @@ def benchmark_checkpoint(
             missing.append(MissingRun(entry.runtime.name, f"{entry.model}: {run.failure}"))
         else:
             rows.append(_row(entry, run, size, truth.get(entry.model)))
-    return Benchmark(
+    result = Benchmark(
         verb="benchmark",
-        model=names[0],
-        reference=names[1],
+        model=str(model),
+        reference=None if reference is None else str(reference),
         prompt=prompt,
         generate=generate,
         threads=threads,
@@ -181,10 +151,11 @@ def benchmark_checkpoint(
         processors=os.cpu_count() or 1,
         load_average=load_average,
         seconds={"total": time.perf_counter() - started},
-        versions={"hesse": version, "torch": torch.__version__, "python": platform.python_version()},
+        versions={"hesse": __version__, "torch": torch.__version__, "python": platform.python_version()},
         rows=rows,
         missing=missing,
     )
+    return Result(result)
 
 
 def _models(model: Path, reference: Path | None) -> dict[str, Path]:

@@ -82,7 +82,7 @@ def _kept_mask(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | 
     costs = np.full((len(work), work.shape[1] // sparse.block), np.inf, np.float32)
     turns = np.empty(work.shape, np.int32)
     group, most = (0, 0) if sparse.of is None else (sparse.of, int(sparse.amount))
-    greedy.prune_rows(work.numpy(), _on_cpu(inverses).numpy(), group, most, sparse.block, costs, turns)
+    greedy.remove_from_rows(work.numpy(), _on_cpu(inverses).numpy(), group, most, sparse.block, costs, turns)
     turn = torch.from_numpy(turns).to(rows.device)
     if number is None:
         return turn == rows.shape[1]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class LearnedRounding(Solver):
 
     def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
         constraint = require_constraint(self, constraint, Grid)
-        start = self.start.compute(state.start, weight, constraint)
-        assert isinstance(start, GridCode)
+        start = cast(GridCode, self.start.compute(state.start, weight, constraint))
         settled = self._settle_codes(state, weight, constraint, start)
         learned = self._settle_codes(
             state, weight, constraint, self.learn(state.curvature, weight, constraint, settled)
@@ -75,8 +74,7 @@ class LearnedRounding(Solver):
     def _settle_codes(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):
             return settle_rows(code, state.curvature, grid, weight)
-        assert isinstance(self.start, TwoSidedFeedback)
-        return self.start.settle(state.start, weight, grid, code)
+        return cast(TwoSidedFeedback, self.start).settle(state.start, weight, grid, code)
 
     def learn(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
         """Return the codes that descent from `start` reaches, with the same scales."""

@@ -1,7 +1,7 @@
 """SliM-LLM: bits moved from the groups of columns that matter least to those that matter most."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ class SalientBits(Solver):
         best: tuple[float, MixedCode] | None = None
         since = 0
         for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
-            code = self.inner.compute(state.feedback, weight, grid)
-            assert isinstance(code, GridCode)
+            code = cast(GridCode, self.inner.compute(state.feedback, weight, grid))
             cost = member_cost(state.feedback.curvature, grid, code, weight)
             since += 1
             if best is None or cost < best[0]:

@@ -22,7 +22,7 @@ from hesse.training.training import Training
 
 
 @dataclass(frozen=True, eq=False)
-class Setup:
+class TrainingSetup:
     """Parametrizations of a training by the names of the weights, and its step rule; None for the plain gradient."""
 
     held: Mapping[str, Held]
@@ -67,31 +67,31 @@ class TrainingEntry:
     """A training that methods can name; `set_up` says what it holds for a request."""
 
     name: str
-    set_up: Callable[[TrainingRequest], Setup]
+    set_up: Callable[[TrainingRequest], TrainingSetup]
     takes_parts: bool = True  # the options of the method's constraints have a meaning
 
 
-def hold_zeros(request: TrainingRequest) -> Setup:
+def hold_zeros(request: TrainingRequest) -> TrainingSetup:
     """Hold what is zero in the model at zero (Han et al., 2015)."""
-    return Setup(held_zeros(request.model))
+    return TrainingSetup(held_zeros(request.model))
 
 
-def hold_codes(request: TrainingRequest) -> Setup:
+def hold_codes(request: TrainingRequest) -> TrainingSetup:
     """Hold the codes of a grid, and train its scales (PEQA)."""
     parameters, held = dict(request.model.named_parameters()), dict[str, Held]()
     for name, grid in request.weights().items():
         if not isinstance(grid, Grid):
             raise OptionError(f"{request.method.name} trains the scales of a Grid, not of a {type(grid).__name__}")
         held[name] = HeldCodes(grid, grid.encode(parameters[name].detach().flatten(1)))
-    return Setup(held)
+    return TrainingSetup(held)
 
 
-def hold_straight_through(request: TrainingRequest) -> Setup:
+def hold_straight_through(request: TrainingRequest) -> TrainingSetup:
     """Hold each weight in its constraint, with straight-through gradients."""
-    return Setup({name: StraightThrough(constraint) for name, constraint in request.weights().items()})
+    return TrainingSetup({name: StraightThrough(constraint) for name, constraint in request.weights().items()})
 
 
-def train_movement(request: TrainingRequest) -> Setup:
+def train_movement(request: TrainingRequest) -> TrainingSetup:
     """Train weights and scores, and keep the weights of the highest scores."""
     held: dict[str, Held] = {}
     for name, pattern in request.weights().items():
@@ -101,18 +101,18 @@ def train_movement(request: TrainingRequest) -> Setup:
             share_of(pattern), request.training.steps, request.setting("cuts"), 0.0, request.setting("rest")
         )
         held[name] = Movement(pattern, schedule)
-    return Setup(held)
+    return TrainingSetup(held)
 
 
-def train_compression_aware(request: TrainingRequest) -> Setup:
+def train_compression_aware(request: TrainingRequest) -> TrainingSetup:
     """Train all weights to be robust to pruning at random patterns."""
     patterns = tuple(parse_sparsity(text.strip()) for text in str(request.setting("patterns")).split(","))
-    return Setup({}, CompressionAware(tuple(request.weights()), patterns, float(request.setting("rho"))))
+    return TrainingSetup({}, CompressionAware(tuple(request.weights()), patterns, float(request.setting("rho"))))
 
 
-def train_signs(request: TrainingRequest) -> Setup:
+def train_signs(request: TrainingRequest) -> TrainingSetup:
     """Train signs and two vectors of each weight."""
-    return Setup(dict.fromkeys(request.weights(), OneBit()))
+    return TrainingSetup(dict.fromkeys(request.weights(), OneBit()))
 
 
 TRAININGS: Registry[TrainingEntry] = Registry("training")

@@ -39,7 +39,7 @@ def _price(weight: Floats, inverse: Floats, first: int, work: Floats) -> np.floa
 
 
 @compile_loop
-def prune_rows(
+def remove_from_rows(
     weights: Floats, inverses: Floats, group: int, kept: int, block: int, costs: Floats, turns: NDArray[np.int32]
 ) -> None:
     """Drop the weights of each row (rows, n), cheapest first, updating the others each time.
