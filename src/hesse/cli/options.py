@@ -49,7 +49,6 @@ StatisticsOption = Annotated[
 
 SIZE = "Size to reach: a share of the dense bytes such as 40%, or a size such as 5MB."
 SizeOption = Annotated[str | None, typer.Option(help=SIZE, rich_help_panel=SMALLER)]
-RequiredSizeOption = Annotated[str, typer.Option(help=SIZE, rich_help_panel=SMALLER)]
 LossOption = Annotated[
     float | None,
     typer.Option(
