@@ -436,7 +436,7 @@ def test_a_gram_that_cannot_be_factorised_is_listed(family_folder: FolderOf, tmp
 def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, edit: Callable[[Tensor], Tensor]) -> None:
     """Let the disk change one tensor on its way."""
 
-    def changed(path: Path, tensors: dict[str, Tensor]) -> writer.Part:
+    def changed(path: Path, tensors: dict[str, Tensor]) -> writer.WrittenPart:
         edited = {key: edit(tensor) if key == name else tensor for key, tensor in tensors.items()}
         return writer.write_part(path, edited)
 

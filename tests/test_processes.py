@@ -59,7 +59,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize("number", [1, 2, 7, 64])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_cover_everything_once(number: int, count: int) -> None:
-    shares = [Processes(rank, count).share(number) for rank in range(count)]
+    shares = [Processes(rank, count).shard_of(number) for rank in range(count)]
     assert [place for share in shares for place in share] == list(range(number))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -134,7 +134,7 @@ def test_more_processes_than_samples_are_refused(family_folder: FolderOf, tmp_pa
 
 def test_one_process_shares_with_nobody() -> None:
     alone, tensor = Processes(), torch.ones(3)
-    alone.add(tensor)
-    alone.wait()
+    alone.all_reduce(tensor)
+    alone.barrier()
     assert torch.equal(alone.all_gather(tensor), torch.ones(3))
     assert (alone.all_reduce_sum(3), alone.all_reduce_min(3), alone.is_main) == (3, 3, True)

@@ -349,4 +349,4 @@ def all_subclasses(kind: type) -> set[type]:
 
 def test_every_solver_has_its_laws() -> None:
     built = {type(value().build()) for name, value in globals().items() if name.startswith("Test")}
-    assert {kind for kind in all_subclasses(Solver) if kind.__module__.startswith("hesse.")} - built == set()
+    assert {kind for kind in all_subclasses(Solver) if kind.__module__.startswith("hesse.solvers.")} - built == set()
