@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hesse.data import Samples, read_samples
 from hesse.data import samples as samples_module
 from hesse.data import sources as sources_module
+from hesse.data.selection import Calibration
 from hesse.errors import DataError, OptionError
 
 # Numbered words, so that no two windows are alike.
@@ -476,3 +477,12 @@ def test_too_little_text(text_file: Path, folder: Path, encode: Callable[[str], 
 def test_options_without_meaning(options: dict[str, int], reason: str, text_file: Path, folder: Path) -> None:
     with pytest.raises(OptionError, match=reason):
         read(text_file, folder, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["seed", "samples", "length", "batch_size"])
+def test_a_number_past_64_bits_is_refused(name: str) -> None:
+    Calibration(**{name: 2**63 - 1})
+    with pytest.raises(OptionError, match="must be at most 9223372036854775807"):
+        Calibration(**{name: 2**63})
+    with pytest.raises(OptionError, match="must be at least"):
+        Calibration(**{name: -1})

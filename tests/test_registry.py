@@ -110,6 +110,8 @@ def test_methods_of_an_installed_package_are_rows_and_run_from_the_command_line(
 def test_a_package_that_fails_is_named_in_one_line_and_the_others_are_there(tmp_path: Path) -> None:
     site = tmp_path / "site"
     write_package(site, "hesse_broken", "import no_such_module\n")
+    write_package(site, "hesse_exits", "import sys\nsys.exit(3)\n")
+    write_package(site, "hesse_lines", "raise ValueError('one\\ntwo')\n")
     write_package(site, "hesse_extra", MODULE)
     again = "from hesse.methods import METHODS, register\nregister(METHODS['gptq'])\n"
     write_package(site, "hesse_twice", again)
@@ -118,6 +120,8 @@ def test_a_package_that_fails_is_named_in_one_line_and_the_others_are_there(tmp_
     assert "half" in listed.stdout
     assert sorted(line for line in listed.stderr.splitlines() if line) == [
         "the package hesse_broken could not add its methods: ModuleNotFoundError: No module named 'no_such_module'",
+        "the package hesse_exits could not add its methods: SystemExit: 3",
+        "the package hesse_lines could not add its methods: ValueError: one two",
         "the package hesse_twice could not add its methods: OptionError: there is already a method 'gptq': "
         "choose another name",
     ]
@@ -143,6 +147,8 @@ def test_a_method_is_registered_and_runs_in_this_process(monkeypatch: pytest.Mon
         register(Method("one", "gram", ("grid",), "to_one", "this test", "data"))
     with pytest.raises(OptionError, match="the method gmp does not run by compress: it runs by hesse"):
         find_method("gmp", "compress")
+    with pytest.raises(OptionError, match=r"^the method acip needs --size and --statistics: hesse compress MODEL OUT"):
+        find_method("acip", "compress")
 
 
 def test_a_registry_lists_its_names_when_one_is_missing() -> None:

@@ -409,6 +409,10 @@ def test_on_the_command_line(
     assert hesse_command("compress", source, tmp_path / "other", *inside).code == 0
     assert (tmp_path / "other" / "report.html").is_file()
     shutil.rmtree(tmp_path / "other")
+    for out in (tmp_path / "page", tmp_path / "page" / "out"):  # the page's name is that of a folder to come
+        same = hesse_command("compress", source, out, *options[:-1], tmp_path / "page")
+        assert (same.code, "give --report another name" in same.error) == (1, True)
+        assert not (tmp_path / "page").exists()
     monkeypatch.setattr("hesse.reporting.page.find_spec", lambda _: None)
     lacking = hesse_command("compress", source, tmp_path / "other", *options, "--overwrite")
     assert (lacking.code, "leave out --report" in lacking.error) == (2, True)

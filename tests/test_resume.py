@@ -193,7 +193,7 @@ def cut_short(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **option
     [
         ({"bits": 4}, "recipe"),
         ({"data": IDS[:4]}, "data"),
-        ({"seed": 1}, "data"),
+        ({"seed": 1}, "seed"),
         ({"format": "dense"}, "settings"),
     ],
 )

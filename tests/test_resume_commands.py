@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import hesse
 import tiny_models
 from helpers import IDS, compress, left_over, write_ids
 from hesse.checkpoints import work_folder
 from hesse.checkpoints.journal import Journal
-from hesse.checkpoints.tensor_store import memory_of
 from hesse.errors import OutputError
 
 REPORTS = ("hesse-report.json", "statistics.json")
@@ -29,7 +27,7 @@ VOLATILE = ("seconds", "peak_rss_bytes", "out")
 COMMANDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "rotate": ("rotate", {"kind": "kurtail"}, {"kind": "hadamard"}, "kind"),
     "blocks": ("prune", {"what": "blocks", "keep": 0.5}, {"keep": 0.75}, "options"),
-    "blocks by score": ("prune", {"what": "blocks", "keep": 0.5, "method": "quadratic"}, {"seed": 1}, "data"),
+    "blocks by score": ("prune", {"what": "blocks", "keep": 0.5, "method": "quadratic"}, {"seed": 1}, "seed"),
     "blocks shared": (
         "prune",
         {"what": "blocks", "keep": 0.75, "method": "flexigpt", "rank": 4},
@@ -40,7 +38,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "repair to an adapter": ("repair", {"rank": 4, "curvature": "kronecker"}, {"rank": 5}, "options"),
     "repair to a model": ("repair", {"rank": 4, "format": "dense"}, {"format": "adapter"}, "options"),
     "estimate": ("estimate", {"curvatures": ("gram", "kronecker", "fisher")}, {"curvatures": ("gram",)}, "curvatures"),
-    "estimate a Gram": ("estimate", {"curvatures": ("gram",)}, {"seed": 1}, "data"),
+    "estimate a Gram": ("estimate", {"curvatures": ("gram",)}, {"seed": 1}, "seed"),
 }
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["helpers", "hesse.jobs.compress", "hesse.jobs.repair", "hesse.jobs.estimate"])
@@ -94,20 +92,9 @@ def ends(name: str, folders: Sources, out: Path, die_after: int | None = None, s
     return process.exitcode == 0
 
 
-def content(path: Path) -> bytes:
-    """A file's bytes; of a safetensors file those of its tensors by name, since its metadata have no fixed order."""
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        metadata = sorted((file.metadata() or {}).items())
-    stored = [(name, str(t.dtype), tuple(t.shape), memory_of(t).tobytes()) for name, t in tensors.items()]
-    return repr((metadata, stored)).encode()
-
-
 def files(out: Path) -> dict[str, bytes]:
     """Every file of a result by name, and its report without seconds and memory."""
-    found = {path.name: content(path) for path in out.iterdir() if path.name not in REPORTS}
+    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in REPORTS}
     for path in (out / name for name in REPORTS if (out / name).exists()):
         report = json.loads(path.read_text())
         found[path.name] = json.dumps({k: v for k, v in report.items() if k not in VOLATILE}).encode()
@@ -199,4 +186,15 @@ def test_another_command_or_request_is_refused_by_name(
     (tmp_path / "kept").rename(tmp_path / ".out.unfinished")
     run(name, folders, out, restart=True)
     assert files(out) == undisturbed(name)
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_a_folder_without_a_finished_step_is_begun_anew_by_any_command(
+    folders: Sources, undisturbed: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert not ends("estimate a Gram", folders, out, die_after=1)  # the identity of the run is the first record
+    assert (tmp_path / ".out.unfinished").is_dir()
+    run("hidden units", folders, out)
+    assert files(out) == undisturbed("hidden units")
     assert left_over(tmp_path) == ["out"]

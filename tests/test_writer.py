@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,3 +80,17 @@ def test_where_files_have_no_second_names_they_are_copied(tmp_path: Path, monkey
     (tmp_path / "out").mkdir()
     writer.assemble([part], tmp_path / "out")
     assert same(load_file(tmp_path / "out" / SINGLE)["weight"], torch.ones(4))
+
+
+def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
+    header = {f"key {number}": 'a\u00e9\u2028\x01\x7f"\\\n/' * number for number in range(12)}
+    stored = {"b": filled(torch.int8, (3,), 0), "a\u00e9": filled(torch.float32, (2, 5), 1)}
+    written = set()
+    for number in range(8):
+        path = tmp_path / str(number)
+        writer.write_tensors(path, stored, header)
+        written.add(path.read_bytes())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == header
+        assert all(same(load_file(path)[name], tensor) for name, tensor in stored.items())
+    assert len(written) == 1

@@ -44,10 +44,15 @@ class ConditioningWarning(UserWarning):
     """A result that may be inaccurate because of rounding errors."""
 
 
+LARGEST = 2**63 - 1  # of the integers that PyTorch takes
+
+
 def check_at_least(option: str, value: int | None, least: int) -> None:
-    """Raise OptionError if the option is given and below `least`."""
+    """Raise OptionError if the option is given and below `least`, or past 64 bits."""
     if value is not None and value < least:
         raise OptionError(f"{option} is {value}, but must be at least {least}")
+    if value is not None and value > LARGEST:
+        raise OptionError(f"{option} is {value}, but must be at most {LARGEST}")
 
 
 @contextmanager

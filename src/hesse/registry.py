@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from hesse.errors import OptionError, printable, reason
+from hesse.errors import OptionError, printable
 
 ENTRY_POINTS = "hesse.methods"
 Entry = TypeVar("Entry")
@@ -89,8 +89,11 @@ def import_packages() -> None:
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (_package(point), point.name)):
         try:
             point.load()
-        except Exception as error:  # whatever a module of somebody else raises
-            line = f"the package {_package(point)} could not add its methods: {type(error).__name__}: {reason(error)}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a module of somebody else raises, even SystemExit
+            message = " ".join(str(error).split()) or "no message"
+            line = f"the package {_package(point)} could not add its methods: {type(error).__name__}: {message}"
             logging.getLogger("hesse").warning("%s", printable(line))
 
 

@@ -40,7 +40,7 @@ class WorkFolder:
         """Make the folder, or resume an earlier run of the same `identity`.
 
         Raises:
-            OutputError: the folder belongs to another run, or there is not enough room for `needed_bytes`.
+            OutputError: the folder has finished steps of another run, or there is not enough room for `needed_bytes`.
         """
         if self.processes.is_main:
             self._begin(identity, needed_bytes, restart)
@@ -51,13 +51,14 @@ class WorkFolder:
         earlier = self.journal.recall(IDENTITY)
         if earlier is not None and self.result.is_dir() and not restart:
             changed = [name for name in {**earlier, **identity} if earlier.get(name) != identity.get(name)]
-            if changed:
+            if changed and self._noted():
                 raise OutputError(
                     f"{self.folder} holds an unfinished run that differs from this one in its {_listed(changed)}: give "
                     "--restart to discard that run, or another OUT"
                 )
-            self.resumed = True
-            return
+            if not changed:
+                self.resumed = True
+                return
         self._empty()
         with writing(self.out, "made"):
             for folder in (self.result, self.journal.folder, *map(self.journals, range(self.processes.world_size))):
@@ -80,7 +81,11 @@ class WorkFolder:
         """
         refused = isinstance(error, HesseError) and not isinstance(error, OutputError | ProcessError)
         again = isinstance(error, OptionError) and self.resumed
-        return (again or not refused) and any(self.own.folder.glob("*.json"))
+        return (again or not refused) and self._noted()
+
+    def _noted(self) -> bool:
+        """Return True if a step is recorded that a resumed run would not repeat."""
+        return any(self.own.folder.glob("*.json"))
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():

@@ -34,11 +34,14 @@ class WrittenPart:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
     """Write a safetensors file, which appears only when it is complete, with the permissions of a new file.
 
-    The only caller of safetensors' `save_file`, whose files only their owner may read, whatever the umask. Errors of
-    the file system are not caught: see `writing`.
+    The only caller of safetensors' `save_file`, whose files only their owner may read, whatever the umask, and whose
+    metadata have a random order; here equal arguments give equal bytes. Errors of the file system are not caught: see
+    `writing`.
     """
     with unfinished_file(path) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
+        if header and len(header) > 1:
+            _sort_metadata(unfinished)
 
 
 def write_part(path: Path, tensors: dict[str, Tensor]) -> WrittenPart:
@@ -141,6 +144,19 @@ def _join(parts: list[Path], path: Path) -> None:
             with part.open("rb") as file:
                 file.seek(place)
                 _copy(file, out, entry["data_offsets"][1] - entry["data_offsets"][0])
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by name, in place: the header keeps its length."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise AssertionError(f"the header of {path} has another length after sorting")
+        file.seek(8)
+        file.write(text)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:

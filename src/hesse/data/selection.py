@@ -20,7 +20,7 @@ class Calibration:
     """Calibration data of a run, and its batch size.
 
     Raises:
-        OptionError: a number is too small.
+        OptionError: a number is too small or too large.
     """
 
     data: Data = None
@@ -32,6 +32,7 @@ class Calibration:
     def __post_init__(self) -> None:
         check_at_least("--samples", self.samples, 1)
         check_at_least("--length", self.length, 2)
+        check_at_least("--seed", self.seed, 0)
         check_at_least("--batch-size", self.batch_size, 1)
 
 

@@ -93,6 +93,7 @@ def inspect(
     """
     check_at_least("--samples", samples, 2)
     check_at_least("--length", length, 2)
+    check_at_least("--seed", seed, 0)
     clock, folder, progress = Clock(), locate(model), progress or Silence()
     with clock.phase("read"):
         checkpoint = open_checkpoint(folder)

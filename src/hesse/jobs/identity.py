@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
 from hesse.data.selection import Calibration
 from hesse.version import versions
+
+# The numbers of a calibration by their names in error messages.
+CALIBRATION = {field.name: field.name.replace("_", " ") for field in fields(Calibration) if field.name != "data"}
 
 
 def identity(
@@ -29,7 +32,8 @@ def identity(
     return {
         "command": command,
         "model": _digest([checkpoint.digests for checkpoint in checkpoints]),
-        "data": _digest([_data(calibration.data), *astuple(replace(calibration, data=None))]),
+        "data": _digest(_data(calibration.data)),
+        **{name: _digest(getattr(calibration, field)) for field, name in CALIBRATION.items()},
         **{name: _digest(text) for name, text in request.items()},
         "settings": _digest({**settings, "threads": torch.get_num_threads()}),
         "versions of Hesse and its libraries": _digest(versions()),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from hesse.errors import OptionError
 from hesse.methods.method import Method
+from hesse.methods.verbs import VERBS
 from hesse.registry import Registry
 
 DEFAULT_METHOD = "kronecker"
@@ -57,13 +58,17 @@ def find_method(name: str, *verbs: str) -> Method:
     """Return the method of that name, which one of `verbs` must run if any is given.
 
     Raises:
-        OptionError: there is no such method, or another verb runs it.
+        OptionError: there is no such method, or another verb runs it, or the same function with more options.
     """
     if name not in METHODS:
         known = [method.name for method in METHODS.values() if not verbs or method.verb in verbs]
         raise OptionError(f"there is no method {name!r}; there are {', '.join(known)} (see `hesse methods`)")
     method = METHODS[name]
     if verbs and method.verb not in verbs:
+        given = [word for word in method.example.split() if word.startswith("--")]
+        if "--method" in given and VERBS[method.verb].function in {VERBS[verb].function for verb in verbs}:
+            needed = " and ".join(option for option in given if option != "--method")
+            raise OptionError(f"the method {name} needs {needed}: {method.example}")
         raise OptionError(f"the method {name} does not run by {' or '.join(verbs)}: it runs by {method.example}")
     return method
 

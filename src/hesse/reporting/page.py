@@ -16,12 +16,14 @@ def check_page(path: Path, overwrite: bool, option: str, made: Path | None = Non
 
     Raises:
         OptionError: matplotlib or jinja2 is not installed.
-        OutputError: the file exists, or its folder does not.
+        OutputError: the file exists, its folder does not, or `made` is the file itself or lies below it.
     """
     if any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
         raise OptionError(f"a page needs matplotlib and jinja2: pip install 'hesse[report]', or leave out {option}")
     if path.exists() and not (overwrite and path.is_file()):
         raise OutputError(f"{path} exists: give another name, or --overwrite to replace a file")
+    if made is not None and made.resolve().is_relative_to(path.resolve()):
+        raise OutputError(f"{path} will be a folder, since OUT is {made}: give {option} another name")
     folder = path.absolute().parent
     if not folder.is_dir() and (made is None or folder != made.absolute()):
         raise OutputError(f"the folder of {path} does not exist: make it first")
