@@ -1,6 +1,7 @@
 """Pruning of a network in memory: single weights, groups that are cut out, dimensions of heads."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hesse.constraints import Sparse
 from hesse.curvature import Loss
-from hesse.errors import DataError, OptionError
+from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import Method, methods_of
@@ -136,9 +137,14 @@ def _prune_groups(
     strategy.check(kinds)
     training = model.training
     objective = pruning_objective(deepcopy(model), data, loss_function, forward)
-    before = preparation.dense_loss(objective)
-    sites = Sites.trace(objective, kinds, training, seed)
+    try:
+        sites = Sites.trace(objective, kinds, training, seed)
+    except UnsupportedModelError:
+        with suppress(OptionError):
+            preparation.dense_loss(objective)  # NaN differs from itself, and then the data or weights are at fault
+        raise
     parameters, flops = parameters_of(objective.model), flops_of(objective)
+    before = preparation.dense_loss(objective)
     removal = strategy.choose(sites)
     smaller, difference = sites.without(removal.removed)
     strategy.finish(sites, removal, smaller)
