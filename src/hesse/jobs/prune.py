@@ -62,7 +62,8 @@ def prune(
             heads, hidden units and channels that there are, "head-dimensions", or "blocks". None for those of the
             method's row.
         method: a row of `hesse methods`, with or without "-groups", or any score in `hesse.scores.SCORES` that judges
-            such parts. None for "oba" of weights, "obs" of groups, "loss" of blocks.
+            such parts. None for "oba" of weights, "obs" of groups, "loss" of blocks. "oba" is the old
+            default, and removes worse weights than "magnitude" in the measurements: take that, or "m-fac-network".
         loss_function: for a module, a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for
             cross-entropy.
         forward: for a module, `forward(model, inputs)` gives the outputs; by default `model(inputs)`.

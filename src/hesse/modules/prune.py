@@ -14,7 +14,7 @@ from hesse.curvature import Loss
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.layerwise.rules import check_patterns
-from hesse.methods import Method, methods_of
+from hesse.methods import Method, find_row, methods_of
 from hesse.methods.recipe import matches
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
@@ -105,7 +105,7 @@ def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
         OptionError: there is no such method, or it has no such option.
     """
     rows = {name: row for name, row in prune_rows().items() if row.partition == family}
-    row = rows.get(method) or rows.get(f"{method}-groups")
+    row = find_row(method, rows)
     if row is not None:
         solver, score = row.solver, row.score
     elif method in SCORES and family in RANKINGS:
