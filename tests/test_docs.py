@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from write_method_pages import guide_table, options_page, with_table
 
-from hesse.methods import METHODS, methods_of
+from hesse.methods import METHODS, find_methods, methods_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -42,3 +42,14 @@ def test_pages_that_are_made_from_the_table_are_as_it_makes_them() -> None:
     assert (DOCS / "methods" / "options.md").read_text(encoding="utf-8") == options_page(), (
         "run scripts/write_method_pages.py"
     )
+
+
+@pytest.mark.parametrize("page", ["index.md", "structured.md", "networks.md"])
+def test_every_method_that_a_page_recommends_is_one_that_the_command_finds(page: str) -> None:
+    text = (DOCS / "methods" / page).read_text(encoding="utf-8")
+    table = text[text.index("| you ") :].split("\n\n")[0]
+    named = re.findall(r'`(?:method=")?([a-z][\w-]*)[^`]*`', "\n".join(row.split("|")[2] for row in table.splitlines()))
+    names = [name for name in named if name != "hesse"]
+    assert names
+    for name in names:
+        assert find_methods([name])

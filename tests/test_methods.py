@@ -23,7 +23,7 @@ from hesse.constraints import (
 )
 from hesse.errors import OptionError
 from hesse.layerwise.layer_solver import check_products
-from hesse.methods import Options, Recipe, find_method, methods_of
+from hesse.methods import METHODS, Options, Recipe, find_method, find_methods, methods_of
 
 COMPRESSING = methods_of("compress")
 
@@ -144,3 +144,24 @@ def test_the_first_rule_that_matches_counts_and_ignore_comes_before_all() -> Non
         "model.layers.1.mlp.down_proj": 3,
         "model.layers.1.self_attn.q_proj": 4,
     }
+
+
+@pytest.mark.parametrize("row", [name for name in METHODS if name.endswith("-groups")])
+def test_a_method_of_groups_is_found_with_and_without_its_ending(row: str) -> None:
+    name = row.removesuffix("-groups")
+    assert find_methods([row]) == {METHODS[row].family: (METHODS[row],)}
+    meant = METHODS[name] if name in METHODS else METHODS[row]
+    assert find_methods([name]) == {meant.family: (meant,)}
+
+
+def test_an_unknown_name_is_refused_with_and_without_the_ending_of_groups() -> None:
+    for name in ("gtpq", "gtpq-groups", "obs-groups-groups"):
+        with pytest.raises(OptionError, match=f"there is no method or family '{name}'"):
+            find_methods([name])
+
+
+def test_a_method_that_gives_its_own_ranks_lists_no_options() -> None:
+    assert METHODS["acip"].options() == ()
+    assert [option.name for option in METHODS["kronecker-svd"].options()] == ["rank", "damping"]
+    with pytest.raises(OptionError, match="the method acip has no option 'rank': it has none"):
+        METHODS["acip"].check_options(Options(rank=4))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from hesse.errors import OptionError
@@ -30,6 +31,24 @@ class Option:
         if self.default is None:
             return "-"
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+_TYPES: dict[str, type] = {"int": Integral, "float": Real, "str": str, "bool": bool, "None": type(None)}
+
+
+def check_types(types: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    """Check options against their types, as in a signature; types of other kinds than numbers and text pass.
+
+    Raises:
+        OptionError: an option is of another type.
+    """
+    for name, value in options.items():
+        kinds = types[name].split(" | ")
+        if not set(kinds) <= set(_TYPES):
+            continue
+        truth = isinstance(value, bool)  # which is an Integral too
+        if not any(isinstance(value, _TYPES[kind]) and (not truth or kind == "bool") for kind in kinds):
+            raise OptionError(f"{name} is {value!r}: give {' or '.join(kinds)}")
 
 
 def flag(name: str) -> str:

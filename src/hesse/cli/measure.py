@@ -61,7 +61,7 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the methods as curvature × constraint × solver, with source and needs; for a method, also its options."""
-    from hesse.methods import METHODS, find_methods
+    from hesse.methods import METHODS, find_methods, find_row
     from hesse.reporting import methods_table, options_table
 
     families = find_methods(names or ())
@@ -70,8 +70,9 @@ def methods(
         print_json(rows)
     else:
         out_console.print(methods_table(families))
-        for method in (METHODS[name] for name in dict.fromkeys(names or ()) if name in METHODS):
-            out_console.print(options_table(method))
+        for method in dict.fromkeys(find_row(name, METHODS) for name in names or ()):
+            if method is not None:
+                out_console.print(options_table(method) if method.options() else f"{method.name} has no options")
 
 
 def inspect(

@@ -79,7 +79,7 @@ ReportOption = Annotated[
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace OUT, and the page of --report, if they exist.", rich_help_panel=OUTPUT),
+    typer.Option("--overwrite", help="Replace what the command writes, if it exists.", rich_help_panel=OUTPUT),
 ]
 RestartOption = Annotated[
     bool,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.errors import OptionError
+from hesse.errors import DataError, OptionError
 
 LABELS = ("labels", "label", "targets")
 IGNORED = -100  # a target that is masked
@@ -51,6 +51,20 @@ def unpadded_ids(batches: Sequence[Any]) -> list[list[int]] | None:
     return samples or None
 
 
+def check_batches(data: Any) -> None:
+    """Check that data can be walked.
+
+    Raises:
+        OptionError: it is text or nothing, or cannot be iterated.
+    """
+    if data is None or isinstance(data, str | Path):
+        raise OptionError("a module needs data: give pairs (inputs, targets), such as a DataLoader or a list")
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise OptionError(
+            f"data is {type(data).__name__}: give pairs (inputs, targets), such as a DataLoader or a list"
+        )
+
+
 def pairs(batches: Iterable[Any], language_model: bool = False) -> list[tuple[Any, Tensor]]:
     """Return batches as one list of (inputs, targets), which every pass walks alike.
 
@@ -59,8 +73,13 @@ def pairs(batches: Iterable[Any], language_model: bool = False) -> list[tuple[An
 
     Raises:
         OptionError: a batch is neither.
+        DataError: a batch holds no sample.
     """
-    return [_pair(number, batch, language_model) for number, batch in enumerate(batches)]
+    made = [_pair(number, batch, language_model) for number, batch in enumerate(batches)]
+    for number, (inputs, targets) in enumerate(made):
+        if any(isinstance(part, Tensor) and part.numel() == 0 for part in (inputs, targets)):
+            raise DataError(f"batch {number} holds no sample: leave it out")
+    return made
 
 
 def _pair(number: int, batch: Any, language_model: bool) -> tuple[Any, Tensor]:

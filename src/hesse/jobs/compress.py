@@ -26,7 +26,7 @@ from hesse.jobs.compression import Compression
 from hesse.jobs.forecast import Work, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound, fit_memory, waiting_bytes
-from hesse.jobs.options import RunOptions, run_options
+from hesse.jobs.options import RunOptions, check_model, run_options
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup, open_setup
 from hesse.layerwise.rules import statistics_needed
@@ -171,6 +171,7 @@ def compress(
             seed=seed,
             batch_size=batch_size,
         )
+    check_model(model)
     if out is None:
         raise OptionError("a model on disk needs a folder to write: give out")
     if recipe is None and method in methods_of("compress_to_size"):

@@ -1,6 +1,5 @@
 """Bound the memory of a run, and keep it within a limit."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from hesse.estimation.statistics.attention_factor import layers_of_attention
 from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
+from hesse.networks.families import expert_number, is_expert
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.networks.vocabulary import vocabulary
 from hesse.passes.batch_sizes import evaluation_batch
@@ -216,12 +216,12 @@ def activations(network: CheckpointNetwork, block: Block, tokens: int, itemsize:
 
     A token reaches only some of a block's experts.
     """
-    experts = {layer.name for layer in block.layers if ".experts." in layer.name}
+    experts = {layer.name for layer in block.layers if is_expert(layer.name)}
     chosen, number = 1, 1
     if experts:
         config = network.model.config.get_text_config()
         chosen = getattr(config, "num_experts_per_tok", None) or 1
-        number = len({re.sub(r".*\.experts\.(\d+)\..*", r"\1", name) for name in experts})
+        number = len({expert_number(name) for name in experts})
     total = 0.0
     for layer in block.layers:
         share = min(chosen / number, 1.0) if layer.name in experts else 1.0

@@ -1,6 +1,7 @@
 """Run options of a command, which do not affect its result."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,16 @@ def run_options(
     """
     limit = bytes_of(memory) if isinstance(memory, str) else memory
     return RunOptions(find_device(device), limit, overwrite, restart, dry_run, progress or Silence())
+
+
+def check_model(model: object) -> None:
+    """Check that a model is named as one on disk.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(model, str | Path):
+        raise OptionError(f"the model is {type(model).__name__}: give a model folder, `default`, or a hub id")
 
 
 def bytes_of(text: str) -> int:

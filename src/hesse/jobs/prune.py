@@ -1,15 +1,16 @@
 """`hesse.prune`: prune a model, on disk or in memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hesse.curvature import Loss
+from hesse.data.batches import check_batches
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError
-from hesse.jobs.options import run_options
+from hesse.jobs.options import check_model, run_options
 from hesse.jobs.prune_blocks import prune_blocks
 from hesse.jobs.prune_hidden import prune_hidden
 from hesse.modules.prune import build_strategy, find_kinds, prune_in_memory
@@ -61,7 +62,8 @@ def prune(
             heads, hidden units and channels that there are, "head-dimensions", or "blocks". None for those of the
             method's row.
         method: a row of `hesse methods`, with or without "-groups", or any score in `hesse.scores.SCORES` that judges
-            such parts. None for "oba" of weights, "obs" of groups, "loss" of blocks.
+            such parts. None for "oba" of weights, "obs" of groups, "loss" of blocks. "oba" is the old
+            default, and removes worse weights than "magnitude" in the measurements: take that, or "m-fac-network".
         loss_function: for a module, a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for
             cross-entropy.
         forward: for a module, `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
@@ -88,9 +90,24 @@ def prune(
     if isinstance(model, nn.Module):
         if out is not None:
             raise OptionError("a module is pruned in memory: leave out `out`, and save the result's model")
+        of_disk: dict[str, Any] = {
+            "samples": samples,
+            "length": length,
+            "batch_size": batch_size,
+            "overwrite": overwrite or None,
+        }
+        of_disk |= {
+            "restart": restart or None,
+            "dry_run": dry_run or None,
+            "device": None if device == "auto" else device,
+        }
+        for name, value in of_disk.items():
+            if value is not None:
+                raise OptionError(f"{name} is for models on disk: leave it out for a module")
+        check_batches(data)
         return prune_in_memory(
             model,
-            _pairs(data),
+            data,
             what=what,
             method=method,
             loss_function=loss_function,
@@ -100,6 +117,7 @@ def prune(
             ignore=ignore,
             **options,
         )
+    check_model(model)
     (kind, *others) = find_kinds(what, method)
     if others or kind not in ON_DISK:
         raise OptionError(
@@ -117,11 +135,3 @@ def prune(
     run = run_options(device, None, overwrite, restart, dry_run, progress)
     run_on = prune_blocks if kind == "blocks" else prune_hidden
     return run_on(model, Path(out), strategy, calibration, run)
-
-
-def _pairs(data: Any) -> Iterable[Any]:
-    """The data of a module."""
-    if data is None or isinstance(data, str | Path):
-        raise OptionError("a module needs data: give pairs (inputs, targets), such as a DataLoader or a list")
-    pairs: Iterable[Any] = data
-    return pairs

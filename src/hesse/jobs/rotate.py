@@ -13,7 +13,7 @@ from hesse.formats.opening import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import COMPARING, comparing, evaluated_tokens, parameters, running
-from hesse.jobs.options import run_options
+from hesse.jobs.options import check_model, run_options
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import calibration_batch
 from hesse.progress import Progress
@@ -70,6 +70,7 @@ def rotate(
     Raises:
         HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
+    check_model(model)
     if kind not in ROTATIONS:
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")
     calibration = Calibration(data, samples, length, seed, batch_size)

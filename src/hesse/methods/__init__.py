@@ -25,6 +25,7 @@ from hesse.methods.table import (
     METHODS,
     find_method,
     find_methods,
+    find_row,
     methods_of,
     register,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "constraint",
     "find_method",
     "find_methods",
+    "find_row",
     "load_recipe",
     "methods_of",
     "parse_settings",

@@ -208,6 +208,8 @@ class Method:
 
     def _options_of_parts(self) -> tuple[Option, ...]:
         """Return the options of the method's constraints and solver."""
+        if not VERBS[self.verb].takes_options:
+            return ()
         entry = VERBS[self.verb].solver(self.solver)
         if not (self.solves_layers or getattr(entry, "takes_parts", False)):
             return ()

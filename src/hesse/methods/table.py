@@ -1,6 +1,6 @@
 """Table of methods: all rows, from all packages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hesse.errors import OptionError
@@ -73,8 +73,18 @@ def find_method(name: str, *verbs: str) -> Method:
     return method
 
 
+def find_row(name: str, rows: Mapping[str, Method]) -> Method | None:
+    """Return the row of that name, with or without "-groups"; None if there is none.
+
+    A name in full comes first: "magnitude" is the row of single weights where `rows` has both.
+    """
+    return rows.get(name) or rows.get(f"{name}-groups")
+
+
 def find_methods(names: Iterable[str]) -> dict[str, tuple[Method, ...]]:
     """Return the rows that `names` of families and of methods choose, by family; all of them for no name.
+
+    Methods that prune groups are found with or without "-groups" in their names.
 
     Raises:
         OptionError: a name is neither a family nor a method.
@@ -83,10 +93,11 @@ def find_methods(names: Iterable[str]) -> dict[str, tuple[Method, ...]]:
     families: dict[str, list[Method]] = {family: [] for family in METHOD_FAMILIES}
     for method in METHODS.values():
         families.setdefault(method.family, []).append(method)
-    if unknown := sorted(names - {*families, *METHODS}):
+    rows = {name: find_row(name, METHODS) for name in names}
+    if unknown := sorted(name for name, row in rows.items() if row is None and name not in families):
         raise OptionError(f"there is no method or family {unknown[0]!r}; families are {', '.join(families)}")
     chosen = {
-        family: tuple(method for method in methods if not names or family in names or method.name in names)
+        family: tuple(method for method in methods if not names or family in names or method in rows.values())
         for family, methods in families.items()
     }
     return {family: methods for family, methods in chosen.items() if methods}

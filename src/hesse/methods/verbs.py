@@ -15,6 +15,8 @@ class Verb:
     `solvers` is the registry of its methods' solvers, by module and name, imported on first use; None for a verb with a
     single algorithm.
 
+    `takes_options` is False for a verb that chooses the options of its methods' constraints and solvers itself.
+
     `example` is the call or command that the table shows, with {name} for the method's. A verb without `keyword` runs
     one method only.
     """
@@ -24,6 +26,7 @@ class Verb:
     example: str
     keyword: str | None = "method"
     solvers: str | None = "hesse.methods:SOLVERS"
+    takes_options: bool = True
 
     def solver(self, name: str) -> Any:
         """Return the entry of a solver that the verb's methods can name.
@@ -51,6 +54,7 @@ for _verb in (
         "compress_to_size",
         "hesse:compress",
         "hesse compress MODEL OUT --method {name} --size 60% --statistics STATISTICS",
+        takes_options=False,
     ),
     Verb(
         "prune_gradually",

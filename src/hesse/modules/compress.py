@@ -1,8 +1,7 @@
 """Compress a network in memory: collect backward statistics, then solve each layer where calibration stops at it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hesse.constraints import Constraint, LowRankCode
 from hesse.curvature import Loss, Objective
-from hesse.data.batches import pairs, token_ids, unpadded_ids
+from hesse.data.batches import check_batches, token_ids, unpadded_ids
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.calibrated import KnownStatistics, calibrated
@@ -43,6 +42,8 @@ from hesse.progress import Clock
 from hesse.result import LossChange, Result
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def compress_in_memory(
     model: nn.Module,
     data: Any,
@@ -128,7 +129,7 @@ def compress_in_memory(
             calibration = Calibration(data, samples, length, seed, batch_size)
             source: _Source = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
             return _compress(source, chosen, rules, wanted, notes, clock)
-        with _objective(copy, chosen, data, loss_function, forward) as objective:
+        with layers_objective(copy, chosen, data, loss_function, forward) as objective:
             source = _OneBlock(objective, chosen, statistics_needed(rules), kind, seed)
             return _compress(source, chosen, rules, wanted, notes, clock)
 
@@ -311,6 +312,7 @@ def _token_data(
     if language_model and loss_function is None and forward is None:
         if data is None or (ids := token_ids(data)) is not None:
             return True, None if data is None else ids
+        check_batches(data)
         data = list(data)
         if (samples := unpadded_ids(data)) is not None:
             return True, samples
@@ -319,31 +321,8 @@ def _token_data(
             "text is for a transformers language model with its own loss: give (inputs, targets) pairs, or "
             "dictionaries with labels"
         )
+    check_batches(data)
     return False, data
-
-
-@contextmanager
-def _objective(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    data: Any,
-    loss_function: Loss | nn.Module | None,
-    forward: Callable[[nn.Module, Any], Tensor] | None,
-) -> Iterator[Objective]:
-    """The loss as a function of the layers' weights; dictionaries and transformers models are called as they want."""
-    batches = list(data)
-    if forward is None and (isinstance(model, PreTrainedModel) or any(isinstance(each, Mapping) for each in batches)):
-        forward = _call
-    language_model = isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
-    with layers_objective(model, layers, pairs(batches, language_model), loss_function, forward) as objective:
-        yield objective
-
-
-def _call(model: nn.Module, inputs: Any) -> Tensor:
-    """Return the outputs of a model that takes keyword arguments, or gives an object with logits."""
-    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    result: Tensor = getattr(outputs, "logits", outputs)
-    return result
 
 
 def _weight(layer: Layer) -> Tensor:

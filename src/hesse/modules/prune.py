@@ -1,18 +1,20 @@
 """Pruning of a network in memory: single weights, groups that are cut out, dimensions of heads."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hesse.constraints import Sparse
 from hesse.curvature import Loss
-from hesse.curvature.objective import Batch
-from hesse.errors import OptionError
+from hesse.errors import DataError, OptionError, UnsupportedModelError
+from hesse.finite import all_finite
 from hesse.layerwise.rules import check_patterns
-from hesse.methods import Method, methods_of
+from hesse.methods import Method, find_row, methods_of
 from hesse.methods.recipe import matches
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
@@ -21,7 +23,7 @@ from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
 from hesse.modules.sites import GroupStrategy, Sites, freeze_as, pruning_objective
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
-from hesse.options import settings_of
+from hesse.options import check_types, settings_of
 from hesse.partitions import GROUP_KINDS, loading_problem
 from hesse.result import LossChange, Result
 from hesse.scores import SCORES
@@ -33,9 +35,11 @@ DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads
 RANKINGS = {"weights": "weight_ranking", "groups": "group_ranking", "blocks": "block_ranking"}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def prune_in_memory(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Any],
     *,
     what: str | Sequence[str] | None = None,
     method: str | None = None,
@@ -78,6 +82,8 @@ def find_kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[st
     if what is None:
         rows = prune_rows()
         what = rows[method].partition if method in rows else "weights"
+    elif not isinstance(what, str) and not (isinstance(what, Sequence) and all(isinstance(kind, str) for kind in what)):
+        raise OptionError(f"what is {what!r}: give one name of parts, or a list of names")
     kinds = (what,) if isinstance(what, str) else tuple(what)
     if not kinds or (len(kinds) > 1 and not set(kinds) <= set(GROUP_KINDS)):
         raise OptionError(f"{kinds} cannot be pruned in one call: only {', '.join(GROUP_KINDS)} can")
@@ -99,7 +105,7 @@ def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
         OptionError: there is no such method, or it has no such option.
     """
     rows = {name: row for name, row in prune_rows().items() if row.partition == family}
-    row = rows.get(method) or rows.get(f"{method}-groups")
+    row = find_row(method, rows)
     if row is not None:
         solver, score = row.solver, row.score
     elif method in SCORES and family in RANKINGS:
@@ -113,12 +119,13 @@ def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
     takes = [option.name for option in settings_of(strategy)]
     if unknown := [name for name in options if name not in takes]:
         raise OptionError(f"the method {method} has no option {unknown[0]!r}; it has {', '.join(takes)}")
+    check_types({option.name: option.type for option in settings_of(strategy)}, options)
     return strategy(**options) if score is None else strategy(score, **options)
 
 
 def _prune_groups(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Any],
     method: str,
     strategy: GroupStrategy,
     kinds: Sequence[str],
@@ -130,12 +137,18 @@ def _prune_groups(
     strategy.check(kinds)
     training = model.training
     objective = pruning_objective(deepcopy(model), data, loss_function, forward)
-    sites = Sites.trace(objective, kinds, training, seed)
-    parameters, flops, before = parameters_of(objective.model), flops_of(objective), objective.value()
+    try:
+        sites = Sites.trace(objective, kinds, training, seed)
+    except UnsupportedModelError:
+        with suppress(OptionError):
+            preparation.dense_loss(objective)  # NaN differs from itself, and then the data or weights are at fault
+        raise
+    parameters, flops = parameters_of(objective.model), flops_of(objective)
+    before = preparation.dense_loss(objective)
     removal = strategy.choose(sites)
     smaller, difference = sites.without(removal.removed)
     strategy.finish(sites, removal, smaller)
-    after = pruning_objective(smaller, objective.data, objective.loss, forward)
+    after = pruning_objective(smaller, objective.data, objective.loss, objective.forward)
     report = PruneReport(
         model=type(model).__name__,
         method=method,
@@ -158,7 +171,7 @@ def _prune_groups(
 
 def _prune_head_dimensions(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Any],
     strategy: HeadDimensions,
     loss_function: Loss | nn.Module | None,
     forward: Callable[[nn.Module, Any], Tensor] | None,
@@ -167,9 +180,9 @@ def _prune_head_dimensions(
     strategy.check()
     objective = pruning_objective(deepcopy(model), data, loss_function, forward)
     narrow = objective.model
-    parameters, flops, before = parameters_of(narrow), flops_of(objective), objective.value()
+    parameters, flops, before = parameters_of(narrow), flops_of(objective), preparation.dense_loss(objective)
     removed = strategy.prune(objective)
-    after = pruning_objective(narrow, objective.data, objective.loss, forward)
+    after = pruning_objective(narrow, objective.data, objective.loss, objective.forward)
     report = PruneReport(
         model=type(model).__name__,
         method="modegpt-heads",
@@ -192,7 +205,7 @@ def _prune_head_dimensions(
 
 def _prune_weights(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Any],
     ranking: WeightRanking,
     loss_function: Loss | nn.Module | None,
     forward: Callable[[nn.Module, Any], Tensor] | None,
@@ -209,6 +222,9 @@ def _prune_weights(
         if not chosen:
             raise OptionError("no layer is left to prune: ignore fewer")
         ranking.check(chosen)
+        for layer in chosen:
+            if not all_finite(layer.weight.detach()):
+                raise DataError(f"{layer.name}: the weight holds NaN or infinity")
         with preparation.layers_objective(copy, chosen, data, loss_function, forward) as objective:
             pruned, size = ranking.prune(objective, seed), objective.size
             reports = [ranking.report(layer) for layer in chosen]

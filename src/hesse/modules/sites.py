@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hesse.curvature import CrossEntropy, Loss, Objective
-from hesse.curvature.objective import Batch
+from hesse.modules.preparation import prepare_data
 from hesse.partitions import (
     GROUP_KINDS,
     Group,
@@ -104,16 +104,17 @@ def leave_one(removed: Sequence[Group], there: Sequence[Group]) -> list[Group]:
 
 def pruning_objective(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Any],
     loss_function: Loss | nn.Module | None,
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Objective:
     """Return the loss of a model in eval mode, which is changed to it; all of its parameters take gradients."""
+    batches, forward = prepare_data(model, data, forward)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     function = CrossEntropy() if loss_function is None else loss_function
-    return Objective.of(model, function, list(data), forward=forward)
+    return Objective.of(model, function, batches, forward=forward)
 
 
 def freeze_as(model: nn.Module, smaller: nn.Module) -> None:

@@ -14,6 +14,7 @@ from hesse.layerwise.report import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import RankingScope, Refit
+from hesse.modules.preparation import dense_loss
 from hesse.networks.network import Layer
 from hesse.options import setting
 from hesse.partitions import Tiles
@@ -81,7 +82,7 @@ class WeightRanking:
 
     def prune(self, objective: Objective, seed: int) -> PrunedWeights:
         """Set weights of the objective's model to zero, in place."""
-        before, dense = objective.value(), _weights(objective)
+        before, dense = dense_loss(objective), _weights(objective)
         tiles = Tiles({name: parameter.shape for name, parameter in objective.named.items()}, (1, self.block))
         score, kept = find_score(self.score), torch.ones(tiles.count, dtype=torch.bool, device=dense.device)
         for step in range(1, self.steps + 1):

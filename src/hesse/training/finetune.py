@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hesse.curvature import Loss, Objective
 from hesse.curvature.objective import Batch
+from hesse.data.batches import check_batches
 from hesse.errors import OptionError
 from hesse.methods import Options, find_method
 from hesse.progress import Progress, Silence
@@ -69,6 +70,7 @@ def finetune(
         DataError: there is no data, or the loss is not finite; the model is in its state after the previous step.
         OutputError: the folder holds another training, or cannot be written.
     """
+    check_batches(data)
     row, options = find_method(method, "finetune"), Options() if options is None else options
     if held is None and rule is None:
         row.check_options(options)
