@@ -19,6 +19,7 @@ import tiny_models
 from helpers import IDS, compress, left_over, write_ids
 from hesse.checkpoints import work_folder
 from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.work_folder import WorkFolder
 from hesse.errors import OutputError
 
 REPORTS = ("hesse-report.json", "statistics.json")
@@ -198,3 +199,19 @@ def test_a_folder_without_a_finished_step_is_begun_anew_by_any_command(
     run("hidden units", folders, out)
     assert files(out) == undisturbed("hidden units")
     assert left_over(tmp_path) == ["out"]
+
+
+def test_an_estimate_that_was_killed_behind_its_index_counts_the_same_bytes(
+    folders: Sources, undisturbed: Callable[[str], dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(self: WorkFolder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("estimate", folders, out)
+    run("estimate", folders, out)
+    assert files(out) == undisturbed("estimate")

@@ -117,8 +117,10 @@ def estimate(
         files = estimation.run()
         asked = {key: value for key, value in asdict(calibration).items() if key != "batch_size"}
         asked |= {"length": sample_length(network, length), "data": None if data is None else str(data)}
+        # An earlier process may have been killed behind the index, which is no curvature.
+        written = sum(path.stat().st_size for path in job.folder.glob("*.safetensors"))
         report = EstimateReport(
-            **job.head(checkpoint.file_bytes, sum(path.stat().st_size for path in job.folder.iterdir()), None),
+            **job.head(checkpoint.file_bytes, written, None),
             model_files=checkpoint.digests,
             samples=asked,
             samples_fingerprint=selected.samples.fingerprint(),
