@@ -116,7 +116,7 @@ class GroupRanking:
         return rankings
 
     def _most(self, sites: Sites, groups: Sequence[Group]) -> int:
-        """How many groups of a site may be removed: one stays, and of experts as many as a token goes to."""
+        """Return how many groups of a site may be removed: one stays, and as many experts as a token is sent to."""
         most = min(int(share_removed(self.least) * len(groups)), len(groups) - 1)
         if groups[0].kind == "experts":
             block = sites.objective.model.get_submodule(groups[0].site.rpartition(".")[0])

@@ -105,7 +105,7 @@ class WeightRanking:
         return PrunedWeights(before, after, predicted)
 
     def _stay(self, tiles: Tiles, costs: Tensor, step: int) -> Tensor:
-        """Which of all tiles (parts,) stay after a step."""
+        """Return the mask (parts,) of the tiles that stay after a step."""
         pattern = self.pattern
         if pattern.of is not None:
             return torch.cat([pattern.mask(costs).flatten() for costs in tiles.split(costs).values()])
