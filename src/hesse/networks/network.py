@@ -208,7 +208,7 @@ class CheckpointNetwork:
             try:
                 yield block.module
             finally:
-                _forget(block.module)
+                forget(block.module)
                 if size >= TRIMMED_BYTES:
                     give_back_memory()
 
@@ -241,7 +241,7 @@ class CheckpointNetwork:
             try:
                 yield self.model
             finally:
-                _forget(outside)
+                forget(outside)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -328,7 +328,7 @@ def _rounded(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments:
     return rounding(arguments[0])
 
 
-def _forget(module: nn.Module) -> None:
+def forget(module: nn.Module) -> None:
     """Drop the weights below `module`; tied weights stay tied. Buffers stay: they are small and may be computed."""
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():

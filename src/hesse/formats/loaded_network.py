@@ -1,0 +1,132 @@
+"""A checkpoint as transformers itself loads it: its own class, quantizer, names and conversions, a block at a time."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import ContextManagers, LoadStateDictConfig
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.networks.layout import NetworkKind, find_blocks, kind_of
+from hesse.networks.network import Block, Layer, forget, input_limit
+
+
+class LoadedNetwork:
+    """Network of the model that transformers makes of a folder, with no weights in memory until they are asked for.
+
+    No reader of Hesse takes part: transformers' quantizer builds the layers, and its conversions fill them. What comes
+    out is what every program gets that calls `from_pretrained` on the folder. Code in the folder is never run.
+
+    Errors are transformers' own, of any kind.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        folder = checkpoint.folder
+        config = AutoConfig.from_pretrained(folder)
+        factory = getattr(transformers, config.architectures[0])
+        quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+        with ContextManagers(factory.get_init_context(dtype, quantizer is not None, False, None)):
+            model = factory(config)
+            if quantizer is not None:
+                quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
+        self.model: PreTrainedModel = model.eval()
+        self.kind: NetworkKind = kind_of(model)
+        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
+        name, modules = find_blocks(model)
+        self.blocks = [Block(f"{name}.{index}", module, ()) for index, module in enumerate(modules)]
+        self._loading = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+            device_map={"": str(device)},
+        )
+        self._places = self._targets()
+
+    def _targets(self) -> dict[str, str]:
+        """Return the parameter, or the first of several, that each stored tensor fills."""
+        mapping = self._loading.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        expected, prefix, targets = self.model.state_dict(), self.model.base_model_prefix, {}
+        for key in self.checkpoint.stored_names():
+            target, _ = rename_source_key(key, renamings, converters, prefix, expected)
+            if target not in expected and key in expected:
+                target, _ = rename_source_key(key, [], [], prefix, expected)
+            targets[key] = target
+        return targets
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Return no layers: this network is only run."""
+        return []
+
+    @property
+    def input_limit(self) -> int | None:
+        """Return the largest number of tokens of a sample; None without a limit."""
+        return input_limit(self.model, "config.json")
+
+    def unread(self, tensors: dict[str, Tensor]) -> LoadStateDictInfo:
+        """Return what transformers misses and does not expect among tensors, which may be on the meta device."""
+        trial = copy.deepcopy(self.model)
+        loading = replace(self._loading, device_map={"": "meta"})
+        info, _ = convert_and_load_state_dict_in_model(trial, tensors, loading)
+        return type(trial)._finalize_model_loading(trial, loading, info)
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        self.model.get_submodule(parent)._modules[child] = module
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[nn.Module]:
+        """Yield the block with its weights in memory; the block's own module stays without."""
+        module = copy.deepcopy(block.module)
+        self._place(block.name, module)
+        try:
+            self._fill(block.name, module)
+            yield module
+        finally:
+            self._place(block.name, block.module)
+
+    @contextmanager
+    def surroundings(self) -> Iterator[PreTrainedModel]:
+        """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
+        self._fill("", self.model)
+        try:
+            yield self.model
+        finally:
+            forget(self.model)
+
+    def _fill(self, prefix: str, module: nn.Module) -> None:
+        """Fill what lies below `module`, or with no prefix what lies outside of all blocks, by transformers' ways."""
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        own = [key for key, place in self._places.items() if place.startswith(f"{prefix}.")]
+        if not prefix:
+            own = [key for key, place in self._places.items() if not place.startswith(inside)]
+        tensors = self.checkpoint.read_stored(own)
+        convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
+        outside = {child for block in self.blocks for child in block.module.modules()} if not prefix else set()
+        for child in module.modules():
+            if child not in outside:
+                for name, buffer in child._buffers.items():
+                    if buffer is not None and buffer.is_meta:
+                        child._buffers[name] = torch.empty_like(buffer, device=self.device)
+        if not prefix:
+            self.model.tie_weights()
+        self.model.initialize_weights()
