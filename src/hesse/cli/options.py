@@ -58,7 +58,11 @@ LossOption = Annotated[
 RankOption = Annotated[int, typer.Option(help=help_of("rank"))]
 DampingOption = Annotated[float, typer.Option(help=help_of("damping"))]
 IgnoreOption = Annotated[
-    list[str] | None, typer.Option(help="Pattern of layer names to leave unchanged; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        help="Layers to leave unchanged: a pattern such as '*.down_proj', or 're:' and a regular expression; may be "
+        "repeated."
+    ),
 ]
 CurvatureOption = Annotated[
     str, typer.Option(help="Curvature by name: gram, kronecker, fisher (estimate; with commas) or identity (repair).")
