@@ -42,7 +42,7 @@ def with_options(*shared: Parameter) -> Callable[[Callable[..., None]], Callable
         signature = inspect.signature(run)
         own = [p for name, p in signature.parameters.items() if name not in options and p.kind != Parameter.VAR_KEYWORD]
         run.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
-        run.__annotations__.update({name: parameter.annotation for name, parameter in options.items()})
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)} | {"return": None}
         return run
 
     return give
