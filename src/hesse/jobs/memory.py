@@ -14,10 +14,9 @@ from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.families import expert_number, is_expert
+from hesse.networks.layout import vocabulary
 from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.networks.vocabulary import vocabulary
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import calibration_batch
+from hesse.passes.stream import calibration_batch, evaluation_batch
 
 COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
@@ -130,7 +129,7 @@ def comparing(dense: CheckpointNetwork, length: int) -> int:
     """Return the bytes of two models' embeddings and heads, and of their logits on samples of `length` tokens."""
     outside = _outside(dense)
     tokens = evaluated_tokens(dense, length)
-    logits = 4 * tokens * vocabulary(dense) if dense.kind == "causal-lm" else 0
+    logits = 4 * tokens * vocabulary(dense.model) if dense.kind == "causal-lm" else 0
     return 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
 
 
