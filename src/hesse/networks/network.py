@@ -23,6 +23,8 @@ from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
+Places = dict[str, tuple[nn.Module, str]]  # by full name: a parameter's or buffer's module, and its name there
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -184,19 +186,17 @@ class CheckpointNetwork(Network):
 
         During the computation the next block is read from disk: blocks are expected in order, in either direction.
         """
-        with self._holding_weights(block.name):
-            self._fill(block.module, block.name)
+        with self._holding_weights(block.name, block.module, block.name):
             self._announce_next(block)
-            try:
-                yield block.module
-            finally:
-                _forget(block.module)
-                if sum(parameter.nbytes for parameter in block.module.parameters()) >= TRIMMED_BYTES:
-                    give_back_memory()
+            yield block.module
+        if sum(parameter.nbytes for parameter in block.module.parameters()) >= TRIMMED_BYTES:
+            give_back_memory()
 
     @contextmanager
-    def _holding_weights(self, what: str) -> Iterator[None]:
-        """Refuse to hold weights in the shared modules while a network of another type holds some.
+    def _holding_weights(
+        self, what: str, module: nn.Module, prefix: str, leave: Set[int] = frozenset()
+    ) -> Iterator[None]:
+        """Hold the weights below `module`; refuse while a network of another type holds some in the shared modules.
 
         Raises:
             RuntimeError: another network holds weights.
@@ -208,8 +208,10 @@ class CheckpointNetwork(Network):
             )
         self._holders.append(self)
         try:
+            self._fill(module, prefix, leave)
             yield
         finally:
+            _forget(module)
             self._holders.pop()
 
     @contextmanager
@@ -218,12 +220,8 @@ class CheckpointNetwork(Network):
         inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
         outside = self.model if self.kind == "causal-lm" else self.model.base_model
         prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
-        with self._holding_weights("the embeddings and the head"):
-            self._fill(outside, prefix, leave=inside)
-            try:
-                yield self.model
-            finally:
-                _forget(outside)
+        with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
+            yield self.model
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -242,11 +240,9 @@ class CheckpointNetwork(Network):
             places = self._places(self.blocks[following].module, self.blocks[following].name)
             self._reader.announce(dict.fromkeys(self.sources[full] for full in places))
 
-    def _places(
-        self, module: nn.Module, prefix: str, leave: Set[int] = frozenset()
-    ) -> dict[str, tuple[nn.Module, str]]:
+    def _places(self, module: nn.Module, prefix: str, leave: Set[int] = frozenset()) -> Places:
         """Return the parameters and buffers below `module` that the checkpoint has, by full name."""
-        places: dict[str, tuple[nn.Module, str]] = {}
+        places: Places = {}
         for path, child in module.named_modules(prefix=prefix, remove_duplicate=False):
             for name, tensor in (*child._parameters.items(), *child._buffers.items()):
                 full = f"{path}.{name}" if path else name
