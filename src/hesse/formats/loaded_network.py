@@ -45,6 +45,7 @@ class LoadedNetwork:
             if quantizer is not None:
                 quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
         self.model: PreTrainedModel = model.eval()
+        self._compressor = getattr(quantizer, "compressor", None)  # of compressed-tensors
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
         self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
@@ -100,6 +101,8 @@ class LoadedNetwork:
         self._place(block.name, module)
         try:
             self._fill(block.name, module)
+            if self._compressor is not None:  # from_pretrained does the same at the model's first forward
+                self._compressor.decompress_model(module)
             yield module
         finally:
             self._place(block.name, block.module)
