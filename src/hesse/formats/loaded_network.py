@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 import transformers
+from compressed_tensors.compressors import decompress_module
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,7 +31,8 @@ class LoadedNetwork:
     """Network of the model that transformers makes of a folder, with no weights in memory until they are asked for.
 
     No reader of Hesse takes part: transformers' quantizer builds the layers, and its conversions fill them. What comes
-    out is what every program gets that calls `from_pretrained` on the folder. Code in the folder is never run.
+    out is what every program gets that calls `from_pretrained` on the folder. Weights are decoded in the type that
+    config.json names, and run in `dtype`. Code in the folder is never run.
 
     Errors are transformers' own, of any kind.
     """
@@ -39,21 +42,21 @@ class LoadedNetwork:
         folder = checkpoint.folder
         config = AutoConfig.from_pretrained(folder)
         factory = getattr(transformers, config.architectures[0])
+        stored = config.get_text_config().dtype or torch.float32
         quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
-        with ContextManagers(factory.get_init_context(dtype, quantizer is not None, False, None)):
+        with ContextManagers(factory.get_init_context(stored, quantizer is not None, False, None)):
             model = factory(config)
             if quantizer is not None:
-                quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[])
+                quantizer.preprocess_model(model=model, dtype=stored, device_map=None, checkpoint_files=[])
         self.model: PreTrainedModel = model.eval()
-        self._compressor = getattr(quantizer, "compressor", None)  # of compressed-tensors
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
         self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
         name, modules = find_blocks(model)
         self.blocks = [Block(f"{name}.{index}", module, ()) for index, module in enumerate(modules)]
         self._loading = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
+            dtype=stored,
+            dtype_plan=model._get_dtype_plan(stored),
             hf_quantizer=quantizer,
             weight_mapping=get_model_conversion_mapping(model, None, quantizer),
             device_map={"": str(device)},
@@ -101,8 +104,6 @@ class LoadedNetwork:
         self._place(block.name, module)
         try:
             self._fill(block.name, module)
-            if self._compressor is not None:  # from_pretrained does the same at the model's first forward
-                self._compressor.decompress_model(module)
             yield module
         finally:
             self._place(block.name, block.module)
@@ -117,19 +118,29 @@ class LoadedNetwork:
             forget(self.model)
 
     def _fill(self, prefix: str, module: nn.Module) -> None:
-        """Fill what lies below `module`, or with no prefix what lies outside of all blocks, by transformers' ways."""
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        own = [key for key, place in self._places.items() if place.startswith(f"{prefix}.")]
-        if not prefix:
-            own = [key for key, place in self._places.items() if not place.startswith(inside)]
-        tensors = self.checkpoint.read_stored(own)
-        convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
-        outside = {child for block in self.blocks for child in block.module.modules()} if not prefix else set()
-        for child in module.modules():
-            if child not in outside:
-                for name, buffer in child._buffers.items():
-                    if buffer is not None and buffer.is_meta:
-                        child._buffers[name] = torch.empty_like(buffer, device=self.device)
+        """Fill `module`, or with no prefix what lies outside of all blocks, as `from_pretrained` does."""
+        blocks = tuple(f"{block.name}." for block in self.blocks)
+        inside = {child for block in self.blocks for child in block.module.modules()}
+        own = set(module.modules()) if prefix else set(module.modules()) - inside
+        names = [
+            name
+            for name, place in self._places.items()
+            if (place.startswith(f"{prefix}.") if prefix else not place.startswith(blocks))
+        ]
+        convert_and_load_state_dict_in_model(self.model, self.checkpoint.read_stored(names), self._loading)
         if not prefix:
             self.model.tie_weights()
+        for child in self.model.modules():
+            child._is_hf_initialized = child not in own  # transformers computes the buffers of the others
+        for child in own:
+            for name, buffer in child._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    child._buffers[name] = torch.empty_like(buffer, device=self.device)
         self.model.initialize_weights()
+        for child in own:
+            if isinstance(getattr(child, "quantization_scheme", None), QuantizationScheme):
+                decompress_module(child)  # from_pretrained leaves it to the model's first forward
+            child._apply(self._in_dtype, recurse=False)
+
+    def _in_dtype(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
