@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import replace
+from io import StringIO
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,13 +20,26 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
-from transformers.modeling_utils import ContextManagers, LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.networks.layout import NetworkKind, find_blocks, kind_of
-from hesse.networks.network import Block, Layer, forget, input_limit
+from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
+from hesse.networks.network import Block, Layer, forget
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars and tables of transformers and compressed-tensors."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 class LoadedNetwork:
@@ -43,7 +58,7 @@ class LoadedNetwork:
         config = AutoConfig.from_pretrained(folder)
         factory = getattr(transformers, config.architectures[0])
         stored = config.get_text_config().dtype or torch.float32
-        quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+        quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})  # type: ignore[no-untyped-call]
         with ContextManagers(factory.get_init_context(stored, quantizer is not None, False, None)):
             model = factory(config)
             if quantizer is not None:
@@ -58,7 +73,7 @@ class LoadedNetwork:
             dtype=stored,
             dtype_plan=model._get_dtype_plan(stored),
             hf_quantizer=quantizer,
-            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+            weight_mapping=cast(Any, get_model_conversion_mapping(model, None, quantizer)),
             device_map={"": str(device)},
         )
         self._places = self._targets()
@@ -86,8 +101,13 @@ class LoadedNetwork:
         """Return the largest number of tokens of a sample; None without a limit."""
         return input_limit(self.model, "config.json")
 
-    def unread(self, tensors: dict[str, Tensor]) -> LoadStateDictInfo:
-        """Return what transformers misses and does not expect among tensors, which may be on the meta device."""
+    def unread(self) -> LoadStateDictInfo:
+        """Return what transformers misses in the folder, and does not expect there, by the files' headers alone."""
+        stored = self.checkpoint
+        tensors = {
+            name: torch.empty(stored.shape(name), dtype=stored.dtype(name), device="meta")
+            for name in stored.stored_names()
+        }
         trial = copy.deepcopy(self.model)
         loading = replace(self._loading, device_map={"": "meta"})
         info, _ = convert_and_load_state_dict_in_model(trial, tensors, loading)
@@ -131,16 +151,16 @@ class LoadedNetwork:
         if not prefix:
             self.model.tie_weights()
         for child in self.model.modules():
-            child._is_hf_initialized = child not in own  # transformers computes the buffers of the others
+            cast(Any, child)._is_hf_initialized = child not in own  # those with the mark keep their buffers
         for child in own:
             for name, buffer in child._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     child._buffers[name] = torch.empty_like(buffer, device=self.device)
-        self.model.initialize_weights()
+        self.model.initialize_weights()  # type: ignore[no-untyped-call]
         for child in own:
             if isinstance(getattr(child, "quantization_scheme", None), QuantizationScheme):
                 decompress_module(child)  # from_pretrained leaves it to the model's first forward
-            child._apply(self._in_dtype, recurse=False)
+            child._apply(self._in_dtype, recurse=False)  # type: ignore[no-untyped-call]
 
     def _in_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
