@@ -1,6 +1,7 @@
 """A checkpoint as transformers itself loads it: its own class, quantizer, names and conversions, a block at a time."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import replace
@@ -34,7 +35,7 @@ from hesse.networks.network import Block, Layer, forget
 def quiet() -> Iterator[None]:
     """Hide the progress bars and tables of transformers and compressed-tensors."""
     before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         with redirect_stderr(StringIO()):
             yield
