@@ -80,7 +80,9 @@ def run(chosen: list[str], results: Path, workers: int, seconds: float) -> dict[
                     continue
                 process.join()
                 del running[cell]
-                found = json.loads(answer.read_text()) if answer.exists() else {"verdict": zoo_cell.UNBUILT, "detail": ""}
+                found = (
+                    json.loads(answer.read_text()) if answer.exists() else {"verdict": zoo_cell.UNBUILT, "detail": ""}
+                )
                 state["cells"][cell] = {**found, "commit": state["commit"]}
                 results.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
                 print(f"{cell}: {found['verdict']}: {found['detail'][:150]}", flush=True)

@@ -45,7 +45,8 @@ def run_cell(group: str, model_type: str, folder: Path, seconds: float) -> dict[
     for step, failure in ((build, UNBUILT), (compress, TRACEBACK), (load, LOADS_NOT)):
         answer = _in_process(step, group, model_type, folder, seconds)
         if "error" in answer:
-            return {**found, "verdict": answer.get("verdict", failure), "detail": answer["error"]}
+            detail = answer["error"].replace(f"{folder}/", "")
+            return {**found, "verdict": answer.get("verdict", failure), "detail": detail}
         found |= answer
     verdict, detail = judge(found)
     found["left_dense"] = found["left_dense"][:MOST_NAMES]
@@ -168,10 +169,11 @@ def _first_that_runs(cls: type[PreTrainedModel], model_type: str) -> tuple[PreTr
 
 def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
     """Compress the model, evaluate it, and write what Hesse reads of the result as a dense model."""
+    from safetensors.torch import save_file
+
     import hesse
     from hesse.errors import HesseError
     from hesse.formats import open_checkpoint
-    from safetensors.torch import save_file
 
     model, out, ids = folder / "model", folder / "out", zoo_models.random_ids()
     options = hesse.Options(bits=8, group_size=16)
@@ -191,7 +193,11 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
     found["decoding_error"] = errors[found["worst_weight"]]
     try:
         report = hesse.evaluate(out, reference=model, data=ids, device="cpu").report
-        found |= {"kl": report.kl, "hesse_dense_loss": report.reference_loss, "hesse_compressed_loss": report.model_loss}
+        found |= {
+            "kl": report.kl,
+            "hesse_dense_loss": report.reference_loss,
+            "hesse_compressed_loss": report.model_loss,
+        }
     except Exception as error:
         found["evaluate_error"] = last_line(error)
     return found

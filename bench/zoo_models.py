@@ -13,19 +13,20 @@ from transformers.pytorch_utils import Conv1D
 
 VOCABULARY, HEADS, HEAD_DIM, WIDTH, INNER = 256, 4, 16, 64, 128
 SPECIAL_IDS = range(200, 250)  # of images, sounds and the like: no sample has them
-MOST_LAYERS, MOST_PARAMETERS = 5, 12_000_000
+MOST_LAYERS, MOST_PARAMETERS = 5, 16_000_000
 GAIN = 1.5  # of linear weights: a layer's outputs are this many times as large as its inputs
 
 # A setting's new value, by the first regular expression that its name matches. Values that are smaller stay.
 SIZES: list[tuple[str, int]] = [
     (r"vocab_size|vocab_size_per_layer_input|num_embeddings|codebook_size", VOCABULARY),
-    (r"(key_value|kv|key|query)_heads|num_kv_heads|n_head_kv|num_key_value_heads|num_query_groups", 2),
-    (r"heads$|_head$|n_heads$|attention_heads|num_heads", HEADS),
     (r"global_head_dim|qk_head_dim|index_head_dim", 2 * HEAD_DIM),
     (r"head_dim|d_kv|headdim|d_head|dim_head|head_size|rotary_dim|d_rel|query_pre_attn_scalar", HEAD_DIM),
-    (r"experts_per_tok|top_?k_experts|moe_topk|moe_top_k|num_selected_experts|experts_top_k|moe_k$", 2),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 2 * HEADS),
+    (r"(key_value|kv|key|query)_heads|num_kv_heads|n_head_kv|num_query_groups", 2),
+    (r"heads$|_head$|n_heads$|attention_heads|num_heads", HEADS),
+    (r"experts_per_tok(en)?$|top_?k_experts|moe_topk|moe_top_k|num_selected_experts|experts_top_k|moe_k$", 2),
     (r"^(num|n|moe_num)_(local_|routed_)?experts$|zero_expert_num|num_experts$|n_routed_experts", 4),
-    (r"^n_groups?$|^topk_group$|^num_expert_groups?$|o_groups|mamba_n_groups", 1),
+    (r"^n_groups?$|^num_group$|^topk_group$|^num_expert_groups?$|o_groups|mamba_n_groups|mamba_ngroups", 1),
     (r"first_k_dense_replace|num_dense_layers|num_hash_layers|moe_layer_start_index|moe_layer_offset", 1),
     (r"num_kv_shared_layers|moe_layer_end_index", 2),
     (r"lora_rank|lora_dim|_rank$|dt_rank", 32),
@@ -33,16 +34,58 @@ SIZES: list[tuple[str, int]] = [
     (r"layers$|n_layer$|depth$|num_blocks$|layers_per_|num_decoder_layers|num_encoder_layers|encoder_layer", 2),
     (r"d_state|state_size", HEAD_DIM),
     (r"chunk_size|chunk_length|sliding_window|attention_window|local_attention|block_size|index_topk|window_size", 16),
-    (r"intermediate|ffn_dim|d_ff|ffn_hidden|n_inner|mlp_dim|inner_dim|feed_forward|ffn_hidden_size|ffn_size", INNER),
-    (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|hidden_dim|lru_width|^dim$|embed_proj", WIDTH),
+    (
+        r"intermediate|mamba_d_ssm|ffn_dim|d_ff|ffn_hidden|n_inner|mlp_dim|inner_dim|feed_forward|ffn_size",
+        INNER,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|emb(ed)?_dim|embedding_size|embedding_dim|hidden_dim|lru_width|^dim$|embed_proj",
+        WIDTH,
+    ),
     (r"projection_dim|output_dim|output_hidden|attention_dim|pooler_output_size|project_dim|conv_dim$", WIDTH),
     (r"context_length|max_seq|n_positions|max_position|max_source|max_target|max_length|seq_len|n_ctx", 128),
     (r"num_query|num_latents|query_tokens|resampler_n_latents|num_image_tokens|num_queries", 8),
     (r"conv_channels|num_filters|base_channels|codebook_dim|codevector_dim|channels_size", 32),
 ]
-ID = re.compile(r"(_id|_ids|_index|token|_token_ids)$")
+ID = re.compile(r"(_id|_ids|_index|(?<!per)_token|^token|_token_ids)$")
 # Overrides of what shrinking gives, by type: names with dots are of nested configurations; None takes a name away.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+MROPE = [4, 2, 2]  # of half a head's dimensions, for time, height and width
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": MROPE}
+_HALF_MROPE = {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"text_config.rope_parameters": _MROPE} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "glm_image")},
+    **{name: {"text_config.rope_parameters": _MROPE} for name in ("paddleocr_vl", "qwen2_5_omni_thinker")},
+    **{name: {"text_config.rope_parameters": _MROPE} for name in ("qwen2_vl", "qwen2_5_vl")},
+    **{f"{name}_text": {"rope_parameters": _MROPE} for name in ("glm4v", "glm_ocr", "glm_image")},
+    **{f"{name}_text": {"rope_parameters": _MROPE} for name in ("qwen2_vl", "qwen2_5_vl")},
+    "bamba": {"attn_layer_indices": [1], "layers_block_type": None, "layer_types": None},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 201, "IMGIMGAZ": 202}},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": {"<image>": 201}},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 201},
+    "falcon_h1": {"mamba_d_head": 16},
+    "glm4v_moe": {"text_config.rope_parameters": _HALF_MROPE},
+    "glm4v_moe_text": {"rope_parameters": _HALF_MROPE},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "layers_block_type": None,
+        "layer_types": None,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
 
 
 def groups() -> dict[str, dict[str, str]]:
@@ -90,7 +133,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
             settings[name] = _settings(part)
-    for name in ("transformers_version", "architectures", "dtype", "torch_dtype"):
+    for name in ("transformers_version", "architectures", "dtype", "torch_dtype", "per_layer_config"):
         settings.pop(name, None)
     return settings
 
@@ -100,8 +143,9 @@ def _shrink_settings(settings: dict[str, Any], free_ids: Iterator[int], keep_lay
     layers = next((settings[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if settings.get(k)), None)
     kept = _kept_layers(settings, layers) if isinstance(layers, int) else []
     small: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, list | tuple) and len(value) == layers and layers > 3 and not isinstance(value[0], float):
+    for key, value in settings.items():
+        name = str(key)
+        if isinstance(value, list | tuple) and len(value) == layers and layers > 3:
             if keep_layer_lists:
                 small[name] = [value[index] for index in kept]
         elif isinstance(value, dict) and name != "id2label":
@@ -113,7 +157,9 @@ def _shrink_settings(settings: dict[str, Any], free_ids: Iterator[int], keep_lay
         elif isinstance(value, list | tuple) and re.search("ind(ex|ices)|layer_ids|layers$", name):
             small[name] = type(value)(sorted({min(v, 1) for v in value})) if _integers(value) else value
         elif name == "mrope_section":
-            small[name] = [HEAD_DIM // 8 * 2, HEAD_DIM // 8, HEAD_DIM // 8]
+            small[name] = MROPE
+        elif name == "head_dim" and value is None:
+            small[name] = HEAD_DIM
         else:
             small[name] = value
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
