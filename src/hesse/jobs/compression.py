@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
@@ -19,7 +20,6 @@ from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
 from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.stream import StreamBatch, start
-from hesse.planning.budget import BudgetPlan
 from hesse.progress import peak_memory
 from hesse.result import LossChange
 
@@ -29,8 +29,9 @@ RECIPE_FILE = "recipe.yaml"
 class Compression:
     """State of one run of `job`: its plan, and its finished work."""
 
-    def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
-        self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
+    def __init__(self, job: Job, setup: Setup, plan: dict[str, Any] | None, memory: MemoryBound) -> None:
+        self.job, self.setup, self.memory = job, setup, memory
+        self.plan = {"front": None, "notes": []} if plan is None else plan
         self.result = BlockResult()
         self.known: KnownStatistics = {}  # the backward statistics
 
@@ -148,8 +149,7 @@ class Compression:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
         copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
-        budget_notes = [] if self.budget is None else self.budget.notes
-        job.notes = [*budget_notes, *setup.notes, *self.result.notes]
+        job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes]
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,
@@ -169,6 +169,6 @@ class Compression:
             },
             layers=layers,
             recipe=setup.recipe.model_dump(mode="json", exclude_none=True),
-            front=None if self.budget is None else self.budget.front,
+            front=self.plan["front"],
             measurements=measurements,
         )
