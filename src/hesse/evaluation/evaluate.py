@@ -25,6 +25,8 @@ from hesse.progress import Clock, Progress, Silence
 from hesse.result import LossChange, Report, Result
 from hesse.version import versions
 
+LOGITS_HELD = 6  # copies of a batch's logits that `compare` holds at most, both models' and temporaries
+
 
 @dataclass(frozen=True)
 class Evaluation:
