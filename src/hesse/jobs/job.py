@@ -21,8 +21,7 @@ from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, take_up
+from hesse.passes.stream import StreamBatch, evaluation_batch, take_up
 from hesse.processes import join_process_group
 from hesse.progress import Clock, Silence
 from hesse.result import REPORT_FILE, LossChange, Report

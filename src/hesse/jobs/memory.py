@@ -16,11 +16,10 @@ from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.families import expert_number, is_expert
+from hesse.networks.layout import vocabulary
 from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.networks.vocabulary import vocabulary
 from hesse.passes.backward import ACTIVATIONS_HELD
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import calibration_batch
+from hesse.passes.stream import calibration_batch, evaluation_batch
 
 COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
@@ -128,7 +127,7 @@ def comparison_phases(dense: CheckpointNetwork, length: int, tokens: int | None 
     Samples have at most `length` tokens, and batches `tokens`; None for those of a measurement.
     """
     outside, evaluated = _outside(dense), evaluated_tokens(dense, length)
-    logits = 4 * evaluated * vocabulary(dense) if dense.kind == "causal-lm" else 0
+    logits = 4 * evaluated * vocabulary(dense.model) if dense.kind == "causal-lm" else 0
     phases = {COMPARING: 2 * 4 * outside + _stored(dense) * outside + LOGITS_HELD * logits}
     for block in dense.blocks:
         passed = activations(dense, block, evaluated if tokens is None else tokens, 4)

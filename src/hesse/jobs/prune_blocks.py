@@ -22,11 +22,9 @@ from hesse.jobs.options import RunOptions
 from hesse.layerwise.weight_sharing import SharedWeights
 from hesse.methods.strategies import STRATEGIES
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
-from hesse.networks.network import CheckpointNetwork
+from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.options import setting
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.loading import each_loaded
-from hesse.passes.stream import advance, start
+from hesse.passes.stream import advance, evaluation_batch, start
 from hesse.result import ForecastReport, Result
 from hesse.scores import find_score
 from hesse.scores.blocks import Removals

@@ -32,8 +32,7 @@ from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effe
 from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, calibration_batch, start
+from hesse.passes.stream import StreamBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 

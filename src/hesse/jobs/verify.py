@@ -6,8 +6,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.layerwise.layer_solver import digest
-from hesse.networks.network import CheckpointNetwork
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
 from hesse.result import LossChange
