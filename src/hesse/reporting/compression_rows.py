@@ -1,7 +1,6 @@
 """Rows of a compression's table of layers; the experts of a mixture share one row per matrix."""
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hesse.reporting.terminal import number
@@ -12,15 +11,6 @@ if TYPE_CHECKING:
     from hesse.layerwise.report import LayerReport
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-
-
-@dataclass(frozen=True)
-class ExpertTable:
-    """Calibration tokens of each expert of each block: one cell per expert of `experts`, None if a block lacks it."""
-
-    experts: list[int]
-    rows: list[tuple[str, list[int | None]]]
-    most: int
 
 
 def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: str) -> list[dict[str, Any]]:
@@ -50,8 +40,11 @@ def layer_rows(report: "CompressionReport", measured: "Measurements", prefix: st
     return rows
 
 
-def expert_tables(layers: "list[LayerReport]") -> ExpertTable | None:
-    """Return the tokens of each expert, or None without experts; matrices with one input have the same tokens."""
+def expert_tables(layers: "list[LayerReport]") -> dict[str, Any] | None:
+    """Return the experts, rows and most tokens of the table of calibration tokens; None without experts.
+
+    A row is a block and one cell per expert, None if the block lacks it. Matrices with one input have the same tokens.
+    """
     seen: dict[str, dict[int, int]] = {}
     for layer in layers:
         found = EXPERT.fullmatch(layer.name)
@@ -61,7 +54,8 @@ def expert_tables(layers: "list[LayerReport]") -> ExpertTable | None:
         return None
     experts = sorted({expert for tokens in seen.values() for expert in tokens})
     rows = [(block, [tokens.get(expert) for expert in experts]) for block, tokens in seen.items()]
-    return ExpertTable(experts, rows, max(count for tokens in seen.values() for count in tokens.values()))
+    most = max(count for tokens in seen.values() for count in tokens.values())
+    return {"experts": experts, "rows": rows, "most": most}
 
 
 def _range(values: list[float], digits: int) -> str:
