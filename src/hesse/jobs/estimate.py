@@ -1,11 +1,10 @@
 """`hesse estimate`: write a model's curvature to disk, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from hesse.checkpoints.writer import link_or_copy, write_tensors, writing
@@ -17,9 +16,9 @@ from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
 from hesse.formats.opening import open_networks
 from hesse.jobs.estimate_backward import EstimatedKind, Files, estimate_backward, write_curvature
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import activations, collecting, comparing, stopping, taking_gradients
+from hesse.jobs.memory import COMPARING, calibration_phases, comparison_phases, gradient_phases
 from hesse.jobs.options import run_options
 from hesse.jobs.recorded_blocks import BlockRecord
 from hesse.jobs.task import Task, run_task
@@ -28,6 +27,12 @@ from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
 
 KINDS: tuple[EstimatedKind, ...] = get_args(EstimatedKind)
+# Entries of a curvature of a weight (out, in), by kind.
+NUMBERS: dict[str, Callable[[int, int], int]] = {
+    "gram": lambda rows, columns: columns**2,
+    "kronecker": lambda rows, columns: rows**2 + columns**2,
+    "fisher": lambda rows, columns: rows * columns,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +116,8 @@ def estimate(
 def _most_bytes(network: CheckpointNetwork, kinds: Sequence[str]) -> int:
     """Return bytes that the files never exceed together."""
     shapes = [layer.weight.shape for layer in network.layers]
-    each = {
-        "gram": sum(columns**2 for _, columns in shapes),
-        "kronecker": sum(rows**2 + columns**2 for rows, columns in shapes),
-        "fisher": sum(rows * columns for rows, columns in shapes),
-    }
     probed = 0 if "kronecker" in kinds else sum(rows**2 for rows, _ in shapes)
-    return 4 * (probed + sum(each[kind] for kind in kinds))
+    return 4 * (probed + sum(NUMBERS[kind](*shape) for kind in kinds for shape in shapes))
 
 
 class _Estimation(Task[EstimateReport]):
@@ -132,42 +132,33 @@ class _Estimation(Task[EstimateReport]):
         streamed = (2 * len(network.blocks) + 8) * hidden_bytes(self.dense, tokens_of(self.selected.samples))
         self.needed_bytes = 2 * self.out_bytes + streamed
 
-    def forecast(self) -> ForecastReport:
-        network, dense, job = self.network, self.dense, self.job
-        tokens, length, blocks = tokens_of(self.selected.samples), self.selected.samples.longest, len(network.blocks)
-        batch, single = self.batch_size * length, "fisher" in self.kinds
-        phases = {"hold the embeddings and the head": comparing(dense, length)}
-        for block in network.blocks:
-            if "gram" in self.kinds:
-                waiting = activations(network, block, tokens, network.dtype.itemsize)
-                sums = max((collecting(layer, batch) for layer in block.layers), default=0)
-                phases[f"calibrate {block.name}"] = stopping(network, block, waiting) + sums
-            kinds = {"kronecker": 2, "fisher": 3} if {"kronecker", "fisher"} & set(self.kinds) else {}
-            held = sum(
-                4 * copies * sum(self._numbers(kind, layer.weight.shape) for layer in block.layers)
-                for kind, copies in kinds.items()
-                if kind in self.kinds
-            )
-            size = length if single else batch
-            if "kronecker" not in self.kinds:
-                held += sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers)
-            phases[f"take gradients through {block.name}"] = taking_gradients(dense, block, size, held)
-        probed = 0 if "kronecker" in self.kinds else tokens_of(self.selected.probes)
-        backward = tokens if {"kronecker", "fisher"} & set(self.kinds) else 0
-        work = Work(
-            forward=blocks * (probed + backward),
-            calibrated=blocks * tokens if "gram" in self.kinds else 0,
-            backward=blocks * (probed + backward),
+    def work(self) -> Work:
+        network, kinds, tokens = self.network, self.kinds, tokens_of(self.selected.samples)
+        length = self.selected.samples.longest
+        outside = comparison_phases(self.dense, length)[COMPARING]
+        single = length if "fisher" in kinds else self.batch_size * length
+        phases = {"hold the embeddings and the head": outside, **gradient_phases(self.dense, single, self._held_bytes)}
+        if "gram" in kinds:
+            summed = {layer.name: 0 for layer in network.layers}
+            phases |= calibration_phases("calibrate", network, tokens, self.batch_size * length, summed)
+        passed = 0 if "kronecker" in kinds else tokens_of(self.selected.probes)
+        passed += tokens if self.backward else 0
+        return Work(
+            after=self.out_bytes,
+            disk=self.needed_bytes,
+            phases=phases,
+            forward=passed,
+            calibrated=tokens if "gram" in kinds else 0,
+            backward=passed,
             bytes=6 * network.checkpoint.file_bytes + self.out_bytes,
         )
-        size = network.checkpoint.file_bytes
-        estimate = seconds_of(work, network, self.selected.samples, job.calibration.batch_size)
-        return job.forecast((size, self.out_bytes, self.out_bytes), self.needed_bytes, phases, estimate)
 
-    def _numbers(self, kind: str, shape: torch.Size) -> int:
-        """Return the number of entries of a curvature of a weight of `shape` (out, in)."""
-        rows, columns = shape
-        return rows**2 + columns**2 if kind == "kronecker" else rows * columns
+    def _held_bytes(self, block: Block) -> int:
+        """Return the bytes of the sums that a backward pass over a block fills."""
+        shapes = [layer.weight.shape for layer in block.layers]
+        copies = {"kronecker": 2, "fisher": 3}
+        held = sum(4 * copies[kind] * NUMBERS[kind](*shape) for kind in self.backward for shape in shapes)
+        return held + (0 if "kronecker" in self.kinds else sum(4 * rows**2 for rows, _ in shapes))
 
     def run(self) -> EstimateReport:
         job, network, samples = self.job, self.network, self.selected.samples

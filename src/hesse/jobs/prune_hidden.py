@@ -12,9 +12,9 @@ from hesse.data.selection import Calibration
 from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
+from hesse.jobs.memory import calibration_phases, comparison_phases
 from hesse.jobs.options import RunOptions
 from hesse.jobs.recorded_blocks import BlockRecord
 from hesse.jobs.task import Task, run_task
@@ -89,27 +89,24 @@ class _Narrowing(Task[HiddenReport]):
                 )
         self.settings = width_settings(network, every, self.widths)
 
-    def forecast(self) -> ForecastReport:
-        network, job, samples = self.network, self.job, self.selected.samples
-        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
-        batch = self.batch_size * length
-        phases, removed = {COMPARING: comparing(network, length)}, 0
-        for block, parts in zip(network.blocks, self.parts, strict=True):
-            solving = max(
-                (self._refit_bytes(part.reader) + collecting(part.reader, batch) for part in parts), default=0
-            )
-            waiting = activations(network, block, tokens, network.dtype.itemsize)
-            phases[f"narrow {block.name}"] = stopping(network, block, waiting) + solving
-            phases[f"run {block.name} in float32"] = running(network, block, evaluated_tokens(network, length))
-            removed += sum(self._removed_bytes(part) for part in parts)
-        size = network.checkpoint.file_bytes
-        readers = {part.reader.name: part.reader.weight.shape for parts in self.parts for part in parts}
-        check = tokens_of(self.selected.check)
-        work = Work(2 * blocks * check, blocks * tokens, 0, 5 * size, readers)
-        estimate = seconds_of(
-            work, network, samples, job.calibration.batch_size, lambda layer, known: self._refit(layer, known.gram)
+    def work(self) -> Work:
+        network, samples = self.network, self.selected.samples
+        parts = [part for parts in self.parts for part in parts]
+        workspace = {part.reader.name: self._refit_bytes(part.reader) for part in parts}
+        size, tokens, batch = network.checkpoint.file_bytes, tokens_of(samples), self.batch_size * samples.longest
+        return Work(
+            after=size - sum(map(self._removed_bytes, parts)),
+            disk=self.needed_bytes,
+            phases={
+                **comparison_phases(network, samples.longest),
+                **calibration_phases("narrow", network, tokens, batch, workspace),
+            },
+            forward=2 * tokens_of(self.selected.check),
+            calibrated=tokens,
+            bytes=5 * size,
+            layers={part.reader.name: part.reader.weight.shape for part in parts},
+            solve=lambda layer, known: self._refit(layer, known.gram),
         )
-        return job.forecast((size, size - removed, size - removed), self.needed_bytes, phases, estimate)
 
     def _refit_bytes(self, reader: Layer) -> int:
         """Return the bytes of workspace that refitting a layer takes: eigenvectors, and copies of the weight."""

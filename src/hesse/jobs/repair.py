@@ -17,18 +17,9 @@ from hesse.estimation.probe import check_pass
 from hesse.estimation.statistics import probe_tokens
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import (
-    COMPARING,
-    activations,
-    collecting,
-    comparing,
-    evaluated_tokens,
-    running,
-    stopping,
-    taking_gradients,
-)
+from hesse.jobs.memory import calibration_phases, comparison_phases, gradient_phases
 from hesse.jobs.options import run_options
 from hesse.jobs.recorded_blocks import BlockRecord
 from hesse.jobs.repair_layer import LayerRepairs, RepairedWeight, RepairRequest
@@ -37,8 +28,7 @@ from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.task import Task, run_task
 from hesse.jobs.verify import read_back
 from hesse.networks.network import Block, Layer
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, calibration_batch
+from hesse.passes.stream import StreamBatch, calibration_batch, evaluation_batch
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 
@@ -141,38 +131,39 @@ class _Repair(Task[RepairReport]):
         needed = ("inputs", "output factor" if self.request.curvature == "kronecker" else "output diagonal")
         return {layer.name: needed for layer in layers}
 
-    def forecast(self) -> ForecastReport:
-        pair, job, samples, request = self.pair, self.job, self.selected.samples, self.request
-        network, tokens, length = pair.network, tokens_of(samples), samples.longest
-        batch, repairs = self.batch_size * length, LayerRepairs(pair, request)
-        names, blocks = {layer.name: layer.weight.shape for layer in pair.layers}, len(network.blocks)
-        whole = pair.probed.layers if request.curvature == "kronecker" else []
-        probing = min(calibration_batch(length) * length, batch)
-        phases = {COMPARING: comparing(pair.dense, length)}
-        for block, twin in zip(network.blocks, pair.probed.blocks, strict=True):
-            own = [layer for layer in block.layers if layer.name in names]
-            solving = max(
-                (repairs.workspace(layer, len(self.selected.probes.ids)) + collecting(layer, batch) for layer in own),
-                default=0,
-            )
-            waiting = activations(network, block, tokens, network.dtype.itemsize)
-            phases[f"repair {block.name}"] = stopping(network, block, waiting) + solving
-            factors = sum(4 * layer.weight.shape[0] ** 2 for layer in twin.layers if layer in whole)
-            phases[f"take gradients through {twin.name}"] = taking_gradients(pair.probed, twin, probing, factors)
-            phases[f"run {twin.name} in float32"] = running(pair.dense, twin, evaluated_tokens(pair.dense, length))
-        check, probed = tokens_of(self.selected.check), tokens_of(self.selected.probes)
-        compressed, dense = network.checkpoint.file_bytes, pair.source.file_bytes
-        work = Work(blocks * (3 * check + probed), blocks * tokens, blocks * probed, 4 * (compressed + dense), names)
+    def work(self) -> Work:
+        pair, samples, request, probes = self.pair, self.selected.samples, self.request, self.selected.probes
+        batch, tokens, repairs = self.batch_size * samples.longest, tokens_of(samples), LayerRepairs(pair, request)
+        whole, adapter = request.curvature == "kronecker", request.format == "adapter"
+        repaired = {pair.twins[layer.name] for layer in pair.layers} if whole else set[str]()
+
+        def factors(block: Block) -> int:
+            return sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers if layer.name in repaired)
 
         def solve(layer: Layer, statistics: LayerStatistics) -> object:
             factor = {"output factor": torch.eye(layer.weight.shape[0])} if whole else {}
             return repairs.of_layer(layer, {**statistics, **factor})
 
-        estimate = seconds_of(work, network, samples, job.calibration.batch_size, solve)
+        probing = min(calibration_batch(samples.longest) * samples.longest, batch)
+        workspace = {layer.name: repairs.workspace(layer, len(probes.ids)) for layer in pair.layers}
+        compressed, dense = pair.network.checkpoint.file_bytes, pair.source.file_bytes
         added = sum(request.rank * sum(x.weight.shape) * pair.dtype(x.name).itemsize for x in pair.layers)
-        out = added if request.format == "adapter" else dense
-        sizes = compressed, compressed + out if out == added else out, out
-        return job.forecast(sizes, self.needed_bytes, phases, estimate)
+        return Work(
+            after=compressed + added if adapter else dense,
+            out=added if adapter else dense,
+            disk=self.needed_bytes,
+            phases={
+                **comparison_phases(pair.dense, samples.longest),
+                **gradient_phases(pair.probed, probing, factors),
+                **calibration_phases("repair", pair.network, tokens, batch, workspace),
+            },
+            forward=3 * tokens_of(self.selected.check) + tokens_of(probes),
+            calibrated=tokens,
+            backward=tokens_of(probes),
+            bytes=4 * (compressed + dense),
+            layers={layer.name: layer.weight.shape for layer in pair.layers},
+            solve=solve,
+        )
 
     def run(self) -> RepairReport:
         pair, job = self.pair, self.job

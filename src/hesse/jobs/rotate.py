@@ -7,9 +7,9 @@ from pathlib import Path
 from hesse.data.selection import Calibration, Data
 from hesse.errors import OptionError, VerificationError
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import COMPARING, comparing, evaluated_tokens, parameters, running
+from hesse.jobs.memory import comparison_phases, evaluated_tokens, parameters
 from hesse.jobs.options import check_model, run_options
 from hesse.jobs.recorded_blocks import BlockRecord, record_blocks
 from hesse.jobs.task import Task, run_task
@@ -89,24 +89,22 @@ class _Rotation(Task[RotationReport]):
         if self.rewriting.learns:
             self.needed_bytes += hidden_bytes(network, tokens_of(self.selected.samples))
 
-    def forecast(self) -> ForecastReport:
-        job, network, rewriting, selected = self.job, self.network, self.rewriting, self.selected
-        length, blocks = selected.samples.longest, len(network.blocks)
-        phases = {COMPARING: comparing(network, length)}
+    def work(self) -> Work:
+        network, rewriting, samples = self.network, self.rewriting, self.selected.samples
+        batch = self.batch_size * samples.longest if rewriting.learns else 0
+        phases = comparison_phases(network, samples.longest, max(evaluated_tokens(network, samples.longest), batch))
         for block in network.blocks:
-            batch = self.batch_size * length if rewriting.learns else 0
-            tokens = max(evaluated_tokens(network, length), batch)
-            phases[f"run {block.name} in float32"] = running(network, block, tokens) + rewriting.working_bytes
+            phases[f"run {block.name} in float32"] += rewriting.working_bytes
             phases[f"write {block.name}"] = 2 * 4 * parameters(block) + rewriting.working_bytes
-        learned = tokens_of(selected.samples) if rewriting.learns else 0
-        work = Work(
-            forward=blocks * (2 * tokens_of(selected.check) + learned),
+        learned = tokens_of(samples) if rewriting.learns else 0
+        return Work(
+            after=rewriting.checkpoint.stored_bytes,
+            disk=self.needed_bytes,
+            phases=phases,
+            forward=2 * tokens_of(self.selected.check) + learned,
             bytes=(4 + rewriting.learns) * network.checkpoint.file_bytes,
+            notes=["the time to find and apply rotations is not part of the estimate"],
         )
-        seconds, notes = seconds_of(work, network, selected.samples, job.calibration.batch_size)
-        notes.append("the time to find and apply rotations is not part of the estimate")
-        sizes = network.checkpoint.file_bytes, self.checkpoint.stored_bytes, self.checkpoint.stored_bytes
-        return job.forecast(sizes, self.needed_bytes, phases, (seconds, notes))
 
     def run(self) -> RotationReport:
         job, network, checkpoint = self.job, self.network, self.checkpoint

@@ -18,6 +18,7 @@ from hesse.estimation.statistics import Needs
 from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.evaluation.evaluate import Evaluation
 from hesse.formats import open_checkpoint
+from hesse.jobs.forecast import Work, forecast
 from hesse.jobs.job import Job
 from hesse.jobs.options import RunOptions
 from hesse.jobs.recorded_blocks import BlockRecord, record_blocks
@@ -51,8 +52,8 @@ class Task(ABC, Generic[R]):
         return [self.network.checkpoint]
 
     @abstractmethod
-    def forecast(self) -> ForecastReport:
-        """Return the forecast of the run."""
+    def work(self) -> Work:
+        """Return what the run would take."""
 
     @abstractmethod
     def run(self) -> R:
@@ -123,7 +124,7 @@ def run_task(
         with job.clock.phase("read"):
             task = open_task(job)
         if run.dry_run:
-            return Result(task.forecast())
+            return Result(forecast(job, task.network, task.selected.samples, task.work()))
         job.begin(task.checkpoints, request, task.needed_bytes)
         report = task.run()
         job.finish(report, report_file)

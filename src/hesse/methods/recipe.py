@@ -1,6 +1,5 @@
 """Recipes: curvature, constraint and solver of each layer, as `--recipe` reads and `--print-recipe` writes them."""
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.curvatures import CURVATURES, CurvatureKind
+from hesse.methods.patterns import matches
 from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
@@ -19,7 +19,7 @@ Rewrite = Literal["hadamard", "kurtail", "activation_aware", "smoothing", "outli
 
 
 class Rule(Strict):
-    """Rule for the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
+    """Rule for the layers whose name matches one of `layers` (patterns such as `*.mlp.*`)."""
 
     layers: tuple[str, ...] = ("*",)
     curvature: str
@@ -58,11 +58,6 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """Return the recipe as `load_recipe` reads it."""
         return yaml.safe_dump(_plain(self.model_dump(exclude_none=True)), sort_keys=False)
-
-
-def matches(layer: str, pattern: str) -> bool:
-    """True if a layer's name, or its end after a dot, matches a shell pattern."""
-    return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}")
 
 
 def load_recipe(path: Path) -> Recipe:
