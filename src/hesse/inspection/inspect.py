@@ -189,7 +189,8 @@ class _Inspector:
             totals = PredictionTotals()
             for ids, expected in zip(self.batches, dense, strict=True):
                 totals.add(self._predict(ids), ids, expected)
-            return totals.mean_divergence()
+            mean = totals.mean_divergence()
+            return mean.value, mean.standard_error
 
         inspected = []
         reached = [layer for name, layer in self.layers.items() if self.parameters[name] in estimates.fisher]
