@@ -26,7 +26,11 @@ LossOption = Annotated[
     ),
 ]
 IgnoreOption = Annotated[
-    list[str] | None, typer.Option(help="Pattern of layer names to leave unchanged; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        help="Layers to leave unchanged: a pattern such as '*.down_proj', or 're:' and a regular expression; may be "
+        "repeated."
+    ),
 ]
 CurvatureOption = Annotated[
     str, typer.Option(help="Curvature by name: gram, kronecker, fisher (estimate; with commas) or identity (repair).")

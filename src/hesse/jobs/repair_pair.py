@@ -12,7 +12,7 @@ from hesse.errors import OptionError, naming
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.layerwise.rules import check_patterns
-from hesse.methods.recipe import matches
+from hesse.methods.patterns import matches
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import CheckpointNetwork, Layer
 
