@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hesse.data import Samples, read_samples
 from hesse.errors import check_at_least
+from hesse.networks.layout import check_ids
 from hesse.networks.network import Network
-from hesse.networks.vocabulary import check_ids
 
 DEFAULT_LENGTH = 2048
 PROBE_TOKENS = 1024  # for the diagonals of output factors, and again for the check; at least two samples each
@@ -68,7 +68,7 @@ def select_samples(
         limit=network.input_limit,
         reserve=_count(PROBE_TOKENS, length),
     )
-    check_ids(network, samples.batches(1))
+    check_ids(network.model, samples.batches(1))
     probes, check = (samples.first(_count(tokens, len(samples.ids[0]))) for tokens in (probe_tokens, PROBE_TOKENS))
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:

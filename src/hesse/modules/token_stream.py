@@ -17,8 +17,7 @@ from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.module_network import ModuleNetwork
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.backward import BackwardPass
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import CalibrationBatch, calibration_batch, start
+from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
 
 

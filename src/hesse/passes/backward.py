@@ -13,12 +13,13 @@ from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
-from hesse.networks.network import Block, Layer, Network
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import Block, Layer, Network, each_loaded
 from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish
 from hesse.processes import ALONE, Processes
+
+ACTIVATIONS_HELD = 4  # copies of a block's activations that a backward pass holds: autograd's, and the gradients
 
 
 @dataclass(frozen=True, eq=False)
