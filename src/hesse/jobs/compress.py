@@ -140,16 +140,16 @@ def compress(
         data = ids  # of a datasets.Dataset too
     calibration = Calibration(data, samples, length, seed, batch_size)
     run = run_options(device, memory, overwrite, restart, dry_run, progress)
-    estimated = None if statistics is None else Statistics(Path(statistics))
     budgeted = any(given is not None for given in (size, mean_bits, loss))
     aim: Recipe | BudgetRequest
     if recipe is None and method in methods_of("compress_to_size"):
-        if size is None or estimated is None or any(x is not None for x in (mean_bits, loss, allocation, options)):
+        if size is None or statistics is None or any(x is not None for x in (mean_bits, loss, allocation, options)):
             raise OptionError(
                 f"the method {method} takes a size of the linear layers and statistics, no other budget and no "
                 "options: give --size 60% and --statistics DIR, which `hesse estimate --curvature gram,kronecker` wrote"
             )
-        aim = directions_recipe(locate(model), estimated, size, tuple(ignore), run.device, run.progress)
+        ranked = Statistics(Path(statistics))
+        aim = directions_recipe(locate(model), ranked, size, tuple(ignore), run.device, run.progress)
     elif budgeted:
         if recipe is not None:
             raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
@@ -163,5 +163,6 @@ def compress(
         raise OptionError("a recipe says everything itself: leave out options and ignore")
     else:
         aim = recipe
+    estimated = None if statistics is None else Statistics(Path(statistics))
     with Job("compress", str(model), [locate(model)], Path(out), calibration, run) as job:
         return Result(compress_folder(job, CompressionRequest(aim, estimated, format, target), measure))
