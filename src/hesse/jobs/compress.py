@@ -15,7 +15,7 @@ from hesse.checkpoints.output import check_room
 from hesse.checkpoints.writer import SHARD_BYTES, writing
 from hesse.curvature import Loss
 from hesse.data.batches import token_ids
-from hesse.data.selection import Calibration
+from hesse.data.selection import SAMPLES, Calibration
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.calibrated import LayerStatistics
@@ -70,7 +70,7 @@ def compress(
     ignore: Sequence[str] = (),
     data: Any = None,
     statistics: str | Path | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -110,7 +110,7 @@ def compress(
             dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
-        samples: calibration samples.
+        samples: calibration samples; None for 128. For batches of a module neither this, `length` nor `batch_size`.
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
         batch_size: samples per batch; it changes memory and time, not the result.
@@ -172,6 +172,7 @@ def compress(
             batch_size=batch_size,
         )
     check_model(model)
+    samples = SAMPLES if samples is None else samples
     if out is None:
         raise OptionError("a model on disk needs a folder to write: give out")
     if recipe is None and method in methods_of("compress_to_size"):

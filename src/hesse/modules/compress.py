@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hesse.constraints import Constraint, LowRankCode
 from hesse.curvature import Loss, Objective
 from hesse.data.batches import check_batches, token_ids, unpadded_ids
-from hesse.data.selection import Calibration
+from hesse.data.selection import SAMPLES, Calibration
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.estimation.calibrated import KnownStatistics, calibrated
 from hesse.estimation.statistics import (
@@ -32,7 +32,7 @@ from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
 from hesse.modules.token_stream import TokenStream
 from hesse.networks.factored import factorize_layer, replace_module
-from hesse.networks.layout import kind_of
+from hesse.networks.layout import is_language_model
 from hesse.networks.module_network import SingleBlock
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.module_batch import ModuleBatch
@@ -56,7 +56,7 @@ def compress_in_memory(
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     kind: FisherKind = "sampled",
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -91,8 +91,8 @@ def compress_in_memory(
         forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`, of a dictionary
             `model(**inputs)`, and of a transformers model the logits.
         kind: "sampled" for the true Fisher, "empirical" for that of the data's own targets, which any loss has.
-        samples: samples to take from a text.
-        length: tokens per sample of a text; None for 2048 or the model's positions, whichever is less.
+        samples: samples to take from a text or token ids; None for 128.
+        length: tokens per sample of these; None for 2048 or the model's positions, whichever is less.
         seed: of the choice of samples and of sampled labels.
         batch_size: samples of token ids that go through the model together.
 
@@ -126,9 +126,12 @@ def compress_in_memory(
         chosen = [layer for layer in found if rules[layer.name] is not None]
         if tokens:
             assert isinstance(copy, PreTrainedModel)
-            calibration = Calibration(data, samples, length, seed, batch_size)
+            calibration = Calibration(data, SAMPLES if samples is None else samples, length, seed, batch_size)
             source: _Source = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
             return _compress(source, chosen, rules, wanted, notes, clock)
+        for name, value in {"samples": samples, "length": length, "batch_size": batch_size}.items():
+            if value is not None:
+                raise OptionError(f"{name} is for text and token ids: leave it out, batches are taken as given")
         with layers_objective(copy, chosen, data, loss_function, forward) as objective:
             source = _OneBlock(objective, chosen, statistics_needed(rules), kind, seed)
             return _compress(source, chosen, rules, wanted, notes, clock)
@@ -308,8 +311,7 @@ def _token_data(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> tuple[bool, Any]:
     """Return True and text or token ids, if that is what a language model is given; else False and the data."""
-    language_model = isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
-    if language_model and loss_function is None and forward is None:
+    if is_language_model(model) and loss_function is None and forward is None:
         if data is None or (ids := token_ids(data)) is not None:
             return True, None if data is None else ids
         check_batches(data)

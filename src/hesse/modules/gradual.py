@@ -1,6 +1,6 @@
 """Gradual pruning: any row of the table that prunes in one shot, a little at a time, with training in between."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.curvature import Loss, Objective
-from hesse.curvature.objective import Batch
+from hesse.curvature import Loss
+from hesse.data.batches import module_objective
 from hesse.errors import OptionError
 from hesse.methods import Options, Recipe, find_method
 from hesse.methods.constraint_parts import parse_sparsity
@@ -36,13 +36,15 @@ class GradualReport(Report):
     cuts: tuple[Cut, ...]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def prune_gradually(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Any,
     training: Training,
     sparsity: float | str,
     *,
-    loss_function: Loss | nn.Module,
+    loss_function: Loss | nn.Module | None = None,
     method: str = "gmp",
     options: Options | None = None,
     cuts: int = 10,
@@ -66,7 +68,7 @@ def prune_gradually(
     There are `cuts` cuts; the first, before any training, prunes to the share of zeros `first` (0.7 of the final
     one), and the share `rest` of the steps comes after the last: a `GradualSchedule`. A pattern such as "2:4" is
     reached by way of 3:4. Unless `training.rate` is given, the learning rate is rewound at each cut. `layers` and
-    `ignore` are patterns of layers' names, as in `compress`; checkpoints are as in `finetune`.
+    `ignore` are patterns of layers' names, as in `compress`; data and checkpoints are as in `finetune`.
 
     Raises:
         HesseError: as `compress` and `finetune`; what does not fit is refused before any work is done.
@@ -81,7 +83,7 @@ def prune_gradually(
         return pruning_recipe(method, replace(options, sparsity=amount), layers, ignore)
 
     chosen = prunable(model, recipe(sparsity))
-    objective = Objective.of(model, loss_function, data, forward=forward)
+    objective = module_objective(model, data, loss_function, forward)
     for name in chosen:
         if name not in objective.named:
             raise OptionError(f"{name} is to be pruned but takes no gradient: set requires_grad, or ignore its layer")

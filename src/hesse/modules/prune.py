@@ -30,7 +30,7 @@ from hesse.scores import SCORES
 
 MEASURED = "loss on the data"
 IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
-DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
+DEFAULTS = {"weights": "magnitude", "groups": "obs", "head-dimensions": "modegpt-heads"}
 # The strategies that take any score, by the parts that they remove.
 RANKINGS = {"weights": "weight_ranking", "groups": "group_ranking", "blocks": "block_ranking"}
 

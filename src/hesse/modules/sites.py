@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hesse.curvature import CrossEntropy, Loss, Objective
-from hesse.modules.preparation import prepare_data
+from hesse.curvature import Loss, Objective
+from hesse.modules.preparation import stored_objective
 from hesse.partitions import (
     GROUP_KINDS,
     Group,
@@ -109,12 +109,10 @@ def pruning_objective(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Objective:
     """Return the loss of a model in eval mode, which is changed to it; all of its parameters take gradients."""
-    batches, forward = prepare_data(model, data, forward)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    function = CrossEntropy() if loss_function is None else loss_function
-    return Objective.of(model, function, batches, forward=forward)
+    return stored_objective(model, data, loss_function, forward)
 
 
 def freeze_as(model: nn.Module, smaller: nn.Module) -> None:
