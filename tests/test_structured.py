@@ -18,9 +18,9 @@ from hesse.curvature.objective import label_generator
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods import METHODS, methods_of
 from hesse.modules.group_ranking import Ranking, shared_numbers, uniform_numbers
-from hesse.modules.hierarchy import Hierarchy
 from hesse.modules.implant import Implant, ImplantedLayer, implant
-from hesse.modules.prune_report import PruneReport
+from hesse.modules.loss_tolerance import Hierarchy
+from hesse.modules.report import PruneReport
 from hesse.modules.sites import Sites
 from hesse.partitions import GROUP_KINDS, Group, GroupParts, trace_groups, zero_groups
 from hesse.partitions.experts import with_linear_experts

@@ -12,11 +12,11 @@ from torch import nn
 from hesse.errors import OptionError
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.implant import Implant, implant
-from hesse.modules.sites import BySite, Removal, Sites, pruning_objective
+from hesse.modules.sites import BySite, GroupStrategy, Removal, Sites, pruning_objective
 from hesse.options import setting
 from hesse.partitions import Group
-from hesse.partitions.checking import ALIGNED
 from hesse.partitions.experts import chosen_experts
+from hesse.partitions.slicing import ALIGNED
 from hesse.scores import find_score
 from hesse.scores.surgeon import fitted_weight
 
@@ -41,7 +41,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class GroupRanking:
+class GroupRanking(GroupStrategy):
     """Remove the groups of the lowest score."""
 
     score: str

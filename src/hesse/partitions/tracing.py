@@ -56,7 +56,7 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
         for plane in run.planes(tensor):
             run.units.note("fixed", plane.units, "they are an output of the model")
     for plane, why in run.rectangles:
-        for left in run.planes_of(plane):
+        for left in run.tidy([plane]):
             pin_units(run.units, left, set(sorted(left.varies())[1:]), why)
     return _partition(model, run.units)
 

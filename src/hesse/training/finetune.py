@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from hesse.curvature import Loss
 from hesse.data.batches import module_objective
 from hesse.errors import OptionError
 from hesse.methods import Options, find_method
-from hesse.progress import Progress, Silence
+from hesse.progress import Progress
 from hesse.result import NOT_WRITTEN, Report, Result
-from hesse.training.checkpoints import Checkpoints, after_each_step
+from hesse.training.checkpoints import Checkpoints, run_reported
 from hesse.training.held import Held, held_zeros
 from hesse.training.loop import StepRule, TrainingLoop
 from hesse.training.training import Training
@@ -78,20 +79,16 @@ def finetune(
     row, options = find_method(method, "finetune"), Options() if options is None else options
     if held is None and rule is None:
         row.check_options(options)
-        setup = TRAININGS.find(row.solver).set_up(TrainingRequest(model, training, row, options, layers, ignore))
-        held, rule = setup.held, setup.rule
+        request = TrainingRequest(model, training, row, options, layers, ignore)
+        held, rule = TRAININGS.find(row.solver).set_up(request)
     elif method != "finetune" or options != Options():
         raise OptionError("a method says what is held and how it steps: leave out held and rule, or method and options")
     loop = TrainingLoop(objective, training, held_zeros(model) if held is None else held, rule)
-    progress = Silence() if progress is None else progress
     settings = "" if method == "finetune" else f"{method} {options} {layers} {ignore}"
     kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop, settings)
     if kept is not None:
         kept.resume()
-    progress.begin("finetune", training.steps - loop.step)
-    loop.run(training.steps, after_each_step(progress, kept))
-    if kept is not None:
-        kept.save()
+    run_reported("finetune", loop, partial(loop.run, training.steps), kept, progress)
     free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}
     report = FinetuneReport(model=type(model).__name__, method=method, losses=tuple(loop.losses), free=free)
     return Result(report, model)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from hesse.curvature import Objective
 from hesse.curvature.objective import Batch
 from hesse.errors import DataError, OptionError
-from hesse.training.held import Held, check_names
+from hesse.training.held import Held
 from hesse.training.passes import USE, Passes, seed_all
 from hesse.training.training import Training, linear_decay
 
 NamedGradients = dict[str, Tensor]  # of the parameters that the loss depends on
 
 
-class StepRule(Protocol):
-    """Rule for the direction of a step, from gradients at weights of its choice."""
+@dataclass(frozen=True)
+class StepRule:
+    """Rule for the direction of a step, from gradients at weights of its choice; this one's are the present weights."""
 
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Raise OptionError if the rule cannot train these weights."""
@@ -32,19 +33,6 @@ class StepRule(Protocol):
         `gradients()` computes the gradient on the step's batches at the present weights. The rule may change weights in
         place, and must restore them at the end.
         """
-
-
-@dataclass(frozen=True)
-class PlainStep:
-    """Step rule of the plain gradient."""
-
-    def check(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Accept any weights."""
-
-    def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
-    ) -> NamedGradients:
-        """Return the gradient at the present weights."""
         return gradients()
 
 
@@ -61,13 +49,16 @@ class TrainingLoop:
     def __init__(
         self, objective: Objective, training: Training, held: Mapping[str, Held], rule: StepRule | None = None
     ) -> None:
-        check_names(held, objective.model)
+        known = dict(objective.model.named_parameters())
+        if unknown := [name for name in held if name not in known]:
+            some = next(iter(known), "nothing")
+            raise OptionError(f"the model has no parameter {unknown[0]!r} to hold; one is called {some}")
         if training.teacher is not None:
             if training.teacher is objective.model:
                 raise OptionError("the teacher is the model itself: give a copy of it as it was, copy.deepcopy(model)")
             training.distillation.check(objective.loss)
         self.objective, self.training = objective, training
-        self.rule = PlainStep() if rule is None else rule
+        self.rule = StepRule() if rule is None else rule
         self.rule.check(objective.named)
         self.held = {name: held[name] for name in objective.names if name in held}
         self.step = 0
