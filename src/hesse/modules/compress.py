@@ -18,10 +18,9 @@ from hesse.layerwise.layer_solver import LayerSolver
 from hesse.layerwise.rules import Rules, layer_rules, statistics_needed
 from hesse.layerwise.solved_layer import SolvedLayer, solve_layer
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
-from hesse.modules.one_block import OneBlock
+from hesse.modules.networks_in_memory import OneBlock, TokenStream
 from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
-from hesse.modules.token_stream import TokenStream
 from hesse.networks.factored import factorize_layer, replace_module
 from hesse.networks.layout import is_language_model
 from hesse.networks.network import Layer

@@ -52,10 +52,9 @@ def rearrange(run: Propagation, call: Call) -> Sequence[Planes]:
     """Views, permutations, slices and copies: labels move with the entries."""
     source, results = call.args[0], tensors(call.result)
     found: list[list[Plane]] = [[] for _ in results]
+    others = tree_map_only(Tensor, Tensor.cpu, call.args[1:])  # labels are on the CPU
     for plane in run.planes(source):
-        labels = call.function(
-            plane.units.expand(source.shape), *tree_map_only(Tensor, Tensor.cpu, call.args[1:]), **_kept(call.kwargs)
-        )
+        labels = call.function(plane.units.expand(source.shape), *others, **_kept(call.kwargs))
         for place, piece in enumerate(tensors(labels)):
             found[place].append(Plane(piece, plane.zero))
     return [tuple(planes) for planes in found]
