@@ -51,11 +51,6 @@ class GroupRanking(GroupStrategy):
     refit: Refit | None = setting(None, "Refit the layers that read the groups: least-squares or none; obs does.")
     implant: Implant | None = setting(None, "Groups next in the ranking that become a low rank; for the score hap.")
 
-    @property
-    def amount(self) -> float:
-        """The share to remove."""
-        return share_removed(self.keep)
-
     def check(self, kinds: Sequence[str]) -> None:
         if not 0 < self.keep < 1 or not 0 <= self.least < 1:
             raise OptionError(f"keep is {self.keep} and least {self.least}, but must be shares between 0 and 1")
@@ -77,7 +72,7 @@ class GroupRanking(GroupStrategy):
 
     def choose(self, sites: Sites) -> Removal:
         rankings = self.rankings(sites)
-        numbers = (uniform_numbers if self.scope == "site" else shared_numbers)(rankings, self.amount)
+        numbers = (uniform_numbers if self.scope == "site" else shared_numbers)(rankings, share_removed(self.keep))
         removed = {r.site: list(r.groups[:number]) for r, number in zip(rankings, numbers, strict=True)}
         predicted = None
         if find_score(self.score).nats:
@@ -103,7 +98,7 @@ class GroupRanking(GroupStrategy):
         """Return a ranking for each site."""
         most = {site: self._most(sites, groups) for site, groups in sites.groups.items()}
         steps = {site: _step(groups, most[site]) for site, groups in sites.groups.items()}
-        share = self.amount if self.scope == "site" else 1.0
+        share = share_removed(self.keep) if self.scope == "site" else 1.0
         numbers = {
             site: min(most[site], int(share * len(groups)) + steps[site]) for site, groups in sites.groups.items()
         }

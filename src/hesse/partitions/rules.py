@@ -11,6 +11,8 @@ from hesse.partitions.planes import Plane, Planes, align_plane, pin_units, squee
 from hesse.partitions.propagation import Call, Propagation, PropagationRule, tensors
 from hesse.partitions.units import Axis
 
+OF_ENTRIES = ("dtype", "device", "layout", "memory_format")  # arguments that labels do not take
+
 
 def elementwise(run: Propagation, call: Call) -> Sequence[Planes]:
     """Join the units of entries that are combined; a unit stays zero if the operation maps its zeros to zero."""
@@ -53,15 +55,12 @@ def rearrange(run: Propagation, call: Call) -> Sequence[Planes]:
     source, results = call.args[0], tensors(call.result)
     found: list[list[Plane]] = [[] for _ in results]
     others = tree_map_only(Tensor, Tensor.cpu, call.args[1:])  # labels are on the CPU
+    kwargs = {key: value for key, value in call.kwargs.items() if key not in OF_ENTRIES}
     for plane in run.planes(source):
-        labels = call.function(plane.units.expand(source.shape), *others, **_kept(call.kwargs))
+        labels = call.function(plane.units.expand(source.shape), *others, **kwargs)
         for place, piece in enumerate(tensors(labels)):
             found[place].append(Plane(piece, plane.zero))
     return [tuple(planes) for planes in found]
-
-
-def _kept(kwargs: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in kwargs.items() if key not in ("dtype", "device", "layout", "memory_format")}
 
 
 def copy_planes(run: Propagation, call: Call) -> Sequence[Planes]:

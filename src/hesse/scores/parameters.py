@@ -163,16 +163,11 @@ add_score(
 @register_score(
     "hap", source="HAP, Yu et al., 2022, arXiv:2101.08940, whose official code has no ½", nats=True, uses="hessian"
 )
-def hessian_trace(evidence: LossEvidence, partition: Partition) -> Tensor:
+def hessian_trace(evidence: LossEvidence, partition: Partition, probes: int = PROBES) -> Tensor:
     """½ tr(H_c) / p_c · ‖w_c‖², c what makes the part: p_c weights, and their block of the Hessian, in float64.
 
-    The trace is Hutchinson's estimate from random signs.
+    The trace is Hutchinson's estimate from `probes` vectors of random signs.
     """
-    return hessian_traces(evidence, partition, PROBES)
-
-
-def hessian_traces(evidence: LossEvidence, partition: Partition, probes: int) -> Tensor:
-    """Return the score "hap" from `probes` random vectors."""
     produced = partition.restricted("produced")
     objective = evidence.on(produced)
     hessian, generator = Hessian(objective=objective, keep_graph=True), torch.Generator().manual_seed(evidence.seed)

@@ -1,7 +1,7 @@
 """Training loop: steps of an optimiser on free tensors, with weights given by parametrizations."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hesse.curvature import Objective
-from hesse.curvature.objective import Batch
+from hesse.curvature.objective import Batch, in_eval_mode
 from hesse.errors import DataError, OptionError
 from hesse.training.held import Held
 from hesse.training.passes import USE, Passes, seed_all
@@ -107,7 +107,9 @@ class TrainingLoop:
         Raises:
             DataError: there is no data, or the loss or its gradient is not finite.
         """
-        with _isolated_random_state(self.objective.parameters[0].device), _in_eval_mode(self.training.teacher):
+        teacher = self.training.teacher
+        evaluated = nullcontext() if teacher is None else in_eval_mode(teacher)
+        with _isolated_random_state(self.objective.parameters[0].device), evaluated:
             while self.step < until:
                 self._one()
                 after_step()
@@ -213,18 +215,3 @@ def _isolated_random_state(device: torch.device) -> AbstractContextManager[None]
 
 def _wide(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
-@contextmanager
-def _in_eval_mode(teacher: nn.Module | None) -> Iterator[None]:
-    """Keep a teacher in eval mode while inside."""
-    if teacher is None:
-        yield
-        return
-    was = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training
