@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hesse.data import Samples, read_samples
 from hesse.errors import check_at_least
+from hesse.networks.layout import check_ids
 from hesse.networks.network import Network
-from hesse.networks.vocabulary import check_ids
 
 DEFAULT_LENGTH = 2048
 SAMPLES = 128  # to calibrate on, unless a command says otherwise
@@ -69,7 +69,7 @@ def select_samples(
         limit=network.input_limit,
         reserve=_count(PROBE_TOKENS, length),
     )
-    check_ids(network, samples.batches(1))
+    check_ids(network.model, samples.batches(1))
     probes, check = (samples.first(_count(tokens, len(samples.ids[0]))) for tokens in (probe_tokens, PROBE_TOKENS))
     notes, asked = [], calibration.length
     if asked is not None and asked > length and not samples.exact:

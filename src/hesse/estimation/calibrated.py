@@ -15,10 +15,9 @@ from hesse.estimation.statistics import STATISTICS, BlockStatistic, InputStatist
 from hesse.estimation.statistics.base import InputAccumulator
 from hesse.estimation.statistics.inputs import input_gram
 from hesse.estimation.statistics_folder import Statistics
-from hesse.networks.network import Block, Blocks, Layer
+from hesse.networks.network import Block, Blocks, Layer, each_loaded
 from hesse.passes.activation_offload import offload_to
 from hesse.passes.layer_stops import layer_stops
-from hesse.passes.loading import each_loaded
 from hesse.passes.parts import seen_by
 from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes

@@ -11,11 +11,9 @@ from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
 from hesse.estimation.stored_statistics import StoredStatistics
-from hesse.networks.network import Network
+from hesse.networks.network import Network, each_loaded
 from hesse.passes.backward import BackwardPass, BackwardState
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.loading import each_loaded
-from hesse.passes.stream import StreamBatch, advance, calibration_batch, start, take_up
+from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 

@@ -16,11 +16,9 @@ from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.networks.device import find_device
-from hesse.networks.network import CheckpointNetwork
-from hesse.networks.vocabulary import check_ids, vocabulary
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.loading import each_loaded
-from hesse.passes.stream import StreamBatch, advance, finish, start
+from hesse.networks.layout import check_ids, vocabulary
+from hesse.networks.network import CheckpointNetwork, each_loaded
+from hesse.passes.stream import StreamBatch, advance, evaluation_batch, finish, start
 from hesse.progress import Clock, Progress, Silence
 from hesse.result import LossChange, Report, Result
 from hesse.version import versions
@@ -187,9 +185,9 @@ def evaluate_checkpoint(
     if network.kind == "encoder" and reference is None:
         raise OptionError("an encoder has no loss of its own: give --reference, the dense model to compare with")
     other = None if reference is None else CheckpointNetwork(reference, torch.float32, device)
-    if other is not None and (other.kind != network.kind or vocabulary(other) != vocabulary(network)):
+    if other is not None and (other.kind != network.kind or vocabulary(other.model) != vocabulary(network.model)):
         raise OptionError("model and reference have different kinds or vocabularies, so they cannot be compared")
-    check_ids(network, batches)
+    check_ids(network.model, batches)
     flows = pass_through(network, batches, progress, "evaluate")
     dense = None if other is None else pass_through(other, batches, progress, "evaluate reference")
     return compare(network, flows, other, dense, progress)

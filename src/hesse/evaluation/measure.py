@@ -24,10 +24,8 @@ from hesse.evaluation.measurements import (
     TextMeasurement,
 )
 from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
-from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.loading import each_loaded
-from hesse.passes.stream import StreamBatch, advance, finish, start
+from hesse.networks.network import Block, CheckpointNetwork, Layer, each_loaded
+from hesse.passes.stream import StreamBatch, advance, evaluation_batch, finish, start
 from hesse.progress import Progress
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

@@ -20,8 +20,8 @@ from hesse.evaluation.metrics import PredictionTotals
 from hesse.formats import open_checkpoint
 from hesse.inspection.layers import SCHEMES, LayerInspection, inspect_layer, rank_correlations
 from hesse.networks.device import find_device
+from hesse.networks.layout import check_ids
 from hesse.networks.network import CheckpointNetwork, Layer, Network
-from hesse.networks.vocabulary import check_ids
 from hesse.progress import Clock, Progress, Silence
 from hesse.result import Report, Result
 from hesse.solvers import Eigenpairs, Estimate, Spectrum, hutch_plus_plus, lanczos, mean_of, spectral_density
@@ -113,7 +113,7 @@ def inspect(
             purpose="calibration",
             limit=limit,
         )
-        check_ids(network, chosen.batches(1))
+        check_ids(network.model, chosen.batches(1))
     with network.whole() as whole:
         return Result(_Inspector(network, whole, str(model), stored, chosen, seed, clock, progress).run())
 

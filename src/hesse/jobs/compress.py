@@ -1,6 +1,6 @@
 """`hesse compress`: compress a model from disk to disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.formats import open_checkpoint
 from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.compression import Compression
-from hesse.jobs.forecast import Work, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound, fit_memory, waiting_bytes
 from hesse.jobs.options import RunOptions, check_model, run_options
@@ -268,52 +268,51 @@ def compress_folder(
 
 
 def _forecast(job: Job, setup: Setup, request: Recipe | BudgetRequest) -> ForecastReport:
-    """Return the forecast of a run; `plan` is that of the method alone if a budget is still to be planned."""
-    network, checkpoint, calibration = setup.network, setup.checkpoint, job.calibration
+    """Return the forecast of a run; `setup` is that of the method alone if a budget is still to be planned."""
+    checkpoint, solver, notes = setup.checkpoint, BlockSolver(setup, Clock()), list[str]()
     fits = fit_memory(setup, job.run.memory)
-    needed = _most_bytes(checkpoint, setup) + waiting_bytes(setup)
-    rules = {name: rule for name, rule in setup.rules.items() if rule is not None}
-    shapes = {layer.name: layer.weight.shape for layer in network.layers if layer.name in rules}
+    layers = {x.name: x.weight.shape for x in setup.network.layers if setup.rules[x.name] is not None}
     size = checkpoint.stored_bytes
-    for name, shape in shapes.items():
-        stored = checkpoint.dtype(f"{name}.weight").itemsize
-        size += int(shape.numel() * (setup.format.stored_bits(name) / 8 - stored))
-    solver = BlockSolver(setup, Clock())
-    calibrated = 0 if setup.statistics is not None else tokens_of(setup.samples)
-    probed = 0 if setup.statistics is not None else tokens_of(setup.probes)
-    blocks = len(network.blocks)
-    work = Work(
-        forward=blocks * (2 * tokens_of(setup.check) + probed),
-        calibrated=blocks * calibrated,
-        backward=blocks * probed,
-        bytes=6 * checkpoint.file_bytes,
-        layers=shapes,
-    )
+    for name, shape in layers.items():
+        size += int(shape.numel() * (setup.format.stored_bits(name) / 8 - checkpoint.dtype(f"{name}.weight").itemsize))
 
     def solve(layer: Layer, statistics: LayerStatistics) -> object:
-        return solver.solve_layer(
-            layer, LayerStatistics({**statistics, **_unit_statistics(setup, layer)}), BlockResult()
-        )
+        known = LayerStatistics({**statistics, **_unit_statistics(setup, layer)})
+        return solver.solve_layer(layer, known, BlockResult())
 
     by_sample = {"fisher blocks", "fisher gradients"}
-    known = not any(by_sample & set(names) for names in statistics_needed(setup.rules).values())
-    seconds, notes = seconds_of(work, network, setup.samples, calibration.batch_size, solve if known else None)
-    if not known:
+    timed = not any(by_sample & set(names) for names in statistics_needed(setup.rules).values())
+    if not timed:
         notes.append("the time to solve layers by gradients of samples is not part of the estimate")
     if isinstance(request, BudgetRequest):
-        budget = request.budget
-        weights = sum(shape.numel() for shape in shapes.values())
-        if budget.size is not None:
-            size = budget.bytes_of(checkpoint.file_bytes)
-        elif budget.bits is not None:
-            dense = sum(x.numel() * checkpoint.dtype(f"{n}.weight").itemsize for n, x in shapes.items())
-            size = checkpoint.stored_bytes - dense + int(weights * budget.bits / 8)
-        else:
-            size = checkpoint.file_bytes
+        size = _planned_bytes(checkpoint, request.budget, layers)
         notes.append("the time to plan, which solves every layer for each choice, is not part of the estimate")
     job.notes = list(setup.notes)
-    report = job.forecast((checkpoint.file_bytes, size, size), needed, {fits.largest: 0}, (seconds, notes))
+    probed = 0 if setup.statistics is not None else tokens_of(setup.probes)
+    work = Work(
+        after=size,
+        disk=_most_bytes(checkpoint, setup) + waiting_bytes(setup),
+        phases={fits.largest: 0},
+        forward=2 * tokens_of(setup.check) + probed,
+        calibrated=0 if setup.statistics is not None else tokens_of(setup.samples),
+        backward=probed,
+        bytes=6 * checkpoint.file_bytes,
+        layers=layers,
+        solve=solve if timed else None,
+        notes=notes,
+    )
+    report = forecast(job, setup.network, setup.samples, work)
     return replace(report, memory_bytes=fits.bound, method=setup.recipe.method)
+
+
+def _planned_bytes(checkpoint: Checkpoint, budget: Budget, layers: Mapping[str, torch.Size]) -> int:
+    """Return the most bytes that a budget for `layers`, shapes by name, allows."""
+    if budget.size is not None:
+        return budget.bytes_of(checkpoint.file_bytes)
+    if budget.bits is None:
+        return checkpoint.file_bytes
+    dense = sum(shape.numel() * checkpoint.dtype(f"{name}.weight").itemsize for name, shape in layers.items())
+    return checkpoint.stored_bytes - dense + int(sum(shape.numel() for shape in layers.values()) * budget.bits / 8)
 
 
 def _unit_statistics(setup: Setup, layer: Layer) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from hesse.jobs.setup import Setup
 from hesse.jobs.verify import Verification, verify
 from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, start
+from hesse.passes.stream import StreamBatch, evaluation_batch, start
 from hesse.planning.budget import BudgetPlan
 from hesse.progress import peak_memory
 

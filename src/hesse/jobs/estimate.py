@@ -21,9 +21,9 @@ from hesse.estimation.probe import forward_walk, probe
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import activations, collecting, comparing, stopping, taking_gradients
+from hesse.jobs.memory import COMPARING, calibration_phases, comparison_phases, gradient_phases
 from hesse.jobs.options import run_options
 from hesse.networks.network import Block, CheckpointNetwork
 from hesse.passes.backward import BackwardPass, BackwardState, layer_part
@@ -191,36 +191,32 @@ class _Estimation:
 
     def forecast(self, out_bytes: int, needed: int) -> ForecastReport:
         """Return the forecast of the run."""
-        network, dense, job = self.network, self.dense, self.job
-        tokens, length, blocks = tokens_of(self.samples), self.samples.longest, len(network.blocks)
-        batch, single = self.batch_size * length, "fisher" in self.kinds
-        phases = {"hold the embeddings and the head": comparing(dense, length)}
-        for block in network.blocks:
-            if "gram" in self.kinds:
-                waiting = activations(network, block, tokens, network.dtype.itemsize)
-                sums = max((collecting(layer, batch) for layer in block.layers), default=0)
-                phases[f"calibrate {block.name}"] = stopping(network, block, waiting) + sums
-            kinds = {"kronecker": 2, "fisher": 3} if {"kronecker", "fisher"} & set(self.kinds) else {}
-            held = sum(
-                4 * copies * sum(self._numbers(kind, layer.weight.shape) for layer in block.layers)
-                for kind, copies in kinds.items()
-                if kind in self.kinds
-            )
-            size = length if single else batch
-            if "kronecker" not in self.kinds:
-                held += sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers)
-            phases[f"take gradients through {block.name}"] = taking_gradients(dense, block, size, held)
-        probed = 0 if "kronecker" in self.kinds else tokens_of(self.probes)
-        backward = tokens if {"kronecker", "fisher"} & set(self.kinds) else 0
+        network, kinds, tokens, length = self.network, self.kinds, tokens_of(self.samples), self.samples.longest
+        outside = comparison_phases(self.dense, length)[COMPARING]
+        single = length if "fisher" in kinds else self.batch_size * length
+        phases = {"hold the embeddings and the head": outside, **gradient_phases(self.dense, single, self._held_bytes)}
+        if "gram" in kinds:
+            summed = {layer.name: 0 for layer in network.layers}
+            phases |= calibration_phases("calibrate", network, tokens, self.batch_size * length, summed)
+        passed = 0 if "kronecker" in kinds else tokens_of(self.probes)
+        passed += tokens if {"kronecker", "fisher"} & set(kinds) else 0
         work = Work(
-            forward=blocks * (probed + backward),
-            calibrated=blocks * tokens if "gram" in self.kinds else 0,
-            backward=blocks * (probed + backward),
+            after=out_bytes,
+            disk=needed,
+            phases=phases,
+            forward=passed,
+            calibrated=tokens if "gram" in kinds else 0,
+            backward=passed,
             bytes=6 * network.checkpoint.file_bytes + out_bytes,
         )
-        size = network.checkpoint.file_bytes
-        estimate = seconds_of(work, network, self.samples, job.calibration.batch_size)
-        return job.forecast((size, out_bytes, out_bytes), needed, phases, estimate)
+        return forecast(self.job, network, self.samples, work)
+
+    def _held_bytes(self, block: Block) -> int:
+        """Return the bytes of the sums that a backward pass over a block fills."""
+        shapes = [layer.weight.shape for layer in block.layers]
+        copies = {"kronecker": 2, "fisher": 3}
+        held = sum(4 * copies.get(kind, 0) * self._numbers(kind, shape) for kind in self.kinds for shape in shapes)
+        return held + (0 if "kronecker" in self.kinds else sum(4 * rows**2 for rows, _ in shapes))
 
     def _numbers(self, kind: str, shape: torch.Size) -> int:
         """Return the number of entries of a curvature of a weight of `shape` (out, in)."""

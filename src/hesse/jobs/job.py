@@ -22,14 +22,12 @@ from hesse.data.selection import Calibration
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
-from hesse.jobs.memory import bound_of
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, take_up
+from hesse.passes.stream import StreamBatch, evaluation_batch, take_up
 from hesse.processes import join_process_group
 from hesse.progress import Clock, Silence
-from hesse.result import REPORT_FILE, ForecastReport, LossChange, Report
+from hesse.result import REPORT_FILE, LossChange, Report
 from hesse.version import versions
 
 
@@ -210,23 +208,6 @@ class Job:
         """Return the seconds by phase, including those of killed processes."""
         now = self.clock.seconds
         return {phase: self._earlier.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**now, **self._earlier}}
-
-    def forecast(
-        self, sizes: tuple[int, int, int], disk_bytes: int, phases: Mapping[str, int], estimate: tuple[float, list[str]]
-    ) -> ForecastReport:
-        """Return the report of a dry run.
-
-        Args:
-            sizes: bytes of the model before, of the model after, and of OUT.
-            disk_bytes: free space that the run needs.
-            phases: bytes of memory by what is done then; see `bound_of`.
-            estimate: the seconds of the run, and notes on them.
-        """
-        before, after, out = sizes
-        memory, phase = bound_of(phases)
-        seconds, notes = estimate
-        head = {**self.head(before, after, None), "seconds": {"total": seconds}, "notes": [*self.notes, *notes]}
-        return ForecastReport(**head, out_bytes=out, disk_bytes=disk_bytes, memory_bytes=memory, memory_phase=phase)
 
     def resume_clock(self, seconds: dict[str, float]) -> None:
         """Add the seconds by phase that an earlier process recorded."""

@@ -1,7 +1,8 @@
 """Bound the memory of a run, and keep it within a limit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,10 +15,9 @@ from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.families import expert_number, is_expert
+from hesse.networks.layout import vocabulary
 from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.networks.vocabulary import vocabulary
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import calibration_batch
+from hesse.passes.stream import calibration_batch, evaluation_batch
 
 COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
@@ -88,16 +88,11 @@ def _bound(setup: Setup, batch_size: int, paused: bool) -> MemoryBound:
     network, dense = setup.network, setup.dense
     flows = 0 if setup.statistics is not None else -(-len(setup.samples.ids) // batch_size)
     tokens = batch_size * setup.length
-    checked = evaluated_tokens(dense, setup.length)
-    phases = {COMPARING: comparing(dense, setup.length)}
+    phases = comparison_phases(dense, setup.length)
+    if setup.statistics is None:
+        probing = min(batch_size, calibration_batch(setup.length)) * setup.length
+        phases |= gradient_phases(network, probing, partial(_backward_bytes, setup))
     for block in network.blocks:
-        phases[f"run {block.name} in float32"] = running(dense, block, checked)
-        if setup.statistics is None:
-            probing = min(batch_size, calibration_batch(setup.length)) * setup.length
-            each = [_backward(setup, layer) for layer in block.layers]
-            kept = sum(sum(sizes.values()) for sizes in each)
-            kept += max((n for sizes in each for name, n in sizes.items() if STATISTICS[name].of_weights), default=0)
-            phases[f"take gradients through {block.name}"] = taking_gradients(network, block, probing, kept)
         waiting = activations(network, block, tokens, network.dtype.itemsize) * (1 if paused else max(flows, 1))
         solving = max((_solving(setup, layer, tokens) for layer in block.layers), default=0)
         sides = _attention_factors(setup, block)
@@ -106,7 +101,7 @@ def _bound(setup: Setup, batch_size: int, paused: bool) -> MemoryBound:
             phases[f"take gradients through the attention of {block.name}"] = (
                 network.dtype.itemsize * parameters(block) + passed + 2 * sides
             )
-        phases[f"solve {block.name}"] = stopping(network, block, waiting) + solving + sides
+        phases[f"solve {block.name}"] = _stopping(network, block, waiting) + solving + sides
     bound, largest = bound_of(phases, 0 if setup.rewriting is None else setup.rewriting.working_bytes)
     return MemoryBound(bound, batch_size, paused, largest)
 
@@ -126,32 +121,54 @@ def evaluated_tokens(network: CheckpointNetwork, length: int) -> int:
     return min(evaluation_batch(network, length) * length, max(PROBE_TOKENS, 2 * length))
 
 
-def comparing(dense: CheckpointNetwork, length: int) -> int:
-    """Return the bytes of two models' embeddings and heads, and of their logits on samples of `length` tokens."""
-    outside = _outside(dense)
-    tokens = evaluated_tokens(dense, length)
-    logits = 4 * tokens * vocabulary(dense) if dense.kind == "causal-lm" else 0
-    return 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits
+def comparison_phases(dense: CheckpointNetwork, length: int, tokens: int | None = None) -> dict[str, int]:
+    """Return the bytes of comparing a result with `dense`: the embeddings, heads and logits of both, and each block.
+
+    Samples have at most `length` tokens, and batches `tokens`; None for those of a measurement.
+    """
+    outside, evaluated = _outside(dense), evaluated_tokens(dense, length)
+    logits = 4 * evaluated * vocabulary(dense.model) if dense.kind == "causal-lm" else 0
+    phases = {COMPARING: 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits}
+    for block in dense.blocks:
+        passed = activations(dense, block, evaluated if tokens is None else tokens, 4)
+        phases[f"run {block.name} in float32"] = _loaded(dense, parameters(block)) + passed
+    return phases
 
 
-def running(network: CheckpointNetwork, block: Block, tokens: int) -> int:
-    """Return the bytes of a loaded block and of its activations for `tokens` in float32."""
-    return _loaded(network, parameters(block)) + activations(network, block, tokens, 4)
+def gradient_phases(network: CheckpointNetwork, tokens: int, kept: Callable[[Block], int]) -> dict[str, int]:
+    """Return the bytes of a backward pass through each block on `tokens`; `kept` are those of a block's statistics."""
+    phases = {}
+    for block in network.blocks:
+        widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
+        gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
+        held = _loaded(network, parameters(block)) + kept(block) + gradients + 4 * tokens * widest + 4 * widest**2
+        phases[f"take gradients through {block.name}"] = held
+    return phases
 
 
-def taking_gradients(network: CheckpointNetwork, block: Block, tokens: int, kept: int) -> int:
-    """Return the bytes of a backward pass through a block; `kept` are the bytes of its statistics."""
-    widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
-    gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
-    return _loaded(network, parameters(block)) + kept + gradients + 4 * tokens * widest + 4 * widest**2
+def calibration_phases(
+    verb: str, network: CheckpointNetwork, waiting: int, tokens: int, workspace: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the bytes of each block while its layers are calibrated and solved.
+
+    `waiting` tokens wait in a block, and pass in batches of `tokens`. `workspace` is what solving a layer takes, by
+    name, for the layers whose inputs are summed.
+    """
+    phases = {}
+    for block in network.blocks:
+        own = [layer for layer in block.layers if layer.name in workspace]
+        solving = max((workspace[layer.name] + _collecting(layer, tokens) for layer in own), default=0)
+        held = activations(network, block, waiting, network.dtype.itemsize)
+        phases[f"{verb} {block.name}"] = _stopping(network, block, held) + solving
+    return phases
 
 
-def stopping(network: CheckpointNetwork, block: Block, waiting: int) -> int:
+def _stopping(network: CheckpointNetwork, block: Block, waiting: int) -> int:
     """Return the bytes of a block whose layers are solved, its result, and the activations that wait inside it."""
     return network.dtype.itemsize * parameters(block) + parameters(block) * _stored(network) + waiting
 
 
-def collecting(layer: Layer, tokens: int) -> int:
+def _collecting(layer: Layer, tokens: int) -> int:
     """Return the bytes of summing the Gram of a layer's inputs over batches of `tokens`, and of that Gram."""
     columns = layer.weight.shape[1]
     return 4 * (3 * columns**2 + tokens * columns)
@@ -198,6 +215,13 @@ def _solving(setup: Setup, layer: Layer, tokens: int) -> int:
         others = {other.weight.shape[0] for other in block.layers if other.weight.shape[1] == shape[1]} - {shape[0]}
         solved += sum(8 * (rows**2 + shape[1] ** 2) for rows in others)
     return max(collected, solved)
+
+
+def _backward_bytes(setup: Setup, block: Block) -> int:
+    """Return the bytes of a block's backward statistics, with a second copy of the largest one of the weights."""
+    each = [_backward(setup, layer) for layer in block.layers]
+    weights = (size for sizes in each for name, size in sizes.items() if STATISTICS[name].of_weights)
+    return sum(sum(sizes.values()) for sizes in each) + max(weights, default=0)
 
 
 def _backward(setup: Setup, layer: Layer) -> dict[str, int]:

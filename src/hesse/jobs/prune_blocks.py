@@ -15,18 +15,16 @@ from hesse.evaluation.evaluate import compare, pass_through
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import COMPARING, activations, collecting, comparing, running, stopping, taking_gradients
+from hesse.jobs.memory import calibration_phases, comparison_phases, gradient_phases
 from hesse.jobs.options import RunOptions
 from hesse.layerwise.weight_sharing import SharedWeights
 from hesse.methods.strategies import STRATEGIES
 from hesse.networks.block_config import fewer_blocks_config, fewer_blocks_names
-from hesse.networks.network import CheckpointNetwork
+from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.options import setting
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.loading import each_loaded
-from hesse.passes.stream import advance, start
+from hesse.passes.stream import advance, evaluation_batch, start
 from hesse.result import ForecastReport, Result
 from hesse.scores import find_score
 from hesse.scores.blocks import Removals
@@ -167,40 +165,32 @@ class _Removal:
 
     def forecast(self, needed: int) -> ForecastReport:
         """Return what the run would take: as many blocks removed as `loss` could allow, where that is the limit."""
-        network, job, samples = self.network, self.job, self.selected.samples
-        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
-        removed = self.strategy.number(blocks)
-        batch = self.batches[0].numel()
-        phases = {COMPARING: comparing(network, length)}
-        for block in network.blocks:
-            phases[f"run {block.name} in float32"] = running(network, block, batch)
-            if self.strategy.score == "quadratic":
-                phases[f"take gradients through {block.name}"] = taking_gradients(network, block, batch, 0)
-            if self.sharing is not None:
-                solving = max(self.sharing.workspace(layer) + collecting(layer, batch) for layer in block.layers)
-                waiting = activations(network, block, tokens, network.dtype.itemsize)
-                phases[f"replace {block.name}"] = stopping(network, block, waiting) + solving
-        passes = (
-            1.0
-            + sum(  # blocks that run in each round
-                (blocks - k) * (blocks - k + 1) / 2 if self.strategy.score == "loss" else 2 * (blocks - k)
-                for k in range(removed)
-            )
-            / blocks
-        )
-        size, loss = network.checkpoint.file_bytes, self.strategy.loss
+        network, samples, blocks = self.network, self.selected.samples, len(self.network.blocks)
+        tokens, batch, removed = tokens_of(samples), self.batches[0].numel(), self.strategy.number(blocks)
+        phases = comparison_phases(network, samples.longest, batch)
+        if self.strategy.score == "quadratic":
+            phases |= gradient_phases(network, batch, lambda _: 0)
+        if self.sharing is not None:
+            workspace = {layer.name: self.sharing.workspace(layer) for layer in network.layers}
+            phases |= calibration_phases("replace", network, tokens, batch, workspace)
+        runs = [  # of blocks, in each round
+            (blocks - k) * (blocks - k + 1) / 2 if self.strategy.score == "loss" else 2 * (blocks - k)
+            for k in range(removed)
+        ]
+        size = network.checkpoint.file_bytes
+        smallest = 0
+        if self.sharing is None and self.strategy.loss is None:
+            smallest = removed * min(map(self._stored_bytes, range(blocks)))
         work = Work(
-            forward=int(blocks * (passes * tokens + 3 * tokens_of(self.selected.check))),
-            calibrated=0 if self.sharing is None else blocks * tokens,
-            backward=blocks * tokens if self.strategy.score == "quadratic" else 0,
+            after=size - smallest,
+            disk=needed,
+            phases=phases,
+            forward=(1 + sum(runs) / blocks) * tokens + 3 * tokens_of(self.selected.check),
+            calibrated=0 if self.sharing is None else tokens,
+            backward=tokens if self.strategy.score == "quadratic" else 0,
             bytes=(removed + 6) * size,
         )
-        estimate = seconds_of(work, network, samples, job.calibration.batch_size)
-        after = size
-        if self.sharing is None and loss is None:
-            smallest = min(sum(self._stored_bytes(number) for number in [k] * removed) for k in range(blocks))
-            after -= smallest
-        return job.forecast((size, after, after), needed, phases, estimate)
+        return forecast(self.job, network, samples, work)
 
     def _stored_bytes(self, number: int) -> int:
         """Return the bytes of a block's tensors in the files."""

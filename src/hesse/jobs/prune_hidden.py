@@ -14,9 +14,9 @@ from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import COMPARING, activations, collecting, comparing, evaluated_tokens, running, stopping
+from hesse.jobs.memory import calibration_phases, comparison_phases
 from hesse.jobs.options import RunOptions
 from hesse.methods.strategies import STRATEGIES
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
@@ -104,27 +104,25 @@ class _Narrowing:
 
     def forecast(self, needed: int) -> ForecastReport:
         """Return the forecast of the run."""
-        network, job, samples = self.network, self.job, self.selected.samples
-        tokens, length, blocks = tokens_of(samples), samples.longest, len(network.blocks)
-        batch = (job.calibration.batch_size or calibration_batch(length)) * length
-        phases, removed = {COMPARING: comparing(network, length)}, 0
-        for block, parts in zip(network.blocks, self.parts, strict=True):
-            solving = max(
-                (self._refit_bytes(part.reader) + collecting(part.reader, batch) for part in parts), default=0
-            )
-            waiting = activations(network, block, tokens, network.dtype.itemsize)
-            phases[f"narrow {block.name}"] = stopping(network, block, waiting) + solving
-            phases[f"run {block.name} in float32"] = running(network, block, evaluated_tokens(network, length))
-            removed += sum(self._removed_bytes(part) for part in parts)
-        size = network.checkpoint.file_bytes
-        readers = {part.reader.name: part.reader.weight.shape for parts in self.parts for part in parts}
-        check = tokens_of(self.selected.check)
-        work = Work(2 * blocks * check, blocks * tokens, 0, 5 * size, readers)
-        estimate = seconds_of(
-            work, network, samples, job.calibration.batch_size, lambda layer, known: self._refit(layer, known.gram)
+        network, samples = self.network, self.selected.samples
+        parts = [part for parts in self.parts for part in parts]
+        workspace = {part.reader.name: self._refit_bytes(part.reader) for part in parts}
+        size, tokens, batch = network.checkpoint.file_bytes, tokens_of(samples), tokens_at_once(self.job, samples)
+        self.job.notes = [*self.selected.notes]
+        work = Work(
+            after=size - sum(map(self._removed_bytes, parts)),
+            disk=needed,
+            phases={
+                **comparison_phases(network, samples.longest),
+                **calibration_phases("narrow", network, tokens, batch, workspace),
+            },
+            forward=2 * tokens_of(self.selected.check),
+            calibrated=tokens,
+            bytes=5 * size,
+            layers={part.reader.name: part.reader.weight.shape for part in parts},
+            solve=lambda layer, known: self._refit(layer, known.gram),
         )
-        job.notes = [*self.selected.notes]
-        return job.forecast((size, size - removed, size - removed), needed, phases, estimate)
+        return forecast(self.job, network, samples, work)
 
     def _refit_bytes(self, reader: Layer) -> int:
         """Return the bytes of workspace that refitting a layer takes: eigenvectors, and copies of the weight."""

@@ -21,18 +21,9 @@ from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import CONFIG, AdaptedCheckpoint, check_adaptable, layer_paths, write_adapter
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import (
-    COMPARING,
-    activations,
-    collecting,
-    comparing,
-    evaluated_tokens,
-    running,
-    stopping,
-    taking_gradients,
-)
+from hesse.jobs.memory import calibration_phases, comparison_phases, gradient_phases
 from hesse.jobs.options import run_options
 from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
@@ -41,8 +32,7 @@ from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effe
 from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer
-from hesse.passes.batch_sizes import evaluation_batch
-from hesse.passes.stream import StreamBatch, calibration_batch, start
+from hesse.passes.stream import StreamBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
 
@@ -177,34 +167,40 @@ class _Repair:
 
     def forecast(self, needed: int) -> ForecastReport:
         """Return the forecast of the run."""
-        pair, job, samples, request = self.pair, self.job, self.selected.samples, self.request
-        network, tokens, length = pair.network, tokens_of(samples), samples.longest
-        batch = (job.calibration.batch_size or calibration_batch(length)) * length
-        names, blocks = {layer.name: layer.weight.shape for layer in pair.layers}, len(network.blocks)
-        whole = pair.probed.layers if request.curvature == "kronecker" else []
-        probing = min(calibration_batch(length) * length, batch)
-        phases = {COMPARING: comparing(pair.dense, length)}
-        for block, twin in zip(network.blocks, pair.probed.blocks, strict=True):
-            own = [layer for layer in block.layers if layer.name in names]
-            solving = max((self._workspace(layer) + collecting(layer, batch) for layer in own), default=0)
-            waiting = activations(network, block, tokens, network.dtype.itemsize)
-            phases[f"repair {block.name}"] = stopping(network, block, waiting) + solving
-            factors = sum(4 * layer.weight.shape[0] ** 2 for layer in twin.layers if layer in whole)
-            phases[f"take gradients through {twin.name}"] = taking_gradients(pair.probed, twin, probing, factors)
-            phases[f"run {twin.name} in float32"] = running(pair.dense, twin, evaluated_tokens(pair.dense, length))
-        check, probed = tokens_of(self.selected.check), tokens_of(self.selected.probes)
-        compressed, dense = network.checkpoint.file_bytes, pair.source.file_bytes
-        work = Work(blocks * (3 * check + probed), blocks * tokens, blocks * probed, 4 * (compressed + dense), names)
-        solver = LayerSolver()
+        pair, samples, request = self.pair, self.selected.samples, self.request
+        batch, tokens, probed = tokens_at_once(self.job, samples), tokens_of(samples), tokens_of(self.selected.probes)
+        whole, solver = request.curvature == "kronecker", LayerSolver()
+        repaired = {pair.twins[layer.name] for layer in pair.layers} if whole else set[str]()
+
+        def factors(block: Block) -> int:
+            return sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers if layer.name in repaired)
 
         def solve(layer: Layer, statistics: LayerStatistics) -> object:
             factor = {"output factor": torch.eye(layer.weight.shape[0])} if whole else {}
             return self._solve_layer(layer, {**statistics, **factor}, solver)
 
-        estimate = seconds_of(work, network, samples, job.calibration.batch_size, solve)
+        probing = min(calibration_batch(samples.longest) * samples.longest, batch)
+        workspace = {layer.name: self._workspace(layer) for layer in pair.layers}
+        compressed, dense = pair.network.checkpoint.file_bytes, pair.source.file_bytes
         added = sum(request.rank * sum(x.weight.shape) * pair.dtype(x.name).itemsize for x in pair.layers)
-        out = added if request.format == "adapter" else dense
-        return job.forecast((compressed, compressed + out if out == added else out, out), needed, phases, estimate)
+        adapter = request.format == "adapter"
+        work = Work(
+            after=compressed + added if adapter else dense,
+            out=added if adapter else dense,
+            disk=needed,
+            phases={
+                **comparison_phases(pair.dense, samples.longest),
+                **gradient_phases(pair.probed, probing, factors),
+                **calibration_phases("repair", pair.network, tokens, batch, workspace),
+            },
+            forward=3 * tokens_of(self.selected.check) + probed,
+            calibrated=tokens,
+            backward=probed,
+            bytes=4 * (compressed + dense),
+            layers={layer.name: layer.weight.shape for layer in pair.layers},
+            solve=solve,
+        )
+        return forecast(self.job, pair.network, samples, work)
 
     def _workspace(self, layer: Layer) -> int:
         """Return the bytes that repairing a layer holds, the dense and the compressed weight included."""

@@ -12,9 +12,9 @@ from hesse.errors import OptionError, naming
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
 from hesse.layerwise.rules import check_patterns
-from hesse.methods.recipe import matches
+from hesse.methods.patterns import matches
+from hesse.networks.layout import vocabulary
 from hesse.networks.network import CheckpointNetwork, Layer
-from hesse.networks.vocabulary import vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def _paired(network: CheckpointNetwork, other: CheckpointNetwork, dense: Path, c
     first, second = type(network.model).__name__, type(other.model).__name__
     if first != second:
         raise OptionError(f"{dense} is a {first} and {compressed} a {second}: give the model that was compressed")
-    if vocabulary(network) != vocabulary(other) or len(network.layers) != len(other.layers):
+    if vocabulary(network.model) != vocabulary(other.model) or len(network.layers) != len(other.layers):
         raise OptionError(f"{dense} and {compressed} have different vocabularies or numbers of layers")
     pairs = list(zip(network.layers, other.layers, strict=True))
     for own, twin in pairs:

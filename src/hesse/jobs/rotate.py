@@ -10,9 +10,9 @@ from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, hidden_bytes, seconds_of, tokens_of
+from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
 from hesse.jobs.job import Job
-from hesse.jobs.memory import COMPARING, comparing, evaluated_tokens, parameters, running
+from hesse.jobs.memory import comparison_phases, evaluated_tokens, parameters
 from hesse.jobs.options import check_model, run_options
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import calibration_batch
@@ -112,23 +112,22 @@ def rotate(
 
 def _forecast(job: Job, rewriting: Rewriting, selected: Selection, needed: int) -> ForecastReport:
     """Return what the run would take."""
-    network, checkpoint = rewriting.network, rewriting.checkpoint
-    length, blocks = selected.samples.longest, len(network.blocks)
-    phases = {COMPARING: comparing(network, length)}
+    network, samples, size = rewriting.network, selected.samples, rewriting.network.checkpoint.file_bytes
+    batch = tokens_at_once(job, samples) if rewriting.learns else 0
+    phases = comparison_phases(network, samples.longest, max(evaluated_tokens(network, samples.longest), batch))
     for block in network.blocks:
-        batch = (job.calibration.batch_size or calibration_batch(length)) * length if rewriting.learns else 0
-        tokens = max(evaluated_tokens(network, length), batch)
-        phases[f"run {block.name} in float32"] = running(network, block, tokens) + rewriting.working_bytes
+        phases[f"run {block.name} in float32"] += rewriting.working_bytes
         phases[f"write {block.name}"] = 2 * 4 * parameters(block) + rewriting.working_bytes
-    learned = tokens_of(selected.samples) if rewriting.learns else 0
+    learned = tokens_of(samples) if rewriting.learns else 0
     work = Work(
-        forward=blocks * (2 * tokens_of(selected.check) + learned),
-        bytes=(4 + rewriting.learns) * network.checkpoint.file_bytes,
+        after=rewriting.checkpoint.stored_bytes,
+        disk=needed,
+        phases=phases,
+        forward=2 * tokens_of(selected.check) + learned,
+        bytes=(4 + rewriting.learns) * size,
+        notes=["the time to find and apply rotations is not part of the estimate"],
     )
-    seconds, notes = seconds_of(work, network, selected.samples, job.calibration.batch_size)
-    notes.append("the time to find and apply rotations is not part of the estimate")
-    sizes = network.checkpoint.file_bytes, checkpoint.stored_bytes, checkpoint.stored_bytes
-    return job.forecast(sizes, needed, phases, (seconds, notes))
+    return forecast(job, network, samples, work)
 
 
 def _find(job: Job, rewriting: Rewriting, batches: list[torch.Tensor]) -> None:

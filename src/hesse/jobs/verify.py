@@ -11,8 +11,7 @@ from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
 from hesse.layerwise.layer_solver import digest
-from hesse.networks.network import CheckpointNetwork
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
 from hesse.result import LossChange

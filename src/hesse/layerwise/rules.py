@@ -11,7 +11,8 @@ from hesse.errors import OptionError, naming
 from hesse.estimation.statistics import STATISTICS, BackwardStatistic
 from hesse.layerwise.layer_solver import check_products
 from hesse.layerwise.shared_sparsity import with_own_shares
-from hesse.methods.recipe import Recipe, Rule, matches
+from hesse.methods.patterns import matches
+from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.network import Layer
 
 Rules = Mapping[str, Rule | None]  # by layer; None for unchanged layers

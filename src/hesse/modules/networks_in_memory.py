@@ -27,10 +27,9 @@ from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.module_network import ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.backward import BackwardPass
-from hesse.passes.batch_sizes import evaluation_batch
 from hesse.passes.module_batch import ModuleBatch
 from hesse.passes.per_sample import FisherKind, GradientPass
-from hesse.passes.stream import CalibrationBatch, calibration_batch, start
+from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.architecture import build
-from hesse.networks.experts import unfuse
 from hesse.networks.families import CONFIG_WIDTHS, EXPERT_LAYERS, FEED_FORWARD_LAYERS
 from hesse.networks.network import Block, CheckpointNetwork, Layer
 
@@ -91,5 +90,4 @@ def _widths(network: CheckpointNetwork, settings: Mapping[str, int], readers: Se
         model = build(changed)
     except UnsupportedModelError:  # settings that contradict each other
         return [-1 for _ in readers]
-    unfuse(model, set(network.checkpoint.names()))
     return [Layer(name, model.get_submodule(name)).weight.shape[1] for name in readers]

@@ -1,15 +1,16 @@
-"""Layout of a transformers model: its kind, its list of blocks, and the names of its parameters on disk."""
+"""Layout of a transformers model: its kind and sizes, its list of blocks, and the names of its parameters on disk."""
 
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from hesse.errors import UnsupportedModelError
+from hesse.errors import DataError, UnsupportedModelError
+from hesse.networks.families import family_of
 
 NetworkKind = Literal["causal-lm", "encoder"]
 
@@ -58,3 +59,33 @@ def sources_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
         elif original not in sources and name in sources:
             sources[original] = sources[name]
     return sources
+
+
+def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
+    """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
+
+    Raises:
+        UnsupportedModelError: the config, which is in `config_file`, does not give a whole number of positions.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is not None and not isinstance(limit, int):
+        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is not a whole number: correct it")
+    if limit and family_of(config.model_type).positions_after_padding:
+        limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
+    return limit
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of token ids that a model knows."""
+    return len(model.get_input_embeddings().get_parameter("weight"))
+
+
+def check_ids(model: PreTrainedModel, batches: list[Tensor]) -> None:
+    """Raise DataError for a token id outside a model's vocabulary."""
+    largest = max(int(ids.max()) for ids in batches)
+    if largest >= vocabulary(model):
+        raise DataError(
+            f"the data holds the token id {largest}, but the model knows {vocabulary(model)}: "
+            "the tokens come from another tokenizer"
+        )

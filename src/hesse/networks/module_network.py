@@ -1,17 +1,17 @@
 """Network over a transformers model in memory: the same blocks and layers as a checkpoint's, always loaded."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hesse.networks.layout import find_blocks, kind_of
-from hesse.networks.network import Block, Layer, input_limit
+from hesse.networks.layout import find_blocks, input_limit, kind_of
+from hesse.networks.network import Block, Blocks, Layer, Network
 
 
-class ModuleNetwork:
+class ModuleNetwork(Network):
     """Transformers model in memory as a network; `layers` are the layers that calibration stops at.
 
     Raises:
@@ -22,16 +22,10 @@ class ModuleNetwork:
         self.model, self.kind = model, kind_of(model)
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self.blocks_return_tuples: bool | None = None
         # Not inference mode: the model remains the user's, and may keep tensors that it computes.
-        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.no_grad
+        self.gradients_off = torch.no_grad
         name, blocks = find_blocks(model)
         self.blocks = [_block(f"{name}.{number}", block, layers) for number, block in enumerate(blocks)]
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Return all layers of all blocks."""
-        return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def input_limit(self) -> int | None:
@@ -49,12 +43,12 @@ class ModuleNetwork:
         yield self.model
 
 
-class SingleBlock:
+class SingleBlock(Blocks):
     """Any module in memory as a network of one block."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.model, self.blocks = model, [Block(type(model).__name__, model, tuple(layers))]
-        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.no_grad
+        self.gradients_off = torch.no_grad
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:

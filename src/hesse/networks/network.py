@@ -1,6 +1,6 @@
 """A network as a list of blocks, with no weights in memory until a block is loaded."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.read_ahead import ReadAhead
-from hesse.errors import CheckpointError, DataError, UnsupportedModelError
+from hesse.errors import CheckpointError, DataError
 from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
-from hesse.networks.experts import unfuse
-from hesse.networks.families import ROUTER_LAYERS, family_of
-from hesse.networks.layout import NetworkKind, find_blocks, kind_of, sources_of
-from hesse.networks.limits import bounded_modules
+from hesse.networks.families import ROUTER_LAYERS
+from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
+
+Places = dict[str, tuple[nn.Module, str]]  # by full name: a parameter's or buffer's module, and its name there
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,45 +74,46 @@ class Block:
 class Blocks(Protocol):
     """Blocks of layers in order: the part of a network that calibration needs."""
 
-    @property
-    def blocks(self) -> Sequence[Block]:
-        """Return the blocks in order."""
-
-    @property
-    def gradients_off(self) -> Callable[[], AbstractContextManager[object]]:
-        """Return the context that calibration runs the blocks in: `torch.inference_mode` or `torch.no_grad`."""
+    blocks: list[Block]
+    gradients_off: Callable[[], AbstractContextManager[object]]  # the context that calibration runs the blocks in
 
     def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
         """Return a context in which the block's weights are in memory."""
 
 
-class Network(Protocol):
+class Network(Blocks, Protocol):
     """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
 
     model: PreTrainedModel
     kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
-    blocks: list[Block]
-    blocks_return_tuples: bool | None  # settled when the first batch is recorded
-    gradients_off: Callable[[], AbstractContextManager[object]]  # the context that calibration runs its blocks in
+    blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
 
     @property
     def layers(self) -> list[Layer]:
-        """Return all layers of all blocks."""
+        """Return all linear layers of all blocks."""
+        return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def input_limit(self) -> int | None:
         """Return the largest number of tokens of a sample; None without a limit."""
 
-    def loaded(self, block: Block) -> AbstractContextManager[nn.Module]:
-        """Return a context in which the block's weights are in memory."""
-
     def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
         """Return a context in which everything except the blocks is in memory."""
 
 
-class CheckpointNetwork:
+def each_loaded(network: Blocks, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Block]]:
+    """Yield each block of a network with its number, its weights in memory until the next is asked for.
+
+    `numbers` choose other blocks than all of them in order.
+    """
+    for number in range(len(network.blocks)) if numbers is None else numbers:
+        with network.loaded(network.blocks[number]):
+            yield number, network.blocks[number]
+
+
+class CheckpointNetwork(Network):
     """Network streamed from a checkpoint: modules on the meta device, blocks, and the source of each parameter.
 
     Raises:
@@ -121,32 +122,22 @@ class CheckpointNetwork:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.device = device
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
         self._holders: list[CheckpointNetwork] = []  # networks of the same modules that have weights in memory now
-        stored = checkpoint.names()
-        with bounded_modules(checkpoint.folder, len(stored)):
-            self.model = build(checkpoint)
-            unfuse(self.model, set(stored))
-        self.kind: NetworkKind = kind_of(self.model)
-        self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode  # faster than no_grad
-        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
-        self.sources = sources_of(self.model, stored)
+        self.model = build(checkpoint)
+        self.kind = kind_of(self.model)
+        self.gradients_off = torch.inference_mode  # faster than no_grad
+        self.sources = sources_of(self.model, checkpoint.names())
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
-        self._round_inputs()
-
-    def _round_inputs(self) -> None:
-        """Make linear layers round their inputs where the checkpoint says that a loader does."""
-        for name, module in self.model.named_modules():
-            source = self.sources.get(f"{name}.weight", "")
-            rounding = self.checkpoint.input_rounding(source.removesuffix(".weight"))
-            if rounding is not None and isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(partial(_rounded, rounding))
+        for path, module in self.model.named_modules():
+            source = self.sources.get(f"{path}.weight", "")
+            rounding = checkpoint.input_rounding(source.removesuffix(".weight"))
+            if rounding is not None and isinstance(module, nn.Linear):  # a loader rounds its inputs
+                module.register_forward_pre_hook(partial(_round_inputs, rounding))
 
     def in_dtype(self, dtype: torch.dtype) -> "CheckpointNetwork":
         """Return a network of the same modules whose weights are loaded as `dtype`.
@@ -168,9 +159,8 @@ class CheckpointNetwork:
     def _check_complete(self, blocks: str) -> None:
         for name, parameter in self.model.named_parameters():
             source = self.sources.get(name)
-            stored = None if source is None else self.checkpoint.dense_shape(source)
-            if stored is not None:
-                _check_shape(str(source), stored, parameter.shape)
+            if source is not None and (stored := self.checkpoint.dense_shape(source)) is not None:
+                _check_shape(source, stored, parameter.shape)
             if source is None and name.startswith(f"{blocks}."):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
@@ -180,11 +170,6 @@ class CheckpointNetwork:
     def stored_in(self, block: Block) -> list[str]:
         """Return the checkpoint's names of the tensors of a block."""
         return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Return all linear layers of all blocks."""
-        return [layer for block in self.blocks for layer in block.layers]
 
     @property
     def input_limit(self) -> int | None:
@@ -201,20 +186,17 @@ class CheckpointNetwork:
 
         During the computation the next block is read from disk: blocks are expected in order, in either direction.
         """
-        with self._holding_weights(block.name):
-            self._fill(block.module, block.name)
+        with self._holding_weights(block.name, block.module, block.name):
             self._announce_next(block)
-            size = sum(parameter.nbytes for parameter in block.module.parameters())
-            try:
-                yield block.module
-            finally:
-                _forget(block.module)
-                if size >= TRIMMED_BYTES:
-                    give_back_memory()
+            yield block.module
+        if sum(parameter.nbytes for parameter in block.module.parameters()) >= TRIMMED_BYTES:
+            give_back_memory()
 
     @contextmanager
-    def _holding_weights(self, what: str) -> Iterator[None]:
-        """Refuse to hold weights in the shared modules while a network of another type holds some.
+    def _holding_weights(
+        self, what: str, module: nn.Module, prefix: str, leave: Set[int] = frozenset()
+    ) -> Iterator[None]:
+        """Hold the weights below `module`; refuse while a network of another type holds some in the shared modules.
 
         Raises:
             RuntimeError: another network holds weights.
@@ -226,8 +208,10 @@ class CheckpointNetwork:
             )
         self._holders.append(self)
         try:
+            self._fill(module, prefix, leave)
             yield
         finally:
+            _forget(module)
             self._holders.pop()
 
     @contextmanager
@@ -235,13 +219,9 @@ class CheckpointNetwork:
         """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
         inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
         outside = self.model if self.kind == "causal-lm" else self.model.base_model
-        prefix = "" if self.kind == "causal-lm" else _prefix_of(self.model, outside)
-        with self._holding_weights("the embeddings and the head"):
-            self._fill(outside, prefix, leave=inside)
-            try:
-                yield self.model
-            finally:
-                _forget(outside)
+        prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
+        with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
+            yield self.model
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -257,23 +237,20 @@ class CheckpointNetwork:
         following = index + (1 if index >= self._passed else -1)
         self._passed = index
         if 0 <= following < len(self.blocks):
-            coming = self.blocks[following]
-            places = self._places(coming.module, coming.name)
+            places = self._places(self.blocks[following].module, self.blocks[following].name)
             self._reader.announce(dict.fromkeys(self.sources[full] for full in places))
 
-    def _places(
-        self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()
-    ) -> dict[str, tuple[nn.Module, str]]:
+    def _places(self, module: nn.Module, prefix: str, leave: Set[int] = frozenset()) -> Places:
         """Return the parameters and buffers below `module` that the checkpoint has, by full name."""
-        places: dict[str, tuple[nn.Module, str]] = {}
-        for path, child in module.named_modules(remove_duplicate=False):
+        places: Places = {}
+        for path, child in module.named_modules(prefix=prefix, remove_duplicate=False):
             for name, tensor in (*child._parameters.items(), *child._buffers.items()):
-                full = ".".join(part for part in (prefix, path, name) if part)
+                full = f"{path}.{name}" if path else name
                 if tensor is not None and id(tensor) not in leave and full in self.sources:
                     places[full] = (child, name)
         return places
 
-    def _fill(self, module: nn.Module, prefix: str, leave: frozenset[int] | set[int] = frozenset()) -> None:
+    def _fill(self, module: nn.Module, prefix: str, leave: Set[int] = frozenset()) -> None:
         """Load the parameters and buffers below `module` from the checkpoint."""
         places = self._places(module, prefix, leave)
         tensors = self._reader.read(dict.fromkeys(self.sources[full] for full in places))
@@ -291,29 +268,13 @@ class CheckpointNetwork:
                 child._buffers[name] = value
             else:
                 child._parameters[name] = shared.setdefault(source, nn.Parameter(value, requires_grad=False))
-        for path, child in module.named_modules():
-            for name, parameter in child._parameters.items():
-                if parameter is not None and parameter.is_meta and id(parameter) not in leave:
-                    full = ".".join(part for part in (prefix, path, name) if part)
-                    raise CheckpointError(f"{self.checkpoint.folder} has no tensor for {full}: copy the folder again")
+        for full, parameter in module.named_parameters(prefix=prefix):
+            if parameter.is_meta and id(parameter) not in leave:
+                raise CheckpointError(f"{self.checkpoint.folder} has no tensor for {full}: copy the folder again")
+        for child in module.modules():
             for name, buffer in child._buffers.items():
                 if buffer is not None and id(buffer) not in leave and not buffer.is_meta:
                     child._buffers[name] = buffer.to(self.device)
-
-
-def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
-    """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
-
-    Raises:
-        UnsupportedModelError: the config, which is in `config_file`, does not give a whole number of positions.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is not None and not isinstance(limit, int):
-        raise UnsupportedModelError(f"{config_file} has {limit!r} positions, which is not a whole number: correct it")
-    if limit and family_of(config.model_type).positions_after_padding:
-        limit -= (config.pad_token_id or 0) + 1  # positions start after the padding token's
-    return limit
 
 
 def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
@@ -324,7 +285,7 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
         )
 
 
-def _rounded(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
     return rounding(arguments[0])
 
 
@@ -336,7 +297,3 @@ def _forget(module: nn.Module) -> None:
             if parameter is not None:
                 without = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 child._parameters[name] = empty.setdefault(id(parameter), without)
-
-
-def _prefix_of(model: nn.Module, child: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is child), "")

@@ -13,8 +13,7 @@ from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
-from hesse.networks.network import Block, Layer, Network
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import Block, Layer, Network, each_loaded
 from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish

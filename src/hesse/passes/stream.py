@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
+from hesse.networks.layout import vocabulary
 from hesse.networks.network import Network
 
+LOGITS_LIMIT = 1 << 25  # of a batch that is evaluated
 BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
 
 
@@ -65,6 +67,11 @@ class StreamBatch:
 def calibration_batch(length: int) -> int:
     """Return the number of samples of `length` tokens per batch."""
     return max(BATCH_TOKENS // length, 1)
+
+
+def evaluation_batch(network: Network, length: int) -> int:
+    """Return the number of samples of `length` tokens whose logits stay within `LOGITS_LIMIT`."""
+    return max(LOGITS_LIMIT // (vocabulary(network.model) * length), 1)
 
 
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:

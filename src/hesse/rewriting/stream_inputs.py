@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hesse.networks.network import Block, Network
-from hesse.passes.loading import each_loaded
+from hesse.networks.network import Block, Network, each_loaded
 from hesse.passes.stream import StreamBatch, advance
 from hesse.rewriting.streams import BlockStreams, Streams
 

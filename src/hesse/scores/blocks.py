@@ -11,10 +11,9 @@ from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.estimation.probe import forward_walk
 from hesse.evaluation.measure import Difference, branch
 from hesse.evaluation.measurements import MeasuredMean
-from hesse.networks.network import Block, Network
+from hesse.networks.network import Block, Network, each_loaded
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
-from hesse.passes.loading import each_loaded
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Clock, Progress
 from hesse.scores.score import BLOCKS, register_score
