@@ -13,7 +13,7 @@ STRATEGIES: Registry[type[Any]] = Registry(
         "hesse.modules.loss_tolerance",
         "hesse.modules.only_train_once",
         "hesse.modules.head_dimensions",
-        "hesse.jobs.prune_blocks",
+        "hesse.jobs.block_strategies",
         "hesse.jobs.prune_hidden",
     ),
 )
