@@ -1,9 +1,10 @@
 """Assign a rule to each layer, and check it before anything is computed."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesse.constraints import Constraint
 from hesse.errors import OptionError, naming
@@ -12,6 +13,7 @@ from hesse.layerwise.layer_solver import check_products
 from hesse.layerwise.shared_sparsity import with_own_shares
 from hesse.methods.patterns import matches
 from hesse.methods.recipe import Recipe, Rule
+from hesse.networks.network import Layer
 
 Rules = Mapping[str, Rule | None]  # by layer; None for unchanged layers
 
@@ -36,6 +38,17 @@ def rules_for(
     for name, shape in shapes.items():
         fitting(rules[name], name, shape)
     return with_own_shares(weights, shapes, rules)
+
+
+def layer_rules(recipe: Recipe, layers: Iterable[Layer], model: nn.Module) -> dict[str, Rule | None]:
+    """Return the rule of each of the `layers` of a model in memory; as `rules_for`."""
+    weights = {layer.name: partial(_weight, layer) for layer in layers}
+    shapes = {name: read().shape for name, read in weights.items()}
+    return rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
+
+
+def _weight(layer: Layer) -> Tensor:
+    return layer.weight.detach()
 
 
 def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | None:
