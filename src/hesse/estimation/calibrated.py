@@ -16,7 +16,7 @@ from hesse.estimation.statistics.base import InputAccumulator
 from hesse.estimation.statistics.inputs import input_gram
 from hesse.estimation.statistics_folder import Statistics
 from hesse.networks.network import Block, Blocks, Layer, each_loaded
-from hesse.passes.activation_offload import offload_to
+from hesse.passes.activation_offload import OffloadToDisk
 from hesse.passes.layer_stops import layer_stops
 from hesse.passes.parts import seen_by
 from hesse.passes.stream import CalibrationBatch
@@ -162,7 +162,8 @@ def _layers(
         }
     called: set[Layer] = set()
     runs = [partial(run, batch) for batch in batches]
-    stopping = layer_stops(runs, block, collection.collect, offload_to(offload, shared), network.gradients_off)
+    disk = None if offload is None else OffloadToDisk(offload, shared)
+    stopping = layer_stops(runs, block, collection.collect, disk, network.gradients_off)
     with closing(stopping) as stops:
         for layer, collected_at in stops:
             called.add(layer)

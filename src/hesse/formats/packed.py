@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
-from hesse.formats.base import StoredLayer
-from hesse.formats.dense import DenseFormat
+from hesse.formats.base import DenseFormat, StoredLayer
 from hesse.networks.families import EXPERT_REGEX, is_expert
 from hesse.networks.network import CheckpointNetwork
 

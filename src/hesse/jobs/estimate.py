@@ -20,7 +20,7 @@ from hesse.estimation.calibrated import Layers, calibrated_blocks
 from hesse.estimation.probe import forward_walk, probe
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import COMPARING, calibration_phases, comparison_phases, gradient_phases

@@ -12,8 +12,7 @@ from hesse.checkpoints.tensor_store import TensorStore
 from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
 from hesse.evaluation.evaluate import compare, pass_through
-from hesse.formats import open_checkpoint
-from hesse.formats.opening import open_networks
+from hesse.formats import open_checkpoint, open_networks
 from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
 from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_of
 from hesse.jobs.job import Job

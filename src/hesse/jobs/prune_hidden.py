@@ -12,8 +12,7 @@ from hesse.curvature import Gram
 from hesse.data.selection import Calibration, Selection, select_samples
 from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers, calibrated_blocks
-from hesse.formats import open_checkpoint
-from hesse.formats.opening import open_networks
+from hesse.formats import open_checkpoint, open_networks
 from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import calibration_phases, comparison_phases

@@ -8,8 +8,7 @@ import torch
 from hesse.checkpoints.locate import locate
 from hesse.data.selection import Calibration, Data, Selection, select_samples
 from hesse.errors import OptionError, VerificationError
-from hesse.formats import open_checkpoint
-from hesse.formats.opening import open_networks
+from hesse.formats import open_checkpoint, open_networks
 from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import comparison_phases, evaluated_tokens, parameters

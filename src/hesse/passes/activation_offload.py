@@ -1,9 +1,9 @@
-"""Offload the activations of batches that wait inside a block, to memory or disk."""
+"""Offload the activations of batches that wait inside a block, to disk."""
 
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -13,27 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from hesse.checkpoints.tensor_store import memory_of
 from hesse.checkpoints.writer import writing
-
-
-class Offload(Protocol):
-    """Storage for the activations of waiting greenlets."""
-
-    def resume(self, runner: greenlet) -> Any:
-        """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
-
-    def put_away(self, runner: greenlet) -> None:
-        """Offload the activations of a greenlet that now waits, or drop those of one that has ended."""
-
-
-class KeepInMemory:
-    """Keep activations in memory."""
-
-    def resume(self, runner: greenlet) -> Any:
-        """Switch to the greenlet."""
-        return runner.switch()
-
-    def put_away(self, runner: greenlet) -> None:
-        """Do nothing."""
 
 
 class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,7 +30,7 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[greenlet, int] = {}
 
     def resume(self, runner: greenlet) -> Any:
-        """Restore the activations, and record the tensors that the greenlet creates until it waits again."""
+        """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
         self._restore(runner)
         with self:
             return runner.switch()
@@ -99,11 +78,6 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _path(self, runner: greenlet) -> Path:
         return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
-
-
-def offload_to(folder: Path | None, shared: Callable[[], Iterable[Tensor]]) -> Offload:
-    """Return an offload to files below `folder`, or without a folder one that keeps activations in memory."""
-    return KeepInMemory() if folder is None else OffloadToDisk(folder, shared)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

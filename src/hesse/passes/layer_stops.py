@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.network import Block, Layer
-from hesse.passes.activation_offload import Offload
+from hesse.passes.activation_offload import OffloadToDisk
 
 InputKey = tuple[object, ...]  # identifies a layer's input: equal for layers whose inputs are the same rows
 
@@ -31,7 +31,7 @@ def layer_stops(
     runs: Sequence[Callable[[], None]],
     block: Block,
     collect: Callable[[Layer, int, Tensor], None],
-    offload: Offload,
+    offload: OffloadToDisk | None = None,
     gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
 ) -> Generator[LayerStop, None, None]:
     """Take all `runs` of a block's module through it; yield each layer once, while all of them wait at it.
@@ -69,7 +69,7 @@ def layer_stops(
             for number, runner in enumerate(runners):
                 while True:
                     with gradients_off():
-                        stopped = offload.resume(runner)
+                        stopped = runner.switch() if offload is None else offload.resume(runner)
                     layer, inputs = (None, None) if stopped is None else stopped
                     if layer is None or inputs is not None:
                         break
@@ -80,7 +80,8 @@ def layer_stops(
                     with torch.no_grad():
                         collect(layer, number, inputs)
                     del inputs, stopped
-                offload.put_away(runner)
+                if offload is not None:
+                    offload.put_away(runner)
                 arrived.append(layer)
             if any(layer is not arrived[0] for layer in arrived):
                 raise UnsupportedModelError(f"{block.name} calls its layers in an order that depends on the data")
