@@ -73,10 +73,10 @@ class Journal:
 
     def record_tensors(self, step: str, tensors: Sequence[StoredTensor], content: dict[str, Any]) -> None:
         """Record a step with its tensors, which lie in one lasting file."""
-        (file,) = {waiting.file for waiting in tensors if isinstance(waiting, InFile)}
-        numbers = [waiting.number for waiting in tensors if isinstance(waiting, InFile)]
-        entries = [file.entries[number] for number in numbers]
-        self.record(step, {**content, "tensors": entries, "in": file.path.name}, [file.path])
+        waiting = [tensor for tensor in tensors if isinstance(tensor, InFile)]
+        paths = list({each.file.path for each in waiting})  # none without tensors
+        entries = [each.file.entries[each.number] for each in waiting]
+        self.record(step, {**content, "tensors": entries, "in": "".join(path.name for path in paths)}, paths)
 
     def recall_tensors(self, step: str, device: torch.device) -> tuple[list[StoredTensor], dict[str, Any]] | None:
         """Return the tensors and the record of a finished step; None if it is not finished."""

@@ -1,6 +1,6 @@
 """Forward calibration: batches stop at each layer, where its statistics are known and its weight can be changed."""
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-KnownStatistics = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
+StatisticReaders = dict[str, Callable[[], Any]]  # by name: what reads a statistic of a layer that was collected before
+KnownStatistics = Mapping[str, StatisticReaders]  # by layer
 
 
 class LayerStatistics(Mapping[str, Any]):
@@ -33,11 +34,9 @@ class LayerStatistics(Mapping[str, Any]):
     `known`, which were collected before, are read from their place on each access.
     """
 
-    def __init__(
-        self, values: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({}), called: bool = True
-    ) -> None:
+    def __init__(self, values: Mapping[str, Any], known: StatisticReaders | None = None, called: bool = True) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
-        self._known, self.called = known, called
+        self._known, self.called = known or {}, called
 
     @property
     def gram(self) -> Gram:
@@ -45,14 +44,13 @@ class LayerStatistics(Mapping[str, Any]):
         return cast(Gram, self._values["inputs"])
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name] if name in self._values else self._known[name]
+        return self._values[name] if name in self._values else self._known[name]()
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._values
-        yield from (name for name in self._known if name not in self._values)
+        return iter({**self._values, **self._known})
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len({**self._values, **self._known})
 
 
 Layers = Generator[tuple[Layer, LayerStatistics], None, None]
@@ -168,46 +166,28 @@ def _layers(
         for layer, collected_at in stops:
             called.add(layer)
             own = {name: values.get(layer.name) for name, values in of_block.items()}
-            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name, {}))
+            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name))
     for layer in block.layers:
         if layer not in called:
             own = {name: values.get(layer.name) for name, values in of_block.items()}
             values = {"inputs": no_inputs(layer), **own}
-            yield layer, LayerStatistics(values, known.get(layer.name, {}), called=False)
+            yield layer, LayerStatistics(values, known.get(layer.name), called=False)
 
 
 def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, clock: Clock) -> Layers:
     missing = []
     for layer in layers:
-        stored = FolderStatistics(folder, layer, needs[layer.name])
+        device = layer.weight.device
+        readers = {name: partial(STATISTICS[name].load, folder, layer, device) for name in needs[layer.name]}
         with clock.phase("estimate"):
-            gram = stored.get("inputs")
+            stored: StatisticReaders = {name: read for name, read in readers.items() if read() is not None}
+            gram = folder.gram(layer.name, device) if "inputs" in stored else None
         if gram is None:
             missing.append((layer, stored))
         else:
             yield layer, LayerStatistics({"inputs": gram}, stored)
     for layer, stored in missing:
         yield layer, LayerStatistics({"inputs": no_inputs(layer)}, stored, called=False)
-
-
-class FolderStatistics(Mapping[str, Any]):
-    """Statistics of one layer in a folder of `hesse estimate`, read on each access."""
-
-    def __init__(self, folder: Statistics, layer: Layer, names: Collection[str]) -> None:
-        self._folder, self._layer, self._names = folder, layer, names
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._names:
-            value = STATISTICS[name].load(self._folder, self._layer, self._layer.weight.device)
-            if value is not None:
-                return value
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if self.get(name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class InputCollection:

@@ -1,16 +1,15 @@
 """Passes through the unchanged model: backward statistics, and the check samples' hidden states."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
+from hesse.estimation.calibrated import StatisticReaders
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
-from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.networks.network import Network, each_loaded
 from hesse.passes.backward import BackwardPass, BackwardState
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
@@ -34,19 +33,22 @@ def probe(
     network: Network,
     samples: Samples,
     needs: Needs,
-    folder: Path,
+    folder: Path | None,
     seed: int,
     clock: Clock,
     step: Callable[[], None],
     journal: Journal | None = None,
     processes: Processes = ALONE,
-) -> StoredStatistics:
-    """Collect the backward statistics that layers need, by layer and name, in nats per token; `step` after each block.
+) -> dict[str, StatisticReaders]:
+    """Collect the backward statistics that layers need, in nats per token; `step` after each block.
 
     The samples pass through the unchanged model forward and backward. The statistics are kept below `folder`, and,
-    during the pass, the inputs of each block. With a `journal`, which must be of that folder, an interrupted pass
-    resumes. Each of several `processes` has its shard of the samples and its own folder, and gets the sums over all
-    processes.
+    during the pass, the inputs of each block; without a folder all are in memory. With a `journal`, which must be of
+    that folder, an interrupted pass resumes. Each of several `processes` has its shard of the samples and its own
+    folder, and gets the sums over all processes.
+
+    Returns:
+        What reads a statistic, by layer and name.
     """
     of_samples = needs_samples(needs)
     size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
@@ -57,41 +59,39 @@ def probe(
     with clock.phase("probe"):
         flows = start(network, batches, TensorStore(folder, "probe", lasting))
     inputs = forward_walk(network, flows, flows, clock, step, journal)
-    stored = StoredStatistics(folder)
+    known: dict[str, StatisticReaders] = {}
+    store = TensorStore(folder, "statistic", lasting)
     with clock.phase("probe"):
-        state = None if journal is None else _recalled(journal, network, stored, processes)
+        state = None if journal is None else _recall(journal, network, known, processes)
         shelf = TensorStore(folder, "gradient", lasting)
         walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
         for values in backward_statistics(walk, needs):
-            files = {
-                layer: {name: stored.keep(layer, name, value) for name, value in own.items()}
-                for layer, own in values.items()
-            }
+            reached = walk.state.reached
+            kept = [store.keep(value, reached) for own in values.values() for value in own.values()]
+            names = [(layer, name) for layer, own in values.items() for name in own]
+            _add(known, names, kept)
             if journal is not None:
-                _note(journal, walk, files)
+                journal.record_tensors(f"statistics-{reached}", kept, {"names": names})
+                journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
+                journal.forget(f"gradient-{reached + 2}")
             step()
-    return stored
+    return known
 
 
-def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]]) -> None:
-    """Record that a backward pass has finished a block, whose statistics are in `files`."""
-    reached = walk.state.reached
-    names = {layer: {name: path.name for name, path in own.items()} for layer, own in files.items()}
-    paths = [path for own in files.values() for path in own.values()]
-    journal.record(f"statistics-{reached}", {"files": names}, paths)
-    journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
-    journal.forget(f"gradient-{reached + 2}")
+def _add(known: dict[str, StatisticReaders], names: Iterable[tuple[str, str]], tensors: list[StoredTensor]) -> None:
+    for (layer, name), tensor in zip(names, tensors, strict=True):
+        known.setdefault(layer, {})[name] = tensor.tensor
 
 
-def _recalled(
-    journal: Journal, network: Network, stored: StoredStatistics, processes: Processes
+def _recall(
+    journal: Journal, network: Network, known: dict[str, StatisticReaders], processes: Processes
 ) -> BackwardState | None:
-    """Return the state that a backward pass reached in all processes, with its statistics in `stored`, or None."""
+    """Return the state that a backward pass reached in all processes, and add its statistics to `known`; or None."""
     last = len(network.blocks)
-    reached, notes = last, list[dict[str, Any]]()
-    while reached and (note := journal.recall(f"statistics-{reached - 1}")) is not None:
+    reached, notes = last, []
+    while reached and (note := journal.recall_tensors(f"statistics-{reached - 1}", network.device)) is not None:
         notes.append(note)
         reached -= 1
     kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
@@ -100,10 +100,8 @@ def _recalled(
     recalled = kept.get(reached)
     if not processes.all_reduce_min(recalled is not None) or recalled is None:
         return None
-    for note in notes[: last - reached]:
-        for layer, own in note["files"].items():
-            for name, file in own.items():
-                stored.add(layer, name, journal.folder / file, network.device)
+    for tensors, content in notes[: last - reached]:
+        _add(known, content["names"], tensors)
     return BackwardState(reached, recalled[1]["scale"], recalled[0])
 
 

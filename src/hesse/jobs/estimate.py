@@ -245,7 +245,7 @@ class _Estimation:
         needs = {layer.name: ("output factor",) for layer in self.network.layers}
         seed, folder, step = job.calibration.seed, job.journal.folder, job.progress.advance
         known = probe(self.network, self.probes, needs, folder, seed, job.clock, step, job.journal)
-        return {layer: statistics["output factor"] for layer, statistics in known.items()}
+        return {layer: statistics["output factor"]() for layer, statistics in known.items()}
 
     def _forward_pass(self) -> None:
         """Write the Gram of each layer's inputs; layers with the same inputs have one file."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hesse.checkpoints.tensor_store import InMemory
 from hesse.constraints import Constraint, LowRankCode
 from hesse.curvature import Loss, Objective
 from hesse.data.batches import check_batches, token_ids, unpadded_ids
@@ -281,7 +282,8 @@ class _OneBlock:
             layer = next(layer for layer in self.layers if layer.weight_name == name)
             self.layers.remove(layer)
             self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
-        return collection.values(gradients.scale)
+        values = collection.values(gradients.scale)
+        return {layer: {name: InMemory(value).tensor for name, value in own.items()} for layer, own in values.items()}
 
     def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
         """Return the module as one block, and the objective's batches."""

@@ -11,12 +11,11 @@ from hesse.curvature.losses import next_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation.calibrated import KnownStatistics
-from hesse.estimation.probe import backward_statistics, forward_walk
-from hesse.estimation.statistics import STATISTICS, Needs, by_statistic, needs_samples, probe_tokens
+from hesse.estimation.probe import probe
+from hesse.estimation.statistics import STATISTICS, Needs, by_statistic, probe_tokens
 from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.module_network import ModuleNetwork
 from hesse.networks.network import Blocks, Layer
-from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
 
@@ -70,14 +69,8 @@ class TokenStream:
 
     def known(self) -> KnownStatistics:
         """Collect the backward statistics."""
-        network, samples, of_samples = self._network, self._selected.probes, needs_samples(self._needs)
-        size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
-        batches = start(network, samples.batches(1 if of_samples else size))
-        inputs = forward_walk(network, batches, batches, self._clock, lambda: None)
-        backward = BackwardPass(network, batches, inputs, self._calibration.seed, of_samples)
-        return {
-            layer: values for block in backward_statistics(backward, self._needs) for layer, values in block.items()
-        }
+        probes, seed = self._selected.probes, self._calibration.seed
+        return probe(self._network, probes, self._needs, None, seed, self._clock, lambda: None)
 
     def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
         """Return the network and the samples at its first block."""
