@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from write_method_pages import guide_table, options_page, with_table
+from write_reference import with_reference
 
+import hesse
 from hesse.methods import METHODS, find_methods, methods_of
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -42,6 +44,15 @@ def test_pages_that_are_made_from_the_table_are_as_it_makes_them() -> None:
     assert (DOCS / "methods" / "options.md").read_text(encoding="utf-8") == options_page(), (
         "run scripts/write_method_pages.py"
     )
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert page == with_reference(page), "run scripts/write_reference.py"
+    names = set(re.findall(r"^(?:::: |        - )(?:.*\.)?(\w+)$", page, re.MULTILINE))
+    assert set(hesse.__all__) - names == {"__version__"}
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.*)", page, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= headings
 
 
 @pytest.mark.parametrize("page", ["index.md", "structured.md", "networks.md"])

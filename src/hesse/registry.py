@@ -20,13 +20,13 @@ Entry = TypeVar("Entry")
 class Registry(Mapping[str, Entry], Generic[Entry]):
     """A mapping from names to entries of one kind, in the order of registration.
 
-    `modules` register the entries of this package when they are imported, which happens on first use: so an entry can
-    live on a higher floor than its registry.
+    `entries` are there from the start. `modules` register the entries of this package when they are imported, which
+    happens on first use: so an entry can live on a higher floor than its registry.
     """
 
-    def __init__(self, kind: str, modules: tuple[str, ...] = ()) -> None:
+    def __init__(self, kind: str, modules: tuple[str, ...] = (), entries: Mapping[str, Entry] | None = None) -> None:
         self.kind = kind
-        self._entries: dict[str, Entry] = {}
+        self._entries = dict(entries or {})
         self._modules = modules
 
     def register(self, name: str, entry: Entry) -> Entry:

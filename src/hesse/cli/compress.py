@@ -2,36 +2,28 @@
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import hesse
-from hesse.cli.method_options import with_method_options
 from hesse.cli.options import (
-    METHOD,
+    CALIBRATE,
+    DATA,
+    MEMORY,
+    METHOD_OPTIONS,
+    REPORT,
+    SETTING,
     SMALLER,
+    STATISTICS,
+    WRITE,
     AnyOutArgument,
-    BatchOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    FormatOption,
     IgnoreOption,
-    JsonOption,
-    LengthOption,
     LossOption,
-    MemoryOption,
     ModelArgument,
-    OverwriteOption,
-    ReportOption,
-    RestartOption,
-    SamplesOption,
-    SeedOption,
-    SizeOption,
-    StatisticsOption,
+    output_format,
+    with_options,
 )
 from hesse.cli.terminal import print_report, progress_bars
 from hesse.errors import OptionError
@@ -42,7 +34,17 @@ if TYPE_CHECKING:
     from hesse.methods import Recipe
 
 
-@with_method_options
+@with_options(
+    *(option for name, option in METHOD_OPTIONS.items() if name != "bits"),
+    SETTING,
+    DATA,
+    STATISTICS,
+    *CALIBRATE[1:],
+    MEMORY,
+    output_format("auto"),
+    REPORT,
+    *WRITE,
+)
 def compress(
     model: ModelArgument,
     out: AnyOutArgument = None,
@@ -55,7 +57,13 @@ def compress(
             rich_help_panel=SMALLER,
         ),
     ] = None,
-    size: SizeOption = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size to reach: a share of the dense bytes such as 40%, or a size such as 5MB.",
+            rich_help_panel=SMALLER,
+        ),
+    ] = None,
     loss: LossOption = None,
     target: Annotated[
         str | None,
@@ -68,33 +76,17 @@ def compress(
             rich_help_panel=SMALLER,
         ),
     ] = None,
-    options: Options,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Option of a method from another package; may be repeated.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
     ignore: IgnoreOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe instead of --method and its options.")] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe as YAML and stop.")] = False,
-    data: DataOption = None,
-    statistics: StatisticsOption = None,
-    samples: SamplesOption = 128,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    format: FormatOption = "auto",
-    report: ReportOption = None,
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    dry_run: DryRunOption = False,
-    memory: MemoryOption = None,
-    as_json: JsonOption = False,
+    setting: list[str] | None,
+    report: Path | None,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    memory: str | None,
+    as_json: bool,
+    **shared: Any,
 ) -> None:
     """Compress a model on disk: quantize, prune or factorize its layers, calibrated on a small text."""
     from hesse.processes import is_main_process
@@ -102,7 +94,8 @@ def compress(
 
     mean_bits = _mean_bits(bits)
     whole_bits = _whole_bits(bits) if mean_bits is None else None
-    options = parse_settings(setting or ()).over(replace(options, bits=whole_bits))
+    given = {name: shared.pop(name) for name in METHOD_OPTIONS if name in shared}
+    options = parse_settings(setting or ()).over(Options(bits=whole_bits, **given))
     patterns = tuple(ignore or ())
     planned = any(budget is not None for budget in (size, mean_bits, loss))
     if planned and recipe is not None:
@@ -115,32 +108,20 @@ def compress(
         raise OptionError("OUT is missing: give the folder to write, as in `hesse compress MODEL OUT`")
     if report is not None:
         check_page(report, overwrite, "--report", made=out)
-    calibration: dict[str, Any] = {
-        "data": data,
-        "statistics": statistics,
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    target_options: dict[str, Any] = {"format": format, "target": target, "allocation": allocation, "device": device}
-    budget: dict[str, Any] = {"size": size, "mean_bits": mean_bits, "loss": loss}
+    shared.update(target=target, allocation=allocation, size=size, mean_bits=mean_bits, loss=loss)
     if planned:
-        given = None if options == Options() else options
-        budget.update(options=given, ignore=patterns, **({} if method is None else {"method": method}))
+        shared.update(options=None if options == Options() else options, ignore=patterns)
+        shared.update({} if method is None else {"method": method})
     main = is_main_process()
     with progress_bars(as_json or not main) as bars:
         if print_recipe or out is None:
-            plan = hesse.plan(model, **calibration, **target_options, **budget, progress=bars)
-            sys.stdout.write(plan.report.recipe.to_yaml())
+            sys.stdout.write(hesse.plan(model, **shared, progress=bars).report.recipe.to_yaml())
             return
         result = hesse.compress(
             model,
             out,
             recipe=chosen,
-            **calibration,
-            **target_options,
-            **budget,
+            **shared,
             overwrite=overwrite,
             restart=restart,
             dry_run=dry_run,

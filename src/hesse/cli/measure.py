@@ -1,32 +1,32 @@
 """The commands that look at a model: demo, methods, inspect, evaluate and estimate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import hesse
 from hesse.cli.options import (
-    AllSamplesOption,
-    BatchOption,
+    AS_JSON,
+    BATCH_SIZE,
+    CALIBRATE,
+    DATA,
+    DEVICE,
+    LENGTH,
+    OVERWRITE,
+    REPORT,
+    SEED,
+    STATISTICS,
+    WRITE,
     CurvatureOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    LengthOption,
     ModelArgument,
     OutArgument,
-    OverwriteOption,
     ReferenceOption,
-    ReportOption,
-    RestartOption,
-    SamplesOption,
-    SeedOption,
-    ShortLengthOption,
-    StatisticsOption,
+    length,
+    samples,
+    with_options,
 )
-from hesse.cli.terminal import out_console, print_json, print_line, print_report, progress_bars
+from hesse.cli.terminal import out_console, print_json, print_line, print_report, progress_bars, run_and_print
 from hesse.result import ForecastReport
 
 
@@ -53,12 +53,14 @@ def demo(
     print_line("Next, your own model: hesse compress MODEL_FOLDER OUT --bits 4 --group-size 128 --data TEXT_FILE")
 
 
+@with_options(AS_JSON)
 def methods(
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Families or methods to show.", metavar="[NAME]...", show_default="all"),
     ] = None,
-    as_json: JsonOption = False,
+    *,
+    as_json: bool,
 ) -> None:
     """List the methods as curvature × constraint × solver, with source and needs; for a method, also its options."""
     from hesse.methods import METHODS, find_methods, find_row
@@ -75,102 +77,39 @@ def methods(
                 out_console.print(options_table(method) if method.options() else f"{method.name} has no options")
 
 
-def inspect(
-    model: ModelArgument,
-    data: DataOption = None,
-    statistics: StatisticsOption = None,
-    samples: SamplesOption = 4,
-    length: ShortLengthOption = 256,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    report: ReportOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@with_options(DATA, STATISTICS, samples(4), length(256), SEED, DEVICE, REPORT, OVERWRITE, AS_JSON)
+def inspect(model: ModelArgument, *, report: Path | None, overwrite: bool, as_json: bool, **shared: Any) -> None:
     """Show the loss around a model layer by layer, and which curvature predicts its changes best."""
     from hesse.reporting import check_page, inspection_page, inspection_summary, write_page
 
     if report is not None:
         check_page(report, overwrite, "--report")
     with progress_bars(as_json) as bars:
-        result = hesse.inspect(
-            model,
-            data=data,
-            statistics=statistics,
-            samples=samples,
-            length=length,
-            seed=seed,
-            device=device,
-            progress=bars,
-        ).report
+        result = hesse.inspect(model, **shared, progress=bars).report
     if report is not None:
         write_page(report, inspection_page(result))
     print_report(result, inspection_summary, as_json, report)
 
 
+@with_options(DATA, samples(None, "all"), LENGTH, BATCH_SIZE, DEVICE, AS_JSON)
 def evaluate(
     model: ModelArgument,
     reference: ReferenceOption = None,
     merge_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA folder to add to the model, such as `hesse repair` writes.")
     ] = None,
-    data: DataOption = None,
-    samples: AllSamplesOption = None,
-    length: LengthOption = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    **shared: Any,
 ) -> None:
     """Measure loss, perplexity and size of a model, and its divergence from the dense one."""
     from hesse.reporting import evaluation_table
 
-    with progress_bars(as_json) as bars:
-        result = hesse.evaluate(
-            model,
-            reference=reference,
-            merge_adapter=merge_adapter,
-            data=data,
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            device=device,
-            progress=bars,
-        ).report
-    print_report(result, evaluation_table, as_json)
+    run_and_print(hesse.evaluate, evaluation_table, model, reference=reference, merge_adapter=merge_adapter, **shared)
 
 
-def estimate(
-    model: ModelArgument,
-    out: OutArgument,
-    data: DataOption = None,
-    curvature: CurvatureOption = "gram",
-    samples: SamplesOption = 128,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@with_options(*CALIBRATE, *WRITE)
+def estimate(model: ModelArgument, out: OutArgument, curvature: CurvatureOption = "gram", **shared: Any) -> None:
     """Estimate a model's curvature once, to try many methods with it (--statistics of compress and inspect)."""
     from hesse.reporting import estimate_summary
 
-    with progress_bars(as_json) as bars:
-        report = hesse.estimate(
-            model,
-            out,
-            curvatures=[kind.strip() for kind in curvature.split(",")],
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            dry_run=dry_run,
-            progress=bars,
-        ).report
-    print_report(report, estimate_summary, as_json)
+    kinds = [kind.strip() for kind in curvature.split(",")]
+    run_and_print(hesse.estimate, estimate_summary, model, out, curvatures=kinds, **shared)

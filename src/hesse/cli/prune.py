@@ -6,27 +6,23 @@ import typer
 
 import hesse
 from hesse.cli.options import (
-    CALIBRATION,
+    CALIBRATE,
     METHOD,
-    SAMPLES,
     SMALLER,
-    BatchOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    LengthOption,
+    WRITE,
     LossOption,
     ModelArgument,
     OutArgument,
-    OverwriteOption,
-    RestartOption,
-    SeedOption,
+    samples,
+    with_options,
 )
-from hesse.cli.terminal import print_report, progress_bars
+from hesse.cli.terminal import run_and_print
 from hesse.options import help_of
 
+SAMPLES = samples(None, "16 for blocks, 128 for hidden")
 
+
+@with_options(*(SAMPLES if option.name == "samples" else option for option in CALIBRATE), *WRITE)
 def prune(
     model: ModelArgument,
     out: OutArgument,
@@ -50,19 +46,7 @@ def prune(
             show_default="loss",
         ),
     ] = None,
-    data: DataOption = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(help=SAMPLES, show_default="16 for blocks, 128 for hidden", rich_help_panel=CALIBRATION),
-    ] = None,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    **shared: Any,
 ) -> None:
     """Remove blocks, or hidden units of all blocks, and write a smaller model that transformers loads.
 
@@ -71,22 +55,5 @@ def prune(
     from hesse.reporting import prune_summary
 
     given: dict[str, Any] = {"keep": keep, "loss": loss, "rank": rank, "score": score}
-    with progress_bars(as_json) as bars:
-        report = hesse.prune(
-            model,
-            out,
-            data,
-            what=what,
-            method=method,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            dry_run=dry_run,
-            progress=bars,
-            **{name: value for name, value in given.items() if value is not None},
-        ).report
-    print_report(report, prune_summary, as_json)
+    shared.update({name: value for name, value in given.items() if value is not None})
+    run_and_print(hesse.prune, prune_summary, model, out, what=what, method=method, **shared)

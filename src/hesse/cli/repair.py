@@ -1,51 +1,34 @@
 """The command repair."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import hesse
 from hesse.cli.options import (
-    BatchOption,
+    CALIBRATE,
+    WRITE,
     CurvatureOption,
-    DampingOption,
-    DataOption,
-    DeviceOption,
-    DryRunOption,
-    FormatOption,
     IgnoreOption,
-    JsonOption,
-    LengthOption,
     ModelArgument,
     OutArgument,
-    OverwriteOption,
-    RankOption,
-    RestartOption,
-    SamplesOption,
-    SeedOption,
+    output_format,
+    with_options,
 )
-from hesse.cli.terminal import print_report, progress_bars
+from hesse.cli.terminal import run_and_print
+from hesse.options import help_of
 
 
+@with_options(output_format("adapter"), *CALIBRATE, *WRITE)
 def repair(
     dense: ModelArgument,
     compressed: Annotated[str, typer.Argument(help="The compressed model, made by Hesse or by another program.")],
     out: OutArgument,
-    rank: RankOption = 32,
+    rank: Annotated[int, typer.Option(help=help_of("rank"))] = 32,
     curvature: CurvatureOption = "gram",
-    format: FormatOption = "adapter",
-    damping: DampingOption = 0.01,
+    damping: Annotated[float, typer.Option(help=help_of("damping"))] = 0.01,
     ignore: IgnoreOption = None,
-    data: DataOption = None,
-    samples: SamplesOption = 128,
-    length: LengthOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    restart: RestartOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    **shared: Any,
 ) -> None:
     """Add to each layer of a compressed model the low rank that is nearest to its error, without training.
 
@@ -55,25 +38,5 @@ def repair(
     """
     from hesse.reporting import repair_summary
 
-    with progress_bars(as_json) as bars:
-        report = hesse.repair(
-            dense,
-            compressed,
-            out,
-            rank=rank,
-            curvature=curvature,
-            format=format,
-            damping=damping,
-            ignore=tuple(ignore or ()),
-            data=data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            dry_run=dry_run,
-            progress=bars,
-        ).report
-    print_report(report, repair_summary, as_json)
+    own: dict[str, Any] = {"rank": rank, "curvature": curvature, "damping": damping, "ignore": tuple(ignore or ())}
+    run_and_print(hesse.repair, repair_summary, dense, compressed, out, **own, **shared)

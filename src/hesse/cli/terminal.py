@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from hesse.cli.progress import Bars
 from hesse.errors import printable
-from hesse.result import ForecastReport, Report
+from hesse.result import ForecastReport, Report, Result
 
 R = TypeVar("R", bound=Report)
 
@@ -61,6 +61,19 @@ def print_report(
         out_console.print(summary(report), crop=False)  # commands and paths stay whole
         if page is not None:
             print_line(f"The report: {page.absolute()}")
+
+
+def run_and_print(
+    verb: Callable[..., Result[Any]],
+    summary: Callable[[Any], RenderableType],
+    *arguments: Any,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a verb with progress bars, and print its report as JSON or as `summary` shows it."""
+    with progress_bars(as_json) as bars:
+        report = verb(*arguments, **options, progress=bars).report
+    print_report(report, summary, as_json)
 
 
 def print_json(content: Any) -> None:

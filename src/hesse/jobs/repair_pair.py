@@ -11,7 +11,7 @@ from hesse.constraints import LowRank
 from hesse.errors import OptionError, naming
 from hesse.formats import open_checkpoint, open_networks
 from hesse.layerwise.rules import check_patterns
-from hesse.methods.recipe import matches
+from hesse.methods.patterns import matches
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import CheckpointNetwork, Layer
 

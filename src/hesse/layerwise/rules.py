@@ -10,7 +10,8 @@ from hesse.constraints import Constraint, Sparse
 from hesse.errors import OptionError, naming
 from hesse.estimation.statistics import STATISTICS, BackwardStatistic
 from hesse.layerwise.layer_solver import check_products
-from hesse.methods.recipe import Recipe, Rule, matches
+from hesse.methods.patterns import matches
+from hesse.methods.recipe import Recipe, Rule
 from hesse.partitions import Tiles
 from hesse.scores import StoredWeights, find_score
 from hesse.scores.layer_shares import dropped_by_layer

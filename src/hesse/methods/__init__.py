@@ -14,8 +14,7 @@ A package that names such a module under the entry point group `hesse.methods` a
 """
 
 from hesse.methods.constraint_parts import PARTS, ConstraintPart, constraint
-from hesse.methods.curvatures import CURVATURES, CurvatureKind
-from hesse.methods.loss_curvatures import LOSS_CURVATURES
+from hesse.methods.curvatures import CURVATURES, LOSS_CURVATURES, CurvatureKind
 from hesse.methods.method import Method
 from hesse.methods.recipe import Recipe, Rule, load_recipe
 from hesse.methods.solver_options import SOLVERS, SolverEntry, SolverOptions, solver

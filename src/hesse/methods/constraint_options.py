@@ -29,20 +29,20 @@ from hesse.registry import Registry
 class Basis:
     """Basis or grouping in which a weight satisfies a constraint."""
 
-    name: str
     wrap: Callable[[Any], Constraint]
     grids_only: bool = False
 
 
-BASES: Registry[Basis] = Registry("basis")
-for _basis in (
-    Basis("own", lambda constraint: constraint),
-    Basis("scaled", ScaledColumns),
-    Basis("rotated", Rotated),
-    Basis("either-side", EitherSide, grids_only=True),
-    Basis("mixed", MixedGrid, grids_only=True),
-):
-    BASES.register(_basis.name, _basis)
+BASES = Registry(
+    "basis",
+    entries={
+        "own": Basis(lambda constraint: constraint),
+        "scaled": Basis(ScaledColumns),
+        "rotated": Basis(Rotated),
+        "either-side": Basis(EitherSide, grids_only=True),
+        "mixed": Basis(MixedGrid, grids_only=True),
+    },
+)
 
 
 class ConstraintOptions(Strict):

@@ -200,19 +200,20 @@ class VectorCodebookOptions(ConstraintPart):
         return VectorCodebook(self.bits, self.length, self.books)
 
 
-PARTS: Registry[type[ConstraintPart]] = Registry("constraint")
-for _name, _part in (
-    ("grid", GridOptions),
-    ("codebook", CodebookOptions),
-    ("vector_codebook", VectorCodebookOptions),
-    ("table", TableOptions),
-    ("sparse", SparseOptions),
-    ("low_rank", LowRankOptions),
-    ("outliers", OutlierOptions),
-    ("sign_rank_one", SignRankOneOptions),
-    ("salient", SalientOptions),
-):
-    PARTS.register(_name, _part)
+PARTS: Registry[type[ConstraintPart]] = Registry(
+    "constraint",
+    entries={
+        "grid": GridOptions,
+        "codebook": CodebookOptions,
+        "vector_codebook": VectorCodebookOptions,
+        "table": TableOptions,
+        "sparse": SparseOptions,
+        "low_rank": LowRankOptions,
+        "outliers": OutlierOptions,
+        "sign_rank_one": SignRankOneOptions,
+        "salient": SalientOptions,
+    },
+)
 
 
 def constraint(name: str) -> Callable[[type[ConstraintPart]], type[ConstraintPart]]:

@@ -1,13 +1,25 @@
-"""Curvatures that a rule can name, with their statistics and builders."""
+"""Curvatures that a rule can name, with their statistics and builders; and those of a loss, by name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from hesse.curvature import BlockRankOneSum, Curvature, Diagonal, Gram, Identity, Kronecker, RankOneSum
+from hesse.curvature import (
+    BlockRankOneSum,
+    Curvature,
+    Diagonal,
+    GaussNewton,
+    Gram,
+    Hessian,
+    Identity,
+    Kronecker,
+    Objective,
+    RankOneSum,
+)
 from hesse.methods.solver_options import SolverOptions
 from hesse.registry import Registry
 
@@ -49,28 +61,13 @@ def _reached(known: KnownLayer, name: str) -> Tensor | None:
     return None if value is None or not bool(value.any()) else value
 
 
-def _gram(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
-    return _inputs(known).damped(damping)
-
-
 def _weighted_gram(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
     gram: Gram = known.statistics.get("weighted inputs", known.statistics["inputs"])
     return gram.damped(damping)
 
 
-def _gram_diagonal(known: KnownLayer, _: SolverOptions, damping: float) -> Curvature:
-    return _inputs(known).damped(damping).diagonal_part()
-
-
-def _kronecker(known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
-    return _of_outputs("output factor", known, options, damping)
-
-
-def _attention(known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
-    return _of_outputs("attention factor", known, options, damping)
-
-
-def _of_outputs(name: str, known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
+def _kronecker(name: str, known: KnownLayer, options: SolverOptions, damping: float) -> Curvature:
+    """Return the Kronecker of the output factor `name` and the inputs."""
     factor = _reached(known, name)
     if factor is None:  # weigh all outputs equally
         factor = torch.ones_like(known.weight[:, 0])
@@ -119,17 +116,27 @@ def _fisher_gradients(known: KnownLayer, _: SolverOptions, damping: float) -> Cu
 
 _KINDS = (
     CurvatureKind("identity", frozenset(), lambda known, options, damping: Identity()),
-    CurvatureKind("gram_diagonal", frozenset({"inputs"}), _gram_diagonal),
-    CurvatureKind("gram", frozenset({"inputs"}), _gram, inverts_gram=True),
+    CurvatureKind(
+        "gram_diagonal", frozenset({"inputs"}), lambda known, _, damping: _inputs(known).damped(damping).diagonal_part()
+    ),
+    CurvatureKind("gram", frozenset({"inputs"}), lambda known, _, damping: _inputs(known).damped(damping), False, True),
     CurvatureKind("weighted_gram", frozenset({"inputs", "weighted inputs"}), _weighted_gram, inverts_gram=True),
     CurvatureKind("fisher_diagonal", frozenset({"fisher diagonal"}), _fisher_diagonal),
     CurvatureKind("fisher_rows_columns", frozenset({"fisher diagonal"}), _fisher_rows_columns),
     CurvatureKind("fisher_columns", frozenset({"fisher diagonal"}), _fisher_columns),
     CurvatureKind("fisher_blocks", frozenset({"fisher blocks"}), _fisher_blocks),
     CurvatureKind("fisher_gradients", frozenset({"fisher gradients"}), _fisher_gradients),
-    CurvatureKind("kronecker", frozenset({"inputs", "output factor"}), _kronecker, True, inverts_gram=True),
-    CurvatureKind("attention", frozenset({"inputs", "attention factor"}), _attention, True, inverts_gram=True),
+    *(
+        CurvatureKind(name, frozenset({"inputs", factor}), partial(_kronecker, factor), True, inverts_gram=True)
+        for name, factor in (("kronecker", "output factor"), ("attention", "attention factor"))
+    ),
 )
-CURVATURES: Registry[CurvatureKind] = Registry("curvature")
-for _kind in _KINDS:
-    CURVATURES.register(_kind.name, _kind)
+CURVATURES = Registry("curvature", entries={kind.name: kind for kind in _KINDS})
+# Curvatures of a loss as a function of parameters.
+LOSS_CURVATURES: Registry[Callable[[Objective], Curvature]] = Registry(
+    "curvature of a loss",
+    entries={
+        "gauss_newton": lambda objective: GaussNewton(objective=objective),
+        "hessian": lambda objective: Hessian(objective=objective),
+    },
+)

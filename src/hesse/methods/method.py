@@ -6,8 +6,7 @@ from typing import Any, Literal
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.constraint_parts import PARTS, parse_sparsity
-from hesse.methods.curvatures import CURVATURES
-from hesse.methods.loss_curvatures import LOSS_CURVATURES
+from hesse.methods.curvatures import CURVATURES, LOSS_CURVATURES
 from hesse.methods.recipe import Recipe, Rewrite, Rule
 from hesse.methods.solver_options import SOLVERS, SolverOptions
 from hesse.methods.strategies import STRATEGIES
@@ -177,11 +176,13 @@ class Method:
             raise OptionError("--signed has no meaning for an asymmetric grid, which has zero points: leave one out")
         constraint = self._constraint(chosen)
         constraint.build()
+        if chosen.damping is not None and not 0 <= chosen.damping <= 1e4:
+            raise OptionError(f"damping is {chosen.damping}, but must be between 0 and 10000; 0.01 is usual")
         solver = SolverOptions(
             name=self.solver,
             order="descending" if descending else "given",
-            **({} if chosen.damping is None else {"damping": _damping(chosen.damping)}),
-            own=self._settings_of_solver(chosen),
+            **({} if chosen.damping is None else {"damping": chosen.damping}),
+            own={name: chosen.own[name] for name in self._settings() if name in chosen.own} or None,
         )
         if chosen.input_bits is not None and not 2 <= chosen.input_bits <= 8:
             raise OptionError(f"--input-bits is {chosen.input_bits}, but must be between 2 and 8")
@@ -195,16 +196,11 @@ class Method:
 
     def _parts(self, chosen: Options) -> list[str]:
         """Return the parts of the method that are present with the given options."""
-        asked = {name: PARTS[name].asked_by() for name in self.optional}
-        return [
-            *self.constraints,
-            *(name for name, option in asked.items() if option in chosen.given()),
-        ]
+        return [*self.constraints, *(name for name in self.optional if PARTS[name].asked_by() in chosen.given())]
 
-    def _settings_of_solver(self, chosen: Options) -> dict[str, Any] | None:
-        """Return the given options of the solver itself; None if there are none."""
-        names = [option.name for option in SOLVERS[self.solver].settings if option.name in chosen.own]
-        return {name: chosen.own[name] for name in names} or None
+    def _settings(self) -> list[str]:
+        """Return the names of the options of the solver itself."""
+        return [option.name for option in SOLVERS[self.solver].settings]
 
     def _options_of_parts(self) -> tuple[Option, ...]:
         """Return the options of the method's constraints and solver."""
@@ -235,14 +231,14 @@ class Method:
             option: name for name in (*self.constraints, *self.optional) for option in PARTS[name].takes.values()
         }
         allowed = {option for name in there for option in PARTS[name].takes.values()}
-        allowed |= {name for name, has in self._of_solver(there).items() if has}
-        allowed |= {option.name for option in SOLVERS[self.solver].settings}
+        allowed |= {name for name, has in self._of_solver(there).items() if has} | {*self._settings()}
         for name in options.given():
             if name not in allowed:
                 asked = PARTS[possible[name]].asked_by() if name in possible else None
-                reason = "" if asked is None else f"without {flag(asked)}"
-                meant = f"{flag(name)} has no meaning for the method {self.name} {reason}".rstrip()
-                raise OptionError(f"{meant}: `hesse methods` shows which has it")
+                meant = self.name if asked is None else f"{self.name} without {flag(asked)}"
+                raise OptionError(
+                    f"{flag(name)} has no meaning for the method {meant}: `hesse methods` shows which has it"
+                )
 
     def _of_solver(self, there: list[str]) -> dict[str, bool]:
         """Return, for each option that belongs to no part, True if it has an effect."""
@@ -253,9 +249,3 @@ class Method:
             "damping": SOLVERS[self.solver].damped,
             "input_bits": "grid" in there and self.basis == "own",
         }
-
-
-def _damping(value: float) -> float:
-    if not 0 <= value <= 1e4:
-        raise OptionError(f"damping is {value}, but must be between 0 and 10000; 0.01 is usual")
-    return value

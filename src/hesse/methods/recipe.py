@@ -1,8 +1,7 @@
 """Recipes: curvature, constraint and solver of each layer, as `--recipe` reads and `--print-recipe` writes them."""
 
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -10,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from hesse.errors import OptionError
 from hesse.methods.constraint_options import ConstraintOptions
 from hesse.methods.curvatures import CURVATURES, CurvatureKind
+from hesse.methods.patterns import matches
 from hesse.methods.plain_yaml import read_yaml
 from hesse.methods.solver_options import SolverOptions
 from hesse.methods.strict import Strict
@@ -19,7 +19,7 @@ Rewrite = Literal["hadamard", "kurtail", "activation_aware", "smoothing", "outli
 
 
 class Rule(Strict):
-    """Rule for the layers whose name matches one of `layers` (shell patterns such as `*.mlp.*`)."""
+    """Rule for the layers whose name matches one of `layers` (patterns such as `*.mlp.*`)."""
 
     layers: tuple[str, ...] = ("*",)
     curvature: str
@@ -57,12 +57,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """Return the recipe as `load_recipe` reads it."""
-        return yaml.safe_dump(_plain(self.model_dump(exclude_none=True)), sort_keys=False)
-
-
-def matches(layer: str, pattern: str) -> bool:
-    """True if a layer's name, or its end after a dot, matches a shell pattern."""
-    return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}")
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -71,9 +66,8 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         OptionError: the file is missing, too large or not YAML, or has an unknown key or value; the message names it.
     """
-    content = read_yaml(path)
     try:
-        recipe = Recipe.model_validate(content)
+        recipe = Recipe.model_validate(read_yaml(path))
     except ValidationError as error:
         raise OptionError(f"the recipe {path} is not valid: {explain(error)}") from None
     for rule in recipe.rules:
@@ -83,18 +77,10 @@ def load_recipe(path: Path) -> Recipe:
 
 def explain(error: ValidationError) -> str:
     """Return the first problems, each with its place, on one line."""
-    parts = []
-    problems = error.errors()
+    parts, problems = [], error.errors()
     inside = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     for problem in [each for each in problems if each["loc"] not in inside][:3]:  # the innermost problems only
         place = ".".join(str(part) for part in problem["loc"]) or "the top"
         message = "is not a known key" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
         parts.append(f"{place}: {message}")
     return "; ".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    """Return tuples as lists, which YAML can write."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -72,7 +72,6 @@ class SolverEntry:
     damped: bool = True  # depends on the curvature's damping, so that `damping` has a meaning
 
 
-SOLVERS: Registry[SolverEntry] = Registry("solver")
 _ENTRIES = (
     SolverEntry("nearest", lambda _: Nearest(), damped=False),
     SolverEntry("error_feedback", lambda options: ErrorFeedback(order=options.order), ordered=True),
@@ -102,9 +101,7 @@ _ENTRIES = (
     SolverEntry("two_sided_outliers", lambda _: Repair(TwoSidedFeedback(), ADMM())),
     SolverEntry("two_sided_alternating", lambda _: Alternating(TwoSidedFeedback(), WhitenedSVD())),
 )
-for _entry in _ENTRIES:
-    SOLVERS.register(_entry.name, _entry)
-
+SOLVERS = Registry("solver", entries={entry.name: entry for entry in _ENTRIES})
 
 Algorithm = TypeVar("Algorithm", bound=Callable[..., Tensor])
 
@@ -118,9 +115,6 @@ class FunctionSolver(Solver):
 
     algorithm: Callable[..., Tensor]
     settings: tuple[tuple[str, Any], ...]
-
-    def init(self, curvature: Curvature) -> Curvature:
-        return curvature
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> Any:
         return constraint.encode(self.algorithm(weight, state, constraint, **dict(self.settings)))

@@ -46,8 +46,7 @@ class Verb:
         return function(*arguments, **named, **options)
 
 
-VERBS: Registry[Verb] = Registry("verb")
-for _verb in (
+_VERBS = (
     Verb("compress", "hesse:compress", "hesse compress MODEL OUT --method {name}"),
     Verb("repair", "hesse:repair", "hesse repair DENSE COMPRESSED OUT", keyword=None),
     Verb(
@@ -99,5 +98,5 @@ for _verb in (
         "hesse prune MODEL OUT --what {what} --method {name} --keep 0.75",
         solvers="hesse.methods.strategies:STRATEGIES",
     ),
-):
-    VERBS.register(_verb.name, _verb)
+)
+VERBS = Registry("verb", entries={verb.name: verb for verb in _VERBS})

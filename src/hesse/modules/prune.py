@@ -15,7 +15,7 @@ from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import Method, find_row, methods_of
-from hesse.methods.recipe import matches
+from hesse.methods.patterns import matches
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules import preparation
 from hesse.modules.head_dimensions import HeadDimensions

@@ -9,7 +9,8 @@ from hesse.formats import StoredLayer, choose_format
 from hesse.formats.packed import PackedFormat
 from hesse.formats.targets import fused_groups, refusal
 from hesse.methods import Method, Options, find_method
-from hesse.methods.recipe import Rule, matches
+from hesse.methods.patterns import matches
+from hesse.methods.recipe import Rule
 from hesse.networks.network import CheckpointNetwork, Layer
 
 BITS = (2, 3, 4, 5, 6, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesse.constraints import Grid
 from hesse.curvature import Curvature, Objective
 from hesse.methods import METHODS, methods_of
-from hesse.methods.loss_curvatures import LOSS_CURVATURES
+from hesse.methods.curvatures import LOSS_CURVATURES
 from hesse.planning.joint_layers import dependent_blocks, joint_problem, single_choice
 from hesse.planning.planners import PLANNERS
 from hesse.planning.problem import Candidate, Choice, ChoiceGroup, Problem

@@ -13,7 +13,7 @@ from hesse.formats import open_networks
 from hesse.layerwise.layer_solver import LayerProblem
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import METHODS, Options, Recipe
-from hesse.methods.recipe import matches
+from hesse.methods.patterns import matches
 from hesse.networks.families import is_expert
 from hesse.networks.network import Layer, each_loaded
 from hesse.planning.problem import Candidate, ChoiceGroup, Problem

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, ScaledCode, ScaledColumns
-from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, member_cost, require_constraint, require_gram
+from hesse.curvature import Gram
+from hesse.solvers.base import Solver, member_cost, require_constraint
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,9 @@ class ActivationAware(Solver):
     The curvature must be a Gram; the constraint a ScaledColumns.
     """
 
-    steps: int = 20
+    curvatures = (Gram,)
 
-    def init(self, curvature: Curvature) -> Gram:
-        return require_gram(self, curvature)
+    steps: int = 20
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> ScaledCode:
         constraint = require_constraint(self, constraint, ScaledColumns)

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Plus, PlusCode
-from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, member_cost
-from hesse.solvers.repair import Repair, SumState, as_sum, sum_workspace
+from hesse.solvers.base import member_cost
+from hesse.solvers.repair import Repair, SumState
 
 
 @dataclass(frozen=True)
-class Alternating(Solver):
+class Alternating(Repair):
     """Solve a sum A + B by turns: `second` finds B for what A leaves of the weight, `first` finds A for what B leaves.
 
     Use it where a Repair is not good enough and several times its cost are affordable: starting with B, so that A need
@@ -27,16 +25,10 @@ class Alternating(Solver):
     The curvature must be one that both solvers can use; the constraint a sum such as `Grid(4) + LowRank(16)`.
     """
 
-    first: Solver
-    second: Solver
     rounds: int = 16
 
-    def init(self, curvature: Curvature) -> SumState:
-        return Repair(self.first, self.second).init(curvature)
-
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
-        constraint = as_sum(self, constraint)
-        repaired = Repair(self.first, self.second).compute(state, weight, constraint)
+        constraint, repaired = self._sum(constraint), super().compute(state, weight, constraint)
         best = member_cost(state.curvature, constraint, repaired, weight), repaired
         last = float("inf")
         for code in self.turns(state, weight, constraint):
@@ -45,9 +37,6 @@ class Alternating(Solver):
                 break
             best, last = min(best, (cost, code), key=lambda priced: priced[0]), cost
         return best[1]
-
-    def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
-        return sum_workspace(self.first, self.second, shape, curvature, constraint, held)
 
     def turns(self, state: SumState, weight: Tensor, constraint: Plus) -> Iterator[PlusCode]:
         """Yield the sum after each round, for `weight` (out, in)."""

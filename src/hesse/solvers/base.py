@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint
-from hesse.curvature import Curvature, Gram
+from hesse.curvature import Curvature
 from hesse.errors import DataError, OptionError, UnsupportedProduct
 from hesse.finite import all_finite
 
@@ -22,14 +22,21 @@ OVERHEAD = 1 << 14  # bytes of vectors and small buffers beside the matrices
 class Solver(ABC):
     """An algorithm in two steps: `init` factors a curvature once, `compute` then serves any number of weights."""
 
-    @abstractmethod
+    curvatures: ClassVar[tuple[type[Curvature], ...]] = (Curvature,)  # that `init` takes
+
     def init(self, curvature: Curvature) -> Any:
-        """Return whatever depends on the curvature alone.
+        """Return whatever depends on the curvature alone; by default the curvature itself.
 
         Raises:
             UnsupportedProduct: this solver cannot use that curvature.
             ConditioningError: the curvature cannot be factorized at its damping.
         """
+        if not isinstance(curvature, self.curvatures):
+            kinds = " or ".join(
+                f"{'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}" for kind in self.curvatures
+            )
+            raise UnsupportedProduct(f"{type(self).__name__} needs {kinds}, not a {type(curvature).__name__}")
+        return curvature
 
     @abstractmethod
     def compute(self, state: Any, weight: Tensor, constraint: Constraint) -> Any:
@@ -74,17 +81,6 @@ def require_constraint(solver: Solver, constraint: Constraint, kind: type[AnyCon
     if not isinstance(constraint, kind):
         raise UnsupportedProduct(f"{type(solver).__name__} solves {kind.__name__}, not {type(constraint).__name__}")
     return constraint
-
-
-def require_gram(solver: Solver, curvature: Curvature) -> Gram:
-    """Return `curvature`, which must be a Gram.
-
-    Raises:
-        UnsupportedProduct: it is not.
-    """
-    if not isinstance(curvature, Gram):
-        raise UnsupportedProduct(f"{type(solver).__name__} needs a Gram, not a {type(curvature).__name__}")
-    return curvature
 
 
 def member_cost(curvature: Curvature, constraint: Constraint, code: Any, weight: Tensor) -> float:

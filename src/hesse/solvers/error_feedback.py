@@ -24,7 +24,7 @@ from hesse.constraints import (
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, UnsupportedProduct
 from hesse.solvers import codebook_feedback
-from hesse.solvers.base import Solver, float32_bytes, require_gram
+from hesse.solvers.base import Solver, float32_bytes
 from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
 from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
 from hesse.solvers.sweeps import columns, kernels
@@ -70,13 +70,15 @@ class ErrorFeedback(Solver):
     weights are swept by a compiled loop, on a GPU with Triton by a kernel; others by a few operations per column.
     """
 
+    curvatures = (Gram,)
+
     order: Literal["given", "descending"] = "given"
     block_size: int = 128  # columns whose errors reach those beyond them in one product
     mask_columns: int = 16
     refit_steps: int = 8
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        gram, order = require_gram(self, curvature), None
+        gram, order = super().init(curvature), None
         if self.order == "descending":
             order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         return FeedbackState(gram, order, *inverse_factor(gram, order))

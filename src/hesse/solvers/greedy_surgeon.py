@@ -44,22 +44,23 @@ class GreedySurgeon(Solver):
     The curvature must be a Gram (a Grid or a Sparse), or a BlockRankOneSum (a Sparse), damped where it is singular.
     """
 
+    curvatures = (Gram, BlockRankOneSum)
+
     refit_steps: int = 64
 
     def init(self, curvature: Curvature) -> SurgeonState:
-        if isinstance(curvature, BlockRankOneSum):
-            return SurgeonState(curvature, curvature.inverse_blocks())
-        if not isinstance(curvature, Gram):
-            raise UnsupportedProduct(
-                f"GreedySurgeon needs a Gram or a BlockRankOneSum, not a {type(curvature).__name__}"
-            )
-        return SurgeonState(curvature, torch.cholesky_inverse(curvature.factor))
+        accepted: Gram | BlockRankOneSum = super().init(curvature)
+        if isinstance(accepted, BlockRankOneSum):
+            return SurgeonState(accepted, accepted.inverse_blocks())
+        return SurgeonState(accepted, torch.cholesky_inverse(accepted.factor))
 
     def compute(self, state: SurgeonState, weight: Tensor, constraint: Constraint) -> GridCode | SparseCode:
         if isinstance(constraint, Sparse) and isinstance(state.curvature, BlockRankOneSum):
             return _prune_blocks(state.curvature, state.inverse, weight, constraint)
         if isinstance(constraint, Sparse) and isinstance(state.curvature, Gram):
-            return self._prune(state.curvature, state.inverse, weight, constraint)
+            number = None if constraint.of is not None else constraint.drop_counts(weight)
+            kept = _kept_mask(weight, state.inverse[None], constraint, number)
+            return refit_or_keep(state.curvature, constraint, weight, weight * kept, kept, self.refit_steps)
         if isinstance(constraint, Grid) and isinstance(state.curvature, Gram):
             return _round(state.curvature, state.inverse, weight, constraint)
         raise UnsupportedProduct(
@@ -70,10 +71,6 @@ class GreedySurgeon(Solver):
         if issubclass(curvature, BlockRankOneSum):
             return float32_bytes(shape, weights=7) + 4 * 5 * held
         return float32_bytes(shape, weights=11 if isinstance(constraint, Sparse) else 6, inputs=5)
-
-    def _prune(self, gram: Gram, inverse: Tensor, weight: Tensor, sparse: Sparse) -> SparseCode:
-        kept = _kept_mask(weight, inverse[None], sparse, sparse.drop_counts(weight) if sparse.of is None else None)
-        return refit_or_keep(gram, sparse, weight, weight * kept, kept, self.refit_steps)
 
 
 def _kept_mask(rows: Tensor, inverses: Tensor, sparse: Sparse, number: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Rotated
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback
 
 
@@ -23,10 +23,9 @@ class Incoherent(Solver):
     The curvature must be a Gram; the constraint a Rotated set that `inner` can solve.
     """
 
-    inner: Solver = field(default_factory=ErrorFeedback)
+    curvatures = (Gram,)
 
-    def init(self, curvature: Curvature) -> Gram:
-        return require_gram(self, curvature)
+    inner: Solver = field(default_factory=ErrorFeedback)
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> Any:
         constraint = require_constraint(self, constraint, Rotated)
@@ -35,7 +34,5 @@ class Incoherent(Solver):
         return self.inner.compute(self.inner.init(turned), constraint.rotate_weight(weight), constraint.base)
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
-        if not isinstance(constraint, Rotated):
-            return super().workspace(shape, curvature, constraint, held)
-        inner = self.inner.workspace(shape, curvature, constraint.base, held)
-        return inner + float32_bytes(shape, weights=1, inputs=2)
+        base = require_constraint(self, constraint, Rotated).base
+        return self.inner.workspace(shape, curvature, base, held) + float32_bytes(shape, weights=1, inputs=2)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
-from hesse.errors import UnsupportedProduct
 from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_rows
@@ -44,23 +43,22 @@ class LearnedRounding(Solver):
     The curvature must be a Gram, or a Kronecker if `start` is a TwoSidedFeedback; the constraint a Grid.
     """
 
+    curvatures = (Gram, Kronecker)
+
     start: ErrorFeedback | TwoSidedFeedback = field(default_factory=ErrorFeedback)
     steps: int = 300
     rate: float = 0.02
     first_share: float = 0.3  # h before the first step
 
     def init(self, curvature: Curvature) -> LearnedState:
-        if not isinstance(curvature, Gram | Kronecker):
-            raise UnsupportedProduct(f"LearnedRounding needs a Gram or a Kronecker, not a {type(curvature).__name__}")
-        return LearnedState(curvature, self.start.init(curvature))
+        return LearnedState(super().init(curvature), self.start.init(curvature))
 
     def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
         constraint = require_constraint(self, constraint, Grid)
         start = cast(GridCode, self.start.compute(state.start, weight, constraint))
         settled = self._settle_codes(state, weight, constraint, start)
-        learned = self._settle_codes(
-            state, weight, constraint, self.learn(state.curvature, weight, constraint, settled)
-        )
+        found = self.learn(state.curvature, weight, constraint, settled)
+        learned = self._settle_codes(state, weight, constraint, found)
         if isinstance(state.curvature, Gram):
             return cheaper_rows(state.curvature, constraint, weight, learned, settled)
         return min((settled, learned), key=lambda code: member_cost(state.curvature, constraint, code, weight))

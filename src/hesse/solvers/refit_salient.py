@@ -9,7 +9,7 @@ from hesse.constraints import Constraint, GridCode, SalientCode, SalientColumns,
 from hesse.constraints.base import round_to
 from hesse.constraints.grouped import Scales
 from hesse.curvature import Curvature, Gram
-from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,9 @@ class RefitSalient(Solver):
     The curvature must be a Gram; the constraint a SalientColumns, whose grid is symmetric.
     """
 
-    rounds: int = 4
+    curvatures = (Gram,)
 
-    def init(self, curvature: Curvature) -> Gram:
-        return require_gram(self, curvature)
+    rounds: int = 4
 
     def compute(self, state: Gram, weight: Tensor, constraint: Constraint) -> SalientCode:
         constraint = require_constraint(self, constraint, SalientColumns)

@@ -40,35 +40,23 @@ class Repair(Solver):
         return SumState(curvature, self.first.init(curvature), self.second.init(curvature))
 
     def compute(self, state: SumState, weight: Tensor, constraint: Constraint) -> PlusCode:
-        constraint = as_sum(self, constraint)
+        constraint = self._sum(constraint)
         base = self.first.compute(state.first, weight, constraint.base)
         left = constraint.base.residual(weight, base)
         return PlusCode(base, self.second.compute(state.second, left, constraint.correction))
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
-        return sum_workspace(self.first, self.second, shape, curvature, constraint, held)
+        """Return the bytes of the more demanding of both solvers, plus the other's state and the parts of a sum."""
+        constraint = self._sum(constraint)
+        parts = ((self.first, constraint.base), (self.second, constraint.correction))
+        largest = max(solver.workspace(shape, curvature, part, held) for solver, part in parts)
+        sides = float(issubclass(curvature, Gram | Kronecker)), float(issubclass(curvature, Kronecker))
+        return largest + float32_bytes(shape, weights=2, inputs=sides[0], outputs=sides[1])
 
-
-def as_sum(solver: Solver, constraint: Constraint) -> Plus:
-    """Return `constraint`, which must be a sum.
-
-    Raises:
-        UnsupportedProduct: it is not.
-    """
-    if not isinstance(constraint, Plus):
-        raise UnsupportedProduct(
-            f"{type(solver).__name__} solves sums such as Grid + LowRank, not {type(constraint).__name__}"
-        )
-    return constraint
-
-
-def sum_workspace(
-    first: Solver, second: Solver, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int
-) -> int:
-    """Return the bytes of the more demanding of two solvers, plus the other's state and the parts of a sum."""
-    if not isinstance(constraint, Plus):
-        return first.workspace(shape, curvature, constraint, held)
-    parts = ((first, constraint.base), (second, constraint.correction))
-    largest = max(solver.workspace(shape, curvature, part, held) for solver, part in parts)
-    sides = float(issubclass(curvature, Gram | Kronecker)), float(issubclass(curvature, Kronecker))
-    return largest + float32_bytes(shape, weights=2, inputs=sides[0], outputs=sides[1])
+    def _sum(self, constraint: Constraint) -> Plus:
+        """Return `constraint`, which must be a sum."""
+        if not isinstance(constraint, Plus):
+            raise UnsupportedProduct(
+                f"{type(self).__name__} solves sums such as Grid + LowRank, not {type(constraint).__name__}"
+            )
+        return constraint

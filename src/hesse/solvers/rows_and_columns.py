@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hesse.constraints import Constraint, LowRank, LowRankCode
 from hesse.curvature import Curvature, Gram, Identity
-from hesse.errors import UnsupportedProduct
 from hesse.solvers.base import Solver, float32_bytes, require_constraint
 
 
@@ -25,10 +24,7 @@ class RowsAndColumns(Solver):
     The curvature must be an Identity or a Gram; the constraint a LowRank.
     """
 
-    def init(self, curvature: Curvature) -> Curvature:
-        if not isinstance(curvature, Identity | Gram):
-            raise UnsupportedProduct(f"RowsAndColumns needs an Identity or a Gram, not a {type(curvature).__name__}")
-        return curvature
+    curvatures = (Identity, Gram)
 
     def compute(self, state: Curvature, weight: Tensor, constraint: Constraint) -> LowRankCode:
         constraint = require_constraint(self, constraint, LowRank)

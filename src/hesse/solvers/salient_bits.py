@@ -1,22 +1,15 @@
 """SliM-LLM: bits moved from the groups of columns that matter least to those that matter most."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, GridCode, MixedCode, MixedGrid
-from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint, require_gram
+from hesse.curvature import Curvature, Gram
+from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
-
-
-class BitsState(NamedTuple):
-    """The state of error feedback, and U_jj in the columns' own order."""
-
-    feedback: FeedbackState
-    pivots: Tensor  # (in,)
 
 
 @dataclass(frozen=True)
@@ -33,20 +26,21 @@ class SalientBits(Solver):
     The curvature must be a Gram, damped where it is singular; the constraint a MixedGrid.
     """
 
+    curvatures = (Gram,)
+
     inner: ErrorFeedback = field(default_factory=ErrorFeedback)
     patience: int = 2
 
-    def init(self, curvature: Curvature) -> BitsState:
-        feedback = self.inner.init(require_gram(self, curvature))
-        return BitsState(feedback, feedback.pivots[torch.argsort(feedback.columns)])
+    def init(self, curvature: Curvature) -> FeedbackState:
+        return self.inner.init(super().init(curvature))
 
-    def compute(self, state: BitsState, weight: Tensor, constraint: Constraint) -> MixedCode:
+    def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> MixedCode:
         constraint = require_constraint(self, constraint, MixedGrid)
         best: tuple[float, MixedCode] | None = None
-        since = 0
-        for grid in constraint.choices((weight / state.pivots.to(weight)).square().sum(0)):
-            code = cast(GridCode, self.inner.compute(state.feedback, weight, grid))
-            cost = member_cost(state.feedback.curvature, grid, code, weight)
+        since, pivots = 0, state.pivots[torch.argsort(state.columns)].to(weight)
+        for grid in constraint.choices((weight / pivots).square().sum(0)):
+            code = cast(GridCode, self.inner.compute(state, weight, grid))
+            cost = member_cost(state.curvature, grid, code, weight)
             since += 1
             if best is None or cost < best[0]:
                 best, since = (cost, constraint.code(code, grid)), 0
@@ -56,7 +50,5 @@ class SalientBits(Solver):
         return best[1]
 
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
-        if not isinstance(constraint, MixedGrid):
-            return super().workspace(shape, curvature, constraint, held)
-        inner = self.inner.workspace(shape, curvature, constraint.base, held)
-        return inner + float32_bytes(shape, weights=1)
+        base = require_constraint(self, constraint, MixedGrid).base
+        return self.inner.workspace(shape, curvature, base, held) + float32_bytes(shape, weights=1)

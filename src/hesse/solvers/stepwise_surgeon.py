@@ -28,14 +28,9 @@ class StepwiseSurgeon(Solver):
     The curvature must be a RankOneSum or a BlockRankOneSum, damped; the constraint a Sparse of single weights.
     """
 
-    steps: int = 1
+    curvatures = (BlockRankOneSum, RankOneSum)
 
-    def init(self, curvature: Curvature) -> OfGradients:
-        if not isinstance(curvature, BlockRankOneSum | RankOneSum):
-            raise UnsupportedProduct(
-                f"{type(self).__name__} needs a BlockRankOneSum or a RankOneSum, not a {type(curvature).__name__}"
-            )
-        return curvature
+    steps: int = 1
 
     def compute(self, state: OfGradients, weight: Tensor, constraint: Constraint) -> SparseCode:
         constraint = require_constraint(self, constraint, Sparse)

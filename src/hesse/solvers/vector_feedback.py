@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, VectorCode, VectorCodebook
-from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, float32_bytes, require_constraint, require_gram
+from hesse.curvature import Curvature, Gram
+from hesse.solvers.base import Solver, float32_bytes, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 from hesse.solvers.never_worse import rows_cheaper_plain
 from hesse.solvers.sweeps.blocks import sweep_blocks
@@ -27,11 +27,13 @@ class VectorFeedback(Solver):
     The curvature must be a Gram, damped where it is singular; the constraint a VectorCodebook.
     """
 
+    curvatures = (Gram,)
+
     order: Literal["given", "descending"] = "given"
     block_size: int = 128
 
     def init(self, curvature: Curvature) -> FeedbackState:
-        return ErrorFeedback(self.order).init(require_gram(self, curvature))
+        return ErrorFeedback(self.order).init(super().init(curvature))
 
     def compute(self, state: FeedbackState, weight: Tensor, constraint: Constraint) -> VectorCode:
         constraint = require_constraint(self, constraint, VectorCodebook)

@@ -1,6 +1,5 @@
 """The sweeps of two-sided rounding over a whole weight, block by block in the compiled loops."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,9 +10,6 @@ from hesse.solvers.sweeps import two_sided_blocks
 
 DESCENT_COLUMNS = 64  # columns whose errors reach those beyond them in one product
 TILE = 64  # rows of a block taken one by one; their errors reach the rows beyond them in one product
-
-
-SweepLoop = Callable[..., None]
 
 
 class GridLevels(NamedTuple):
@@ -28,11 +24,7 @@ class GridLevels(NamedTuple):
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
         """Return the arguments of the compiled loops for some columns and rows."""
         parts = (values[self.group[columns], rows].contiguous().numpy() for values in self[:3])
-        return (*parts, lost_bits(self.dtype))
-
-    def loops(self) -> tuple[SweepLoop, SweepLoop]:
-        """Return the loops that feed errors back and that descend."""
-        return two_sided_blocks.feed_back, two_sided_blocks.descend
+        return (*parts, lost_bits(self.dtype), None)
 
 
 class TableLevels(NamedTuple):
@@ -42,11 +34,7 @@ class TableLevels(NamedTuple):
 
     def settings(self, columns: slice, rows: slice) -> tuple[Any, ...]:
         """Return the arguments of the compiled loops for some columns and rows."""
-        return (self.values[rows].numpy(),)
-
-    def loops(self) -> tuple[SweepLoop, SweepLoop]:
-        """Return the loops that feed errors back and that descend."""
-        return two_sided_blocks.feed_back_table, two_sided_blocks.descend_table
+        return (None, None, None, None, self.values[rows].numpy())
 
 
 class TwoSidedSweeps(Protocol):
@@ -71,18 +59,19 @@ class TwoSidedSweeps(Protocol):
 
 def feed_back(work: Tensor, steps: GridLevels | TableLevels, columns: Tensor, rows: Tensor) -> Tensor:
     """Implement `TwoSidedSweeps` on the CPU."""
-    codes, (width, height), (loop, _) = torch.empty_like(work), work.shape, steps.loops()
+    codes, (width, height) = torch.empty_like(work), work.shape
     for start in range(0, width, DESCENT_COLUMNS):
         stop = min(start + DESCENT_COLUMNS, width)
-        within = columns[start:stop, start:stop].contiguous().numpy()
+        within = columns[start:stop, start:stop].contiguous()
         spread = torch.zeros_like(work[start:stop])
         for top in range(0, height, TILE):
             end = min(top + TILE, height)
             tile = work[start:stop, top:end].clone(), torch.empty(stop - start, end - top)
             errors, given = torch.empty_like(tile[1]), spread[:, top:end].contiguous()
-            between = rows[top:end, top:end].contiguous().numpy()
+            between = rows[top:end, top:end].contiguous()
             settings = steps.settings(slice(start, stop), slice(top, end))
-            loop(*(part.numpy() for part in (*tile, errors, given)), within, between, *settings)
+            arrays: list[Any] = [part.numpy() for part in (*tile, errors, given, within, between)]
+            two_sided_blocks.feed_back(*arrays, *settings)
             codes[start:stop, top:end] = tile[1]
             spread[:, top:end] = given
             spread[:, end:].addmm_(errors, rows[top:end, end:])
@@ -94,11 +83,11 @@ def descend(
     codes: Tensor, gradient: Tensor, steps: GridLevels | TableLevels, input_factor: Tensor, output_factor: Tensor
 ) -> None:
     """Implement `TwoSidedSweeps` on the CPU."""
-    (width, height), (_, loop) = codes.shape, steps.loops()
+    width, height = codes.shape
     for start in range(0, width, DESCENT_COLUMNS):
         stop = min(start + DESCENT_COLUMNS, width)
         changes = torch.empty_like(codes[start:stop])
         within = input_factor[start:stop, start:stop].contiguous().numpy()
-        block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy()
-        loop(*block, within, output_factor.numpy(), *steps.settings(slice(start, stop), slice(0, height)))
+        block = codes[start:stop].numpy(), gradient[start:stop].numpy(), changes.numpy(), within, output_factor.numpy()
+        two_sided_blocks.descend(*block, *steps.settings(slice(start, stop), slice(0, height)))
         gradient[stop:].addmm_(input_factor[start:stop, stop:].T, changes)
