@@ -151,26 +151,19 @@ def _layers(
             leaf for batch in batches for leaf in tree_leaves(batch.arguments(index)) if isinstance(leaf, Tensor)
         )
 
-    collection = InputCollection(names, batches, block, index, clock, processes)
-    with clock.phase("estimate"):
-        of_block = {
-            name: statistic.values(batches, block, index, processes)
-            for name in names
-            if isinstance(statistic := STATISTICS[name], BlockStatistic)
-        }
+    collection = ForwardCollection(names, batches, block, index, clock, processes)
     called: set[Layer] = set()
     runs = [partial(run, batch) for batch in batches]
     disk = None if offload is None else OffloadToDisk(offload, shared)
     stopping = layer_stops(runs, block, collection.collect, disk, network.gradients_off)
     with closing(stopping) as stops:
-        for layer, collected_at in stops:
+        for layer in stops:
             called.add(layer)
-            own = {name: values.get(layer.name) for name, values in of_block.items()}
-            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name))
+            values = {**collection.input_values(), **collection.block_values(layer)}
+            yield layer, LayerStatistics(values, known.get(layer.name))
     for layer in block.layers:
         if layer not in called:
-            own = {name: values.get(layer.name) for name, values in of_block.items()}
-            values = {"inputs": no_inputs(layer), **own}
+            values = {"inputs": no_inputs(layer), **collection.block_values(layer)}
             yield layer, LayerStatistics(values, known.get(layer.name), called=False)
 
 
@@ -190,10 +183,10 @@ def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, cl
         yield layer, LayerStatistics({"inputs": no_inputs(layer)}, stored, called=False)
 
 
-class InputCollection:
-    """Statistics of the inputs of a block's layers, in memory from a layer's first batch on.
+class ForwardCollection:
+    """Statistics of the layers of a block: those of the block as a whole, and those of the last inputs collected.
 
-    `values` finishes the sums of a layer, and keeps what it returns until inputs are collected at another one.
+    Layers with the same inputs come one after another, so that only the inputs of one layer are in memory.
     """
 
     def __init__(
@@ -209,24 +202,34 @@ class InputCollection:
         self._clock, self._processes = clock, processes
         with clock.phase("estimate"):
             self._prepared = {s.name: s.prepare(batches, block, index) for s in self._statistics}
-        self._sums: dict[Layer, dict[str, InputAccumulator]] = {}
-        self._values: dict[Layer, dict[str, Any]] = {}
+            self._of_block = {
+                name: statistic.values(batches, block, index, processes)
+                for name in names
+                if isinstance(statistic := STATISTICS[name], BlockStatistic)
+            }
+        self._layer: Layer | None = None  # where inputs were collected last
+        self._sums: dict[str, InputAccumulator] = {}
+        self._values: dict[str, Any] = {}
 
     def collect(self, layer: Layer, number: int, inputs: Tensor) -> None:
         """Add the inputs of a layer from batch `number`."""
         with self._clock.phase("estimate"):
-            if layer not in self._sums:
-                self._values.clear()
+            if layer is not self._layer:
+                self._layer, self._values = layer, {}
                 made = {s.name: s.accumulator(layer, self._prepared[s.name]) for s in self._statistics}
-                self._sums[layer] = {name: sums for name, sums in made.items() if sums is not None}
+                self._sums = {name: sums for name, sums in made.items() if sums is not None}
             rows = seen_by(layer.module, inputs)
-            for sums in self._sums[layer].values():
+            for sums in self._sums.values():
                 sums.add(rows, number)
 
-    def values(self, layer: Layer) -> dict[str, Any]:
-        """Return the statistics of the inputs that were collected at a layer."""
-        if layer not in self._values:
+    def input_values(self) -> dict[str, Any]:
+        """Return the statistics of the inputs that were collected last, and drop their sums."""
+        if self._sums:
             with self._clock.phase("estimate"):
-                sums = self._sums.pop(layer)
-                self._values[layer] = {name: each.value(self._processes) for name, each in sums.items()}
-        return self._values[layer]
+                self._values = {name: sums.value(self._processes) for name, sums in self._sums.items()}
+            self._sums = {}
+        return self._values
+
+    def block_values(self, layer: Layer) -> dict[str, Any]:
+        """Return the statistics of a layer that the pass over the block collected; None where it did not reach."""
+        return {name: values.get(layer.name) for name, values in self._of_block.items()}

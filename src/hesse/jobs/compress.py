@@ -21,8 +21,7 @@ from hesse.estimation import Statistics
 from hesse.estimation.calibrated import LayerStatistics
 from hesse.estimation.statistics_folder import INDEX_FILE
 from hesse.formats import open_checkpoint
-from hesse.jobs.block_solver import BlockResult, BlockSolver
-from hesse.jobs.compression import Compression
+from hesse.jobs.compression import BlockResult, BlockSolver, Compression
 from hesse.jobs.forecast import Work, forecast, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound, fit_memory, waiting_bytes

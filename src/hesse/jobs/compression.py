@@ -1,27 +1,95 @@
 """Compression of a folder: the dense model's pass, solving blocks in order, reading back and measuring the result."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, LayerStatistics, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
 from hesse.formats import open_checkpoint
-from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup
 from hesse.jobs.verify import Verification, verify
+from hesse.layerwise.layer_solver import LayerSolver, digest
 from hesse.layerwise.rules import statistics_needed
-from hesse.networks.network import Block
+from hesse.layerwise.solved_layer import LayerReport, solve_layer
+from hesse.networks.network import Block, Layer
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
 from hesse.planning.budget import BudgetPlan
-from hesse.progress import peak_memory
+from hesse.processes import ALONE, Processes
+from hesse.progress import Clock, peak_memory
 
 RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(eq=False)
+class BlockResult:
+    """Results of a block's layers."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # of each solved weight
+
+    def add(self, other: "BlockResult") -> None:
+        """Add the result of another block."""
+        self.layers += other.layers
+        self.notes += other.notes
+        self.digests |= other.digests
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "BlockResult":
+        """Return the result that `to_dict` described."""
+        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
+        return cls(layers, content["notes"], content["digests"])
+
+
+class BlockSolver:
+    """Solve one block after another as a Setup says.
+
+    Several `processes` solve each block together.
+    """
+
+    def __init__(self, setup: Setup, clock: Clock, processes: Processes = ALONE) -> None:
+        self.setup, self.clock, self.solver = setup, clock, LayerSolver(processes)
+
+    def solve(self, block: Block, layers: Layers) -> tuple[BlockResult, dict[str, Tensor]]:
+        """Solve the `layers` of a loaded block; return its tensors as the format stores them."""
+        result = BlockResult()
+        tensors: dict[str, Tensor] = {}
+        for layer, statistics in layers:
+            if self.setup.rules.get(layer.name) is not None:
+                tensors.update(self.solve_layer(layer, statistics, result))
+        with self.clock.phase("write"):
+            for name in self.setup.network.stored_in(block):
+                layer_name, _, kind = name.rpartition(".")
+                if layer_name not in result.digests or kind not in ("weight", "bias"):
+                    tensors.update(self.setup.checkpoint.read_stored([name]))
+        return result, tensors
+
+    def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
+        """Solve one layer, set its weight to the solution, and return the tensors to write for it."""
+        rule = self.setup.rules[layer.name]
+        assert rule is not None
+        solved = solve_layer(layer, statistics, rule, self.setup.format, self.solver, self.clock)
+        result.notes += solved.notes
+        result.layers.append(solved.report)
+        with self.clock.phase("write"):
+            result.digests[layer.name] = digest(solved.stored)
+            bias_name = f"{layer.name}.bias"
+            stored_bias = [bias_name] if bias_name in self.setup.checkpoint.shard_of else []
+            bias = self.setup.checkpoint.read_stored(stored_bias).get(bias_name)
+            return self.setup.format.tensors(layer.name, solved.encoded, solved.stored, bias)
 
 
 class Compression:
