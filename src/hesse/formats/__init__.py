@@ -3,9 +3,8 @@
 from hesse.constraints import Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import DenseFormat, StoredLayer
-from hesse.formats.integers import IntegerFormat
 from hesse.formats.low_rank import LowRankFormat
-from hesse.formats.packed import PackedFormat
+from hesse.formats.packed import IntegerFormat, PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint, open_networks
 from hesse.networks.network import CheckpointNetwork
 

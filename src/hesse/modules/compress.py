@@ -34,9 +34,8 @@ from hesse.modules.report import ModuleReport
 from hesse.modules.token_stream import TokenStream
 from hesse.networks.factored import factorize_layer, replace_module
 from hesse.networks.layout import kind_of
-from hesse.networks.module_network import SingleBlock
+from hesse.networks.module_network import ModuleBatch, SingleBlock
 from hesse.networks.network import Blocks, Layer
-from hesse.passes.module_batch import ModuleBatch
 from hesse.passes.per_sample import FisherKind, GradientPass
 from hesse.passes.stream import CalibrationBatch
 from hesse.progress import Clock
