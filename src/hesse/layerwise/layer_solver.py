@@ -160,30 +160,29 @@ def check_products(rule: Rule) -> None:
     Raises:
         UnsupportedProduct: it lacks one; the message names the rule's layers, and the curvatures that have the product.
     """
-    try:
-        _dry_run(rule)
-    except UnsupportedProduct as error:
-        usable = [kind for kind in CURVATURES if _runs(rule.model_copy(update={"curvature": kind}))]
+    error = _missing_product(rule)
+    if error is not None:
+        usable = [kind for kind in CURVATURES if _missing_product(rule.model_copy(update={"curvature": kind})) is None]
         use = f"use curvature {' or '.join(usable)}" if usable else "no curvature will do"
         raise UnsupportedProduct(
             f"the rule for {', '.join(rule.layers[:3])}: {error}; with this solver and constraint {use}"
-        ) from None
+        )
 
 
-def _runs(rule: Rule) -> bool:
+def _missing_product(rule: Rule) -> UnsupportedProduct | None:
+    """Return the error of solving a small matrix by a rule for the lack of a product; None if there is none."""
+    solver, problem = rule.solver.build(), small_problem(rule, rule.constraint.build())
     try:
-        _dry_run(rule)
-    except UnsupportedProduct:
-        return False
-    return True
+        solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), problem.weight, problem.constraint)
+    except UnsupportedProduct as error:
+        return error
+    return None
 
 
-def _dry_run(rule: Rule) -> None:
-    """Solve a small matrix by a rule."""
-    constraint, solver = rule.constraint.build(), rule.solver.build()
+def small_problem(rule: Rule, constraint: Constraint) -> LayerProblem:
+    """Return a problem that takes no time, to try a rule on."""
     weight = torch.eye(DRY_SIZE * constraint.together)
-    problem = LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
-    solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
+    return LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
 
 
 def _gaps(problem: LayerProblem) -> list[str]:

@@ -31,7 +31,14 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def resume(self, runner: greenlet) -> Any:
         """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
-        self._restore(runner)
+        if runner in self._away:
+            with writing(self.folder), self._path(runner).open("rb") as file:
+                for storage, size in self._away.pop(runner):
+                    storage.resize_(size)
+                    room = torch.empty(size, dtype=torch.uint8)
+                    if file.readinto(memory_of(room)) != size:
+                        raise OSError("it is shorter than what was written to it")
+                    _bytes(storage).copy_(room)
         with self:
             return runner.switch()
 
@@ -63,18 +70,6 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for storage, _ in self._away[runner]:
                 file.write(memory_of(_bytes(storage).cpu()))
                 storage.resize_(0)
-
-    def _restore(self, runner: greenlet) -> None:
-        """Fill the emptied tensors of a greenlet from its file."""
-        if runner not in self._away:
-            return
-        with writing(self.folder), self._path(runner).open("rb") as file:
-            for storage, size in self._away.pop(runner):
-                storage.resize_(size)
-                room = torch.empty(size, dtype=torch.uint8)
-                if file.readinto(memory_of(room)) != size:
-                    raise OSError("it is shorter than what was written to it")
-                _bytes(storage).copy_(room)
 
     def _path(self, runner: greenlet) -> Path:
         return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
