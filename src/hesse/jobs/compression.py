@@ -17,9 +17,9 @@ from hesse.jobs.memory import MemoryBound
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup
 from hesse.jobs.verify import Verification, verify
-from hesse.layerwise.layer_solver import LayerSolver, digest
+from hesse.layerwise.layer_solver import LayerSolver
 from hesse.layerwise.rules import statistics_needed
-from hesse.layerwise.solved_layer import LayerReport, solve_layer
+from hesse.layerwise.solved_layer import LayerReport, digest, solve_layer
 from hesse.networks.network import Block, Layer
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
 from hesse.planning.budget import BudgetPlan

@@ -28,7 +28,8 @@ from hesse.jobs.options import run_options
 from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.verify import read_back
-from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effect
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
+from hesse.layerwise.solved_layer import digest
 from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Block, Layer

@@ -10,7 +10,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
 from hesse.formats import open_checkpoint
-from hesse.layerwise.layer_solver import digest
+from hesse.layerwise.solved_layer import digest
 from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress

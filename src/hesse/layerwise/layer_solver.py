@@ -1,6 +1,5 @@
 """Solve a layer by its rule and statistics, with a note for every departure from the rule."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -225,9 +224,3 @@ def effect(change: Tensor, gram: Gram, output_factor: Tensor | None) -> Effect:
 
 def _inner(left: Tensor, right: Tensor) -> float:
     return float(torch.linalg.vecdot(left, right).double().sum())
-
-
-def digest(weight: Tensor) -> str:
-    """Return a digest of a weight's exact float32 values, to compare with the weight that is read back from disk."""
-    values = weight.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """Solve one layer, put the solution in its place, and report it: the same for a checkpoint and for a module."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -130,3 +131,9 @@ def rounding_cost(weight: Tensor, output_factor: Tensor, square_peak: float, bit
     weighed = factor @ weight if factor.ndim == 2 else factor[:, None] * weight
     weighted = float(torch.linalg.vecdot(weighed, weight).double().sum())
     return 0.5 * variance * weighted
+
+
+def digest(weight: Tensor) -> str:
+    """Return a digest of a weight's exact float32 values, to compare with the weight that is read back from disk."""
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
