@@ -5,16 +5,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.journal import Journal, describe_tensors
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
+from hesse.estimation.backward_records import recall_backward, record_backward
 from hesse.estimation.calibrated import StatisticReaders
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
 from hesse.networks.network import Network, each_loaded
-from hesse.passes.backward import BackwardPass, BackwardState
+from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
+
+NAME = "statistics"  # of the backward pass in the journal
 
 
 def check_pass(
@@ -60,22 +63,23 @@ def probe(
         flows = start(network, batches, TensorStore(folder, "probe", lasting))
     inputs = forward_walk(network, flows, flows, clock, step, journal)
     known: dict[str, StatisticReaders] = {}
-    store = TensorStore(folder, "statistic", lasting)
+    store, state = TensorStore(folder, "statistic", lasting), None
     with clock.phase("probe"):
-        state = None if journal is None else _recall(journal, network, known, processes)
-        shelf = TensorStore(folder, "gradient", lasting)
+        if journal is not None:
+            state, records = recall_backward(journal, NAME, network, processes)
+            for record in records:
+                _add(known, record["names"], journal.find_tensors(record, network.device))
+        shelf = TensorStore(folder, f"{NAME}-gradient", lasting)
         walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
         for values in backward_statistics(walk, needs):
-            reached = walk.state.reached
-            kept = [store.keep(value, reached) for own in values.values() for value in own.values()]
+            kept = [store.keep(value, walk.state.reached) for own in values.values() for value in own.values()]
             names = [(layer, name) for layer, own in values.items() for name in own]
             _add(known, names, kept)
             if journal is not None:
-                journal.record_tensors(f"statistics-{reached}", kept, {"names": names})
-                journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
-                journal.forget(f"gradient-{reached + 2}")
+                described, paths = describe_tensors(kept)
+                record_backward(journal, NAME, walk, {"names": names, **described}, paths)
             step()
     return known
 
@@ -83,26 +87,6 @@ def probe(
 def _add(known: dict[str, StatisticReaders], names: Iterable[tuple[str, str]], tensors: list[StoredTensor]) -> None:
     for (layer, name), tensor in zip(names, tensors, strict=True):
         known.setdefault(layer, {})[name] = tensor.tensor
-
-
-def _recall(
-    journal: Journal, network: Network, known: dict[str, StatisticReaders], processes: Processes
-) -> BackwardState | None:
-    """Return the state that a backward pass reached in all processes, and add its statistics to `known`; or None."""
-    last = len(network.blocks)
-    reached, notes = last, []
-    while reached and (note := journal.recall_tensors(f"statistics-{reached - 1}", network.device)) is not None:
-        notes.append(note)
-        reached -= 1
-    kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
-    reached = next((number for number in range(reached, last) if kept[number] is not None), last)
-    reached = last - processes.all_reduce_min(last - reached)
-    recalled = kept.get(reached)
-    if not processes.all_reduce_min(recalled is not None) or recalled is None:
-        return None
-    for tensors, content in notes[: last - reached]:
-        _add(known, content["names"], tensors)
-    return BackwardState(reached, recalled[1]["scale"], recalled[0])
 
 
 def forward_walk(

@@ -1,102 +1,36 @@
 """Compression of a folder: the dense model's pass, solving blocks in order, reading back and measuring the result."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from hesse.checkpoints.tensor_store import TensorStore
-from hesse.estimation.calibrated import KnownStatistics, Layers, LayerStatistics, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
 from hesse.evaluation.measure import measure
 from hesse.evaluation.measurements import Measurements
 from hesse.formats import open_checkpoint
+from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup
-from hesse.jobs.verify import Verification, verify
-from hesse.layerwise.layer_solver import LayerSolver
+from hesse.jobs.verify import verify
 from hesse.layerwise.rules import statistics_needed
-from hesse.layerwise.solved_layer import LayerReport, digest, solve_layer
-from hesse.networks.network import Block, Layer
+from hesse.networks.network import Block
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
-from hesse.planning.budget import BudgetPlan
-from hesse.processes import ALONE, Processes
-from hesse.progress import Clock, peak_memory
+from hesse.progress import peak_memory
+from hesse.result import LossChange
 
 RECIPE_FILE = "recipe.yaml"
-
-
-@dataclass(eq=False)
-class BlockResult:
-    """Results of a block's layers."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)  # of each solved weight
-
-    def add(self, other: "BlockResult") -> None:
-        """Add the result of another block."""
-        self.layers += other.layers
-        self.notes += other.notes
-        self.digests |= other.digests
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain JSON values, for `from_dict`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "BlockResult":
-        """Return the result that `to_dict` described."""
-        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"]]
-        return cls(layers, content["notes"], content["digests"])
-
-
-class BlockSolver:
-    """Solve one block after another as a Setup says.
-
-    Several `processes` solve each block together.
-    """
-
-    def __init__(self, setup: Setup, clock: Clock, processes: Processes = ALONE) -> None:
-        self.setup, self.clock, self.solver = setup, clock, LayerSolver(processes)
-
-    def solve(self, block: Block, layers: Layers) -> tuple[BlockResult, dict[str, Tensor]]:
-        """Solve the `layers` of a loaded block; return its tensors as the format stores them."""
-        result = BlockResult()
-        tensors: dict[str, Tensor] = {}
-        for layer, statistics in layers:
-            if self.setup.rules.get(layer.name) is not None:
-                tensors.update(self.solve_layer(layer, statistics, result))
-        with self.clock.phase("write"):
-            for name in self.setup.network.stored_in(block):
-                layer_name, _, kind = name.rpartition(".")
-                if layer_name not in result.digests or kind not in ("weight", "bias"):
-                    tensors.update(self.setup.checkpoint.read_stored([name]))
-        return result, tensors
-
-    def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
-        """Solve one layer, set its weight to the solution, and return the tensors to write for it."""
-        rule = self.setup.rules[layer.name]
-        assert rule is not None
-        solved = solve_layer(layer, statistics, rule, self.setup.format, self.solver, self.clock)
-        result.notes += solved.notes
-        result.layers.append(solved.report)
-        with self.clock.phase("write"):
-            result.digests[layer.name] = digest(solved.stored)
-            bias_name = f"{layer.name}.bias"
-            stored_bias = [bias_name] if bias_name in self.setup.checkpoint.shard_of else []
-            bias = self.setup.checkpoint.read_stored(stored_bias).get(bias_name)
-            return self.setup.format.tensors(layer.name, solved.encoded, solved.stored, bias)
 
 
 class Compression:
     """State of one run of `job`: its plan, and its finished work."""
 
-    def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
-        self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
+    def __init__(self, job: Job, setup: Setup, plan: dict[str, Any] | None, memory: MemoryBound) -> None:
+        self.job, self.setup, self.memory = job, setup, memory
+        self.plan = {"front": None, "notes": []} if plan is None else plan
         self.result = BlockResult()
         self.known: KnownStatistics = {}  # the backward statistics
 
@@ -112,12 +46,12 @@ class Compression:
                 job.assemble(setup.format.config(), files)
             self._verify(dense)
         job.processes.barrier()
-        verification = Verification(**job.work.journal.expect("verified"))
+        loss = LossChange(**job.work.journal.expect("verified"))
         measurements = None
         if with_measurements and job.processes.is_main:
             with job.clock.phase("measure"):
                 measurements = self._measure()
-        return self._report(verification, measurements)
+        return self._report(loss, measurements)
 
     def _dense_pass(self) -> list[StreamBatch]:
         """Collect the backward statistics, and return the check samples after the unchanged model's last block."""
@@ -190,9 +124,8 @@ class Compression:
             for layer in self.result.layers
         }
         with job.clock.phase("verify"):
-            verification = verify(
-                job.folder,
-                setup.checkpoint,
+            loss = verify(
+                open_checkpoint(job.folder),
                 setup.original,
                 dense,
                 self.result.digests,
@@ -200,7 +133,7 @@ class Compression:
                 setup.held_out,
                 job.progress,
             )
-        job.work.journal.record("verified", asdict(verification))
+        job.work.journal.record("verified", asdict(loss))
 
     def _measure(self) -> Measurements:
         """Measure each layer alone, points along the change, and continuations."""
@@ -209,21 +142,21 @@ class Compression:
         result, folder = open_checkpoint(job.folder), job.journal.folder
         return measure(setup.dense, result, setup.check, setup.seen, costs, folder, job.progress)
 
-    def _report(self, verification: Verification, measurements: Measurements | None) -> CompressionReport:
+    def _report(self, loss: LossChange, measurements: Measurements | None) -> CompressionReport:
         setup, job, layers = self.setup, self.job, self.result.layers
         after, before = open_checkpoint(job.folder), setup.original.checkpoint
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
-        budget_notes = [] if self.budget is None else self.budget.notes
-        job.notes = [*budget_notes, *setup.notes, *self.result.notes]
+        copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
+        job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes]
         return CompressionReport(
-            **job.head(before.file_bytes, after.file_bytes, verification.loss_change()),
+            **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,
             format=setup.format.name,
             peak_rss_bytes=peak_memory(),
             bits_per_weight=bits / weights,
             bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in setup.dense.model.parameters()),
-            tensors_equal=verification.tensors_equal,
+            tensors_equal=len(copied) + len(self.result.digests),
             calibration={
                 "source": setup.samples.source,
                 "statistics": None if setup.statistics is None else str(setup.statistics.folder),
@@ -235,6 +168,6 @@ class Compression:
             },
             layers=layers,
             recipe=setup.recipe.model_dump(mode="json", exclude_none=True),
-            front=None if self.budget is None else self.budget.front,
+            front=self.plan["front"],
             measurements=measurements,
         )
