@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesse.constraints import Constraint, Sparse
 from hesse.errors import OptionError, naming
@@ -12,6 +12,7 @@ from hesse.estimation.statistics import STATISTICS, BackwardStatistic
 from hesse.layerwise.layer_solver import check_products
 from hesse.methods.patterns import matches
 from hesse.methods.recipe import Recipe, Rule
+from hesse.networks.network import Layer
 from hesse.partitions import Tiles
 from hesse.scores import StoredWeights, find_score
 from hesse.scores.layer_shares import dropped_by_layer
@@ -40,6 +41,17 @@ def rules_for(
     for name, shape in shapes.items():
         fitting(rules[name], name, shape)
     return _with_own_shares(weights, shapes, rules)
+
+
+def layer_rules(recipe: Recipe, layers: Iterable[Layer], model: nn.Module) -> dict[str, Rule | None]:
+    """Return the rule of each of the `layers` of a model in memory; as `rules_for`."""
+    weights = {layer.name: partial(_weight, layer) for layer in layers}
+    shapes = {name: read().shape for name, read in weights.items()}
+    return rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
+
+
+def _weight(layer: Layer) -> Tensor:
+    return layer.weight.detach()
 
 
 def fitting(rule: Rule | None, name: str, shape: torch.Size) -> Constraint | None:
