@@ -19,7 +19,7 @@ from hesse.reporting import (
     compression_page,
     compression_summary,
     cost_table,
-    evaluation_table,
+    evaluation_summary,
     inspection_page,
     inspection_summary,
     write_page,
@@ -35,7 +35,7 @@ ON_A_PAGE = (
 )
 IN_A_TERMINAL = "\x1b]0;a title\x07\x1b[2J\x9b31m[red][/blue]:smile:\u202ehidden\r\b\x7f\ud800\n"
 EVALUATION = EvaluationReport.of(
-    Evaluation("causal-lm", 1, 2, 2, 1.0, 2.0, *[None] * 8, 10, 40, 32.0),  # type: ignore[arg-type]
+    Evaluation("causal-lm", 1, 2, 2, 1.0, 2.0, *[None] * 9, 10, 40, 32.0),  # type: ignore[arg-type]
     "m",
     None,
     seconds=1.0,
@@ -174,7 +174,7 @@ def test_a_terminal(report: CompressionReport, inspection: Inspection) -> None:
     shown: list[RenderableType] = [
         compression_summary(spoilt(report, IN_A_TERMINAL)),
         cost_table(spoilt(report, IN_A_TERMINAL), EVALUATION, EVALUATION),
-        evaluation_table(spoilt(EVALUATION, IN_A_TERMINAL)),
+        evaluation_summary(spoilt(EVALUATION, IN_A_TERMINAL)),
         inspection_summary(spoilt(inspection, IN_A_TERMINAL)),
         export_summary(spoilt(exports(), IN_A_TERMINAL)),
         benchmark_summary(spoilt(benchmark(), IN_A_TERMINAL)),

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.locate import locate
-from hesse.data import read_samples
+from hesse.data import Samples, read_samples
 from hesse.data.selection import Data, sample_length
+from hesse.data.standards import standard_samples
 from hesse.errors import OptionError, check_at_least
 from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
+from hesse.evaluation.tasks import Harness, TaskScore
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.networks.device import find_device
@@ -42,6 +45,7 @@ class Evaluation:
     kl: float | None  # mean KL(reference || model)
     kl_standard_error: float | None
     top1_agreement: float | None  # share of tokens whose most likely next token is the reference's
+    top5_agreement: float | None  # mean share of the reference's 5 most likely next tokens among the model's 5
     hidden_error: float | None  # encoders: ½‖h - h_ref‖² per token
     hidden_relative_error: float | None  # encoders: ‖h - h_ref‖² / ‖h_ref‖²
     hidden_cosine: float | None
@@ -80,6 +84,8 @@ class EvaluationReport(Report):
     """
 
     reference: str | None
+    standard: str | None  # the text that papers print perplexity on, if it was measured on that
+    tasks: list[TaskScore]  # of lm-evaluation-harness
     kind: str
     samples: int
     length: int  # tokens of the longest sample
@@ -91,6 +97,7 @@ class EvaluationReport(Report):
     kl: float | None
     kl_standard_error: float | None
     top1_agreement: float | None
+    top5_agreement: float | None
     hidden_error: float | None
     hidden_relative_error: float | None
     hidden_cosine: float | None
@@ -99,13 +106,25 @@ class EvaluationReport(Report):
     bits_per_weight: float
 
     @classmethod
-    def of(cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float) -> "EvaluationReport":
+    def of(
+        cls,
+        evaluation: Evaluation,
+        model: str,
+        reference: str | None,
+        seconds: float,
+        standard: str | None = None,
+        tasks: Sequence[TaskScore] = (),
+        notes: Sequence[str] = (),
+    ) -> "EvaluationReport":
         """Return the report of an evaluation of `model` against `reference`, as the user named them."""
         values = {name: value for name, value in vars(evaluation).items() if name != "loss"}
         return cls(
             verb="evaluate",
             model=model,
             reference=reference,
+            standard=standard,
+            tasks=list(tasks),
+            notes=list(notes),
             model_loss=evaluation.loss,
             loss=None if reference is None else evaluation.loss_change("model", held_out=True),
             seconds={"total": seconds},
@@ -119,6 +138,8 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     merge_adapter: str | Path | None = None,
+    standard: str | None = None,
+    tasks: Sequence[str] = (),
     data: Data = None,
     samples: int | None = None,
     length: int | None = None,
@@ -132,6 +153,11 @@ def evaluate(
         model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
         reference: the dense model to compare with.
         merge_adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
+        standard: `wikitext` for perplexity as papers print it: the test split of wikitext-2-raw-v1 joined by empty
+            lines, encoded in one call, and cut into contiguous windows of 2048 tokens. `data` is then a file of the
+            split, or a datasets id in the local cache.
+        tasks: names of lm-evaluation-harness's tasks, or YAML files of tasks, to run on the model and the reference in
+            this process. The harness loads the whole model with transformers; the tasks' data must be on this machine.
         data: as for `compress`; None for the shipped held-out text.
         samples: number of windows, from the start of the text; None for all.
         length: tokens per window; None for 2048 or the model's positions, whichever is less.
@@ -145,27 +171,40 @@ def evaluate(
     check_at_least("--samples", samples, 1)
     check_at_least("--length", length, 2)
     check_at_least("--batch-size", batch_size, 1)
+    if tasks and merge_adapter is not None:
+        raise OptionError("--tasks runs a model as its folder has it: merge the adapter first, or leave out --tasks")
     clock, place = Clock(), find_device(device)
+    harness = Harness(tasks) if tasks else None
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     network = CheckpointNetwork(checkpoint, torch.float32, place)
     if merge_adapter is not None:
         checkpoint = AdaptedCheckpoint(folder, Path(merge_adapter), layer_paths(network))
-    tokens = sample_length(network, length)
-    chosen, _ = read_samples(
-        data,
-        folder,
-        count=samples,
-        length=tokens,
-        seed=0,
-        purpose="evaluation",
-        limit=network.input_limit,
-    )
+    chosen, notes = _samples(standard, data, folder, network, samples, length)
     batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
-    dense = None if reference is None else open_checkpoint(locate(reference))
+    other = None if reference is None else locate(reference)
+    dense = None if other is None else open_checkpoint(other)
     evaluation = evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+    scores = [] if harness is None else harness.run(folder, other, place, batch_size)
     names = str(model), None if reference is None else str(reference)
-    return Result(EvaluationReport.of(evaluation, *names, clock.total))
+    return Result(EvaluationReport.of(evaluation, *names, clock.total, standard, scores, notes))
+
+
+def _samples(
+    standard: str | None, data: Data, folder: Path, network: CheckpointNetwork, count: int | None, length: int | None
+) -> tuple[Samples, list[str]]:
+    """Return the samples to evaluate on, and notes on them."""
+    limit = network.input_limit
+    if standard is None:
+        chosen, _ = read_samples(
+            data, folder, count=count, length=sample_length(network, length), seed=0, purpose="evaluation", limit=limit
+        )
+        return chosen, []
+    if network.kind == "encoder":
+        raise OptionError(f"an encoder has no perplexity: leave out --standard {standard}, and give --data")
+    if isinstance(data, list):
+        raise OptionError(f"--standard {standard} takes a text, not token ids: give the file of the split")
+    return standard_samples(standard, data, folder, count, length, limit)
 
 
 def evaluate_checkpoint(
@@ -265,6 +304,7 @@ def _evaluation(
         kl=kl,
         kl_standard_error=kl_error,
         top1_agreement=totals.agreement / n if compared and not encoder else None,
+        top5_agreement=totals.top5_agreement / n if compared and not encoder else None,
         hidden_error=hidden.half_square / n if encoder else None,
         hidden_relative_error=2 * hidden.half_square / hidden.reference_square if encoder else None,
         hidden_cosine=hidden.cosine / n if encoder else None,

@@ -18,6 +18,7 @@ class PredictionTotals:
     divergence: float = 0.0
     divergence_square: float = 0.0
     agreement: int = 0
+    top5_agreement: float = 0.0
 
     def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         """Add the predictions `logits` (samples, tokens, vocabulary) of each next token of `ids` (samples, tokens)."""
@@ -43,6 +44,7 @@ class PredictionTotals:
         dense = reference.float().log_softmax(-1)
         self.reference_loss += nn.functional.nll_loss(dense, labels, reduction="sum").item()
         self.agreement += int((dense.argmax(-1) == logs.argmax(-1)).sum())
+        self.top5_agreement += common_share(logs, dense, 5).sum().item()
         divergence = (dense.exp() * (dense - logs)).sum(-1).double()
         self.divergence += divergence.sum().item()
         self.divergence_square += divergence.square().sum().item()
@@ -71,6 +73,16 @@ class HiddenTotals:
     def mean_divergence(self) -> tuple[float, float]:
         """Return the mean of half the squared error, and its standard error over tokens."""
         return _mean(self.half_square, self.half_square_square, self.tokens)
+
+
+def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
+    """Return the share (tokens,) of the reference's `count` likeliest tokens that are among the likeliest of `logits`.
+
+    Both are (tokens, vocabulary); a smaller vocabulary counts whole.
+    """
+    count = min(count, logits.shape[-1])
+    ours, theirs = logits.topk(count).indices, reference.topk(count).indices
+    return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean(-1)
 
 
 def _mean(total: float, squares: float, count: int) -> tuple[float, float]:

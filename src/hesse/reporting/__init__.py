@@ -9,7 +9,7 @@ from hesse.reporting.pruning import prune_summary
 from hesse.reporting.repair import repair_summary
 from hesse.reporting.rotation import rotation_summary
 from hesse.reporting.statistics import estimate_summary
-from hesse.reporting.terminal import compression_summary, cost_table, evaluation_table, methods_table, options_table
+from hesse.reporting.terminal import compression_summary, cost_table, evaluation_summary, methods_table, options_table
 
 __all__ = [
     "check_page",
@@ -17,7 +17,7 @@ __all__ = [
     "compression_summary",
     "cost_table",
     "estimate_summary",
-    "evaluation_table",
+    "evaluation_summary",
     "forecast_summary",
     "inspection_page",
     "inspection_summary",

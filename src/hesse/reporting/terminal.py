@@ -86,6 +86,8 @@ def _quality_rows(before: "EvaluationReport | None", after: "EvaluationReport | 
     ]
     if after.top1_agreement is not None:
         rows.append(("top-1 agreement", "100 %", f"{100 * after.top1_agreement:.2f} %"))
+    if after.top5_agreement is not None:
+        rows.append(("top-5 agreement", "100 %", f"{100 * after.top5_agreement:.2f} %"))
     return rows
 
 
@@ -114,11 +116,28 @@ def note_lines(notes: list[str], file: str) -> list[Text]:
     return lines if len(notes) <= 20 else [*lines, Text(f"  and {len(notes) - 20} more in {file}")]
 
 
-def evaluation_table(evaluation: "EvaluationReport") -> Table:
-    """Return the table of an evaluation."""
+def evaluation_summary(evaluation: "EvaluationReport") -> RenderableType:
+    """Return the table of an evaluation, the scores of tasks, and notes."""
+    parts: list[RenderableType] = [_evaluation_table(evaluation)]
+    if evaluation.tasks:
+        columns = ("task", "metric", "documents", "value", "standard error", "reference")
+        table = Table(
+            *(Column(name, justify="right" if name in columns[2:] else "left") for name in columns), box=box.SIMPLE_HEAD
+        )
+        for score in evaluation.tasks:
+            values = (number(value) for value in (score.value, score.standard_error, score.reference))
+            count = "-" if score.samples is None else str(score.samples)
+            table.add_row(shown(score.task), shown(score.metric), count, *values)
+        parts.append(table)
+    parts += note_lines(evaluation.notes, "the JSON report (--json)")
+    return Group(*parts)
+
+
+def _evaluation_table(evaluation: "EvaluationReport") -> Table:
     columns, title = ("", Column(justify="right")), shown(evaluation.model)
     table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", show_header=False)
     rows = (
+        ("text", "-" if evaluation.standard is None else f"{evaluation.standard}, as papers print it"),
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
         ("loss, nats per token", number(evaluation.model_loss, 5)),
@@ -128,6 +147,7 @@ def evaluation_table(evaluation: "EvaluationReport") -> Table:
         ("KL(reference || model), nats per token", number(evaluation.kl)),
         ("  its standard error", number(evaluation.kl_standard_error, 2)),
         ("top-1 agreement", number(evaluation.top1_agreement)),
+        ("top-5 agreement", number(evaluation.top5_agreement)),
         ("hidden states: half squared error per token", number(evaluation.hidden_error)),
         ("hidden states: relative squared error", number(evaluation.hidden_relative_error)),
         ("hidden states: cosine", number(evaluation.hidden_cosine, 5)),
