@@ -28,9 +28,9 @@ from hesse.formats.opening import open_networks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, cheapest_within
-from hesse.planning.budget import PricedMenu
 from hesse.planning.costs import CostMeter
 from hesse.planning.menu import LayerGroup, make_menu
+from hesse.planning.priced_menu import PricedMenu
 from hesse.progress import Silence
 
 HERE = Path(__file__).resolve().parent

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 import hesse
-from hesse.reporting.terminal import cost_table
+from hesse.reporting import cost_table
 
 
 def main() -> None:

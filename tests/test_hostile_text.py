@@ -35,7 +35,9 @@ ON_A_PAGE = (
 )
 IN_A_TERMINAL = "\x1b]0;a title\x07\x1b[2J\x9b31m[red][/blue]:smile:\u202ehidden\r\b\x7f\ud800\n"
 EVALUATION = EvaluationReport.of(
-    Evaluation("causal-lm", 1, 2, 2, 1.0, 2.0, *[None] * 9, 10, 40, 32.0),  # type: ignore[arg-type]
+    Evaluation(
+        kind="causal-lm", samples=1, length=2, tokens=2, loss=1.0, parameters=10, bytes=40, bits_per_weight=32.0
+    ),
     "m",
     None,
     seconds=1.0,

@@ -108,7 +108,7 @@ def test_activations_on_disk_change_nothing(
     options: dict[str, Any] = {"method": method, "bits": 4, "group_size": 32, "batch_size": 3}
     compress(half_folder(name), tmp_path / "memory", **options)
     plan = MemoryBound(0, 3, True, "")
-    monkeypatch.setattr("hesse.jobs.compress.fit_memory", lambda *_: plan)
+    monkeypatch.setattr("hesse.jobs.compress_folder.fit_memory", lambda *_: plan)
     compress(half_folder(name), tmp_path / "disk", **options)
     assert sha256(tmp_path / "memory") == sha256(tmp_path / "disk")
 
@@ -151,7 +151,7 @@ def test_what_is_no_size(text: str) -> None:
 LIMITED = """
 import resource, sys, psutil, torch
 import hesse
-from hesse.jobs import compress, memory
+from hesse.jobs import compress_folder, memory
 
 torch.set_num_threads(1)
 model, out, data, limit = sys.argv[1:]
@@ -165,7 +165,7 @@ def within(plan, limit, batch_size=None, fits=memory.fit_memory):
     print(chosen.bound, int(chosen.offloads), free)
     return chosen
 
-compress.fit_memory = within
+compress_folder.fit_memory = within
 report = hesse.compress(model, out, data=data, options=hesse.Options(bits=4, group_size=64),
                         method="gptq", memory=limit, overwrite=True).report
 print(report.peak_rss_bytes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesse.checkpoints import writer
 from hesse.checkpoints.checkpoint import INDEX, SINGLE
+from hesse.errors import VerificationError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.bool]
 shapes = st.sampled_from([(), (0,), (1,), (3,), (5, 7), (2, 3, 4)])
@@ -69,6 +70,30 @@ def test_what_was_added_is_read(
         assert not (folder / SINGLE).exists()
     else:
         assert [path.name for path in folder.iterdir()] == [SINGLE]
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_flipped_byte_of_any_tensor_is_named(name: str, tmp_path: Path) -> None:
+    stored = {"a": torch.ones(4), "b": torch.ones((), dtype=torch.int64), "c": torch.ones(2, 3, dtype=torch.int8)}
+    part = writer.write_part(tmp_path / "part", stored)
+    (tmp_path / "out").mkdir()
+    writer.assemble([part], tmp_path / "out")
+    writer.read_back([part], tmp_path / "out")
+    with safe_open(tmp_path / "part", "pt") as file:
+        changed = {key: file.get_tensor(key) for key in stored}
+    changed[name].view(-1).view(torch.uint8)[-1] ^= 4
+    writer.write_tensors(tmp_path / "out" / SINGLE, changed)
+    with pytest.raises(VerificationError, match=f"^{name} reads back different"):
+        writer.read_back([part], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("left", "match"), [(("a",), "^b was written"), (("a", "b", "c"), "^c reads back different")])
+def test_a_lost_or_foreign_tensor_is_named(left: tuple[str, ...], match: str, tmp_path: Path) -> None:
+    part = writer.write_part(tmp_path / "part", {"a": torch.ones(2), "b": torch.ones(3)})
+    (tmp_path / "out").mkdir()
+    writer.write_tensors(tmp_path / "out" / SINGLE, {name: torch.ones(2 + (name == "b")) for name in left})
+    with pytest.raises(VerificationError, match=match):
+        writer.read_back([part], tmp_path / "out")
 
 
 def test_where_files_have_no_second_names_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

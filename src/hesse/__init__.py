@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.modules.gradual import prune_gradually as prune_gradually
     from hesse.options import Options as Options
     from hesse.partitions import trace_groups as trace_groups
-    from hesse.planning.budget import plan as plan
+    from hesse.planning.plan import plan as plan
     from hesse.runtimes.benchmark import benchmark as benchmark
     from hesse.runtimes.export import export as export
     from hesse.solvers import ErrorFeedback as ErrorFeedback
@@ -62,7 +62,7 @@ NAMES = {
     "jobs.prune": "prune",
     "jobs.repair": "repair",
     "jobs.rotate": "rotate",
-    "planning.budget": "plan",
+    "planning.plan": "plan",
     "evaluation.evaluate": "evaluate",
     "inspection.inspect": "inspect",
     "runtimes.benchmark": "benchmark",

@@ -22,8 +22,7 @@ def check_output(out: Path, model: Path, overwrite: bool, mark: str = "config.js
         OutputError: it exists, it lies inside the model's folder or the other way round, or its parent cannot be
             written.
     """
-    target, source = out.absolute(), model.absolute()
-    target, source = target.resolve(), source.resolve()
+    target, source = out.absolute().resolve(), model.absolute().resolve()
     if target == source or source in target.parents:
         raise OutputError(f"OUT {out} lies inside the model's folder {model}: give a folder outside it")
     if target in source.parents:
@@ -51,15 +50,13 @@ def temporary_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     with writing(out, "made"):
         folder = name_beside(out, "partial")
         folder.mkdir()
-    finished = False
     try:
         check_room(folder, out, needed_bytes)
         yield folder
         put_in_place(folder, out)
-        finished = True
-    finally:
-        if not finished:
-            remove_with_parents(folder, made)
+    except BaseException:
+        remove_with_parents(folder, made)
+        raise
 
 
 def make_parents(out: Path) -> list[Path]:
@@ -104,40 +101,34 @@ def copy_companions(model: Path, folder: Path) -> list[str]:
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    own, foreign = _companions(model)
+    own, notes = _companions(model)
     for path in own:
         target = folder / path.relative_to(model)
         with writing(folder.parent):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    return [*foreign, *_code(model, own)]
+    return notes
 
 
 def companion_notes(model: Path) -> list[str]:
     """Return the notes of `copy_companions`, without copying."""
-    own, foreign = _companions(model)
-    return [*foreign, *_code(model, own)]
+    return _companions(model)[1]
 
 
 def _companions(model: Path) -> tuple[list[Path], list[str]]:
-    """Return the files to copy, and a note for each link out of the folder, possibly to any of the user's files."""
+    """Return the files to copy, and notes on links out of the folder, possibly to any of the user's files, and code."""
     found = dict.fromkeys(path for pattern in COPIED for path in sorted(model.glob(pattern)) if path.is_file())
     wanted = [path for path in found if path.relative_to(model).as_posix() not in NOT_COPIED]
     own = [path for path in wanted if belongs(path, model)]
-    return own, [
+    notes = [
         f"{path.relative_to(model)} was not copied: it is a link to {path.resolve()}, outside of the model's folder"
         for path in wanted
         if path not in own
     ]
-
-
-def _code(model: Path, paths: list[Path]) -> list[str]:
-    names = [str(path.relative_to(model)) for path in paths if path.suffix == ".py"]
-    return (
-        [f"{', '.join(names)}: code that came with the model was copied, not run; trust_remote_code=True may run it"]
-        if names
-        else []
-    )
+    code = ", ".join(str(path.relative_to(model)) for path in own if path.suffix == ".py")
+    if code:
+        notes.append(f"{code}: code that came with the model was copied, not run; trust_remote_code=True may run it")
+    return own, notes
 
 
 def put_in_place(folder: Path, out: Path) -> None:

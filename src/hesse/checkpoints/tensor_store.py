@@ -1,6 +1,5 @@
 """Offload tensors to memory or to files; the system's page cache holds the files while there is room."""
 
-import ctypes
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.writer import writing
+from hesse.checkpoints.writer import memory_of, writing
 from hesse.errors import OutputError
 
 
@@ -86,11 +85,6 @@ class TensorFile:
         if size != len(buffer):
             raise OutputError(f"{self.path} is shorter than what was written to it: check the disk")
         return values.to(self.device)
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor, to read or write; a NumPy view would keep the storage alive."""
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class TensorStore:

@@ -1,21 +1,23 @@
-"""Write a model's tensors to disk block by block, and assemble them into shards."""
+"""Write a model's tensors to disk block by block, assemble them into shards, and read them back."""
 
+import ctypes
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import INDEX, SINGLE
 from hesse.checkpoints.files import tensor_entries, unfinished_file
-from hesse.errors import OutputError
+from hesse.errors import OutputError, VerificationError
 
 SHARD_BYTES = 1 << 30  # a smaller checkpoint is one file
 LARGE_BYTES = 1 << 26  # a part of at least this size is a shard by itself
@@ -27,8 +29,14 @@ class WrittenPart:
     """Tensors in a file of their own, which becomes a shard or a piece of a shard."""
 
     path: Path
-    names: list[str]
+    checksums: dict[str, int]  # CRC-32 of each tensor, by name
     bytes: int  # of the tensors
+
+    @classmethod
+    def of(cls, path: Path, tensors: Mapping[str, Tensor]) -> "WrittenPart":
+        """Return the part of `tensors` in the file `path`, which this or another process writes."""
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        return cls(path, checksums, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
@@ -52,7 +60,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> WrittenPart:
     """
     with writing(path.parent.parent):
         write_tensors(path, tensors, {"format": "pt"})
-    return WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    return WrittenPart.of(path, tensors)
 
 
 def assemble(parts: list[WrittenPart], folder: Path) -> None:
@@ -84,11 +92,40 @@ def assemble(parts: list[WrittenPart], folder: Path) -> None:
                 link_or_copy(members[0].path, folder / final)
             else:
                 _join([part.path for part in members], folder / final)
-        weight_map |= {name: final for part in members for name in part.names}
+        weight_map |= {name: final for part in members for name in part.checksums}
     if len(shards) > 1:
         metadata = {"total_size": sum(part.bytes for part in parts)}
         index_text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
         write_text(folder / INDEX, index_text + "\n")
+
+
+def read_back(parts: list[WrittenPart], folder: Path) -> None:
+    """Compare every tensor of the weights' files in `folder` with what was written in `parts`.
+
+    Raises:
+        VerificationError: a tensor reads back different, is missing, or belongs to no part.
+    """
+    expected = {name: checksum for part in parts for name, checksum in part.checksums.items()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if _checksum(file.get_tensor(name)) != expected.pop(name, None):
+                    raise VerificationError(
+                        f"{name} reads back different from what was written: nothing was put in place; check the disk, "
+                        "and report it if it happens again"
+                    )
+    if expected:
+        raise VerificationError(f"{min(expected)} was written but is in no file of {folder}: check the disk")
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor, to read or write; a NumPy view would keep the storage alive."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _checksum(tensor: Tensor) -> int:
+    values = tensor.detach().cpu().contiguous()
+    return zlib.crc32(memory_of(values)) if values.nbytes else 0
 
 
 def link_or_copy(path: Path, second: Path) -> None:

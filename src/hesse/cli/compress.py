@@ -92,8 +92,7 @@ def compress(
     from hesse.processes import is_main_process
     from hesse.reporting import check_page, compression_page, compression_summary, write_page
 
-    mean_bits = _mean_bits(bits)
-    whole_bits = _whole_bits(bits) if mean_bits is None else None
+    whole_bits, mean_bits = _parse_bits(bits)
     given = {name: shared.pop(name) for name in METHOD_OPTIONS if name in shared}
     options = parse_settings(setting or ()).over(Options(bits=whole_bits, **given))
     patterns = tuple(ignore or ())
@@ -136,17 +135,12 @@ def compress(
     print_report(result, compression_summary, as_json, report)
 
 
-def _mean_bits(text: str | None) -> float | None:
-    """Return bits with a point, which are a mean over layers."""
+def _parse_bits(text: str | None) -> tuple[int | None, float | None]:
+    """Return whole bits, or else bits with a point, which are a mean over layers."""
+    if text is None:
+        return None, None
     try:
-        return float(text) if text is not None and "." in text else None
-    except ValueError:
-        return None
-
-
-def _whole_bits(text: str | None) -> int | None:
-    try:
-        return None if text is None else int(text)
+        return (None, float(text)) if "." in text else (int(text), None)
     except ValueError:
         raise OptionError(
             f"--bits is {text!r}: give whole bits such as 4, or a mean to be planned such as 3.2"

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
+from hesse.estimation.backward_records import recall_backward, record_backward
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
 from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.networks.network import Network, each_loaded
-from hesse.passes.backward import BackwardPass, BackwardState
+from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
+
+NAME = "statistics"  # of the backward pass in the journal
 
 
 def check_pass(
@@ -59,52 +61,25 @@ def probe(
     inputs = forward_walk(network, flows, flows, clock, step, journal)
     stored = StoredStatistics(folder)
     with clock.phase("probe"):
-        state = None if journal is None else _recalled(journal, network, stored, processes)
-        shelf = TensorStore(folder, "gradient", lasting)
+        state, records = (None, []) if journal is None else recall_backward(journal, NAME, network, processes)
+        for record in records:
+            for layer, own in record["files"].items():
+                for name, file in own.items():
+                    stored.add(layer, name, folder / file, network.device)
+        shelf = TensorStore(folder, f"{NAME}-gradient", lasting)
         walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
         for values in backward_statistics(walk, needs):
             files = {
-                layer: {name: stored.keep(layer, name, value) for name, value in own.items()}
+                layer: {name: stored.keep(layer, name, value).name for name, value in own.items()}
                 for layer, own in values.items()
             }
             if journal is not None:
-                _note(journal, walk, files)
+                paths = [folder / file for own in files.values() for file in own.values()]
+                record_backward(journal, NAME, walk, {"files": files}, paths)
             step()
     return stored
-
-
-def _note(journal: Journal, walk: BackwardPass, files: dict[str, dict[str, Path]]) -> None:
-    """Record that a backward pass has finished a block, whose statistics are in `files`."""
-    reached = walk.state.reached
-    names = {layer: {name: path.name for name, path in own.items()} for layer, own in files.items()}
-    paths = [path for own in files.values() for path in own.values()]
-    journal.record(f"statistics-{reached}", {"files": names}, paths)
-    journal.record_tensors(f"gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
-    journal.forget(f"gradient-{reached + 2}")
-
-
-def _recalled(
-    journal: Journal, network: Network, stored: StoredStatistics, processes: Processes
-) -> BackwardState | None:
-    """Return the state that a backward pass reached in all processes, with its statistics in `stored`, or None."""
-    last = len(network.blocks)
-    reached, notes = last, list[dict[str, Any]]()
-    while reached and (note := journal.recall(f"statistics-{reached - 1}")) is not None:
-        notes.append(note)
-        reached -= 1
-    kept = {number: journal.recall_tensors(f"gradient-{number}", network.device) for number in range(reached, last)}
-    reached = next((number for number in range(reached, last) if kept[number] is not None), last)
-    reached = last - processes.all_reduce_min(last - reached)
-    recalled = kept.get(reached)
-    if not processes.all_reduce_min(recalled is not None) or recalled is None:
-        return None
-    for note in notes[: last - reached]:
-        for layer, own in note["files"].items():
-            for name, file in own.items():
-                stored.add(layer, name, journal.folder / file, network.device)
-    return BackwardState(reached, recalled[1]["scale"], recalled[0])
 
 
 def forward_walk(

@@ -1,9 +1,9 @@
 """Generate continuations of the same prompts by the dense and the compressed model."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -102,8 +102,4 @@ def _free_memory(device: torch.device) -> int:
     """Return the free memory of the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    status = Path("/proc/meminfo")
-    if status.exists():  # counts memory that caches of files hold as free
-        line = next(line for line in status.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().available)  # memory that caches of files hold counts as free

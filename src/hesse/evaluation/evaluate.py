@@ -1,8 +1,8 @@
 """Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from hesse.data import Samples, read_samples
 from hesse.data.selection import Data, sample_length
 from hesse.data.standards import standard_samples
 from hesse.errors import OptionError, check_at_least
-from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
+from hesse.evaluation.metrics import totals_of
 from hesse.evaluation.tasks import Harness, TaskScore
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
@@ -26,32 +26,38 @@ from hesse.progress import Clock, Progress, Silence
 from hesse.result import LossChange, Report, Result
 from hesse.version import versions
 
+LOGITS_HELD = 6  # copies of a batch's logits that `compare` holds at most, both models' and temporaries
 
-@dataclass(frozen=True)
-class Evaluation:
+
+@dataclass(frozen=True, kw_only=True)
+class _Quality:
+    kind: str
+    samples: int
+    length: int  # tokens of the longest sample
+    tokens: int
+    perplexity: float | None = None
+    reference_loss: float | None = None
+    loss_increase: float | None = None
+    kl: float | None = None  # mean KL(reference || model)
+    kl_standard_error: float | None = None
+    top1_agreement: float | None = None  # share of tokens whose most likely next token is the reference's
+    top5_agreement: float | None = None  # mean share of the reference's 5 most likely next tokens among the model's 5
+    hidden_error: float | None = None  # encoders: ½‖h - h_ref‖² per token
+    hidden_relative_error: float | None = None  # encoders: ‖h - h_ref‖² / ‖h_ref‖²
+    hidden_cosine: float | None = None
+    parameters: int
+    bytes: int
+    bits_per_weight: float  # 8 · bytes of all stored tensors / parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Quality):
     """Quality and size of a checkpoint; fields that need a reference or a language model are None without it.
 
     Losses and divergences are in nats per token, over all tokens except the first of each sample.
     """
 
-    kind: str
-    samples: int
-    length: int  # tokens of the longest sample
-    tokens: int
-    loss: float | None
-    perplexity: float | None
-    reference_loss: float | None
-    loss_increase: float | None
-    kl: float | None  # mean KL(reference || model)
-    kl_standard_error: float | None
-    top1_agreement: float | None  # share of tokens whose most likely next token is the reference's
-    top5_agreement: float | None  # mean share of the reference's 5 most likely next tokens among the model's 5
-    hidden_error: float | None  # encoders: ½‖h - h_ref‖² per token
-    hidden_relative_error: float | None  # encoders: ‖h - h_ref‖² / ‖h_ref‖²
-    hidden_cosine: float | None
-    parameters: int
-    bytes: int
-    bits_per_weight: float  # 8 · bytes of all stored tensors / parameters
+    loss: float | None = None
 
     @property
     def difference(self) -> float:
@@ -77,54 +83,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationReport(Report):
+class EvaluationReport(_Quality, Report):
     """Quality and size of a checkpoint; fields that need a reference or a language model are None without it.
 
     `loss` is the divergence from the reference; `kl` and the others are as in `Evaluation`, in nats per token.
     """
 
     reference: str | None
-    standard: str | None  # the text that papers print perplexity on, if it was measured on that
-    tasks: list[TaskScore]  # of lm-evaluation-harness
-    kind: str
-    samples: int
-    length: int  # tokens of the longest sample
-    tokens: int
     model_loss: float | None
-    perplexity: float | None
-    reference_loss: float | None
-    loss_increase: float | None
-    kl: float | None
-    kl_standard_error: float | None
-    top1_agreement: float | None
-    top5_agreement: float | None
-    hidden_error: float | None
-    hidden_relative_error: float | None
-    hidden_cosine: float | None
-    parameters: int
-    bytes: int
-    bits_per_weight: float
+    standard: str | None = None  # the text that papers print perplexity on, if it was measured on that
+    tasks: list[TaskScore] = field(default_factory=list)  # of lm-evaluation-harness
 
     @classmethod
-    def of(
-        cls,
-        evaluation: Evaluation,
-        model: str,
-        reference: str | None,
-        seconds: float,
-        standard: str | None = None,
-        tasks: Sequence[TaskScore] = (),
-        notes: Sequence[str] = (),
-    ) -> "EvaluationReport":
+    def of(cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float) -> "EvaluationReport":
         """Return the report of an evaluation of `model` against `reference`, as the user named them."""
         values = {name: value for name, value in vars(evaluation).items() if name != "loss"}
         return cls(
             verb="evaluate",
             model=model,
             reference=reference,
-            standard=standard,
-            tasks=list(tasks),
-            notes=list(notes),
             model_loss=evaluation.loss,
             loss=None if reference is None else evaluation.loss_change("model", held_out=True),
             seconds={"total": seconds},
@@ -187,7 +164,8 @@ def evaluate(
     evaluation = evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
     scores = [] if harness is None else harness.run(folder, other, place, batch_size)
     names = str(model), None if reference is None else str(reference)
-    return Result(EvaluationReport.of(evaluation, *names, clock.total, standard, scores, notes))
+    report = EvaluationReport.of(evaluation, *names, clock.total)
+    return Result(replace(report, standard=standard, tasks=scores, notes=notes))
 
 
 def _samples(
@@ -196,9 +174,8 @@ def _samples(
     """Return the samples to evaluate on, and notes on them."""
     limit = network.input_limit
     if standard is None:
-        chosen, _ = read_samples(
-            data, folder, count=count, length=sample_length(network, length), seed=0, purpose="evaluation", limit=limit
-        )
+        length = sample_length(network, length)
+        chosen, _ = read_samples(data, folder, count=count, length=length, seed=0, purpose="evaluation", limit=limit)
         return chosen, []
     if network.kind == "encoder":
         raise OptionError(f"an encoder has no perplexity: leave out --standard {standard}, and give --data")
@@ -256,59 +233,24 @@ def compare(
     progress: Progress,
 ) -> Evaluation:
     """Evaluate `flows`, which have passed all blocks of `network`, against the flows `dense` of the network `other`."""
-    totals, hidden = PredictionTotals(), HiddenTotals()
+    totals = totals_of(network)
     progress.begin("compare", len(flows))
-    with network.surroundings() as model, torch.no_grad():
-        if other is None or dense is None:
-            for flow in flows:
-                totals.add(finish(network, model, flow), flow.ids, None)
-                progress.advance()
-        else:
-            with other.surroundings() as reference_model:
-                for flow, dense_flow in zip(flows, dense, strict=True):
-                    result, expected = finish(network, model, flow), finish(other, reference_model, dense_flow)
-                    if network.kind == "encoder":
-                        hidden.add(result, expected)
-                    else:
-                        totals.add(result, flow.ids, expected)
-                    progress.advance()
-    samples = sum(len(flow.ids) for flow in flows)
-    length = max(flow.ids.shape[1] for flow in flows)
-    return _evaluation(network, samples, length, totals, hidden, compared=other is not None)
-
-
-def _evaluation(
-    network: CheckpointNetwork,
-    samples: int,
-    length: int,
-    totals: PredictionTotals,
-    hidden: HiddenTotals,
-    compared: bool,
-) -> Evaluation:
-    checkpoint = network.checkpoint
+    with network.surroundings() as model, ExitStack() as stack, torch.no_grad():
+        reference_model = None if other is None else stack.enter_context(other.surroundings())
+        for number, flow in enumerate(flows):
+            result, expected = finish(network, model, flow), None
+            if other is not None and reference_model is not None and dense is not None:
+                expected = finish(other, reference_model, dense[number])
+            totals.add(result, flow.ids, expected)
+            progress.advance()
     parameters = sum(p.numel() for p in network.model.parameters())
-    encoder = network.kind == "encoder"
-    n = hidden.tokens if encoder else totals.tokens
-    loss = None if encoder else totals.loss / n
-    kl, kl_error = (None, None) if encoder or not compared else totals.mean_divergence()
-    reference_loss = totals.reference_loss / n if compared and not encoder else None
     return Evaluation(
         kind=network.kind,
-        samples=samples,
-        length=length,
-        tokens=n,
-        loss=loss,
-        perplexity=None if loss is None else math.exp(min(loss, 700.0)),
-        reference_loss=reference_loss,
-        loss_increase=None if loss is None or reference_loss is None else loss - reference_loss,
-        kl=kl,
-        kl_standard_error=kl_error,
-        top1_agreement=totals.agreement / n if compared and not encoder else None,
-        top5_agreement=totals.top5_agreement / n if compared and not encoder else None,
-        hidden_error=hidden.half_square / n if encoder else None,
-        hidden_relative_error=2 * hidden.half_square / hidden.reference_square if encoder else None,
-        hidden_cosine=hidden.cosine / n if encoder else None,
+        samples=sum(len(flow.ids) for flow in flows),
+        length=max(flow.ids.shape[1] for flow in flows),
+        tokens=totals.tokens,
         parameters=parameters,
-        bytes=checkpoint.file_bytes,
-        bits_per_weight=8 * checkpoint.stored_bytes / parameters,
+        bytes=network.checkpoint.file_bytes,
+        bits_per_weight=8 * network.checkpoint.stored_bytes / parameters,
+        **totals.quality(),
     )

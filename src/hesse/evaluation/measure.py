@@ -19,11 +19,10 @@ from hesse.evaluation.measurements import (
     Continuation,
     LayerMeasurement,
     LinePoint,
-    MeasuredMean,
     Measurements,
     TextMeasurement,
 )
-from hesse.evaluation.metrics import HiddenTotals, PredictionTotals
+from hesse.evaluation.metrics import Totals, totals_of
 from hesse.networks.network import Block, CheckpointNetwork, Layer, each_loaded
 from hesse.passes.stream import StreamBatch, advance, evaluation_batch, finish, start
 from hesse.progress import Progress
@@ -104,17 +103,17 @@ class LayerwiseComparison:
         for name, members in self._members.items():
             parts = [part for member in members if (part := predicted[member]) is not None]
             total = sum(parts) if parts else None
-            measurements.append(LayerMeasurement(name, members, total, self._totals[name].measured()))
+            measurements.append(LayerMeasurement(name, members, total, self._totals[name].mean_divergence()))
         return measurements
 
     def line(self, predicted: float) -> list[LinePoint]:
         """Return the costs of shares of the change of all layers; `predicted` is the cost of the whole change."""
-        return [LinePoint(share, share**2 * predicted, self._totals[share].measured()) for share in SHARES]
+        return [LinePoint(share, share**2 * predicted, self._totals[share].mean_divergence()) for share in SHARES]
 
     def texts(self) -> tuple[TextMeasurement, TextMeasurement | None]:
         """Return the effect of the whole change on the check samples, and on samples that calibration used."""
-        seen = self._totals["seen"].text(self._seen) if self._seen else None
-        return self._totals[1.0].text(self._dense["check"]), seen
+        seen = _text(self._totals["seen"], self._seen) if self._seen else None
+        return _text(self._totals[1.0], self._dense["check"]), seen
 
     def _block(self, index: int, block: Block, layers: list[Layer]) -> None:
         stored = self._compressed.read(f"{layer.name}.weight" for layer in layers)
@@ -132,13 +131,13 @@ class LayerwiseComparison:
         for flows in self._dense.values():
             advance(flows, block.module, index)
 
-    def _compare(self) -> "dict[str | float, Difference]":
+    def _compare(self) -> dict[str | float, Totals]:
         """Return the differences between each run's predictions and the dense ones on the same samples."""
         runs: dict[str, Runs] = {"few": self._alone, "check": self._line, "seen": {"seen": self._seen}}
-        differences: dict[str | float, Difference] = {}
+        differences: dict[str | float, Totals] = {}
         with self._network.surroundings() as model, torch.no_grad():
             for kind, several in runs.items():
-                differences.update({key: Difference(self._network.kind == "encoder") for key in several})
+                differences.update({key: totals_of(self._network) for key in several})
                 for number, dense in enumerate(self._dense[kind]):
                     expected = finish(self._network, model, dense)
                     for key, flows in several.items():
@@ -146,27 +145,11 @@ class LayerwiseComparison:
         return differences
 
 
-class Difference:
-    """Sums over tokens of the differences between two models' predictions."""
-
-    def __init__(self, encoder: bool) -> None:
-        self._encoder, self._totals, self._hidden = encoder, PredictionTotals(), HiddenTotals()
-
-    def add(self, result: Tensor, ids: Tensor, expected: Tensor) -> None:
-        if self._encoder:
-            self._hidden.add(result, expected)
-        else:
-            self._totals.add(result, ids, expected)
-
-    def measured(self) -> MeasuredMean:
-        return MeasuredMean(*(self._hidden if self._encoder else self._totals).mean_divergence())
-
-    def text(self, flows: list[StreamBatch]) -> TextMeasurement:
-        totals, samples = self._totals, sum(len(flow.ids) for flow in flows)
-        if self._encoder:
-            return TextMeasurement(samples, self._hidden.tokens, self.measured(), None, None, None)
-        losses = (totals.reference_loss / totals.tokens, totals.loss / totals.tokens)
-        return TextMeasurement(samples, totals.tokens, self.measured(), *losses, totals.agreement / totals.tokens)
+def _text(totals: Totals, flows: list[StreamBatch]) -> TextMeasurement:
+    """Return the effect on a text, of which `flows` are the samples."""
+    quality = totals.quality()
+    losses = quality.get("reference_loss"), quality.get("loss"), quality.get("top1_agreement")
+    return TextMeasurement(sum(len(flow.ids) for flow in flows), totals.tokens, totals.mean_divergence(), *losses)
 
 
 def branch(flows: list[StreamBatch]) -> list[StreamBatch]:

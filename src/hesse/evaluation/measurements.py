@@ -27,8 +27,8 @@ class _PredictedMeasurement:
 
     @property
     def ratio(self) -> float | None:
-        """Return measured over predicted; None without a prediction."""
-        return ratio(self.measured.value, self.predicted)
+        """Return measured over predicted; None without a prediction, or with a prediction of 0."""
+        return self.measured.value / self.predicted if self.predicted else None
 
     @property
     def outside(self) -> bool:
@@ -108,11 +108,6 @@ class Measurements:
                 break
             largest = point.share
         return largest
-
-
-def ratio(measured: float, predicted: float | None) -> float | None:
-    """Return measured over predicted; None without a prediction, or with a prediction of 0."""
-    return measured / predicted if predicted else None
 
 
 def outside_band(band: Band, measured: MeasuredMean, predicted: float | None) -> bool:

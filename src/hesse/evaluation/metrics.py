@@ -1,39 +1,73 @@
 """Metrics: the loss of a model's predictions, and their divergence from another model's."""
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hesse.evaluation.measurements import MeasuredMean
+from hesse.networks.network import Network
+
 TOKENS_PER_STEP = 128  # tokens per step: their log-probabilities stay in the caches, and the whole matrix is never held
 
 
 @dataclass
-class PredictionTotals:
-    """Sums over tokens of losses, divergences and agreements."""
+class Totals(ABC):
+    """Sums over tokens of the divergences between two models' outputs."""
 
     tokens: int = 0
-    loss: float = 0.0
-    reference_loss: float = 0.0
     divergence: float = 0.0
     divergence_square: float = 0.0
+
+    @abstractmethod
+    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        """Add the `output` of a model for the token ids `ids` (samples, tokens), and that of the reference."""
+
+    @abstractmethod
+    def quality(self) -> dict[str, float]:
+        """Return the fields of an `Evaluation` that follow from the sums."""
+
+    def mean_divergence(self) -> MeasuredMean:
+        """Return the mean divergence: in nats per token, or of half the squared error of hidden states."""
+        mean = self.divergence / self.tokens
+        variance = max(self.divergence_square / self.tokens - mean**2, 0.0)
+        return MeasuredMean(mean, (variance / self.tokens) ** 0.5)
+
+    def _add_divergences(self, divergences: Tensor) -> None:
+        self.divergence += divergences.sum().item()
+        self.divergence_square += divergences.square().sum().item()
+
+
+@dataclass
+class PredictionTotals(Totals):
+    """Sums of losses, divergences and agreements of predictions, which are logits (samples, tokens, vocabulary)."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
     agreement: int = 0
     top5_agreement: float = 0.0
+    compared: bool = False  # with a reference
 
-    def add(self, logits: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        """Add the predictions `logits` (samples, tokens, vocabulary) of each next token of `ids` (samples, tokens)."""
+    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
         labels = torch.split(ids[:, 1:].flatten(), TOKENS_PER_STEP)
-        predicted = torch.split(logits[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
-        if reference is None:
-            dense: tuple[Tensor | None, ...] = (None,) * len(labels)
-        else:
+        predicted = torch.split(output[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
+        dense: tuple[Tensor | None, ...] = (None,) * len(labels)
+        if reference is not None:
             dense = torch.split(reference[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
         for rows in zip(predicted, labels, dense, strict=True):
             self._add(*rows)
 
-    def mean_divergence(self) -> tuple[float, float]:
-        """Return the mean divergence in nats per token, and its standard error over tokens."""
-        return _mean(self.divergence, self.divergence_square, self.tokens)
+    def quality(self) -> dict[str, float]:
+        loss = self.loss / self.tokens
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.compared:
+            reference, mean = self.reference_loss / self.tokens, self.mean_divergence()
+            found |= {"reference_loss": reference, "loss_increase": loss - reference, "kl": mean.value}
+            found |= {"kl_standard_error": mean.standard_error, "top1_agreement": self.agreement / self.tokens}
+            found |= {"top5_agreement": self.top5_agreement / self.tokens}
+        return found
 
     def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
         logs = logits.float().log_softmax(-1)
@@ -41,38 +75,35 @@ class PredictionTotals:
         self.loss += nn.functional.nll_loss(logs, labels, reduction="sum").item()
         if reference is None:
             return
+        self.compared = True
         dense = reference.float().log_softmax(-1)
         self.reference_loss += nn.functional.nll_loss(dense, labels, reduction="sum").item()
         self.agreement += int((dense.argmax(-1) == logs.argmax(-1)).sum())
         self.top5_agreement += common_share(logs, dense, 5).sum().item()
-        divergence = (dense.exp() * (dense - logs)).sum(-1).double()
-        self.divergence += divergence.sum().item()
-        self.divergence_square += divergence.square().sum().item()
+        self._add_divergences((dense.exp() * (dense - logs)).sum(-1).double())
 
 
 @dataclass
-class HiddenTotals:
-    """Sums over tokens of the differences between two encoders' last hidden states."""
+class HiddenTotals(Totals):
+    """Sums of the differences between two encoders' last hidden states (samples, tokens, width)."""
 
-    tokens: int = 0
-    half_square: float = 0.0
-    half_square_square: float = 0.0
     reference_square: float = 0.0
     cosine: float = 0.0
 
-    def add(self, hidden: Tensor, reference: Tensor) -> None:
-        """Add `hidden` and `reference` (samples, tokens, width)."""
-        h, r = (t.double().flatten(0, 1) for t in (hidden, reference))
+    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+        assert reference is not None, "an encoder is only compared"
+        h, r = (t.double().flatten(0, 1) for t in (output, reference))
         self.tokens += len(h)
-        errors = 0.5 * (h - r).square().sum(-1)
-        self.half_square += errors.sum().item()
-        self.half_square_square += errors.square().sum().item()
+        self._add_divergences(0.5 * (h - r).square().sum(-1))
         self.reference_square += r.square().sum().item()
         self.cosine += torch.nn.functional.cosine_similarity(h, r).sum().item()
 
-    def mean_divergence(self) -> tuple[float, float]:
-        """Return the mean of half the squared error, and its standard error over tokens."""
-        return _mean(self.half_square, self.half_square_square, self.tokens)
+    def quality(self) -> dict[str, float]:
+        return {
+            "hidden_error": self.divergence / self.tokens,
+            "hidden_relative_error": 2 * self.divergence / self.reference_square,
+            "hidden_cosine": self.cosine / self.tokens,
+        }
 
 
 def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
@@ -85,7 +116,6 @@ def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
     return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean(-1)
 
 
-def _mean(total: float, squares: float, count: int) -> tuple[float, float]:
-    """Return the mean of `count` numbers with the given sum and sum of squares, and its standard error."""
-    mean = total / count
-    return mean, (max(squares / count - mean**2, 0.0) / count) ** 0.5
+def totals_of(network: Network) -> Totals:
+    """Return empty totals for the outputs of a network of this kind."""
+    return HiddenTotals() if network.kind == "encoder" else PredictionTotals()

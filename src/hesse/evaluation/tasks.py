@@ -73,7 +73,7 @@ class Harness:
     def run(
         self, folder: Path, reference: Path | None, device: torch.device, batch_size: int | None
     ) -> list[TaskScore]:
-        """Return the scores of the model in `folder`, beside those of `reference`; one of the two is in memory.
+        """Return the scores of the model in `folder`, and those of `reference`; one of the two is in memory.
 
         Raises:
             OptionError: the harness cannot load a model, or fails on it.

@@ -152,7 +152,8 @@ class _Inspector:
         with self.clock.phase("estimate"):
             gradient = objective.gradient()
             self.progress.advance()
-            reached = [name for name in objective.names if bool(_part(objective, gradient, name).any())]
+            parts = zip(objective.names, objective.split(gradient), strict=True)
+            reached = [name for name, own in parts if bool(own.any())]
             part = Objective.of(self.model, objective.loss, objective.data, reached, objective.forward)
             kinds: tuple[Name, ...] = ("gram", "kronecker", "fisher") if self.statistics is None else ("fisher",)
             estimates = estimate_curvatures(part, kinds, seed=self.seed)
@@ -189,7 +190,8 @@ class _Inspector:
             totals = PredictionTotals()
             for ids, expected in zip(self.batches, dense, strict=True):
                 totals.add(self._predict(ids), ids, expected)
-            return totals.mean_divergence()
+            mean = totals.mean_divergence()
+            return mean.value, mean.standard_error
 
         inspected = []
         reached = [layer for name, layer in self.layers.items() if self.parameters[name] in estimates.fisher]
@@ -246,8 +248,3 @@ def _counts(spectrum: Spectrum) -> list[float]:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
-
-
-def _part(objective: Objective, vector: Tensor, name: str) -> Tensor:
-    """Return the entries of a flat vector that belong to a parameter."""
-    return objective.split(vector)[objective.names.index(name)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
@@ -14,12 +15,12 @@ from hesse.jobs.job import Job
 from hesse.jobs.memory import MemoryBound
 from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup
-from hesse.jobs.verify import Verification, verify
+from hesse.jobs.verify import verify
 from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
-from hesse.planning.budget import BudgetPlan
 from hesse.progress import peak_memory
+from hesse.result import LossChange
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -27,8 +28,9 @@ RECIPE_FILE = "recipe.yaml"
 class Compression:
     """State of one run of `job`: its plan, and its finished work."""
 
-    def __init__(self, job: Job, setup: Setup, budget: BudgetPlan | None, memory: MemoryBound) -> None:
-        self.job, self.setup, self.budget, self.memory = job, setup, budget, memory
+    def __init__(self, job: Job, setup: Setup, plan: dict[str, Any] | None, memory: MemoryBound) -> None:
+        self.job, self.setup, self.memory = job, setup, memory
+        self.plan = {"front": None, "notes": []} if plan is None else plan
         self.result = BlockResult()
         self.known: KnownStatistics = {}  # the backward statistics
 
@@ -44,12 +46,12 @@ class Compression:
                 job.assemble(setup.format.config(), files)
             self._verify(dense)
         job.processes.barrier()
-        verification = Verification(**job.work.journal.expect("verified"))
+        loss = LossChange(**job.work.journal.expect("verified"))
         measurements = None
         if with_measurements and job.processes.is_main:
             with job.clock.phase("measure"):
                 measurements = self._measure()
-        return self._report(verification, measurements)
+        return self._report(loss, measurements)
 
     def _dense_pass(self) -> list[StreamBatch]:
         """Collect the backward statistics, and return the check samples after the unchanged model's last block."""
@@ -122,9 +124,8 @@ class Compression:
             for layer in self.result.layers
         }
         with job.clock.phase("verify"):
-            verification = verify(
-                job.folder,
-                setup.checkpoint,
+            loss = verify(
+                open_checkpoint(job.folder),
                 setup.original,
                 dense,
                 self.result.digests,
@@ -132,7 +133,7 @@ class Compression:
                 setup.held_out,
                 job.progress,
             )
-        job.work.journal.record("verified", asdict(verification))
+        job.work.journal.record("verified", asdict(loss))
 
     def _measure(self) -> Measurements:
         """Measure each layer alone, points along the change, and continuations."""
@@ -141,21 +142,21 @@ class Compression:
         result, folder = open_checkpoint(job.folder), job.journal.folder
         return measure(setup.dense, result, setup.check, setup.seen, costs, folder, job.progress)
 
-    def _report(self, verification: Verification, measurements: Measurements | None) -> CompressionReport:
+    def _report(self, loss: LossChange, measurements: Measurements | None) -> CompressionReport:
         setup, job, layers = self.setup, self.job, self.result.layers
         after, before = open_checkpoint(job.folder), setup.original.checkpoint
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
-        budget_notes = [] if self.budget is None else self.budget.notes
-        job.notes = [*budget_notes, *setup.notes, *self.result.notes]
+        copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
+        job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes]
         return CompressionReport(
-            **job.head(before.file_bytes, after.file_bytes, verification.loss_change()),
+            **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,
             format=setup.format.name,
             peak_rss_bytes=peak_memory(),
             bits_per_weight=bits / weights,
             bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in setup.dense.model.parameters()),
-            tensors_equal=verification.tensors_equal,
+            tensors_equal=len(copied) + len(self.result.digests),
             calibration={
                 "source": setup.samples.source,
                 "statistics": None if setup.statistics is None else str(setup.statistics.folder),
@@ -167,6 +168,6 @@ class Compression:
             },
             layers=layers,
             recipe=setup.recipe.model_dump(mode="json", exclude_none=True),
-            front=None if self.budget is None else self.budget.front,
+            front=self.plan["front"],
             measurements=measurements,
         )

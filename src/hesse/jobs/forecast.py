@@ -101,11 +101,6 @@ def _of_shape(shape: torch.Size, solving: Mapping[torch.Size, float]) -> float:
     return solving[nearest] * own / costs[nearest]
 
 
-def tokens_at_once(job: Job, samples: Samples) -> int:
-    """Return the tokens of a batch that calibrates."""
-    return (job.calibration.batch_size or calibration_batch(samples.longest)) * samples.longest
-
-
 def tokens_of(samples: Samples) -> int:
     """Return the number of tokens of all samples."""
     return sum(len(ids) for ids in samples.ids)

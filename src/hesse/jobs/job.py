@@ -1,25 +1,22 @@
 """Job: a command from a model folder to a new folder; the shared part of all commands that write one."""
 
 import json
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
-from hesse.checkpoints.tensor_store import memory_of
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
-from hesse.checkpoints.writer import WrittenPart, assemble, write_part, write_text
+from hesse.checkpoints.writer import WrittenPart, assemble, read_back, write_part, write_text
 from hesse.data import Samples
 from hesse.data.selection import Calibration
-from hesse.errors import OptionError, VerificationError
+from hesse.errors import OptionError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
 from hesse.jobs.options import RunOptions
@@ -65,7 +62,6 @@ class Job:
         self.progress = run.progress if self.processes.is_main else Silence()
         self.notes: list[str] = []
         self.parts: list[WrittenPart] = []
-        self._digests: dict[str, int] = {}  # CRC-32 of each tensor whose bytes this rank knows
         self._earlier: dict[str, float] = {}  # seconds by phase of processes that were killed
         self._stack = ExitStack()
         if self.processes.is_main:
@@ -122,7 +118,7 @@ class Job:
     @property
     def names(self) -> set[str]:
         """Return the names of the tensors that are written."""
-        return {name for part in self.parts for name in part.names}
+        return {name for part in self.parts for name in part.checksums}
 
     def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the JSON value of `compute`, recorded as `step`, so that a resumed run recalls it."""
@@ -142,26 +138,18 @@ class Job:
         return BlockSteps(self, name, network, flows)
 
     def write(self, tensors: dict[str, Tensor], number: int | None = None) -> WrittenPart:
-        """Write tensors of the result, as part `number`; one of several ranks writes."""
-        number = len(self.parts) if number is None else number
-        path = self.part_path(number)
-        if self.processes.writer(number) == self.processes.rank:
-            part = write_part(path, tensors)
-        else:
-            part = WrittenPart(path, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
-        self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
-        self.parts.append(part)
-        return part
+        """Write tensors of the result: as part `number`, which one of the ranks writes, or alone as the next part."""
+        own = number is None or self.processes.writer(number) == self.processes.rank
+        path = self.journal.folder / f"part-{len(self.parts)}.safetensors" if number is None else self.part_path(number)
+        self.parts.append(write_part(path, tensors) if own else WrittenPart.of(path, tensors))
+        return self.parts[-1]
 
     def write_rest(self, names: Iterable[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write the tensors of `names` that no part has yet, each read by `read`."""
+        """Write the tensors of `names` that no part has yet, each read by `read`, as parts of this rank."""
         done = self.names
         for name in names:
             if name not in done:
-                path = self.journal.folder / f"part-{len(self.parts)}.safetensors"
-                tensors = read([name])
-                self._digests |= {name: _digest(tensor) for name, tensor in tensors.items()}
-                self.parts.append(write_part(path, tensors))
+                self.write(read([name]))
 
     def part_path(self, number: int) -> Path:
         """Return the file of part `number`, in the folder of the rank that writes it."""
@@ -177,22 +165,11 @@ class Job:
             VerificationError: a tensor reads back different from what was written.
         """
         assemble(self.parts, self.folder)
-        self._compare()
+        read_back(self.parts, self.folder)
         notes = copy_companions(self.sources[-1], self.folder)
         for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **(files or {})}.items():
             write_text(self.folder / name, text)
         return notes
-
-    def _compare(self) -> None:
-        """Compare every tensor that this rank knows with its file in the result."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    if name in self._digests and _digest(file.get_tensor(name)) != self._digests[name]:
-                        raise VerificationError(
-                            f"{name} reads back different from what was written: nothing was put in place; check the "
-                            "disk, and report it if it happens again"
-                        )
 
     def compare(self, result: CheckpointNetwork, dense: CheckpointNetwork, check: Samples) -> Evaluation:
         """Evaluate the result against the dense model on the samples `check`, with one block of each in memory."""
@@ -261,9 +238,7 @@ class BlockSteps:
             count -= 1
         for number, note in enumerate(notes[:count]):
             if note["part"] is not None:
-                names, size = note["part"]
-                job.parts.append(WrittenPart(job.part_path(number), names, size))
-                job._digests |= note["digests"]
+                job.parts.append(WrittenPart(job.part_path(number), *note["part"]))
             job.resume_clock(note["seconds"])
         return [note["content"] for note in notes[:count]]
 
@@ -286,8 +261,7 @@ class BlockSteps:
             own = part is not None and job.processes.writer(index) == job.processes.rank
             record = {
                 "content": content,
-                "part": None if part is None else [part.names, part.bytes],
-                "digests": {name: job._digests[name] for name in tensors or {}},
+                "part": None if part is None else [part.checksums, part.bytes],
                 "seconds": job.phases(),
             }
             paths = [part.path, *files] if own and part is not None else files
@@ -296,8 +270,3 @@ class BlockSteps:
 
     def _hidden(self, number: int) -> str:
         return f"{self._name}-hidden-{number}"
-
-
-def _digest(tensor: Tensor) -> int:
-    values = tensor.detach().cpu().contiguous()
-    return zlib.crc32(memory_of(values)) if values.nbytes else 0

@@ -11,18 +11,18 @@ from hesse.data.selection import PROBE_TOKENS
 from hesse.errors import OptionError
 from hesse.estimation.statistics import STATISTICS, BackwardStatistic, BlockStatistic
 from hesse.estimation.statistics.attention_factor import layers_of_attention
+from hesse.evaluation.evaluate import LOGITS_HELD
 from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.layerwise.workspace import collecting_bytes, layer_bytes
 from hesse.networks.families import expert_number, is_expert
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.passes.backward import ACTIVATIONS_HELD
 from hesse.passes.stream import calibration_batch, evaluation_batch
 
 COMPARING = "compare the result with the dense model"
 LATER = 200 << 20  # bytes that libraries take on first use: compiled loops, thread pools, their buffers
-OF_LOGITS = 6  # as many while two models are compared
-OF_ACTIVATIONS = 4  # while gradients are taken: what autograd keeps, and the gradients
 USED_OF_FREE = 0.8
 SHARE_FREE = 0.05  # share of freed memory that the allocator keeps
 
@@ -97,7 +97,7 @@ def _bound(setup: Setup, batch_size: int, paused: bool) -> MemoryBound:
         solving = max((_solving(setup, layer, tokens) for layer in block.layers), default=0)
         sides = _attention_factors(setup, block)
         if sides:
-            passed = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
+            passed = ACTIVATIONS_HELD * activations(network, block, tokens, network.dtype.itemsize)
             phases[f"take gradients through the attention of {block.name}"] = (
                 network.dtype.itemsize * parameters(block) + passed + 2 * sides
             )
@@ -128,7 +128,7 @@ def comparison_phases(dense: CheckpointNetwork, length: int, tokens: int | None 
     """
     outside, evaluated = _outside(dense), evaluated_tokens(dense, length)
     logits = 4 * evaluated * vocabulary(dense.model) if dense.kind == "causal-lm" else 0
-    phases = {COMPARING: 2 * 4 * outside + _stored(dense) * outside + OF_LOGITS * logits}
+    phases = {COMPARING: 2 * 4 * outside + _stored(dense) * outside + LOGITS_HELD * logits}
     for block in dense.blocks:
         passed = activations(dense, block, evaluated if tokens is None else tokens, 4)
         phases[f"run {block.name} in float32"] = _loaded(dense, parameters(block)) + passed
@@ -140,7 +140,7 @@ def gradient_phases(network: CheckpointNetwork, tokens: int, kept: Callable[[Blo
     phases = {}
     for block in network.blocks:
         widest = max((layer.weight.shape[0] for layer in block.layers), default=0)
-        gradients = OF_ACTIVATIONS * activations(network, block, tokens, network.dtype.itemsize)
+        gradients = ACTIVATIONS_HELD * activations(network, block, tokens, network.dtype.itemsize)
         held = _loaded(network, parameters(block)) + kept(block) + gradients + 4 * tokens * widest + 4 * widest**2
         phases[f"take gradients through {block.name}"] = held
     return phases

@@ -95,8 +95,6 @@ def prune(
             "length": length,
             "batch_size": batch_size,
             "overwrite": overwrite or None,
-        }
-        of_disk |= {
             "restart": restart or None,
             "dry_run": dry_run or None,
             "device": None if device == "auto" else device,

@@ -1,28 +1,27 @@
 """Hidden units of feed-forward layers pruned on disk, with the layers that read them refitted."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.locate import locate
-from hesse.checkpoints.tensor_store import TensorStore
 from hesse.curvature import Gram
-from hesse.data.selection import Calibration, Selection, select_samples
+from hesse.data.selection import Calibration
 from hesse.errors import DataError, OptionError
-from hesse.estimation.calibrated import Layers, calibrated_blocks
-from hesse.formats import open_checkpoint
+from hesse.estimation.calibrated import Layers
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import calibration_phases, comparison_phases
 from hesse.jobs.options import RunOptions
+from hesse.jobs.recorded_blocks import BlockRecord
+from hesse.jobs.task import Task, run_task
 from hesse.methods.strategies import STRATEGIES
 from hesse.networks.feed_forward import FeedForward, feed_forwards, width_settings
-from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.networks.network import Block, Layer
 from hesse.options import setting
-from hesse.passes.stream import calibration_batch, start
 from hesse.result import ForecastReport, Report, Result
 from hesse.solvers.linear.nystroem import kept_units, nystroem_weight
 
@@ -68,28 +67,18 @@ def prune_hidden(
     model: str | Path, out: Path, strategy: UnitsByLeverage, calibration: Calibration, run: RunOptions
 ) -> Result[HiddenReport | ForecastReport]:
     """Make a model's feed-forward layers narrower; see `hesse.prune`."""
-    source = locate(model)
-    with Job("prune", str(model), [source], out, calibration, run) as job:
-        job.check_alone()
-        with job.clock.phase("read"):
-            _, network, _ = open_networks(source, run.device)
-            narrowing = _Narrowing(job, network, strategy.keep, select_samples(source, calibration, network))
-        needed = 2 * network.checkpoint.file_bytes
-        needed += 3 * hidden_bytes(network, tokens_of(narrowing.selected.samples))
-        if run.dry_run:
-            return Result(narrowing.forecast(needed))
-        job.begin([network.checkpoint], {"options": repr(strategy)}, needed)
-        narrowing.narrow_blocks()
-        report = narrowing.report()
-        job.finish(report)
-    return Result(report)
+    options = {"options": repr(strategy)}
+    return run_task("prune", [model], out, calibration, run, options, lambda job: _Narrowing(job, strategy.keep))
 
 
-class _Narrowing:
-    """One run: each block narrowed where the samples arrive at it, then written and measured."""
+class _Narrowing(Task[HiddenReport]):
+    """Each block narrowed where the samples arrive at it, then written and measured."""
 
-    def __init__(self, job: Job, network: CheckpointNetwork, keep: float, selected: Selection) -> None:
-        self.job, self.network, self.selected = job, network, selected
+    def __init__(self, job: Job, keep: float) -> None:
+        _, network, _ = open_networks(job.sources[0], job.run.device)
+        super().__init__(job, network)
+        self.needed_bytes = 2 * network.checkpoint.file_bytes
+        self.needed_bytes += 3 * hidden_bytes(network, tokens_of(self.selected.samples))
         self.parts = [feed_forwards(block) for block in network.blocks]
         every = [part for parts in self.parts for part in parts]
         self.widths = {part.width: max(round(keep * part.width / MULTIPLE), 1) * MULTIPLE for part in every}
@@ -99,19 +88,15 @@ class _Narrowing:
                     f"--keep {keep} of {before} hidden units leaves {after}, a multiple of {MULTIPLE}: give less"
                 )
         self.settings = width_settings(network, every, self.widths)
-        self.layers: list[NarrowedLayer] = []
-        self.notes: list[str] = []
 
-    def forecast(self, needed: int) -> ForecastReport:
-        """Return the forecast of the run."""
+    def work(self) -> Work:
         network, samples = self.network, self.selected.samples
         parts = [part for parts in self.parts for part in parts]
         workspace = {part.reader.name: self._refit_bytes(part.reader) for part in parts}
-        size, tokens, batch = network.checkpoint.file_bytes, tokens_of(samples), tokens_at_once(self.job, samples)
-        self.job.notes = [*self.selected.notes]
-        work = Work(
+        size, tokens, batch = network.checkpoint.file_bytes, tokens_of(samples), self.batch_size * samples.longest
+        return Work(
             after=size - sum(map(self._removed_bytes, parts)),
-            disk=needed,
+            disk=self.needed_bytes,
             phases={
                 **comparison_phases(network, samples.longest),
                 **calibration_phases("narrow", network, tokens, batch, workspace),
@@ -122,7 +107,6 @@ class _Narrowing:
             layers={part.reader.name: part.reader.weight.shape for part in parts},
             solve=lambda layer, known: self._refit(layer, known.gram),
         )
-        return forecast(self.job, network, samples, work)
 
     def _refit_bytes(self, reader: Layer) -> int:
         """Return the bytes of workspace that refitting a layer takes: eigenvectors, and copies of the weight."""
@@ -138,33 +122,27 @@ class _Narrowing:
             numbers += rows * (layer.weight.shape[1] + (f"{layer.name}.bias" in checkpoint.shard_of))
         return numbers * checkpoint.dtype(f"{part.reader.name}.weight").itemsize
 
-    def narrow_blocks(self) -> None:
-        """Narrow, write and note one block after another."""
-        network, job, samples = self.network, self.job, self.selected.samples
-        job.progress.begin("narrow", len(network.blocks))
-        size = job.calibration.batch_size or calibration_batch(samples.longest)
-        with job.clock.phase("calibrate"):
-            store = TensorStore(job.journal.folder, "narrow", lasting=True)
-            batches = start(network, samples.batches(size), store)
-        steps = job.steps("block", network, batches)
-        for content in steps.done:
-            self._add([NarrowedLayer(**layer) for layer in content["layers"]], content["notes"])
+    def run(self) -> HiddenReport:
+        network, checkpoint, job = self.network, self.network.checkpoint, self.job
         needs = {part.reader.name: ("inputs",) for parts in self.parts for part in parts}
-        blocks = calibrated_blocks(network, batches, needs, first=len(steps.done), clock=job.clock)
-        for index, (block, layers) in enumerate(blocks, len(steps.done)):
-            narrowed, notes, tensors = self._narrow_block(block, self.parts[index], layers)
-            steps.note(index, {"layers": [asdict(layer) for layer in narrowed], "notes": notes}, tensors)
-            self._add(narrowed, notes)
+        records = self.solve_blocks("narrow", needs, self._narrow_block)
+        job.notes += [note for record in records for note in record["notes"]]
+        job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
+        job.notes += job.assemble({**checkpoint.config, **self.settings})
+        evaluation = self.measure()
+        return HiddenReport(
+            **self.head(evaluation, "narrow"),
+            method="modegpt-mlp",
+            parameters_before=sum(p.numel() for p in network.model.parameters()),
+            parameters_after=evaluation.parameters,
+            layers=[NarrowedLayer(**layer) for record in records for layer in record["layers"]],
+            width_before=max(sum(part.width for part in parts) for parts in self.parts),
+            width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
+        )
 
-    def _add(self, narrowed: list[NarrowedLayer], notes: list[str]) -> None:
-        self.layers += narrowed
-        self.notes += notes
-        self.job.progress.advance()
-
-    def _narrow_block(
-        self, block: Block, parts: list[FeedForward], layers: Layers
-    ) -> tuple[list[NarrowedLayer], list[str], dict[str, Tensor]]:
-        """Refit the layers of a block that read hidden units; return what became of them, and the block's tensors."""
+    def _narrow_block(self, block: Block, layers: Layers, done: Sequence[object]) -> BlockRecord:
+        """Refit the layers of a block that read hidden units; return its record, with its tensors."""
+        parts = self.parts[len(done)]
         readers = {part.reader for part in parts}
         narrowed, notes = list[NarrowedLayer](), list[str]()
         kept: dict[Layer, tuple[Tensor, Tensor]] = {}
@@ -179,7 +157,8 @@ class _Narrowing:
             narrowed.append(NarrowedLayer(layer.name, error))
             if error is None:
                 notes.append(f"{layer.name}: no sample reached it; its units are chosen by their weights")
-        return narrowed, notes, self._tensors(block, parts, kept)
+        content = {"layers": [asdict(layer) for layer in narrowed], "notes": notes}
+        return BlockRecord(content, self._tensors(block, parts, kept))
 
     def _refit(self, layer: Layer, gram: Gram) -> tuple[Tensor, Tensor, float | None]:
         """Return the units that stay and the layer's weight on these, which it has from now on, and the error."""
@@ -212,24 +191,6 @@ class _Narrowing:
             weight = f"{part.reader.name}.weight"
             tensors[weight] = (fitted.T if part.reader.transposed else fitted).to(tensors[weight].dtype)
         return tensors
-
-    def report(self) -> HiddenReport:
-        """Write the other tensors, read the result back, and measure it."""
-        network, checkpoint, job = self.network, self.network.checkpoint, self.job
-        job.write_rest(checkpoint.stored_names(), checkpoint.read_stored)
-        job.notes = [*self.selected.notes, *self.notes, *job.assemble({**checkpoint.config, **self.settings})]
-        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, network.device)
-        evaluation = job.compare(result, network, self.selected.check)
-        loss = evaluation.loss_change("narrow", self.selected.held_out)
-        return HiddenReport(
-            **job.head(checkpoint.file_bytes, evaluation.bytes, loss),
-            method="modegpt-mlp",
-            parameters_before=sum(p.numel() for p in network.model.parameters()),
-            parameters_after=evaluation.parameters,
-            layers=self.layers,
-            width_before=max(sum(part.width for part in parts) for parts in self.parts),
-            width_after=max(sum(self.widths[part.width] for part in parts) for parts in self.parts),
-        )
 
 
 STRATEGIES.register("units_by_leverage", UnitsByLeverage)

@@ -1,21 +1,18 @@
 """`hesse rotate`: rotate a model to remove outliers without changing its function."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from hesse.checkpoints.locate import locate
-from hesse.data.selection import Calibration, Data, Selection, select_samples
+from hesse.data.selection import Calibration, Data
 from hesse.errors import OptionError, VerificationError
-from hesse.formats import open_checkpoint
 from hesse.formats.opening import open_networks
-from hesse.jobs.forecast import Work, forecast, hidden_bytes, tokens_at_once, tokens_of
+from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import comparison_phases, evaluated_tokens, parameters
 from hesse.jobs.options import check_model, run_options
-from hesse.networks.network import CheckpointNetwork
-from hesse.passes.stream import calibration_batch
+from hesse.jobs.recorded_blocks import BlockRecord, record_blocks
+from hesse.jobs.task import Task, run_task
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Report, Result
 from hesse.rewriting import ROTATIONS, Rewriting, RewritingSamples
@@ -75,68 +72,69 @@ def rotate(
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")
     calibration = Calibration(data, samples, length, seed, batch_size)
     run = run_options(device, None, overwrite, restart, dry_run, progress)
-    source = locate(model)
-    with Job("rotate", str(model), [source], Path(out), calibration, run) as job:
-        job.check_alone()
-        _, network, _ = open_networks(source, run.device)
-        rewriting = Rewriting(kind, network)
-        selected = select_samples(source, calibration, network)
-        checkpoint = rewriting.checkpoint
-        job.notes += selected.notes
-        if len(checkpoint.names()) > len(network.checkpoint.names()):
+    return run_task("rotate", [model], Path(out), calibration, run, {"kind": kind}, lambda job: _Rotation(job, kind))
+
+
+class _Rotation(Task[RotationReport]):
+    """The rewriting found, the rotated blocks written one after another, and the result measured."""
+
+    def __init__(self, job: Job, kind: str) -> None:
+        _, network, _ = open_networks(job.sources[0], job.run.device)
+        self.rewriting = Rewriting(kind, network)
+        super().__init__(job, network)
+        self.checkpoint = self.rewriting.checkpoint
+        if len(self.checkpoint.names()) > len(network.checkpoint.names()):
             job.notes.append("the head was the embeddings; it takes in the last norm's scales, so it has a tensor now")
-        needed = 3 * checkpoint.stored_bytes + (1 << 20)
-        needed += hidden_bytes(network, tokens_of(selected.samples)) if rewriting.learns else 0
-        if dry_run:
-            return Result(_forecast(job, rewriting, selected, needed))
-        job.begin([network.checkpoint], {"kind": kind}, needed)
-        _find(job, rewriting, selected.samples.batches(batch_size or calibration_batch(selected.samples.longest)))
-        steps = job.steps("rotate", network, [])
-        for index in range(len(steps.done), len(network.blocks)):
-            steps.note(index, {}, checkpoint.read_stored(network.stored_in(network.blocks[index])))
+        self.needed_bytes = 3 * self.checkpoint.stored_bytes + (1 << 20)
+        if self.rewriting.learns:
+            self.needed_bytes += hidden_bytes(network, tokens_of(self.selected.samples))
+
+    def work(self) -> Work:
+        network, rewriting, samples = self.network, self.rewriting, self.selected.samples
+        batch = self.batch_size * samples.longest if rewriting.learns else 0
+        phases = comparison_phases(network, samples.longest, max(evaluated_tokens(network, samples.longest), batch))
+        for block in network.blocks:
+            phases[f"run {block.name} in float32"] += rewriting.working_bytes
+            phases[f"write {block.name}"] = 2 * 4 * parameters(block) + rewriting.working_bytes
+        learned = tokens_of(samples) if rewriting.learns else 0
+        return Work(
+            after=rewriting.checkpoint.stored_bytes,
+            disk=self.needed_bytes,
+            phases=phases,
+            forward=2 * tokens_of(self.selected.check) + learned,
+            bytes=(4 + rewriting.learns) * network.checkpoint.file_bytes,
+            notes=["the time to find and apply rotations is not part of the estimate"],
+        )
+
+    def run(self) -> RotationReport:
+        job, network, checkpoint = self.job, self.network, self.checkpoint
+        self._find()
+
+        def rotated(done: Sequence[object]) -> Iterator[BlockRecord]:
+            for block in network.blocks[len(done) :]:
+                yield BlockRecord({}, checkpoint.read_stored(network.stored_in(block)))
+
+        job.progress.begin("rotate", len(network.blocks))
+        record_blocks(job, network, [], rotated)
         job.write_rest(checkpoint.names(), checkpoint.read_stored)
         job.notes += job.assemble(checkpoint.config)
-        result = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, run.device)
-        evaluation = job.compare(result, network, selected.check)
+        evaluation = self.measure()
         if not evaluation.difference <= MOST_DIVERGENCE:
             raise VerificationError(
-                f"the rotated model differs from {model} by {evaluation.difference:.4g} nats per token: its weights "
+                f"the rotated model differs from {job.name} by {evaluation.difference:.4g} nats per token: its weights "
                 "lose too much in their type; nothing was put in place"
             )
-        loss = evaluation.loss_change("rotated", selected.held_out)
-        sizes = network.checkpoint.file_bytes, result.checkpoint.file_bytes
-        report = RotationReport(kind=kind, tokens=evaluation.tokens, **job.head(*sizes, loss))
-        job.finish(report)
-    return Result(report)
+        head = self.head(evaluation, "rotated")
+        return RotationReport(kind=self.rewriting.kind, tokens=evaluation.tokens, **head)
 
-
-def _forecast(job: Job, rewriting: Rewriting, selected: Selection, needed: int) -> ForecastReport:
-    """Return what the run would take."""
-    network, samples, size = rewriting.network, selected.samples, rewriting.network.checkpoint.file_bytes
-    batch = tokens_at_once(job, samples) if rewriting.learns else 0
-    phases = comparison_phases(network, samples.longest, max(evaluated_tokens(network, samples.longest), batch))
-    for block in network.blocks:
-        phases[f"run {block.name} in float32"] += rewriting.working_bytes
-        phases[f"write {block.name}"] = 2 * 4 * parameters(block) + rewriting.working_bytes
-    learned = tokens_of(samples) if rewriting.learns else 0
-    work = Work(
-        after=rewriting.checkpoint.stored_bytes,
-        disk=needed,
-        phases=phases,
-        forward=2 * tokens_of(selected.check) + learned,
-        bytes=(4 + rewriting.learns) * size,
-        notes=["the time to find and apply rotations is not part of the estimate"],
-    )
-    return forecast(job, network, samples, work)
-
-
-def _find(job: Job, rewriting: Rewriting, batches: list[torch.Tensor]) -> None:
-    """Find the rotations, or recall those that an interrupted run found."""
-    path = job.journal.folder / "rewriting.safetensors"
-    job.progress.begin("rotate", len(rewriting.network.blocks))
-    if job.journal.recall("rewriting") is None:
-        samples = RewritingSamples(batches, {}, job.calibration.seed, job.journal.folder, job.progress.advance)
-        rewriting.find(samples)
-        rewriting.save(path)
-        job.journal.record("rewriting", {}, [path])
-    rewriting.load(path)
+    def _find(self) -> None:
+        """Find the rotations, or recall those that an interrupted run found."""
+        job, journal, rewriting = self.job, self.job.journal, self.rewriting
+        path = journal.folder / "rewriting.safetensors"
+        job.progress.begin("find rotations", len(self.network.blocks))
+        if journal.recall("rewriting") is None:
+            batches = self.selected.samples.batches(self.batch_size)
+            rewriting.find(RewritingSamples(batches, {}, job.calibration.seed, journal.folder, job.progress.advance))
+            rewriting.save(path)
+            journal.record("rewriting", {}, [path])
+        rewriting.load(path)

@@ -1,6 +1,6 @@
 """FlexiGPT: replace a block by a scaled copy of another block, plus a low rank for each of its layers."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -8,13 +8,11 @@ from torch import Tensor
 from hesse.constraints import LowRank
 from hesse.curvature import Gram
 from hesse.errors import OptionError, naming
-from hesse.estimation.calibrated import calibrated_blocks
+from hesse.estimation.calibrated import Layers
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options
 from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.passes.stream import StreamBatch
-from hesse.progress import Clock
 
 
 class SharedWeights:
@@ -53,34 +51,29 @@ class SharedWeights:
                 errors[k] += float((target - scaled).square().sum() / target.square().sum())
         return min(errors, key=errors.__getitem__)
 
-    def shared_blocks(
-        self, donors: Mapping[int, int], batches: list[StreamBatch], first: int, clock: Clock
-    ) -> Iterator[tuple[int, dict[str, Tensor], float | None]]:
-        """Yield each block's number from `first` on, its new weights as the files hold them, and its relative error.
+    def share_block(
+        self, block: Block, layers: Layers, donor: Block | None, solver: LayerSolver
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Make a block of the block `donor`; return its new weights as the files hold them, and its relative error.
 
-        `donors` gives the block that each block to be replaced is made of; other blocks have no new weights. `batches`
-        go through the changed model, so that each block is made for what the blocks before it give.
+        `layers` have the statistics "inputs" in the changed model, so that the block is made for what the blocks before
+        it give. A block without a donor has no new weights.
         """
-        solver = LayerSolver()
-        needs = {layer.name: ("inputs",) for index in donors for layer in self.network.blocks[index].layers}
-        blocks = calibrated_blocks(self.network, batches, needs, first=first, clock=clock)
-        for index, (block, layers) in enumerate(blocks, first):
-            weights, errors = dict[str, Tensor](), list[tuple[float, float]]()
-            donor = self.network.blocks[donors[index]] if index in donors else None
-            twins = {} if donor is None else dict(zip(block.layers, donor.layers, strict=True))
-            for layer, statistics in layers:
-                if layer not in twins:
-                    continue
-                if not statistics.called:
-                    raise OptionError(f"{layer.name}: no sample reached it, so that it cannot be made of another layer")
-                gram, target = statistics.gram, layer.weight.float()
-                solution = self._solve(layer, self._weight(twins[layer]), gram, solver)
-                stored = solution.to(self.network.checkpoint.dtype(f"{layer.name}.weight"))
-                layer.replace(stored.to(solution))
-                weights[f"{layer.name}.weight"] = (stored.T if layer.transposed else stored).contiguous().cpu()
-                errors.append((gram.quadratic(stored.float() - target), gram.quadratic(target)))
-            total = sum(error for error, _ in errors) / sum(whole for _, whole in errors) if errors else None
-            yield index, weights, total
+        weights, errors = dict[str, Tensor](), list[tuple[float, float]]()
+        twins = {} if donor is None else dict(zip(block.layers, donor.layers, strict=True))
+        for layer, statistics in layers:
+            if layer not in twins:
+                continue
+            if not statistics.called:
+                raise OptionError(f"{layer.name}: no sample reached it, so that it cannot be made of another layer")
+            gram, target = statistics.gram, layer.weight.float()
+            solution = self._solve(layer, self._weight(twins[layer]), gram, solver)
+            stored = solution.to(self.network.checkpoint.dtype(f"{layer.name}.weight"))
+            layer.replace(stored.to(solution))
+            weights[f"{layer.name}.weight"] = (stored.T if layer.transposed else stored).contiguous().cpu()
+            errors.append((gram.quadratic(stored.float() - target), gram.quadratic(target)))
+        total = sum(error for error, _ in errors) / sum(whole for _, whole in errors) if errors else None
+        return weights, total
 
     def workspace(self, layer: Layer) -> int:
         """Return the bytes that making a layer's weight of another holds at most."""

@@ -14,7 +14,7 @@ STRATEGIES: Registry[type[Any]] = Registry(
         "hesse.modules.hierarchy",
         "hesse.modules.only_train_once",
         "hesse.modules.head_dimensions",
-        "hesse.jobs.prune_blocks",
+        "hesse.jobs.block_strategies",
         "hesse.jobs.prune_hidden",
     ),
 )

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hesse.checkpoints.tensor_store import memory_of
-from hesse.checkpoints.writer import writing
+from hesse.checkpoints.writer import memory_of, writing
 
 
 class Offload(Protocol):

@@ -19,6 +19,8 @@ from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish
 from hesse.processes import ALONE, Processes
 
+ACTIVATIONS_HELD = 4  # copies of a block's activations that a backward pass holds: autograd's, and the gradients
+
 
 @dataclass(frozen=True, eq=False)
 class BackwardState:

@@ -10,10 +10,9 @@ from torch import Tensor
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.constraints import Constraint, Grid
 from hesse.curvature import Gram, Kronecker
-from hesse.data import Samples
 from hesse.data.selection import Calibration, Selection
 from hesse.estimation import Statistics
-from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
+from hesse.estimation.calibrated import Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import probe
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
@@ -62,7 +61,10 @@ class CostMeter:
             probes, seed, step = selected.probes, calibration.seed, progress.advance
             factors = probe(network, probes, self.needs, Path(folder), seed, Clock(), step)
             samples = selected.samples.first(MOST_SAMPLES)
-            self._solve_all(network, samples, calibration, factors, progress, offload)
+            size = calibration.batch_size or calibration_batch(samples.longest)
+            batches = start(network, samples.batches(size), TensorStore(offload, "plan"))
+            blocks = calibrated_blocks(network, batches, self.needs, known=factors, offload=offload)
+            self._add_blocks(network, blocks, progress)
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
@@ -75,32 +77,17 @@ class CostMeter:
     def _whole_factor(self, group: LayerGroup) -> bool:
         return group.needs_output_factor if self.sensitivity is None else self.sensitivity.eigenvalues
 
-    def _solve_all(
-        self,
-        network: Network,
-        samples: Samples,
-        calibration: Calibration,
-        factors: KnownStatistics,
-        progress: Progress,
-        offload: Path | None,
-    ) -> None:
-        """Solve each layer for every offer, on the inputs that it has in the dense model."""
-        progress.begin("solve for each choice", len(network.blocks))
-        length = samples.longest
-        size = calibration.batch_size or calibration_batch(length)
-        batches = start(network, samples.batches(size), TensorStore(offload, "plan"))
-        self._add_blocks(calibrated_blocks(network, batches, self.needs, known=factors, offload=offload), progress)
-
     def read(self, network: Network, folder: Statistics, progress: Progress) -> None:
         """Measure all costs with Grams and output factors from a folder of `hesse estimate`.
 
         Raises:
             HesseError: the statistics cannot be read, or a layer cannot be solved.
         """
-        progress.begin("solve for each choice", len(network.blocks))
-        self._add_blocks(stored_blocks(network, folder, self.needs), progress)
+        self._add_blocks(network, stored_blocks(network, folder, self.needs), progress)
 
-    def _add_blocks(self, blocks: Iterator[tuple[Block, Layers]], progress: Progress) -> None:
+    def _add_blocks(self, network: Network, blocks: Iterator[tuple[Block, Layers]], progress: Progress) -> None:
+        """Add the costs of each layer, on the inputs that it has in the dense model."""
+        progress.begin("solve for each choice", len(network.blocks))
         for _, layers in blocks:
             for layer, statistics in layers:
                 if layer.name in self._group_of:

@@ -26,7 +26,12 @@ METHOD = "acip"  # gives the metric of the ranking, and computes the factors
 
 
 def directions_recipe(
-    model: Path, statistics: Path, size: str | int, ignore: tuple[str, ...], device: torch.device, progress: Progress
+    model: Path,
+    statistics: Statistics,
+    size: str | int,
+    ignore: tuple[str, ...],
+    device: torch.device,
+    progress: Progress,
 ) -> Recipe:
     """Return the recipe with each layer's rank for a total `size` of the linear layers, such as "60%" or bytes.
 
@@ -38,11 +43,10 @@ def directions_recipe(
     Raises:
         HesseError: the statistics are of another model or lack factors, or the size cannot be reached.
     """
-    estimated = Statistics(statistics)
     checkpoint, network, _ = open_networks(model, device)
-    estimated.check_model(checkpoint)
+    statistics.check_model(checkpoint)
     for kind in ("gram", "kronecker"):
-        estimated.check_holds(kind)
+        statistics.check_holds(kind)
     check_patterns([layer.name for layer in network.layers], (), ignore)
     layers = [layer for layer in network.layers if not any(matches(layer.name, pattern) for pattern in ignore)]
     expert = next((layer.name for layer in layers if is_expert(layer.name)), None)
@@ -63,7 +67,7 @@ def directions_recipe(
     for _, block in each_loaded(network):
         for layer in block.layers:
             if layer.name in wanted:
-                values = singular_values(layer, estimated)
+                values = singular_values(layer, statistics)
                 groups.append(directions(layer.name, layer.weight.shape, values, stored[layer.name]))
         progress.advance()
     problem = Problem(tuple(groups))

@@ -1,15 +1,20 @@
 """Reports as terminal tables and HTML pages."""
 
 from hesse.reporting.compression import compression_page
-from hesse.reporting.forecast import forecast_summary
 from hesse.reporting.inspection import inspection_summary
 from hesse.reporting.inspection_page import inspection_page
 from hesse.reporting.page import check_page, write_page
-from hesse.reporting.pruning import prune_summary
-from hesse.reporting.repair import repair_summary
-from hesse.reporting.rotation import rotation_summary
-from hesse.reporting.statistics import estimate_summary
-from hesse.reporting.terminal import compression_summary, cost_table, evaluation_summary, methods_table, options_table
+from hesse.reporting.summaries import (
+    compression_summary,
+    cost_table,
+    estimate_summary,
+    evaluation_summary,
+    forecast_summary,
+    prune_summary,
+    repair_summary,
+    rotation_summary,
+)
+from hesse.reporting.terminal import methods_table, options_table
 
 __all__ = [
     "check_page",

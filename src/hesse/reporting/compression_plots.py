@@ -33,17 +33,14 @@ def scatter(content: "tuple[Measurements, str]") -> "Figure":
                 elinewidth=0.8,
                 label=label,
             )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    axis.set(xscale="log", yscale="log")
     ends = axis.get_xlim()
     low, high = measured.layer_band
     axis.fill_between(
         ends, [low * x for x in ends], [high * x for x in ends], color=BAND_GREY, zorder=0, label="the band"
     )
     axis.plot(ends, ends, color=GREY, linewidth=0.8, zorder=1)
-    axis.set_xlim(ends)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel(f"measured, {unit}")
+    axis.set(xlim=ends, xlabel="predicted", ylabel=f"measured, {unit}")
     axis.legend(fontsize=8, loc="upper left")
     return drawing
 
@@ -66,10 +63,7 @@ def along_the_change(measured: "Measurements") -> "Figure":
         markersize=4,
         elinewidth=0.8,
     )
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("share of the change")
-    axis.set_ylabel("measured / predicted")
+    axis.set(xlim=(0, None), ylim=(0, None), xlabel="share of the change", ylabel="measured / predicted")
     axis.legend(fontsize=8, loc="lower right")
     return drawing
 
@@ -95,8 +89,8 @@ def by_layer(content: "tuple[Measurements, str, str]") -> "Figure":
         zorder=2,
     )
     name_rows(axis, [group.name.removeprefix(prefix) for group in shown], 8)
-    axis.set_xlim(left=min(0.0, *(group.measured.value for group in shown)))
-    axis.set_xlabel(f"cost of the layer alone, {unit}")
+    left = min(0.0, *(group.measured.value for group in shown))
+    axis.set(xlim=(left, None), xlabel=f"cost of the layer alone, {unit}")
     axis.legend(fontsize=8, loc="lower right")
     return drawing
 
@@ -122,12 +116,8 @@ def alternatives(report: "CompressionReport") -> "Figure":
     axis.axvline(report.bytes_before / 1e6, color=GREY, linestyle="--", linewidth=0.8, label="the dense model: no cost")
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    axis.set_ylim(
-        min(low, high / 10) / 1.5, max(high, low * 10) * 1.5
-    )  # at least a decade: small differences look small
-    axis.set_xlim(left=0)
-    axis.set_xlabel("size on disk, MB")
-    axis.set_ylabel("cost")
+    decade = min(low, high / 10) / 1.5, max(high, low * 10) * 1.5  # at least: small differences look small
+    axis.set(ylim=decade, xlim=(0, None), xlabel="size on disk, MB", ylabel="cost")
     axis.legend(fontsize=8, loc="upper right", bbox_to_anchor=(0.97, 1))
     return drawing
 

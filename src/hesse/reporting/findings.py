@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hesse.reporting.terminal import number
 
 if TYPE_CHECKING:
-    from hesse.evaluation.measurements import Measurements, TextMeasurement
+    from hesse.evaluation.measurements import Measurements
     from hesse.jobs.report import CompressionReport
 
 MATTERS = 0.02  # share of the cost below which wrong predictions do not matter
@@ -113,10 +113,9 @@ def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
             "Run hesse evaluate on other text.",
             True,
         )
-    difference, error = _difference(check, seen)
-    costs = (
-        f"{number(check.divergence.value, 3)} on held-out text, {number(seen.divergence.value, 3)} on calibration text"
-    )
+    new, known = check.divergence, seen.divergence
+    difference, error = new.value - known.value, math.hypot(new.standard_error, known.standard_error)
+    costs = f"{number(new.value, 3)} on held-out text, {number(known.value, 3)} on calibration text"
     if difference <= 2 * error:
         apart = "the difference is within two of its standard errors" if difference > -2 * error else "that is less"
         return Finding("Calibration is not overfitted.", f"{costs}: {apart}.", False)
@@ -125,12 +124,6 @@ def _fit(report: "CompressionReport", measured: "Measurements") -> Finding:
         f"{costs}: {number(difference / error, 2)} standard errors more. Use more --samples, or more damping.",
         True,
     )
-
-
-def _difference(check: "TextMeasurement", seen: "TextMeasurement") -> tuple[float, float]:
-    """Return the difference in cost between held-out and calibration text, and its standard error."""
-    one, other = check.divergence, seen.divergence
-    return one.value - other.value, math.hypot(one.standard_error, other.standard_error)
 
 
 def _notes(report: "CompressionReport") -> Iterator[Finding]:

@@ -3,12 +3,11 @@
 import itertools
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from hesse.reporting.terminal import number, shown
+from hesse.reporting.terminal import number, shown, text_table
 
 if TYPE_CHECKING:
     from hesse.inspection import Inspection
@@ -42,34 +41,28 @@ def _listed(pairs: list[tuple[float, float]]) -> str:
 
 
 def _whole(inspection: "Inspection") -> Table:
-    columns, title = ("", Column(justify="right")), shown(inspection.model)
-    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", show_header=False, padding=0)
-    for label, value in facts(inspection):
-        table.add_row(label, value)
-    return table
+    columns, rows = ("", Column(justify="right")), facts(inspection)
+    return text_table(shown(inspection.model), *columns, rows=rows, show_header=False, padding=0)
 
 
 def _layers(inspection: "Inspection") -> Table:
     kind, prefix = predicts(inspection), common_prefix([layer.name for layer in inspection.layers])
     title = f"each layer of {prefix.rstrip('.')} alone, nats per token; predicted by {kind}"
     costs_of = (heading for s in SHOWN for heading in ("\n".join([*s.rsplit(" ", 1), "predicted"]), "measured"))
-    numbers = ("trace,\n± error", "mean\neigen-\nvalue", *costs_of)
-    table = Table(
+    headings = ("trace,\n± error", "mean\neigen-\nvalue", *costs_of)
+    rows: list[list[str | Text]] = []
+    for layer in inspection.layers:
+        costs = [cost for scheme in SHOWN for cost in (layer.predicted[scheme][kind], layer.measured[scheme][0])]
+        numbers = [number(value, 2) for value in (layer.mean_eigenvalue, *costs)]
+        rows.append([shown(layer.name.removeprefix(prefix)), value_with_error(layer.trace), *numbers])
+    return text_table(
+        shown(title),
         Column("layer", no_wrap=True),
-        *(Column(heading, justify="right", no_wrap=True) for heading in numbers),
-        box=box.SIMPLE_HEAD,
-        title=shown(title),
-        title_justify="left",
+        *(Column(heading, justify="right", no_wrap=True) for heading in headings),
+        rows=rows,
         padding=0,
         show_edge=False,
     )
-    for layer in inspection.layers:
-        costs = []
-        for scheme in SHOWN:
-            costs += [number(layer.predicted[scheme][kind], 2), number(layer.measured[scheme][0], 2)]
-        eigenvalue = number(layer.mean_eigenvalue, 2)
-        table.add_row(shown(layer.name.removeprefix(prefix)), value_with_error(layer.trace), eigenvalue, *costs)
-    return table
 
 
 def common_prefix(names: list[str]) -> str:
@@ -93,12 +86,11 @@ def value_with_error(pair: tuple[float, float]) -> str:
 
 def _trust(inspection: "Inspection") -> Table:
     title = "rank correlation over layers of what each curvature predicts with what was measured"
-    schemes = list(inspection.rank_correlations)
-    columns = [Column("curvature"), *(Column(scheme, justify="right") for scheme in schemes)]
-    table = Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for kind in next(iter(inspection.rank_correlations.values())):
-        table.add_row(kind, *(f"{inspection.rank_correlations[scheme][kind]:.2f}" for scheme in schemes))
-    return table
+    by_scheme = inspection.rank_correlations
+    columns = [Column("curvature"), *(Column(scheme, justify="right") for scheme in by_scheme)]
+    kinds = next(iter(by_scheme.values()))
+    rows = [(kind, *(f"{correlations[kind]:.2f}" for correlations in by_scheme.values())) for kind in kinds]
+    return text_table(title, *columns, rows=rows)
 
 
 def advice(inspection: "Inspection") -> str:

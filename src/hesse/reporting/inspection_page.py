@@ -35,9 +35,7 @@ def _spectrum(inspection: "Inspection") -> "Figure":
     axis.vlines([value for value, _ in seen], 1e-3, [count for _, count in seen], colors=BLUE, linewidth=2)
     axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set_xscale("symlog", linthresh=1e-2)
-    axis.set_yscale("log")
-    axis.set_xlabel("eigenvalue of the Hessian")
-    axis.set_ylabel("eigenvalues about there")
+    axis.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="eigenvalues about there")
     return drawing
 
 
@@ -59,11 +57,9 @@ def _predictions(inspection: "Inspection") -> "Figure":
             pairs = [(layer.predicted[scheme][kind], layer.measured[scheme][0]) for layer in inspection.layers]
             shown = [(x, y) for x, y in pairs if x > 0 and y > 0]
             axis.scatter([x for x, _ in shown], [y for _, y in shown], s=9, color=color, label=scheme)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set(xscale="log", yscale="log", xlabel="predicted")
         axis.axline((1e-6, 1e-6), (1e-3, 1e-3), color=GREY, linewidth=0.8, zorder=0)  # as predicted
         axis.set_title(kind, fontsize=10)
-        axis.set_xlabel("predicted")
     axes[0].set_ylabel("measured, nats per token")
     axes[0].legend(fontsize=7, loc="upper left")
     return drawing

@@ -89,8 +89,9 @@ class Rewriting:
     def save(self, path: Path) -> None:
         """Write the changes to a safetensors file."""
         changes = self.checkpoint.changes
-        tensors = {f"{i} {type(c.map).__name__} {c.stream.name}": c.map.values for i, c in enumerate(changes)}
-        write_tensors(path, tensors)
+        write_tensors(
+            path, {f"{i} {type(c.map).__name__} {c.stream.name}": c.map.values for i, c in enumerate(changes)}
+        )
 
     def load(self, path: Path) -> None:
         """Read the changes that `save` wrote, and apply them to `checkpoint`."""

@@ -1,12 +1,15 @@
 """Streams: features that pass between layers unchanged, in the families that Hesse rewrites."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.families import FAMILIES, FeatureStreams, family_of
 from hesse.networks.network import CheckpointNetwork
 
 HEAD = "lm_head.weight"
+# Tensors of a block that write the residual stream.
+WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def find_streams(network: CheckpointNetwork, rotated: bool) -> Streams:
     final = Stream("norm", (network.sources[f"{base}norm.weight"],), (head,), offset=family.norm_offset)
     residual = None
     if family.rotates:
-        written = [name for block in network.blocks for name in _written(network, block.name)]
+        written = [name for block in network.blocks for name in _stored(network, block.name, *WRITERS)]
         # The columns of the embeddings are the features, so they become E Rᵀ, as readers do.
         read = [name for block in blocks for stream in (block.attention, block.feedforward) for name in stream.readers]
         residual = Stream("residual", tuple(written), (embeddings, *read, head))
@@ -95,9 +98,7 @@ def find_streams(network: CheckpointNetwork, rotated: bool) -> Streams:
 
 
 def _block_streams(network: CheckpointNetwork, block: str, family: FeatureStreams) -> BlockStreams:
-    def stored(*children: str) -> tuple[str, ...]:
-        return _stored(network, block, *children)
-
+    stored = partial(_stored, network, block)
     queries = stored("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
     gates = stored("mlp.gate_proj.weight", "mlp.up_proj.weight")
     heads = int(network.model.config.num_key_value_heads)
@@ -115,11 +116,6 @@ def _block_streams(network: CheckpointNetwork, block: str, family: FeatureStream
         ),
         Stream(f"{block}.inner", stored("mlp.up_proj.weight", "mlp.up_proj.bias"), stored("mlp.down_proj.weight")),
     )
-
-
-def _written(network: CheckpointNetwork, block: str) -> tuple[str, ...]:
-    children = ("self_attn.o_proj", "mlp.down_proj")
-    return _stored(network, block, *(f"{child}.{part}" for child in children for part in ("weight", "bias")))
 
 
 def _stored(network: CheckpointNetwork, block: str, *children: str) -> tuple[str, ...]:

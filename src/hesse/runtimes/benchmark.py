@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -37,29 +37,23 @@ START = (
 )
 
 
-@dataclass(frozen=True)
-class _PreparedModel:
-    """A model in the form that a runtime loads."""
+@dataclass
+class _MeasuredModel:
+    """A model in the form that a runtime loads, with the results of its processes."""
 
     runtime: Runtime
     model: str  # "dense" or "compressed"
     path: Path
     stored: str
+    measurements: list[Measurement] = field(default_factory=list)
+    logits: Floats | None = None
+    failure: str | None = None  # the reason why a process failed
 
     @property
     def bytes(self) -> int:
         """Return the size of its weights on disk, in bytes."""
         files = [self.path] if self.path.is_file() else [file for form in WEIGHTS for file in self.path.glob(form)]
         return sum(file.stat().st_size for file in files)
-
-
-@dataclass
-class _ModelRuns:
-    """Results of the processes of one model in one runtime, or the reason why one failed."""
-
-    measurements: list[Measurement]
-    logits: Floats | None = None
-    failure: str | None = None
 
 
 def benchmark(
@@ -114,31 +108,25 @@ def benchmark(
     missing = [MissingRun(runtime.name, reason) for runtime in chosen if (reason := runtime.missing()) is not None]
     absent = {entry.runtime for entry in missing}
     with tempfile.TemporaryDirectory(prefix="hesse-benchmark-") as scratch:
-        prepared: list[_PreparedModel] = []
+        entries: list[_MeasuredModel] = []
         for runtime in (runtime for runtime in chosen if runtime.name not in absent):
             for kind, folder in models.items():
                 if kind == "dense" and runtime.compressed_only:
                     continue
                 try:
-                    prepared.append(_prepare(runtime, kind, folder, Path(scratch)))
+                    entries.append(_prepare(runtime, kind, folder, Path(scratch)))
                 except HesseError as error:
                     missing.append(MissingRun(runtime.name, f"{kind}: {error}"))
-        runs = [_ModelRuns([]) for _ in prepared]
         progress = progress or Silence()
-        progress.begin("measure", repeats * len(prepared))
+        progress.begin("measure", repeats * len(entries))
         for repeat in range(repeats):
-            for entry, run in zip(prepared, runs, strict=True):
-                if run.failure is None:
-                    _run(entry, tokens, generate, threads, Path(scratch), run, with_logits=repeat == 0)
+            for entry in entries:
+                if entry.failure is None:
+                    _run(entry, tokens, generate, threads, Path(scratch), with_logits=repeat == 0)
                 progress.advance()
-        sizes = [entry.bytes for entry in prepared]
-    truth = {e.model: r.logits for e, r in zip(prepared, runs, strict=True) if e.runtime.name == "transformers"}
-    rows = []
-    for entry, run, size in zip(prepared, runs, sizes, strict=True):
-        if run.failure is not None:
-            missing.append(MissingRun(entry.runtime.name, f"{entry.model}: {run.failure}"))
-        else:
-            rows.append(_row(entry, run, size, truth.get(entry.model)))
+        truth = {entry.model: entry.logits for entry in entries if entry.runtime.name == "transformers"}
+        rows = [_row(entry, truth.get(entry.model)) for entry in entries if entry.failure is None]
+    missing += [MissingRun(e.runtime.name, f"{e.model}: {e.failure}") for e in entries if e.failure is not None]
     result = Benchmark(
         verb="benchmark",
         model=str(model),
@@ -182,29 +170,28 @@ def _check_length(model: Path, length: int) -> None:
         )
 
 
-def _prepare(runtime: Runtime, kind: str, folder: Path, scratch: Path) -> _PreparedModel:
+def _prepare(runtime: Runtime, kind: str, folder: Path, scratch: Path) -> _MeasuredModel:
     """Export the model to `scratch` in the form that the runtime loads."""
     if runtime.target is None:
-        return _PreparedModel(runtime, kind, folder, describe_storage(folder))
+        return _MeasuredModel(runtime, kind, folder, describe_storage(folder))
     out = scratch / (f"{kind}.gguf" if runtime.target == "gguf" else f"{kind}-{runtime.target}")
     report = export_checkpoint(
         folder, out, runtime.target, overwrite=False, progress=Silence(), name=folder.name, version=""
     )
     stored = report.stored or report.dense
-    return _PreparedModel(runtime, kind, out, max(stored, key=lambda name: stored[name]))
+    return _MeasuredModel(runtime, kind, out, max(stored, key=lambda name: stored[name]))
 
 
 def _run(
-    entry: _PreparedModel,
+    entry: _MeasuredModel,
     tokens: list[int],
     generate: int,
     threads: int,
     scratch: Path,
-    run: _ModelRuns,
     *,
     with_logits: bool,
 ) -> None:
-    """Measure once in a new process, and add the result to `run`."""
+    """Measure once in a new process, and add the result to `entry`."""
     path, logits = scratch / "request.json", scratch / "logits.npy"
     request = Request(
         entry.runtime.name, str(entry.path), tokens, generate, threads, str(logits) if with_logits else None
@@ -223,25 +210,25 @@ def _run(
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        run.failure = lines[-1].strip() if lines else f"the process ended with {done.returncode}"
+        entry.failure = lines[-1].strip() if lines else f"the process ended with {done.returncode}"
         return
-    run.measurements.append(Measurement(**json.loads(path.with_suffix(".result").read_text(encoding="utf-8"))))
+    entry.measurements.append(Measurement(**json.loads(path.with_suffix(".result").read_text(encoding="utf-8"))))
     if with_logits:
-        run.logits = np.load(logits, allow_pickle=False)
+        entry.logits = np.load(logits, allow_pickle=False)
 
 
-def _row(entry: _PreparedModel, run: _ModelRuns, size: int, truth: Floats | None) -> BenchmarkRow:
-    kl, agreement = (None, None) if truth is None or run.logits is None else _agreement(truth, run.logits)
+def _row(entry: _MeasuredModel, truth: Floats | None) -> BenchmarkRow:
+    kl, agreement = (None, None) if truth is None or entry.logits is None else _agreement(truth, entry.logits)
     return BenchmarkRow(
         runtime=entry.runtime.name,
         model=entry.model,
         version=package_version(entry.runtime.distribution),
         stored=entry.stored,
-        bytes=size,
-        load_seconds=TimedRun.of([m.load_seconds for m in run.measurements]),
-        prefill=TimedRun.of([m.prefill for m in run.measurements]),
-        decode=TimedRun.of([m.decode for m in run.measurements]),
-        peak_memory=TimedRun.of([m.peak_memory for m in run.measurements]),
+        bytes=entry.bytes,
+        load_seconds=TimedRun.of([m.load_seconds for m in entry.measurements]),
+        prefill=TimedRun.of([m.prefill for m in entry.measurements]),
+        decode=TimedRun.of([m.decode for m in entry.measurements]),
+        peak_memory=TimedRun.of([m.peak_memory for m in entry.measurements]),
         kl=kl,
         top1_agreement=agreement,
     )

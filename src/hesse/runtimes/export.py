@@ -92,7 +92,9 @@ def export_checkpoint(
     chosen = find_target(target)
     checkpoint = open_checkpoint(model)
     writer: Writer = resolve_name(chosen.writer)
-    output = _new_file(out, overwrite) if chosen.is_file else _new_folder(out, model, checkpoint, overwrite)
+    if not chosen.is_file:
+        check_output(out, model, overwrite)
+    output = _new_file(out, overwrite) if chosen.is_file else temporary_folder(out, checkpoint.file_bytes)
     with output as path:
         try:
             written = writer(checkpoint, path, name, progress)
@@ -143,8 +145,10 @@ def _rounding_notes(layers: list[ExportedLayer]) -> list[str]:
     inexact = [layer for layer in layers if layer.scale_error]
     if inexact:
         worst = max(inexact, key=lambda layer: layer.scale_error)
-        worst_error = f"{worst.scale_error:.2g} of themselves ({worst.name})"
-        notes.append(f"{len(inexact)} layers: scales are rounded, by at most {worst_error}")
+        notes.append(
+            f"{len(inexact)} layers: scales are rounded, by at most {worst.scale_error:.2g} of themselves "
+            f"({worst.name})"
+        )
     moved = [layer for layer in layers if layer.offset_error]
     if moved:
         worst = max(moved, key=lambda layer: layer.offset_error)
@@ -176,11 +180,3 @@ def _new_file(out: Path, overwrite: bool) -> Iterator[Path]:
             yield unfinished
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {disk_reason(error)}") from None
-
-
-@contextmanager
-def _new_folder(out: Path, model: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to `out` at the end, or delete it after an error."""
-    check_output(out, model, overwrite)
-    with temporary_folder(out, checkpoint.file_bytes) as folder:
-        yield folder

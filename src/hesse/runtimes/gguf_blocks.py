@@ -64,14 +64,15 @@ def to_blocks(grid: Grid, code: GridCode, type: str) -> GGUFBlocks:
         codes = codes - _per_column(zero_point.numpy().astype(np.int16), grid, columns)
     per_block = columns // BLOCK_WEIGHTS
     scales = _per_column(scale, grid, columns)[:, ::BLOCK_WEIGHTS]
-    offsets = None if offset is None else _per_column(offset, grid, columns)[:, ::BLOCK_WEIGHTS]
     blocks = codes.reshape(rows, per_block, BLOCK_WEIGHTS)
     weight = scales[..., None].astype(np.float32) * blocks.astype(np.float32)
-    if offsets is not None:
+    parts = [_bytes(scales)]
+    if offset is not None:
+        offsets = _per_column(offset, grid, columns)[:, ::BLOCK_WEIGHTS]
         weight += offsets[..., None].astype(np.float32)
-    if offset is None:
-        blocks = blocks - LOWEST[type] if type != "Q8_0" else blocks
-    parts = [_bytes(scales)] if offsets is None else [_bytes(scales), _bytes(offsets)]
+        parts.append(_bytes(offsets))
+    elif type != "Q8_0":
+        blocks = blocks - LOWEST[type]
     stored = np.concatenate([*parts, *_code_bytes(blocks, type)], axis=-1)
     return GGUFBlocks(stored.reshape(rows, -1), weight.reshape(rows, columns), scale_error, offset_error)
 

@@ -14,7 +14,6 @@ from hesse.runtimes.exported_layers import head_width
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Describe = Callable[["GGUFWriter", Any], None]
 RowOrder = Callable[[str, Any], Tensor | None]
 
 
@@ -44,7 +43,8 @@ def find_family(config: Any) -> GgufFamily:
 
 def describe(writer: "GGUFWriter", family: GgufFamily, config: Any) -> None:
     """Write all metadata of the model except its tokenizer."""
-    METADATA[family.metadata](writer, config)
+    for name, value in METADATA[family.metadata](config).items():
+        getattr(writer, f"add_{name}")(value)
     if rotary(config).get("rope_type") == "linear":
         from gguf import RopeScalingType  # imported late: optional
 
@@ -57,46 +57,47 @@ def row_order(family: GgufFamily, name: str, config: Any) -> Tensor | None:
     return ROW_ORDERS[family.row_order](name, config)
 
 
-def _describe_rotary(writer: "GGUFWriter", config: Any) -> None:
-    """Write the metadata of Llama-like models: RMS norm, gated feed-forward, rotary positions, grouped queries."""
+def _rotary_metadata(config: Any) -> dict[str, Any]:
+    """Return the metadata of Llama-like models: RMS norm, gated feed-forward, rotary positions, grouped queries."""
     head = head_width(config)
-    writer.add_context_length(context_length(config))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rotary(config)["rope_theta"]))
+    return {
+        "context_length": context_length(config),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": head,
+        "value_length": head,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_dimension_count": head,
+        "rope_freq_base": float(rotary(config)["rope_theta"]),
+    }
 
 
-def _describe_neox(writer: "GGUFWriter", config: Any) -> None:
-    head = head_width(config)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_parallel_residual(config.use_parallel_residual)
-    writer.add_rope_dimension_count(int(head * rotary(config).get("partial_rotary_factor", 1.0)))
-    writer.add_rope_freq_base(float(rotary(config)["rope_theta"]))
+def _neox_metadata(config: Any) -> dict[str, Any]:
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "layer_norm_eps": config.layer_norm_eps,
+        "parallel_residual": config.use_parallel_residual,
+        "rope_dimension_count": int(head_width(config) * rotary(config).get("partial_rotary_factor", 1.0)),
+        "rope_freq_base": float(rotary(config)["rope_theta"]),
+    }
 
 
-def _describe_gpt2(writer: "GGUFWriter", config: Any) -> None:
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-
-def _unchanged_rows(name: str, config: Any) -> Tensor | None:
-    return None
+def _gpt2_metadata(config: Any) -> dict[str, Any]:
+    return {
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.n_inner or 4 * config.n_embd,
+        "head_count": config.n_head,
+        "layer_norm_eps": config.layer_norm_epsilon,
+    }
 
 
 def _neighbouring_pairs(name: str, config: Any) -> Tensor | None:
@@ -142,9 +143,14 @@ def rotary(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-METADATA: dict[str, Describe] = {"rotary": _describe_rotary, "neox": _describe_neox, "gpt2": _describe_gpt2}
+# What the family calls `GGUFWriter.add_...` with, by the end of the name.
+METADATA: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "rotary": _rotary_metadata,
+    "neox": _neox_metadata,
+    "gpt2": _gpt2_metadata,
+}
 ROW_ORDERS: dict[str, RowOrder] = {
-    "unchanged": _unchanged_rows,
+    "unchanged": lambda name, config: None,
     "rotary-pairs": _neighbouring_pairs,
     "queries-first": _queries_first,
 }

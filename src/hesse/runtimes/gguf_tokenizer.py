@@ -90,11 +90,6 @@ def _content(folder: Path, name: str) -> dict[str, Any]:
     return read_json(path) if path.is_file() and belongs(path, folder) else {}
 
 
-def _token_ids(folder: Path, text: str) -> list[int]:
-    with usable_tokenizer(folder):
-        return Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode(text).ids
-
-
 def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str]) -> None:
     settings = _content(folder, "tokenizer_config.json")
     ids: dict[str, int] = {}
@@ -106,7 +101,8 @@ def _write_special_tokens(writer: "GGUFWriter", folder: Path, tokens: list[str])
             ids[kind] = tokens.index(text)
             add(ids[kind])
     # The special tokens that the tokenizer itself adds around a text.
-    around = _token_ids(folder, "")
+    with usable_tokenizer(folder):
+        around = Tokenizer.from_str(json.dumps(_content(folder, "tokenizer.json"))).encode("").ids
     writer.add_add_bos_token(around[:1] == [ids.get("bos")])
     writer.add_add_eos_token(len(around) > 0 and around[-1:] == [ids.get("eos")] and around != [ids.get("bos")])
     template = folder / "chat_template.jinja"

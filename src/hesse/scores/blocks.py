@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.estimation.probe import forward_walk
-from hesse.evaluation.measure import Difference, branch
+from hesse.evaluation.measure import branch
 from hesse.evaluation.measurements import MeasuredMean
+from hesse.evaluation.metrics import totals_of
 from hesse.networks.network import Network, each_loaded
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
@@ -70,13 +71,13 @@ class Removals:
 
     def compared(self, walks: dict[int, list[StreamBatch]]) -> dict[int, MeasuredMean]:
         """Return how far batches that have passed all their blocks are from the whole model's."""
-        found = {key: Difference(self.network.kind == "encoder") for key in walks}
+        found = {key: totals_of(self.network) for key in walks}
         with self.network.surroundings() as model, torch.no_grad():
             for number, flow in enumerate(self.whole):
                 wanted = finish(self.network, model, flow)
                 for key, flows in walks.items():
                     found[key].add(finish(self.network, model, flows[number]), flow.ids, wanted)
-        return {key: difference.measured() for key, difference in found.items()}
+        return {key: difference.mean_divergence() for key, difference in found.items()}
 
     def cosine_distances(self) -> list[float]:
         """Return 1 - the mean cosine of the hidden states that enter and leave each block."""

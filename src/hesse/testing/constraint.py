@@ -64,9 +64,6 @@ class ConstraintLaws:
     def _weight(self, seed: int) -> Tensor:
         return normal(seed, *self.shape) * normal(seed + 1, self.shape[1]).exp()
 
-    def _metric(self, seed: int, weighted: bool) -> Tensor | None:
-        return normal(seed + 99, *self.shape).abs() + 0.1 if weighted else None
-
     @DTYPES
     def test_what_is_stored_decodes_to_the_member(self, dtype: torch.dtype) -> None:
         constraint, weight = self.build(dtype), self._weight(0)
@@ -110,12 +107,11 @@ class ConstraintLaws:
     def test_law_no_other_member_is_nearer(self, seed: int) -> None:
         constraint, weight = self.build(torch.float64), self._weight(seed)
         for weighted in self.metrics:
-            metric = self._metric(seed, weighted)
-            code = constraint.encode(weight, metric)
-            distance = constraint.distance(weight, code, torch.ones_like(weight) if metric is None else metric)
+            metric = normal(seed + 99, *self.shape).abs() + 0.1 if weighted else torch.ones_like(weight)
+            code = constraint.encode(weight, metric if weighted else None)
+            distance = constraint.distance(weight, code, metric)
             for rival in self.rivals(constraint, code, seed):
-                other = constraint.distance(weight, rival, torch.ones_like(weight) if metric is None else metric)
-                assert distance <= other * (1 + 1e-6) + 1e-12
+                assert distance <= constraint.distance(weight, rival, metric) * (1 + 1e-6) + 1e-12
 
     @laws
     @given(seed=seeds)

@@ -1,8 +1,8 @@
 """Tests that any curvature inherits: every product and law against a dense matrix."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hesse.curvature import Curvature
-from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
+from hesse.errors import OptionError, UnsupportedProduct
 from hesse.estimation.storage import load_curvature, save_curvature
-from hesse.testing.numbers import BATCHES, TOLERANCE, laws, normal, precisions, seeds
+from hesse.testing.dense import DenseReference
+from hesse.testing.numbers import BATCHES, laws, precisions, seeds
 
 
-class CurvatureLaws:
+class CurvatureLaws(DenseReference):
     """Every product of a curvature against the matrix that it stands for, and the laws that hold for all.
 
     A subclass supplies `build` and `dense`, and `weight` where the curvature acts on the last dimensions of a larger
@@ -30,52 +30,7 @@ class CurvatureLaws:
             def dense(self): return VALUES.diag()
     """
 
-    offers: tuple[str, ...] = ("solve", "inverse_diagonal", "power", "diagonal", "trace", "rank", "save")
     positive = True  # semi-definite; an exact Hessian need not be
-    precise_to: Mapping[torch.dtype, float] = TOLERANCE
-
-    @abstractmethod
-    def build(self, dtype: torch.dtype) -> Curvature:
-        """The curvature, without damping."""
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """Its matrix over the row-major entries of `weight`, (n, n) float64."""
-
-    def weight(self) -> tuple[int, ...]:
-        """The shape of the weight that products are taken with."""
-        return tuple(self.build(torch.float64).shape)
-
-    # What tests are made of
-
-    def _vectors(self, seed: int, *batch: int) -> Tensor:
-        return normal(seed, *batch, *self.weight())
-
-    def _flat(self, tensor: Tensor) -> Tensor:
-        inner = len(self.weight())
-        return tensor.double().reshape(*tensor.shape[: tensor.ndim - inner], len(self.dense()))
-
-    def _check(self, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-        error = (actual.double() - expected).abs().max() / expected.abs().max()
-        assert error <= self.precise_to[dtype], f"relative error {error:.2e}\n{actual}\n{expected}"
-
-    def _damping(self) -> float:
-        return 0.3 * float(torch.linalg.eigvalsh(self.dense()).abs().max())
-
-    def _damped(self, dtype: torch.dtype) -> Curvature:
-        return self.build(dtype).with_damping(self._damping())
-
-    def _inverse(self) -> Tensor:
-        dense = self.dense()
-        inverse: Tensor = torch.linalg.inv(dense + self._damping() * torch.eye(len(dense)).double())
-        return inverse
-
-    def _needs(self, product: str) -> None:
-        if product not in self.offers:
-            pytest.skip(f"{product} is not offered")
-
-    def _repeats(self) -> int:
-        return len(self.dense()) // self.build(torch.float64).shape.numel()
 
     # Products
 
@@ -83,32 +38,19 @@ class CurvatureLaws:
     @pytest.mark.parametrize("batch", BATCHES, ids=str)
     def test_matvec(self, dtype: torch.dtype, batch: tuple[int, ...]) -> None:
         vectors = self._vectors(1, *batch)
-        product = self.build(dtype).matvec(vectors.to(dtype))
-        assert product.shape == vectors.shape
-        assert product.dtype == dtype
-        self._check(self._flat(product), self._flat(vectors) @ self.dense(), dtype)
+        self._check_product(self.build(dtype).matvec, vectors, self.dense(), dtype)
 
     @precisions
     @pytest.mark.parametrize("batch", BATCHES, ids=str)
     def test_solve(self, dtype: torch.dtype, batch: tuple[int, ...]) -> None:
         self._needs("solve")
         vectors = self._vectors(2, *batch)
-        solved = self._damped(dtype).solve(vectors.to(dtype))
-        assert solved.shape == vectors.shape
-        assert solved.dtype == dtype
-        self._check(self._flat(solved), self._flat(vectors) @ self._inverse(), dtype)
+        self._check_product(self._damped(dtype).solve, vectors, self._inverse(), dtype)
 
     @precisions
     def test_solve_without_damping(self, dtype: torch.dtype) -> None:
         self._needs("solve")
-        values = torch.linalg.eigvalsh(self.dense())
-        vector, curvature = self._vectors(3), self.build(dtype)
-        if float(values.abs().min()) < 1e-10 * float(values.abs().max()):
-            with pytest.raises(ConditioningError, match="damp"):
-                curvature.solve(vector.to(dtype))
-            return
-        expected = torch.linalg.solve(self.dense(), self._flat(vector))
-        self._check(self._flat(curvature.solve(vector.to(dtype))), expected, dtype)
+        self._check_undamped(self.build(dtype).solve, dtype)
 
     @precisions
     @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.5, 2.0])
@@ -116,21 +58,13 @@ class CurvatureLaws:
         self._needs("power")
         vectors = self._vectors(9, 2)
         values, columns = torch.linalg.eigh(self.dense() + self._damping() * torch.eye(len(self.dense())).double())
-        powered = self._damped(dtype).power(vectors.to(dtype), exponent)
-        assert powered.shape == vectors.shape
-        assert powered.dtype == dtype
-        self._check(self._flat(powered), self._flat(vectors) @ (columns * values**exponent) @ columns.T, dtype)
+        power = partial(self._damped(dtype).power, exponent=exponent)
+        self._check_product(power, vectors, (columns * values**exponent) @ columns.T, dtype)
 
     def test_negative_powers_without_damping(self) -> None:
         self._needs("power")
-        values = torch.linalg.eigvalsh(self.dense())
-        vector, curvature = self._vectors(3), self.build(torch.float64)
-        if float(values.abs().min()) < 1e-10 * float(values.abs().max()):
-            with pytest.raises(ConditioningError, match="damp"):
-                curvature.power(vector, -0.5)
-            return
-        twice = curvature.power(curvature.power(vector, -0.5), -0.5)
-        self._check(self._flat(twice), torch.linalg.solve(self.dense(), self._flat(vector)), torch.float64)
+        curvature = self.build(torch.float64)
+        self._check_undamped(lambda vector: curvature.power(curvature.power(vector, -0.5), -0.5), torch.float64)
 
     def test_the_inverse_is_an_operator(self) -> None:
         self._needs("solve")
