@@ -13,7 +13,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
-from hesse.checkpoints.writer import WrittenPart, assemble, read_back, write_part, write_text
+from hesse.checkpoints.writer import WrittenPart, assemble, check_assembled, write_part, write_text
 from hesse.data import Samples
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError
@@ -165,7 +165,7 @@ class Job:
             VerificationError: a tensor reads back different from what was written.
         """
         assemble(self.parts, self.folder)
-        read_back(self.parts, self.folder)
+        check_assembled(self.parts, self.folder)
         notes = copy_companions(self.sources[-1], self.folder)
         for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **(files or {})}.items():
             write_text(self.folder / name, text)

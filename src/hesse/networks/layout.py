@@ -20,6 +20,11 @@ def kind_of(model: PreTrainedModel) -> NetworkKind:
     return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Return True if a module is a transformers model that predicts the next token."""
+    return isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the blocks and their name: the ModuleList with the most parameters (lists of experts have fewer)."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
