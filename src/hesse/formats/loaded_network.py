@@ -64,6 +64,8 @@ class LoadedNetwork:
             model = factory(config)
             if quantizer is not None:
                 quantizer.preprocess_model(model=model, dtype=stored, device_map=None, checkpoint_files=[])
+        if (compressor := getattr(quantizer, "compressor", None)) is not None:
+            compressor.remove_decompression_hook(model)  # `_fill` decompresses, a block at a time
         self.model: PreTrainedModel = model.eval()
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode

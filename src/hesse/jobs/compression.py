@@ -125,9 +125,9 @@ class Compression:
             layer.name: (layer.predicted_loss_increase or 0.0) + (layer.predicted_input_loss or 0.0)
             for layer in self.result.layers
         }
-        written = open_checkpoint(job.folder)
         with job.clock.phase("verify"):
-            job.check_loads(CheckpointNetwork(written, torch.float32, job.run.device), dense[0].ids)
+            written = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, job.run.device)
+            job.check_loads(written, dense[0].ids)
             loss = verify(
                 written,
                 setup.original,

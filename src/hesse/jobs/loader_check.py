@@ -30,17 +30,17 @@ def check_loads(result: CheckpointNetwork, ids: Tensor) -> str | None:
         VerificationError: transformers cannot load the folder, or makes something else of it; the message names the
             tensor or the block.
     """
-    if "auto_map" in result.checkpoint.config:
+    written = Checkpoint(result.checkpoint.folder)
+    if "auto_map" in written.config:
         return "it comes with code of its own, which is never run here"
     with quiet():
-        _check(result, ids[:1, :CHECKED_TOKENS])
+        _check(written, result, ids[:1, :CHECKED_TOKENS])
     return None
 
 
-def _check(result: CheckpointNetwork, ids: Tensor) -> None:
-    folder = result.checkpoint.folder
+def _check(written: Checkpoint, result: CheckpointNetwork, ids: Tensor) -> None:
     try:
-        loaded = LoadedNetwork(Checkpoint(folder), result.dtype, result.device)
+        loaded = LoadedNetwork(written, result.dtype, result.device)
         _check_names(loaded)
         flows = start(result, [ids]), start(loaded, [ids])
     except VerificationError:
