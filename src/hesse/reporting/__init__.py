@@ -11,6 +11,7 @@ from hesse.reporting.summaries import (
     evaluation_summary,
     forecast_summary,
     prune_summary,
+    push_summary,
     repair_summary,
     rotation_summary,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "methods_table",
     "options_table",
     "prune_summary",
+    "push_summary",
     "repair_summary",
     "rotation_summary",
     "write_page",

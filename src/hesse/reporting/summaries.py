@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
     from hesse.evaluation import EvaluationReport
     from hesse.jobs.estimate import EstimateReport
     from hesse.jobs.prune_hidden import HiddenReport
+    from hesse.jobs.push import PushReport
     from hesse.jobs.repair_report import RepairReport
     from hesse.jobs.report import CompressionReport
     from hesse.jobs.rotate import RotationReport
@@ -147,6 +148,14 @@ def _loss_line(report: "BlocksReport | HiddenReport", otherwise: str) -> Text:
     if loss is None or loss.measured is None:
         return shown("not measured")
     return shown(f"{_measurement(loss, otherwise)}: {_measured(loss)}")
+
+
+def push_summary(report: "PushReport") -> RenderableType:
+    """Return what was uploaded, and where it is."""
+    return Group(
+        shown(f"{len(report.files)} files, {size(report.bytes_after or 0)}, to {report.repository}, {report.revision}"),
+        unwrapped(report.url, "bold"),
+    )
 
 
 def repair_summary(report: "RepairReport") -> RenderableType:
