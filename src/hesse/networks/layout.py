@@ -20,8 +20,10 @@ def kind_of(model: PreTrainedModel) -> NetworkKind:
     """Return the kind of a model: a language model generates tokens by a head over its vocabulary."""
     if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "causal-lm"
-    generates = model.can_generate() and not model.config.is_encoder_decoder
-    return "causal-lm" if generates and model.get_output_embeddings() is not None else "encoder"
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return "encoder"
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return "encoder" if head is None else "causal-lm"
 
 
 def is_language_model(model: nn.Module) -> bool:

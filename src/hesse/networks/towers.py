@@ -14,7 +14,7 @@ def text_model(model: PreTrainedModel) -> nn.Module:
     if config is model.config:
         return model
     try:
-        decoder = model.get_decoder()
+        decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     except (AttributeError, NotImplementedError):  # of classes that have none by any of the usual names
         decoder = model
     if isinstance(decoder, PreTrainedModel) and decoder is not model and decoder.config.model_type == config.model_type:

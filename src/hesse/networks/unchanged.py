@@ -27,7 +27,7 @@ def unchanged_notes(network: Network) -> list[str]:
             kind = type(tower).__name__
             notes.append(f"{name}: {weights:,} linear weights stay dense: {kind} sees no text, and is left as it is")
     apart |= {layer.module for layer in network.layers}
-    head = network.model.get_output_embeddings()
+    head = network.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     groups: dict[tuple[str, str], list[int]] = {}
     for name, module in network.model.named_modules():
         if module in apart or module is head:
