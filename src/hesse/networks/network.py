@@ -211,7 +211,7 @@ class CheckpointNetwork(Network):
             self._fill(module, prefix, leave)
             yield
         finally:
-            _forget(module)
+            forget(module)
             self._holders.pop()
 
     @contextmanager
@@ -289,7 +289,7 @@ def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, argum
     return rounding(arguments[0])
 
 
-def _forget(module: nn.Module) -> None:
+def forget(module: nn.Module) -> None:
     """Drop the weights below `module`; tied weights stay tied. Buffers stay: they are small and may be computed."""
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():
