@@ -49,7 +49,8 @@ class PackedFormat(DenseFormat):
     def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         self._regrouped: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
-        self._paths = {id(module): path for path, module in network.model.named_modules()}  # as a loader names them
+        paths = {module: path for path, module in network.model.named_modules()}
+        self._paths = {name: paths[module] for name, module in self._modules.items()}  # a loader's names
         quantised = [layer for layer in layers if _grid(layer) is not None]
         plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
         self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
@@ -220,7 +221,7 @@ class PackedFormat(DenseFormat):
         elif all(layer.is_expert for layer in layers):
             targets = [EXPERTS]
         else:
-            targets = [self._pattern(self._path(layer.name)) for layer in layers if not layer.is_expert]
+            targets = [self._pattern(self._paths[layer.name]) for layer in layers if not layer.is_expert]
             targets += [EXPERTS] if any(layer.is_expert for layer in layers) else []
         group = {"targets": targets, "weights": self._scheme(layers[0])}
         bits = layers[0].input_bits
@@ -240,11 +241,6 @@ class PackedFormat(DenseFormat):
         # Either all experts are packed or none, and there are too many to name each.
         patterns = [EXPERTS if is_expert(name) else self._pattern(name) if "." in name else name for name in linear]
         return list(dict.fromkeys(patterns))
-
-    def _path(self, name: str) -> str:
-        """Return the name of a layer's module in the class that loads it, which may differ from its name on disk."""
-        path: str = self._paths[id(self._modules[name])]
-        return path
 
     def _pattern(self, name: str) -> str:
         """Return a regular expression for a layer's name, with or without the base model's prefix."""

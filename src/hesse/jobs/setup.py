@@ -20,6 +20,7 @@ from hesse.formats.targets import check_inputs, check_served
 from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.network import CheckpointNetwork, Layer
+from hesse.networks.unchanged import unchanged_notes
 from hesse.rewriting import Rewriting
 
 
@@ -130,7 +131,7 @@ def open_setup(
         check=selected.check,
         held_out=selected.held_out,
         seen=seen if selected.held_out and calibrated else None,
-        notes=[*format.notes, *selected.notes, *companion_notes(model)],
+        notes=[*format.notes, *unchanged_notes(network), *selected.notes, *companion_notes(model)],
     )
 
 

@@ -20,6 +20,7 @@ from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
+from hesse.networks.towers import towers
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
@@ -221,12 +222,14 @@ class CheckpointNetwork(Network):
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
-        """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
-        inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
-        outside = self.model if self.kind == "causal-lm" else self.model.base_model
-        prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
-        with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
-            yield self.model
+        """Yield the model with everything except its blocks and towers in memory: embeddings, last norm, head."""
+        with _empty(towers(self.model).values(), self.device) as absent:
+            inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+            inside |= absent
+            outside = self.model if self.kind == "causal-lm" else self.model.base_model
+            prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
+            with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
+                yield self.model
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -288,6 +291,26 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
             f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
             "config and weights do not belong together"
         )
+
+
+@contextmanager
+def _empty(modules: Iterable[nn.Module], device: torch.device) -> Iterator[set[int]]:
+    """Give modules that nothing runs parameters without elements on `device`, where models look for their own device.
+
+    Yields the identities of all their parameters and buffers.
+    """
+    children = [child for module in modules for child in module.modules()]
+    before = [(child, dict(child._parameters)) for child in children]
+    for child, parameters in before:
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                without = torch.empty(0, dtype=parameter.dtype, device=device)
+                child._parameters[name] = nn.Parameter(without, requires_grad=False)
+    try:
+        yield {id(p) for child in children for p in (*child._parameters.values(), *child._buffers.values())}
+    finally:
+        for child, parameters in before:
+            child._parameters.update(parameters)
 
 
 def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
