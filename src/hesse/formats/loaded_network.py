@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -15,7 +15,7 @@ import transformers
 from compressed_tensors.compressors import decompress_module
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -73,7 +73,7 @@ class LoadedNetwork:
     def __init__(self, checkpoint: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         folder = checkpoint.folder
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         factory = getattr(transformers, config.architectures[0])
         stored = config.get_text_config().dtype or torch.float32
         quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})  # type: ignore[no-untyped-call]
@@ -192,6 +192,11 @@ class LoadedNetwork:
 
     def _in_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """True if only code that comes with the model can load it, which is never run here."""
+    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
 
 
 def obstacle(written: StoredTensors, source: Checkpoint, device: torch.device) -> str | None:

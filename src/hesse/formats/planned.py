@@ -8,7 +8,7 @@ import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.formats.base import DenseFormat
-from hesse.formats.loaded_network import obstacle
+from hesse.formats.loaded_network import needs_code, obstacle
 
 
 class PlannedCheckpoint:
@@ -42,7 +42,7 @@ def planned_obstacle(format: DenseFormat) -> str | None:
 
     Formats with code of their own are not asked: that code is never run here.
     """
-    if "auto_map" in format.config():
+    if needs_code(format.config()):
         return None
     with tempfile.TemporaryDirectory() as folder:
         return obstacle(PlannedCheckpoint(format, Path(folder)), format.network.checkpoint, format.network.device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError, reason
-from hesse.formats.loaded_network import LoadedNetwork, obstacle, quiet
+from hesse.formats.loaded_network import LoadedNetwork, needs_code, obstacle, quiet
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch, advance, start
 
@@ -32,7 +32,7 @@ def check_loads(result: CheckpointNetwork, source: Checkpoint, ids: Tensor) -> s
             tensor or the block.
     """
     written = Checkpoint(result.checkpoint.folder)
-    if "auto_map" in written.config:
+    if needs_code(written.config):
         return "it comes with code of its own, which is never run here"
     if (why := obstacle(written, source, result.device)) is not None:
         raise _refusal(why)
