@@ -89,6 +89,28 @@ def run(chosen: list[str], results: Path, workers: int, seconds: float) -> dict[
     return state
 
 
+HEADER = """# Which architectures work
+
+A model works if plain transformers loads the result with no tensor missing, unexpected or of another shape, if its
+outputs are those of what Hesse reads, within 1e-3 of their standard deviation in float32, and if at most 5 % of the
+language model's linear weights stay dense, each of them listed in the report. Anything else is to be refused in one
+line. To try an architecture of your own, compress it with `--method rtn`: the report says what transformers made of it.
+
+    python bench/zoo.py run     # every model type that transformers builds small; goes on where it stopped
+    python bench/zoo.py table   # this page
+
+Random tiny models, `rtn`, 8 bits, groups of 16, text only. Commits {commits}; {packages}; {machine}.
+"""
+
+
+def page(state: dict[str, Any]) -> str:
+    """The page of the documentation: what works means, where it was measured, and the table."""
+    commits = ", ".join(sorted({str(cell.get("commit")) for cell in state["cells"].values()}))
+    packages = ", ".join(f"{name} {version}" for name, version in state["packages"].items())
+    machine = state["machine"] if isinstance(state["machine"], str) else json.dumps(state["machine"])
+    return f"{HEADER.format(commits=commits, packages=packages, machine=machine)}\n{table(state)}"
+
+
 def table(state: dict[str, Any]) -> str:
     """The counts by group and verdict, and the types of each verdict, as markdown."""
     counts = Counter((cell.split("/")[0], found["verdict"]) for cell, found in state["cells"].items())
@@ -116,7 +138,7 @@ def _escape(text: str) -> str:
 
 
 def main() -> None:
-    """Run cells, or print the table."""
+    """Run cells, or print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--only", default="*", help="pattern of types, or of group/type")
@@ -127,7 +149,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.action == "table":
-        print(table(json.loads(options.results.read_text())))
+        print(page(json.loads(options.results.read_text())))
         return
     known = json.loads(options.results.read_text())["cells"] if options.results.exists() else {}
     chosen = [cell for cell in cells(options.group, options.only) if options.redo or cell not in known]
