@@ -158,6 +158,11 @@ class CheckpointNetwork(Network):
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
         self.sources = sources_of(self.model, checkpoint.names())
+        checkpoint.paths = {
+            source.removesuffix(".weight"): name.removesuffix(".weight")
+            for name, source in reversed(self.sources.items())
+            if name.endswith(".weight")
+        }
         self.blocks = list_blocks(self.model, self._block)
         self._check_complete()
         for path, module in self.model.named_modules():
