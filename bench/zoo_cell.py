@@ -277,9 +277,10 @@ def _loss(model: PreTrainedModel, arguments: dict[str, Tensor]) -> float | None:
         ids = torch.tensor(zoo_models.random_ids())
         try:
             with torch.no_grad():
-                return float(model(input_ids=ids, labels=ids).loss)
-        except (TypeError, ValueError):  # it takes no labels, or has no first token
+                logits = model(input_ids=ids, labels=ids).logits
+        except (AttributeError, TypeError, ValueError):  # it takes no labels, or has no first token
             return None
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
     if set(arguments) != {"input_ids"} or model.get_output_embeddings() is None:
         return None
     ids = torch.tensor(zoo_models.random_ids())

@@ -3,11 +3,10 @@
 import inspect
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from hesse.errors import UnsupportedModelError
 
 
 class DecoderEntry(nn.Module):
@@ -19,35 +18,29 @@ class DecoderEntry(nn.Module):
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Return the token ids (samples, tokens) from which the decoder predicts `labels`: by the model's rule, one later.
+    """Return the token ids (samples, tokens) from which a decoder predicts `labels`: these, one later, by its rule.
 
-    Raises:
-        UnsupportedModelError: config.json does not say which token is first.
+    Where config.json lacks what the rule needs, the first token is the decoder's first, that of a text, or padding.
     """
-    config = model.config
-    first = next(
-        (value for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id") if (value := _id(config, name))),
-        0,
-    )
-    if _id(config, "decoder_start_token_id") is None or _id(config, "pad_token_id") is None:
+    try:
+        return _shift(model, labels)
+    except (AttributeError, TypeError, ValueError):  # of settings that config.json lacks
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
         shifted = labels.roll(1, dims=1)
-        shifted[:, 0] = first
+        shifted[:, 0] = next((value for name in names if (value := _id(model.config, name)) is not None), 0)
         return shifted
+
+
+def _shift(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """Return `labels` shifted by the model's own rule."""
     for rule in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
         if hasattr(model, rule):
-            return _checked(model, getattr(model, rule)(labels))
-    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
-    if shift is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no rule for the tokens that its decoder reads")
-    values = (labels, config.pad_token_id, config.decoder_start_token_id)
-    return _checked(model, shift(*values[: len(inspect.signature(shift).parameters)]))
+            return cast(Tensor, getattr(model, rule)(labels))
+    shift = sys.modules[type(model).__module__].shift_tokens_right
+    values = (labels, model.config.pad_token_id, getattr(model.config, "decoder_start_token_id", None))
+    return cast(Tensor, shift(*values[: len(inspect.signature(shift).parameters)]))
 
 
 def _id(config: object, name: str) -> int | None:
     value = getattr(config, name, None)
     return value if isinstance(value, int) else None
-
-
-def _checked(model: PreTrainedModel, found: object) -> Tensor:
-    assert isinstance(found, Tensor), f"{type(model).__name__} shifts token ids to {type(found).__name__}"
-    return found

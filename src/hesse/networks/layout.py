@@ -109,8 +109,18 @@ def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of token ids that a model knows."""
-    return len(model.get_input_embeddings().get_parameter("weight"))
+    """Return the number of token ids that a model knows.
+
+    Raises:
+        UnsupportedModelError: transformers does not say which of the model's modules embeds token ids.
+    """
+    try:
+        return len(model.get_input_embeddings().get_parameter("weight"))
+    except (AttributeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not embed token ids by one matrix: load it in Python, and give hesse.compress "
+            "the model and a DataLoader of dictionaries of its inputs"
+        ) from error
 
 
 def check_ids(model: PreTrainedModel, batches: list[Tensor]) -> None:
