@@ -33,7 +33,7 @@ from hesse.checkpoints import writer
 from hesse.checkpoints.checkpoint import INDEX, Checkpoint
 from hesse.errors import VerificationError
 from hesse.jobs import job
-from hesse.layerwise import layer_report
+from hesse.layerwise import solved_layer
 from hesse.layerwise.layer_solver import Effect
 from hesse.methods import Recipe, Rule, methods_of
 from hesse.methods.constraint_options import ConstraintOptions
@@ -484,7 +484,7 @@ def test_a_copied_tensor_that_changed_is_named(
 def test_a_cost_out_of_all_proportion_is_refused(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_report, "effect", lambda *_: Effect(1.0, 1e-9))
+    monkeypatch.setattr(solved_layer, "effect", lambda *_: Effect(1.0, 1e-9))
     with pytest.raises(
         VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"
     ):

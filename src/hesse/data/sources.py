@@ -39,16 +39,19 @@ def read_content(data: str | Path | Sequence[Sequence[int]] | None, purpose: Pur
     if isinstance(data, str | Path):
         # os.path, because Path raises on an unknown ~user and on a name too long for the file system.
         path = Path(os.path.expanduser(data))
-        if isinstance(data, str) and not os.path.exists(path) and _is_dataset_id(data):
-            return data, _read_dataset(data, purpose)
+        if is_dataset_id(data):
+            return str(data), dataset_texts(str(data), purpose)
         return str(data), _read_file(path)
     if not data:
         raise DataError("the list of token ids is empty: give at least one list of token ids")
     return "the token ids given", {f"sample {number}": ids for number, ids in enumerate(data, 1)}
 
 
-def _is_dataset_id(name: str) -> bool:
-    return DATASET_ID.fullmatch(name) is not None and Path(name).suffix.lower() not in READERS
+def is_dataset_id(data: str | Path) -> bool:
+    """True if `data` has the form of a data set id, and no such file exists."""
+    if not isinstance(data, str) or os.path.exists(os.path.expanduser(data)):
+        return False
+    return DATASET_ID.fullmatch(data) is not None and Path(data).suffix.lower() not in READERS
 
 
 def _read_file(path: Path) -> Content:
@@ -124,7 +127,12 @@ def _read_parquet(path: Path) -> Content:
     return list(_checked_texts(values, str(path)))
 
 
-def _read_dataset(name: str, purpose: Purpose) -> Content:
+def dataset_texts(name: str, purpose: Purpose) -> list[str]:
+    """Return the rows of a data set `owner/name[:config[:split]]`, which the library downloads if it must.
+
+    Raises:
+        DataError: it cannot be loaded, or has no texts.
+    """
     try:
         import datasets  # imported late: optional, and it takes a second
     except ImportError:

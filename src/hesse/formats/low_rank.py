@@ -63,7 +63,7 @@ class LowRankFormat(PackedFormat):
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         if not isinstance(encoded, LowRankCode):
             return super().tensors(name, encoded, weight, bias)
-        dtype = self.network.checkpoint.dtype(f"{name}.weight")
+        dtype = self.dtype(name)
         tensors = {
             f"{name}.0.weight": encoded.right.to(dtype).contiguous(),
             f"{name}.1.weight": encoded.left.to(dtype).contiguous(),
@@ -75,7 +75,7 @@ class LowRankFormat(PackedFormat):
         shape, rank = self.layers[name].shape, self._rank(name)
         if rank is None:
             return super().stored_bits(name)
-        return torch.finfo(self.network.checkpoint.dtype(f"{name}.weight")).bits * rank * sum(shape) / shape.numel()
+        return torch.finfo(self.dtype(name)).bits * rank * sum(shape) / shape.numel()
 
     def config(self) -> dict[str, Any]:
         source, model = self.network.checkpoint.config, self.network.model

@@ -1,4 +1,4 @@
-"""The pack-quantized layout of compressed-tensors: integers packed into words, read by transformers and vLLM."""
+"""The layouts of compressed-tensors: integers packed into words, or in bytes; transformers and vLLM read them."""
 
 import math
 import re
@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
-from hesse.formats.base import StoredLayer
-from hesse.formats.dense import DenseFormat
+from hesse.formats.base import DenseFormat, StoredLayer
 from hesse.networks.families import EXPERT_REGEX, is_expert
 from hesse.networks.network import CheckpointNetwork
 
@@ -235,6 +234,31 @@ class PackedFormat(DenseFormat):
         """Return a regular expression for a layer's name, with or without the base model's prefix."""
         prefix = f"{self.network.model.base_model_prefix}."
         return rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}$"
+
+
+class IntegerFormat(PackedFormat):
+    """Codes of 8 bits as int8, one scale per group in the checkpoint's type; unquantised layers are dense.
+
+    Runtimes that round inputs read it. Layers of fewer bits would take the same room, so they are refused.
+    """
+
+    name = "int-quantized"
+    layout = "int-quantized"
+
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
+        super().__init__(network, layers)
+        for name in self.packed:
+            if (bits := self.grid(name).bits) != 8:
+                raise OptionError(f"{name}: {self.name} stores {bits} bits in a whole byte: use --format auto")
+
+    def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return {f"{name}.weight": codes.contiguous()}
+
+    def stored_bits(self, name: str) -> float:
+        if name not in self.packed:
+            return super().stored_bits(name)
+        groups = self.grid(name).groups(self.layers[name].shape[1]) / self.layers[name].shape[1]
+        return 8 + groups * torch.finfo(self.grid(name).dtype).bits
 
 
 def _grid(layer: StoredLayer) -> Grid | None:

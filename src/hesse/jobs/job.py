@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import read_json
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
@@ -19,6 +20,7 @@ from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
+from hesse.jobs.model_card import CARD_FILE, model_card
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch, evaluation_batch, take_up
@@ -205,8 +207,13 @@ class Job:
         }
 
     def finish(self, report: Report, file: str = REPORT_FILE) -> None:
-        """Write the report into the result, and rename the result to OUT."""
+        """Write the report, and of a model its card, into the result, and rename the result to OUT."""
         if self.processes.is_main:
+            if (self.folder / "config.json").is_file():
+                config = read_json(self.folder / "config.json")
+                code = any(self.folder.glob("modeling_*.py"))
+                card = model_card(report, self.sources[0], config, self.calibration.data, code)
+                write_text(self.folder / CARD_FILE, card)
             write_text(self.folder / file, json.dumps(report.to_dict(), indent=2) + "\n")
         self.work.finish()
 

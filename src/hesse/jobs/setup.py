@@ -14,8 +14,7 @@ from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.statistics import STATISTICS, by_statistic, probe_tokens
-from hesse.formats import Format, StoredLayer, choose_format
-from hesse.formats.opening import open_networks
+from hesse.formats import DenseFormat, StoredLayer, choose_format, open_networks
 from hesse.formats.targets import check_inputs, check_served
 from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
@@ -37,7 +36,7 @@ class Setup:
     dense: CheckpointNetwork  # of `checkpoint`, in float32
     network: CheckpointNetwork  # the same modules, in the type that calibration runs in
     rules: dict[str, Rule | None]  # by layer; None for unchanged layers
-    format: Format
+    format: DenseFormat
     samples: Samples  # to calibrate on
     probes: Samples  # the first of `samples`, for the backward statistics
     check: Samples  # to measure the result with
@@ -153,7 +152,7 @@ def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]
     return rules_for(recipe, weights, shapes, (name for name, _ in network.model.named_modules()))
 
 
-def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> Format:
+def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> DenseFormat:
     """Return the format that stores every layer under its rule's constraint."""
     stored = []
     for layer in network.layers:

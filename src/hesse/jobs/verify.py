@@ -5,7 +5,7 @@ import torch
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
-from hesse.layerwise.layer_solver import digest
+from hesse.layerwise.solved_layer import digest
 from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from hesse.checkpoints.tensor_store import InMemory
 from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation.calibrated import KnownStatistics
-from hesse.estimation.probe import backward_statistics, forward_walk
+from hesse.estimation.probe import probe
 from hesse.estimation.statistics import (
     STATISTICS,
     BackwardCollection,
@@ -24,10 +25,8 @@ from hesse.estimation.statistics import (
     probe_tokens,
 )
 from hesse.networks.families import ROUTER_LAYERS
-from hesse.networks.module_network import ModuleNetwork, SingleBlock
+from hesse.networks.module_network import ModuleBatch, ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
-from hesse.passes.backward import BackwardPass
-from hesse.passes.module_batch import ModuleBatch
 from hesse.passes.per_sample import FisherKind, GradientPass
 from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
@@ -82,14 +81,8 @@ class TokenStream:
 
     def known(self) -> KnownStatistics:
         """Collect the backward statistics."""
-        network, samples, of_samples = self._network, self._selected.probes, needs_samples(self._needs)
-        size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
-        batches = start(network, samples.batches(1 if of_samples else size))
-        inputs = forward_walk(network, batches, batches, self._clock, lambda: None)
-        backward = BackwardPass(network, batches, inputs, self._calibration.seed, of_samples)
-        return {
-            layer: values for block in backward_statistics(backward, self._needs) for layer, values in block.items()
-        }
+        probes, seed = self._selected.probes, self._calibration.seed
+        return probe(self._network, probes, self._needs, None, seed, self._clock, lambda: None)
 
     def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
         """Return the network and the samples at its first block."""
@@ -152,7 +145,8 @@ class OneBlock:
             layer = next(layer for layer in self.layers if layer.weight_name == name)
             self.layers.remove(layer)
             self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
-        return collection.values(gradients.scale)
+        values = collection.values(gradients.scale)
+        return {layer: {name: InMemory(value).tensor for name, value in own.items()} for layer, own in values.items()}
 
     def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
         """Return the module as one block, and the objective's batches."""

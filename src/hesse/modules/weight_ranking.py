@@ -9,7 +9,7 @@ from torch import Tensor
 from hesse.constraints import Sparse
 from hesse.curvature import GaussNewton, Objective, RankOneSum
 from hesse.errors import OptionError
-from hesse.layerwise.report import LayerReport
+from hesse.layerwise.solved_layer import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import RankingScope, Refit

@@ -109,8 +109,5 @@ def _bounded_parameters(folder: Path, tensors: int) -> Iterator[None]:
             )
         return None
 
-    hook = register_module_parameter_registration_hook(count)  # type: ignore[arg-type]
-    try:
+    with register_module_parameter_registration_hook(count):  # type: ignore[arg-type]
         yield
-    finally:
-        hook.remove()
