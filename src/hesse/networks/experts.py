@@ -108,10 +108,7 @@ class LinearExperts(nn.Module):
         functions: Any = self._functions[0]
         *first, down = self.layers(expert)
         hidden = [layer(inputs) for layer in first]
-        if len(hidden) == 1:
-            inner = functions.act_fn(hidden[0])
-        else:
-            inner = _gated(functions, *hidden)
+        inner = functions.act_fn(hidden[0]) if len(hidden) == 1 else _gated(functions, *hidden)
         result = down(inner)
         return cast(Tensor, functions.post_expert_norm(result) if _flag(functions, "has_post_expert_norm") else result)
 
@@ -150,7 +147,7 @@ class SortedExperts(LinearExperts):
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
         """Return the outputs (tokens, out) of `inputs` (tokens, in); `expert_size` has the tokens of each expert."""
-        pieces = inputs.split(expert_size, dim=0)
+        pieces = inputs.split(expert_size)  # type: ignore[no-untyped-call]
         return torch.cat([self.layers(expert)[0](piece) for expert, piece in enumerate(pieces)])
 
 
@@ -182,8 +179,8 @@ def expert_parts(fused: nn.Module, names: Sequence[str] = NAMES) -> tuple[Expert
     joined = getattr(fused, "is_concatenated", True)
     rows = ((0, inner, None), (inner, 2 * inner, None)) if joined else ((0, None, 2), (1, None, 2))
     bias = "gate_up_proj_bias" if biases else None
-    first = [ExpertPart(name, "gate_up_proj", bias, own, transposed) for name, own in zip((gate, up), rows, strict=True)]
-    return (*first, last)
+    first = ExpertPart(gate, "gate_up_proj", bias, rows[0], transposed)
+    return first, ExpertPart(up, "gate_up_proj", bias, rows[1], transposed), last
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -228,9 +225,7 @@ def unfuse(model: nn.Module, names_of: Callable[[str, nn.Module], Sequence[str]]
         setattr(model.get_submodule(parent), child, replacement)
         for name, place in replacement.places():
             parameter = f"{path}.{place.parameter}"
-            places[f"{path}.{name}"] = ExpertMatrix(
-                parameter, place.count, place.expert, place.rows, place.transposed
-            )
+            places[f"{path}.{name}"] = ExpertMatrix(parameter, place.count, place.expert, place.rows, place.transposed)
     return places
 
 

@@ -14,13 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.read_ahead import ReadAhead
-from hesse.errors import CheckpointError, DataError
+from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
-from hesse.networks.architecture import build
-from hesse.networks.families import ROUTER_LAYERS
-from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
+from hesse.networks.architecture import build, unfilled_buffers
+from hesse.networks.experts import LinearExperts
+from hesse.networks.families import ROUTERS
+from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
+from hesse.networks.sources import Sources, check_shape
 
+SMALLEST = 16  # rows and columns of a layer that is compressed
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
 Places = dict[str, tuple[nn.Module, str]]  # by full name: a parameter's or buffer's module, and its name there
@@ -35,6 +38,7 @@ class Layer:
 
     name: str
     module: nn.Module
+    path: str = ""  # of the module in the model that transformers loads; of an expert's matrix: of all experts
 
     @property
     def weight_name(self) -> str:
@@ -123,13 +127,15 @@ class CheckpointNetwork(Network):
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
         self._holders: list[CheckpointNetwork] = []  # networks of the same modules that have weights in memory now
         self.model = build(checkpoint)
+        self.tensors = Sources(checkpoint, self.model)
+        self._reader = ReadAhead(self.tensors, device)
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
-        self.sources = sources_of(self.model, checkpoint.names())
+        self.sources = self.tensors.names
+        self.dense_layers: dict[str, str] = {}  # linear layers of blocks that stay unchanged: the reason
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
@@ -149,27 +155,41 @@ class CheckpointNetwork(Network):
         return other
 
     def _block(self, name: str, module: nn.Module) -> Block:
-        layers = [
-            Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
-            for child, linear in module.named_modules()
-            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTER_LAYERS
-        ]
+        layers, path = [], name
+        for child, linear in module.named_modules(prefix=name):
+            if isinstance(linear, LinearExperts):
+                path = child
+            if not isinstance(linear, nn.Linear | Conv1D):
+                continue
+            tensor = self.sources.get(f"{child}.weight", f"{child}.weight").removesuffix(".weight")
+            layer = Layer(tensor, linear, path if child.startswith(f"{path}.") and path != name else child)
+            reason = _reason_to_leave(child.removeprefix(f"{name}."), layer)
+            if reason is None:
+                layers.append(layer)
+            else:
+                self.dense_layers[tensor] = reason
         return Block(name, module, tuple(layers))
 
     def _check_complete(self, blocks: str) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, _ in self.model.named_parameters():
             source = self.sources.get(name)
-            if source is not None and (stored := self.checkpoint.dense_shape(source)) is not None:
-                _check_shape(source, stored, parameter.shape)
             if source is None and name.startswith(f"{blocks}."):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
                     "incomplete, or transformers converts this architecture in a way that Hesse does not support"
                 )
 
+        empty = [name for name in unfilled_buffers(self.model) if name not in self.sources]
+        if empty:
+            raise UnsupportedModelError(
+                f"transformers computes no values for the buffer {empty[0]} of {type(self.model).__name__}, and "
+                f"{self.checkpoint.folder} has no tensor for it: a newer transformers may"
+            )
+
     def stored_in(self, block: Block) -> list[str]:
         """Return the checkpoint's names of the tensors of a block."""
-        return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
+        names = dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}."))
+        return list(dict.fromkeys(key for name in names for key in self.tensors.keys(name)))
 
     @property
     def input_limit(self) -> int | None:
@@ -258,7 +278,7 @@ class CheckpointNetwork(Network):
         for full, (child, name) in places.items():
             source = self.sources[full]
             value = tensors[source]
-            _check_shape(source, value.shape, getattr(child, name).shape)
+            check_shape(source, value.shape, getattr(child, name).shape)
             value = value.to(self.device, non_blocking=True)
             if value.is_floating_point():
                 if not all_finite(value):
@@ -277,12 +297,13 @@ class CheckpointNetwork(Network):
                     child._buffers[name] = buffer.to(self.device)
 
 
-def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
-            "config and weights do not belong together"
-        )
+def _reason_to_leave(child: str, layer: Layer) -> str | None:
+    """Return the reason why the linear layer `child` of a block stays unchanged; None if it may be compressed."""
+    if any(part in ROUTERS for part in child.split(".")):
+        return "routers of experts, and gates of one value"
+    if min(layer.weight.shape) < SMALLEST:
+        return f"projections with fewer than {SMALLEST} rows or columns"
+    return None
 
 
 def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:

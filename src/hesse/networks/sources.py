@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers.core_model_loading import (
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, UnsupportedModelError, reason
-from hesse.networks.experts import NAMES, ExpertMatrix, expert_parts, unfuse
+from hesse.networks.experts import NAMES, BatchedExperts, ExpertMatrix, expert_count, expert_parts, has_experts, unfuse
 
 EXPERT = ".*."  # in a converter's source pattern: the number of an expert
 
@@ -45,9 +46,9 @@ class Names:
         self.expected = model.state_dict()
 
     def place(self, key: str) -> tuple[str, str | None]:
-        """Return the parameter that the stored tensor `key` fills, or the first of several, and its converter's pattern.
+        """Return the parameter that the stored tensor `key` fills, or the first of several, and its converter.
 
-        The name is not that of a parameter if transformers does not read the tensor.
+        The converter is given by its source pattern. A tensor that transformers does not read fills no parameter.
         """
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.expected)
         if name not in self.expected and key in self.expected:
@@ -56,7 +57,7 @@ class Names:
 
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter without data; transforms of transformers ask a model for its shape."""
-        return self.expected[name]
+        return cast(Tensor, self.expected[name])
 
     def converter(self, pattern: str) -> WeightConverter:
         """Return the converter that has a source pattern."""
@@ -84,6 +85,10 @@ class Conversion:
     converter: WeightConverter
     keys: dict[str, list[str]]  # by source pattern, in order
 
+    def lists(self) -> list[list[str]]:
+        """Return the stored tensors of each source pattern of the converter."""
+        return [self.keys.get(pattern, []) for pattern in self.converter.source_patterns]
+
     def all_keys(self) -> tuple[str, ...]:
         """Return the names of all stored tensors."""
         return tuple(key for keys in self.keys.values() for key in keys)
@@ -108,10 +113,9 @@ class Conversion:
 
     def expert_key(self, place: ExpertMatrix) -> str | None:
         """Return the stored tensor that is one expert's matrix; None if experts are not stored one by one."""
-        patterns = self.converter.source_patterns
-        if not _expert_leaves(self.converter) or any(len(self.keys.get(p, ())) != place.count for p in patterns):
+        if not _expert_leaves(self.converter):
             return None
-        return self.keys[patterns[1 if place.rows[0] and len(patterns) == 2 else 0]][place.expert]
+        return self.lists()[1 if place.rows[0] else 0][place.expert]
 
 
 class Sources:
@@ -134,32 +138,33 @@ class Sources:
         self.checkpoint, self.model = checkpoint, model
         names = Names(model)
         self.built = names
-        stored, conversions, unread = self._collect(names)
-        self.unread = unread
+        stored, conversions, self.unread = self._collect(names)
         self._converted = {target: own for own in conversions for target in self._targets(own)}
+        self._check_shapes(stored)
+        self._check_experts(stored)
         places = unfuse(model, names.expert_names)
         fused = {place.parameter for place in places.values()}
-        whole = {name: key for name, key in stored.items() if name not in fused}
-        whole |= {name: name for name in self._converted if name not in fused}
+        # A parameter that is stored under another kind of name, or only as a part of a stored tensor.
+        self._other_names = {name: key for name, key in stored.items() if name in fused or _is_weight(name, key)}
         self._slices: dict[str, ExpertMatrix] = {}
-        self._fused_keys = {name: key for name, key in stored.items() if name in fused}
-        own = {name: name for name in stored.values()}
+        whole = {name: name if name in self._other_names else key for name, key in stored.items()}
+        whole |= {name: name for name in self._converted}
+        whole |= {key: key for key in self.unread}  # may be modules of their own, see _check_experts
         for name, place in places.items():
-            conversion, key = self._converted.get(place.parameter), None
-            if conversion is not None:
-                key = conversion.expert_key(place)
-            elif place.parameter not in stored:
-                key = own.get(name)  # experts as modules of their own, as transformers loads compressed ones of Llama 4
-                if key is None:
-                    continue
-            whole[name] = name if key is None else key
-            if key is None:
-                self._slices[name] = place
-        self.names = self._with_modules(whole)
+            conversion = self._converted.get(place.parameter)
+            key = None if conversion is None else conversion.expert_key(place)
+            if key is not None:
+                whole[name] = key
+            elif conversion is not None or place.parameter in stored:
+                whole[name], self._slices[name] = name, place
+        built = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.unread = [key for key in self.unread if key not in built]
+        built |= {name for name, _ in model.named_buffers()}
+        self.names = {name: own for name, own in whole.items() if name in built and own not in self.unread}
         self._tie()
 
     def _collect(self, names: Names) -> tuple[dict[str, str], list[Conversion], list[str]]:
-        """Return the stored tensor of each parameter that has one, the conversions, and the tensors that are not read."""
+        """Return the stored tensor of each parameter that has one, the conversions, and tensors that are not read."""
         stored: dict[str, str] = {}
         conversions: dict[str, Conversion] = {}
         unread = []
@@ -184,18 +189,32 @@ class Sources:
             if shape is None:
                 raise CheckpointError(f"{key} is compressed, and transformers converts it: start from the dense model")
             empty[key] = torch.empty(shape, device="meta")
-        return list(conversion.convert(empty, self.built))
+        found = conversion.convert(empty, self.built)
+        for name, value in found.items():
+            if name in self.built.expected:
+                check_shape(name, value.shape, self.built.expected[name].shape)
+        return list(found)
 
-    def _with_modules(self, whole: dict[str, str]) -> dict[str, str]:
-        """Return `whole`, and tensors that fill modules which transformers does not build before it reads the config."""
-        modules = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        modules |= {name for name, _ in self.model.named_buffers()}
-        whole = {name: key for name, key in whole.items() if name in modules}
-        for key in list(self.unread):
-            if key in modules and key not in whole:
-                whole[key] = key
-                self.unread.remove(key)
-        return whole
+    def _check_shapes(self, stored: dict[str, str]) -> None:
+        for name, key in stored.items():
+            shape = self.checkpoint.dense_shape(key)
+            if shape is not None:
+                check_shape(key, shape, self.built.expected[name].shape)
+
+    def _check_experts(self, stored: dict[str, str]) -> None:
+        """Check that the checkpoint has the matrices of all experts, before modules are made for each."""
+        for path, module in self.model.named_modules():
+            for part in expert_parts(module) if has_experts(module) else ():
+                name, count = f"{path}.{part.weight}", expert_count(module)
+                conversion = self._converted.get(name)
+                lists = [] if conversion is None or not _expert_leaves(conversion.converter) else conversion.lists()
+                alone = f"{path}.{count - 1}.{part.name}.weight"  # as transformers loads compressed experts of Llama 4
+                missing = conversion is None and name not in stored and alone not in self.unread
+                if missing or any(len(keys) != count for keys in lists):
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}, or not of "
+                        f"all {count} experts: the folder is incomplete"
+                    )
 
     def _tie(self) -> None:
         tied: Any = getattr(self.model, "all_tied_weights_keys", None) or {}
@@ -210,11 +229,11 @@ class Sources:
         parameter = self._slices[name].parameter if name in self._slices else name
         if parameter in self._converted:
             return self._converted[parameter].all_keys()
-        return (self._fused_keys.get(parameter, parameter),)
+        return (self._other_names.get(parameter, parameter),)
 
     def is_stored(self, name: str) -> bool:
         """True if the dense tensor `name` is a stored tensor, not a part or a conversion of others."""
-        return name not in self._slices and name not in self._converted
+        return not any(name in others for others in (self._slices, self._converted, self._other_names))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of the dense tensor `name` in the checkpoint."""
@@ -262,10 +281,27 @@ class Sources:
         place = self._slices.get(name)
         if place is None:
             return self.built.place(name) == (name, None)
-        if type(self.model.get_submodule(place.parameter.rpartition(".")[0])).__name__ == "BatchedExperts":
+        if self.becomes_modules(name):
             return True
         parameter, pattern = self.built.place(name)
         return parameter == place.parameter and pattern is not None and pattern.endswith(".weight")
+
+    def becomes_modules(self, name: str) -> bool:
+        """True if transformers makes a module of the expert's matrix `name` when it loads compressed weights."""
+        place = self._slices.get(name)
+        return place is not None and isinstance(
+            self.model.get_submodule(place.parameter.rpartition(".")[0]), BatchedExperts
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Return the model folder."""
+        return self.checkpoint.folder
+
+    @property
+    def shard_of(self) -> dict[str, str]:
+        """Return the file of each stored tensor."""
+        return self.checkpoint.shard_of
 
     @cached_property
     def by_key(self) -> dict[str, list[str]]:
@@ -314,10 +350,24 @@ class Sources:
         return result
 
 
+def check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
+    """Raise CheckpointError if a tensor has another shape than the config describes."""
+    if found != expected:
+        raise CheckpointError(
+            f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
+            "config and weights do not belong together"
+        )
+
+
+def _is_weight(name: str, key: str) -> bool:
+    """True if a parameter is the weight of a layer, but the name of its stored tensor does not say so."""
+    return name.endswith(".weight") and not key.endswith(".weight")
+
+
 def _split(flat: Tensor, shaped: Iterable[Tensor]) -> list[Tensor]:
     """Return the parts of `flat` in the shapes of other tensors."""
     others = list(shaped)
-    parts = flat.split([other.numel() for other in others])
+    parts = flat.split([other.numel() for other in others])  # type: ignore[no-untyped-call]
     return [part.view(other.shape) for part, other in zip(parts, others, strict=True)]
 
 
