@@ -38,7 +38,7 @@ FEED_FORWARD_LAYERS = (
 
 def is_expert(layer: str) -> bool:
     """True if the layer of that name is one matrix of one expert."""
-    return ".experts." in layer
+    return expert_number(layer) is not None
 
 
 def expert_number(layer: str) -> str | None:

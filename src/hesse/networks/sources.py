@@ -196,10 +196,10 @@ class Sources:
         return list(found)
 
     def _check_shapes(self, stored: dict[str, str]) -> None:
-        for name, key in stored.items():
-            shape = self.checkpoint.dense_shape(key)
+        for name, parameter in self.built.expected.items():
+            shape = self.checkpoint.dense_shape(stored[name]) if name in stored else None
             if shape is not None:
-                check_shape(key, shape, self.built.expected[name].shape)
+                check_shape(stored[name], shape, parameter.shape)
 
     def _check_experts(self, stored: dict[str, str]) -> None:
         """Check that the checkpoint has the matrices of all experts, before modules are made for each."""
