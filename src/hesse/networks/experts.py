@@ -113,15 +113,23 @@ class LinearExperts(nn.Module):
         return cast(Tensor, functions.post_expert_norm(result) if _flag(functions, "has_post_expert_norm") else result)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return Σ weight · expert(x) over the chosen experts; hidden_states (..., hidden), top_k_* (tokens, k)."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        total = torch.zeros_like(flat)
+        """Return Σ weight · expert(x) over the chosen experts; hidden_states (tokens, hidden), top_k_* (tokens, k)."""
+        total = torch.zeros_like(hidden_states)
         for expert in range(self.count):
             token, position = torch.where(top_k_index == expert)
-            result = self._expert(expert, flat[token])
+            result = self._expert(expert, hidden_states[token])
             weighted = result * top_k_weights[token, position, None]
             total = total.index_add(0, token, weighted.to(total.dtype))
-        return total.view(hidden_states.shape)
+        return total
+
+
+class ShapedExperts(LinearExperts):
+    """Experts of DBRX, which read and return hidden states (samples, tokens, hidden)."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the sum of `LinearExperts` in the shape of `hidden_states`."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return super().forward(flat, top_k_index, top_k_weights).view(hidden_states.shape)
 
 
 class BatchedExperts(LinearExperts):
@@ -201,7 +209,7 @@ def has_experts(module: nn.Module) -> bool:
 # Classes that transformers does not mark as experts, with the class that replaces them.
 OTHER_CLASSES: dict[str, type[LinearExperts]] = {
     "Llama4TextExperts": BatchedExperts,
-    "DbrxExperts": LinearExperts,
+    "DbrxExperts": ShapedExperts,
     "JetMoeParallelExperts": SortedExperts,
 }
 
