@@ -70,8 +70,9 @@ def test_transformers_loads_the_very_weights_that_were_solved(name: str, half_fo
     }
     assert report.tensors_equal == len(Checkpoint(source).names())
     known = ("tokens for",) if name in MIXTURES else ("inputs are always zero",) if name == "opt" else ()
-    assert [note for note in report.notes if not any(kind in note for kind in known)] == []
-    assert all(note.split(":")[0] in layers for note in report.notes)
+    unusual = [note for note in report.notes if "stay dense" not in note]
+    assert [note for note in unusual if not any(kind in note for kind in known)] == []
+    assert all(note.split(":")[0] in layers for note in unusual)
     assert 1 / 4 < report.loss.predicted / report.loss.measured < 3  # of few tokens, so too hopeful
     assert report.loss.predicted == pytest.approx(sum(layer.predicted_loss_increase or 0.0 for layer in report.layers))
     kind = "half squared error of hidden states" if name in tiny_models.ENCODERS else "KL(dense || compressed)"

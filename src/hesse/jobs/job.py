@@ -20,6 +20,7 @@ from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
+from hesse.jobs.loader_check import check_loads
 from hesse.jobs.model_card import CARD_FILE, model_card
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
@@ -181,7 +182,13 @@ class Job:
                 pass_through(network, batches, self.progress, phase)
                 for network, phase in ((result, "verify"), (dense, "dense model"))
             ]
+            self.check_loads(result, dense.checkpoint, batches[0])
             return compare(result, passes[0], dense, passes[1], self.progress)
+
+    def check_loads(self, result: CheckpointNetwork, source: Checkpoint, ids: Tensor) -> None:
+        """Check that transformers makes of the result what Hesse reads, or note why it was not asked; see there."""
+        if (why := check_loads(result, source, ids)) is not None:
+            self.notes.append(f"not verified by transformers: {why}")
 
     def phases(self) -> dict[str, float]:
         """Return the seconds by phase, including those of killed processes."""

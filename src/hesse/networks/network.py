@@ -22,6 +22,7 @@ from hesse.networks.experts import LinearExperts
 from hesse.networks.families import ROUTERS
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
 from hesse.networks.sources import Sources, check_shape
+from hesse.networks.towers import towers
 
 SMALLEST = 16  # rows and columns of a layer that is compressed
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
@@ -135,7 +136,11 @@ class CheckpointNetwork(Network):
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
         self.sources = self.tensors.names
-        self.dense_layers: dict[str, str] = {}  # linear layers of blocks that stay unchanged: the reason
+        checkpoint.paths = {
+            source.removesuffix(".weight"): name.removesuffix(".weight")
+            for name, source in reversed(self.sources.items())
+            if name.endswith(".weight")
+        }
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
@@ -163,11 +168,8 @@ class CheckpointNetwork(Network):
                 continue
             tensor = self.sources.get(f"{child}.weight", f"{child}.weight").removesuffix(".weight")
             layer = Layer(tensor, linear, path if child.startswith(f"{path}.") and path != name else child)
-            reason = _reason_to_leave(child.removeprefix(f"{name}."), layer)
-            if reason is None:
+            if reason_to_leave(child.removeprefix(f"{name}."), layer.weight.shape) is None:
                 layers.append(layer)
-            else:
-                self.dense_layers[tensor] = reason
         return Block(name, module, tuple(layers))
 
     def _check_complete(self, blocks: str) -> None:
@@ -231,17 +233,19 @@ class CheckpointNetwork(Network):
             self._fill(module, prefix, leave)
             yield
         finally:
-            _forget(module)
+            forget(module)
             self._holders.pop()
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
-        """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
-        inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
-        outside = self.model if self.kind == "causal-lm" else self.model.base_model
-        prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
-        with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
-            yield self.model
+        """Yield the model with everything except its blocks and towers in memory: embeddings, last norm, head."""
+        with _empty(towers(self.model).values(), self.device) as absent:
+            inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+            inside |= absent
+            outside = self.model if self.kind == "causal-lm" else self.model.base_model
+            prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
+            with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
+                yield self.model
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -297,20 +301,43 @@ class CheckpointNetwork(Network):
                     child._buffers[name] = buffer.to(self.device)
 
 
-def _reason_to_leave(child: str, layer: Layer) -> str | None:
-    """Return the reason why the linear layer `child` of a block stays unchanged; None if it may be compressed."""
+def reason_to_leave(child: str, shape: torch.Size) -> str | None:
+    """Return the reason why the linear layer `child` of a block stays unchanged; None if it may be compressed.
+
+    `child` is its name in the block, and `shape` that of its weight.
+    """
     if any(part in ROUTERS for part in child.split(".")):
-        return "routers of experts, and gates of one value"
-    if min(layer.weight.shape) < SMALLEST:
-        return f"projections with fewer than {SMALLEST} rows or columns"
+        return "it routes tokens to experts"
+    if min(shape) < SMALLEST:
+        return f"it has fewer than {SMALLEST} rows or columns"
     return None
+
+
+@contextmanager
+def _empty(modules: Iterable[nn.Module], device: torch.device) -> Iterator[set[int]]:
+    """Give modules that nothing runs parameters without elements on `device`, where models look for their own device.
+
+    Yields the identities of all their parameters and buffers.
+    """
+    children = [child for module in modules for child in module.modules()]
+    before = [(child, dict(child._parameters)) for child in children]
+    for child, parameters in before:
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                without = torch.empty(0, dtype=parameter.dtype, device=device)
+                child._parameters[name] = nn.Parameter(without, requires_grad=False)
+    try:
+        yield {id(p) for child in children for p in (*child._parameters.values(), *child._buffers.values())}
+    finally:
+        for child, parameters in before:
+            child._parameters.update(parameters)
 
 
 def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
     return rounding(arguments[0])
 
 
-def _forget(module: nn.Module) -> None:
+def forget(module: nn.Module) -> None:
     """Drop the weights below `module`; tied weights stay tied. Buffers stay: they are small and may be computed."""
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():

@@ -15,6 +15,7 @@ from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import Network
+from hesse.networks.towers import without_cache
 
 LOGITS_LIMIT = 1 << 25  # of a batch that is evaluated
 BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
@@ -101,7 +102,7 @@ def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor
     def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         return passed if index == 0 else hidden
 
-    with _replaced(network, inject):
+    with _replaced(network, inject), without_cache(model):
         if network.kind == "encoder":
             result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
         else:
@@ -157,7 +158,8 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
 def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
     """Run all of the model except its head."""
     base = cast(nn.Module, model.base_model)
-    base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+    with without_cache(model):
+        base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
 
 
 class _Output(Tensor):

@@ -93,8 +93,9 @@ def evaluation_summary(evaluation: "EvaluationReport") -> RenderableType:
 
 
 def _evaluation_table(evaluation: "EvaluationReport") -> Table:
+    text = "-" if evaluation.standard is None else evaluation.standard
     rows = (
-        ("text", "-" if evaluation.standard is None else f"{evaluation.standard}, as papers print it"),
+        ("text", f"{text}, as papers print it" if evaluation.standard and not evaluation.notes else text),
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
         ("loss, nats per token", number(evaluation.model_loss, 5)),
