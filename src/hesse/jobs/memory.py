@@ -262,7 +262,8 @@ def _loaded(network: CheckpointNetwork, elements: int) -> int:
 def _stored(network: CheckpointNetwork) -> int:
     """Return the bytes of a weight as it is read: in the checkpoint's type, or decoded from a compressed one."""
     name = f"{network.layers[0].name}.weight"
-    return network.checkpoint.dtype(name).itemsize if name in network.checkpoint.shard_of else 4
+    keys = network.tensors.keys(name)
+    return network.tensors.dtype(name).itemsize if keys[0] in network.checkpoint.shard_of else 4
 
 
 def _outside(network: CheckpointNetwork) -> int:

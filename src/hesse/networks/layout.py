@@ -1,11 +1,9 @@
-"""Layout of a transformers model: its kind and sizes, its list of blocks, and the names of its parameters on disk."""
+"""Layout of a transformers model: its kind and sizes, and its list of blocks."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -69,30 +67,6 @@ def _largest_list(model: PreTrainedModel, part: nn.Module) -> tuple[str, nn.Modu
     return name, blocks
 
 
-def sources_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
-    """Return the checkpoint's name of each parameter and buffer of `model` that it holds, including tied ones."""
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    expected |= {name for name, _ in model.named_buffers()}
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    for key in stored:
-        renamed = key
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        for name in (key, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if name in expected:
-                sources.setdefault(name, key)
-                break
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, original in tied.items():
-        if name not in sources and original in sources:
-            sources[name] = sources[original]
-        elif original not in sources and name in sources:
-            sources[original] = sources[name]
-    return sources
-
-
 def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
     """Return the most tokens that a sample may have, if the architecture has positions for a limited number.
 
@@ -118,8 +92,8 @@ def vocabulary(model: PreTrainedModel) -> int:
         return len(model.get_input_embeddings().get_parameter("weight"))
     except (AttributeError, NotImplementedError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not embed token ids by one matrix: load it in Python, and give hesse.compress "
-            "the model and a DataLoader of dictionaries of its inputs"
+            f"{type(model).__name__} does not embed token ids by one matrix: load it in Python, and give "
+            "hesse.compress the model and a DataLoader of dictionaries of its inputs"
         ) from error
 
 
