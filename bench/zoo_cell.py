@@ -184,9 +184,10 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
         return {"error": " ".join(str(error).split()), "verdict": REFUSED if "\n" not in str(error) else TRACEBACK}
     found = _read_back(folder)
     checkpoint = open_checkpoint(out)
+    result = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu")).tensors
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read(checkpoint.names()).items()}
     source = CheckpointNetwork(open_checkpoint(model), torch.float32, torch.device("cpu")).tensors
-    tensors = _as_in_model(source, CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu")).tensors, tensors)
+    tensors = _as_in_model(source, result, tensors)
     shutil.copytree(model, folder / "dense", ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, folder / "dense" / "model.safetensors", metadata={"format": "pt"})
     before = source.checkpoint.read(source.checkpoint.names())

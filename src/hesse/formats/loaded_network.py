@@ -174,8 +174,10 @@ class LoadedNetwork(Network):
         convert_and_load_state_dict_in_model(self.model, self.checkpoint.read_stored(names), self._loading)
         if not prefix:
             self.model.tie_weights()
-        for child in self.model.modules():
-            cast(Any, child)._is_hf_initialized = child not in own  # those with the mark keep their buffers
+        parts = prefix.split(".")
+        unmarked = own | {self.model.get_submodule(".".join(parts[:length])) for length in range(len(parts))}
+        for child in self.model.modules():  # those with the mark keep their buffers; some are computed by a parent
+            cast(Any, child)._is_hf_initialized = child not in unmarked
         for child in own:
             child._apply(self._off_meta, recurse=False)  # type: ignore[no-untyped-call]
         self.model.initialize_weights()  # type: ignore[no-untyped-call]
