@@ -1,5 +1,6 @@
 """Evaluate a checkpoint, streamed from disk block by block, against the dense model it was made from."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ class EvaluationReport(_Quality, Report):
     model_loss: float | None
 
     @classmethod
-    def of(cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float) -> "EvaluationReport":
+    def of(
+        cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float, notes: Sequence[str] = ()
+    ) -> "EvaluationReport":
         """Return the report of an evaluation of `model` against `reference`, as the user named them."""
         values = {name: value for name, value in vars(evaluation).items() if name != "loss"}
         return cls(
@@ -98,6 +101,7 @@ class EvaluationReport(_Quality, Report):
             reference=reference,
             model_loss=evaluation.loss,
             loss=None if reference is None else evaluation.loss_change("model", held_out=True),
+            notes=list(notes),
             seconds={"total": seconds},
             versions=versions(),
             **values,
@@ -113,6 +117,7 @@ def evaluate(
     samples: int | None = None,
     length: int | None = None,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Result[EvaluationReport]:
@@ -123,9 +128,10 @@ def evaluate(
         reference: the dense model to compare with.
         merge_adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
         data: as for `compress`; None for the shipped held-out text.
-        samples: number of windows, from the start of the text; None for all.
+        samples: number of windows, from the start of the text, or fewer if the text has fewer; None for all.
         length: tokens per window; None for 2048 or the model's positions, whichever is less.
         batch_size: number of windows per batch.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         progress: receives each phase and step.
 
@@ -150,12 +156,13 @@ def evaluate(
         seed=0,
         purpose="evaluation",
         limit=network.input_limit,
+        bos=bos,
     )
     batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
     dense = None if reference is None else open_checkpoint(locate(reference))
     evaluation = evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
     names = str(model), None if reference is None else str(reference)
-    return Result(EvaluationReport.of(evaluation, *names, clock.total))
+    return Result(EvaluationReport.of(evaluation, *names, clock.total, chosen.notes))
 
 
 def evaluate_checkpoint(
@@ -215,7 +222,7 @@ def compare(
             result, expected = finish(network, model, flow), None
             if other is not None and reference_model is not None and dense is not None:
                 expected = finish(other, reference_model, dense[number])
-            totals.add(result, flow.ids, expected)
+            totals.add(result, flow.targets, expected)
             progress.advance()
     parameters = sum(p.numel() for p in network.model.parameters())
     return Evaluation(

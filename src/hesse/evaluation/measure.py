@@ -141,7 +141,7 @@ class LayerwiseComparison:
                 for number, dense in enumerate(self._dense[kind]):
                     expected = finish(self._network, model, dense)
                     for key, flows in several.items():
-                        differences[key].add(finish(self._network, model, flows[number]), dense.ids, expected)
+                        differences[key].add(finish(self._network, model, flows[number]), dense.targets, expected)
         return differences
 
 

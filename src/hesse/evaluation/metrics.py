@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hesse.evaluation.measurements import MeasuredMean
 from hesse.networks.network import Network
 
+IGNORED = -100  # a target that is not scored
 TOKENS_PER_STEP = 128  # tokens per step: their log-probabilities stay in the caches, and the whole matrix is never held
 
 
@@ -22,8 +23,8 @@ class Totals(ABC):
     divergence_square: float = 0.0
 
     @abstractmethod
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        """Add the `output` of a model for the token ids `ids` (samples, tokens), and that of the reference."""
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """Add the `output` of a model whose `next_tokens` are `targets` (samples, tokens), and the reference's."""
 
     @abstractmethod
     def quality(self) -> dict[str, float]:
@@ -49,12 +50,13 @@ class PredictionTotals(Totals):
     agreement: int = 0
     compared: bool = False  # with a reference
 
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        labels = torch.split(ids[:, 1:].flatten(), TOKENS_PER_STEP)
-        predicted = torch.split(output[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        scored = targets[:, :-1].flatten() != IGNORED
+        labels = torch.split(targets[:, :-1].flatten()[scored], TOKENS_PER_STEP)
+        predicted = _scored_rows(output, scored)
         dense: tuple[Tensor | None, ...] = (None,) * len(labels)
         if reference is not None:
-            dense = torch.split(reference[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
+            dense = _scored_rows(reference, scored)
         for rows in zip(predicted, labels, dense, strict=True):
             self._add(*rows)
 
@@ -87,7 +89,7 @@ class HiddenTotals(Totals):
     reference_square: float = 0.0
     cosine: float = 0.0
 
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         assert reference is not None, "an encoder is only compared"
         h, r = (t.double().flatten(0, 1) for t in (output, reference))
         self.tokens += len(h)
@@ -101,6 +103,12 @@ class HiddenTotals(Totals):
             "hidden_relative_error": 2 * self.divergence / self.reference_square,
             "hidden_cosine": self.cosine / self.tokens,
         }
+
+
+def _scored_rows(output: Tensor, scored: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits of all scored predictions, a few tokens at a time."""
+    rows = output[:, :-1].flatten(0, 1)
+    return torch.split(rows if bool(scored.all()) else rows[scored], TOKENS_PER_STEP)
 
 
 def totals_of(network: Network) -> Totals:

@@ -148,7 +148,7 @@ class Compression:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
         copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
-        job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes]
+        job.notes = list(dict.fromkeys([*self.plan["notes"], *setup.notes, *self.result.notes]))
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,

@@ -60,6 +60,7 @@ def compress_in_memory(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
 ) -> Result[ModuleReport]:
     """Prune, quantise or factorise the layers of any `torch.nn.Module`; `model` itself is left as it is.
 
@@ -95,6 +96,7 @@ def compress_in_memory(
         length: tokens per sample of a text; None for 2048 or the model's positions, whichever is less.
         seed: of the choice of samples and of sampled labels.
         batch_size: samples of token ids that go through the model together.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
 
     Returns:
         The changed copy, what was done to each layer, and the loss before, predicted and measured.
@@ -126,7 +128,7 @@ def compress_in_memory(
         chosen = [layer for layer in found if rules[layer.name] is not None]
         if tokens:
             assert isinstance(copy, PreTrainedModel)
-            calibration = Calibration(data, samples, length, seed, batch_size)
+            calibration = Calibration(data, samples, length, seed, batch_size, bos)
             source: _Source = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
             return _compress(source, chosen, rules, wanted, notes, clock)
         with layers_objective(copy, chosen, data, loss_function, forward) as objective:

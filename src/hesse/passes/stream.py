@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.curvature.losses import input_ids, next_tokens
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.layout import vocabulary
@@ -35,6 +36,7 @@ class StreamBatch:
     """One batch of samples between two blocks: token ids, hidden states, and the other arguments of each block."""
 
     ids: Tensor  # (samples, tokens)
+    targets: Tensor  # (samples, tokens): the token after each, or -100 where none is scored
     waiting: StoredTensor  # the hidden states
     calls: list[dict[str, Any]]  # keyword arguments, one dictionary per block
     shelf: TensorStore  # where hidden states wait between two blocks
@@ -77,7 +79,8 @@ def evaluation_batch(network: Network, length: int) -> int:
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
     """Compute the first block's input for each batch of token ids (samples, tokens), and the blocks' other arguments.
 
-    Hidden states are kept in `shelf`, or in memory.
+    Tokens that `hide_from_loss` hid pass like others, but are no targets. Hidden states are kept in `shelf`, or in
+    memory.
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
@@ -136,7 +139,7 @@ def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step:
 def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
     """Run the model with blocks that return their input, and record the arguments of each block."""
     if network.blocks_return_tuples is None:
-        network.blocks_return_tuples = _takes_first_elements(network, model, ids[:1])
+        network.blocks_return_tuples = _takes_first_elements(network, model, input_ids(ids[:1]))
     calls: list[dict[str, Any]] = []
     first: list[Tensor] = []
 
@@ -149,9 +152,10 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
         calls.append(call)
         return hidden
 
+    targets, ids = next_tokens(ids), input_ids(ids)
     with _replaced(network, note):
         _run_blocks(network, model, ids)
-    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+    return StreamBatch(ids, targets, shelf.keep(first[0], 0), calls, shelf)
 
 
 def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:

@@ -75,8 +75,8 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     )
 
 
-def evaluation_table(evaluation: "EvaluationReport") -> Table:
-    """Return the table of an evaluation."""
+def evaluation_table(evaluation: "EvaluationReport") -> RenderableType:
+    """Return the table of an evaluation, and notes on its samples."""
     rows = (
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
@@ -94,7 +94,8 @@ def evaluation_table(evaluation: "EvaluationReport") -> Table:
         ("bits per weight, whole model", number(evaluation.bits_per_weight)),
     )
     known = [row for row in rows if row[1] != "-"]
-    return text_table(shown(evaluation.model), "", Column(justify="right"), rows=known, show_header=False)
+    table = text_table(shown(evaluation.model), "", Column(justify="right"), rows=known, show_header=False)
+    return Group(table, *note_lines(evaluation.notes))
 
 
 def prune_summary(report: "BlocksReport | HiddenReport") -> RenderableType:
