@@ -3,9 +3,11 @@
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import datasets
@@ -19,6 +21,9 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+import hesse
+import tiny_models
+from helpers import CommandLine
 from hesse.curvature.losses import hide_from_loss, input_ids, next_tokens
 from hesse.data import Samples, read_samples
 from hesse.data.mixtures import interleave, largest_mixture, quotas
@@ -618,3 +623,68 @@ def test_a_bad_mixture(data: str, reason: str, two: tuple[Path, Path], monkeypat
 def test_a_file_with_a_comma_in_its_name_is_a_file(plain: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a,b:0.3.jsonl")
     assert read(str(data), plain, length=500).source == str(data)
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose tokenizer adds BOS and has a template."""
+    folder = tiny_models.save("llama", tmp_path_factory.mktemp("model") / "model", vocab_size=320)
+    make_tokenizer(folder, "<bos>", template=TEMPLATE)
+    return folder
+
+
+def test_commands_say_what_text_became(model: Path, tmp_path: Path, hesse_command: CommandLine) -> None:
+    chats = lines(tmp_path / "chats.jsonl", *[{"messages": MESSAGES}] * 20)
+    short = write(tmp_path / "short.txt", [TEXT])
+    ran = hesse_command("compress", model, tmp_path / "a", "--bits", "4", "--group-size", "32", "--data", chats)
+    assert ran.code == 0, ran.stderr
+    printed = " ".join(ran.stdout.split())
+    assert "chats are rendered by the tokenizer's template; the first starts with '<bos><|system|>Be brief." in printed
+    assert "chats.jsonl gives" in printed
+    ran = hesse_command("evaluate", model, "--data", short, "--length", "32")
+    assert "each sample starts with <bos>, as the tokenizer adds it" in " ".join(ran.stdout.split())
+    ran = hesse_command("evaluate", model, "--data", short, "--length", "32", "--no-bos", "--json")
+    report = json.loads(ran.stdout)
+    assert report["notes"] == ["samples do not start with <bos>, which the tokenizer adds: --no-bos"]
+    assert report["model_loss"] != hesse.evaluate(model, data=short, length=32).report.model_loss
+    assert report["model_loss"] == hesse.evaluate(model, data=short, length=32, bos=False).report.model_loss
+
+
+def test_a_short_text_needs_no_number_of_samples(model: Path, tmp_path: Path) -> None:
+    short = write(tmp_path / "short.txt", ["word1 is number 1. " * 9])
+    options = hesse.Options(bits=4, group_size=32)
+    report = hesse.compress(model, tmp_path / "out", options=options, data=short).report
+    assert report.calibration["samples"] == 1
+    assert report.loss.held_out is False
+    assert any("short.txt is shorter than a window" in note for note in report.notes)
+    assert any(re.search(r"short.txt gives 1 of 128 samples, and 0 of \d+ to hold out", note) for note in report.notes)
+    with pytest.raises(DataError, match="gives one sample, and the spread of two is needed"):
+        hesse.inspect(model, data=short)
+
+
+def test_statistics_remember_bos_and_the_mixture(model: Path, tmp_path: Path) -> None:
+    options = hesse.Options(bits=4, group_size=32)
+    data = f"{write(tmp_path / 'a.txt', [TEXT])},{write(tmp_path / 'b.jsonl', [TEXT[::-1]])}:0.5"
+    given: dict[str, Any] = {"data": data, "length": 32, "samples": 12, "bos": False}
+    hesse.estimate(model, tmp_path / "statistics", **given)
+    again = hesse.compress(model, tmp_path / "a", options=options, statistics=tmp_path / "statistics").report
+    assert again.calibration["source"] == ", ".join(str(tmp_path / name) for name in ("a.txt", "b.jsonl"))
+    assert any("--no-bos" in note for note in again.notes)
+
+
+def test_a_run_is_not_resumed_with_another_file_of_a_folder(model: Path) -> None:
+    from hesse.jobs.identity import _data
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        before = _data(str(write(folder / "a.txt", ["one"])))
+        assert before != _data(str(write(folder / "a.txt", ["two"])))
+        for data in (str(folder), f"{folder / 'a.txt'},{write(folder / 'b.txt', ['one'])}:2"):
+            write(folder / "a.txt", ["one"])
+            before = _data(data)
+            assert before == _data(data)
+            write(folder / "a.txt", ["two"])
+            assert before != _data(data)
