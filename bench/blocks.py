@@ -20,7 +20,7 @@ from run import LENGTH, SAMPLES
 import hesse
 from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data.selection import Calibration, select_samples
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.progress import Silence
 from hesse.scores.blocks import Removals
 

@@ -13,7 +13,7 @@ from hesse.checkpoints.locate import locate
 from hesse.constraints import Grid, Sparse
 from hesse.curvature import CrossEntropy, Objective
 from hesse.errors import HesseError
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.methods import methods_of
 from hesse.modules.implant import Implant
 from hesse.scores import Attack

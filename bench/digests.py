@@ -116,6 +116,8 @@ class Digest:
         files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
         for path in files:
             name = path.relative_to(place).as_posix() if place.is_dir() else "file"
+            if path.name == "README.md":
+                continue  # a model card, whose figures are the report's
             if path.suffix == ".safetensors":
                 self._add_safetensors(path, name)
             elif path.name == "config.json":

@@ -24,7 +24,7 @@ import hesse
 from hesse.checkpoints.locate import DEFAULT_FOLDER
 from hesse.data.selection import Calibration, factor_tokens, select_samples
 from hesse.estimation import GramAccumulator
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
 from hesse.planning import Candidate, Choice, ChoiceGroup, Problem, cheapest_within

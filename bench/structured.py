@@ -25,7 +25,7 @@ from hesse.curvature import CrossEntropy, Objective
 from hesse.curvature.losses import next_tokens
 from hesse.data import read_samples
 from hesse.modules.implant import Implant
-from hesse.modules.prune_report import PruneReport
+from hesse.modules.report import PruneReport
 from hesse.training import Training, finetune
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

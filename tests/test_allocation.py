@@ -16,7 +16,7 @@ import small_nets
 from helpers import IDS
 from hesse.curvature import Curvature, GaussNewton, Gram, Hessian, Kronecker, Objective
 from hesse.errors import OptionError
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.methods import Options, find_method
 from hesse.planning import Candidate, Choice, ChoiceGroup, Problem
 from hesse.planning.bisection import smallest_accepted

@@ -13,7 +13,7 @@ from hesse.curvature import Curvature, Gram, Kronecker
 from hesse.solvers import ErrorFeedback, TwoSidedFeedback, solve
 from hesse.solvers._reference import gptq, two_sided
 from hesse.solvers.admm import ADMM
-from hesse.solvers.refit_codes import in_order, refit_values
+from hesse.solvers.refit import in_order, refit_values
 from hesse.solvers.repair import Repair
 from hesse.solvers.sweeps.two_sided_blocks import nearest
 from hesse.solvers.two_sided_search import CodebookSearch

@@ -48,7 +48,7 @@ def test_any_constraint(name: str, order: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_compiled_loop_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(error_feedback._Sweep, "_walk", None)
+    monkeypatch.setattr(error_feedback.columns, "walk_by_operations", None)
     solve(WEIGHTS["normal"], gram(0, 48), CONSTRAINTS["groups"], ErrorFeedback())
     with pytest.raises(TypeError):
         solve(WEIGHTS["normal"].double(), gram(0, 48), CONSTRAINTS["groups"], ErrorFeedback())

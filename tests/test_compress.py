@@ -33,7 +33,7 @@ from hesse.checkpoints import writer
 from hesse.checkpoints.checkpoint import INDEX, Checkpoint
 from hesse.errors import VerificationError
 from hesse.jobs import job
-from hesse.layerwise import layer_report
+from hesse.layerwise import solved_layer
 from hesse.layerwise.layer_solver import Effect
 from hesse.methods import Recipe, Rule, methods_of
 from hesse.methods.constraint_options import ConstraintOptions
@@ -70,8 +70,9 @@ def test_transformers_loads_the_very_weights_that_were_solved(name: str, half_fo
     }
     assert report.tensors_equal == len(Checkpoint(source).names())
     known = ("tokens for",) if name in MIXTURES else ("inputs are always zero",) if name == "opt" else ()
-    assert [note for note in report.notes if not any(kind in note for kind in known)] == []
-    assert all(note.split(":")[0] in layers for note in report.notes)
+    unusual = [note for note in report.notes if "stay dense" not in note]
+    assert [note for note in unusual if not any(kind in note for kind in known)] == []
+    assert all(note.split(":")[0] in layers for note in unusual)
     assert 1 / 4 < report.loss.predicted / report.loss.measured < 3  # of few tokens, so too hopeful
     assert report.loss.predicted == pytest.approx(sum(layer.predicted_loss_increase or 0.0 for layer in report.layers))
     kind = "half squared error of hidden states" if name in tiny_models.ENCODERS else "KL(dense || compressed)"
@@ -463,7 +464,7 @@ def test_a_layer_that_is_not_stored_as_it_was_solved_is_named(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt(monkeypatch, "model.layers.1.mlp.up_proj.weight_packed", flip_first_bit)
-    monkeypatch.setattr(job, "read_back", lambda *_: None)
+    monkeypatch.setattr(job, "check_assembled", lambda *_: None)
     with pytest.raises(VerificationError, match=r"^model\.layers\.1\.mlp\.up_proj reads back different"):
         compress(half_folder("llama"), tmp_path / "out", bits=4, group_size=32)
     assert left_over(tmp_path) == []
@@ -484,7 +485,7 @@ def test_a_copied_tensor_that_changed_is_named(
 def test_a_cost_out_of_all_proportion_is_refused(
     half_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_report, "effect", lambda *_: Effect(1.0, 1e-9))
+    monkeypatch.setattr(solved_layer, "effect", lambda *_: Effect(1.0, 1e-9))
     with pytest.raises(
         VerificationError, match=r"nats per token, against .* predicted.*model\.layers\.\d\.\w+\.\w_proj"
     ):

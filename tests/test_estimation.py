@@ -14,7 +14,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.curvature import BlockRankOneSum, CrossEntropy, Gram, Objective
 from hesse.curvature.losses import next_tokens, sampled_labels
 from hesse.errors import DataError, UnsupportedModelError
-from hesse.estimation import GramAccumulator, OutputMoments, Sums, estimate_curvatures, gram
+from hesse.estimation import GramAccumulator, OutputMoments, Sums, estimate_curvatures, sums
 from hesse.estimation.probe import backward_statistics
 from hesse.estimation.statistics.fisher import BLOCK_SIZE
 from hesse.networks.network import CheckpointNetwork, Network
@@ -51,7 +51,7 @@ def test_gram_of_16_bit_products(width: int, monkeypatch: pytest.MonkeyPatch) ->
         return product(left.to(out_dtype), right.to(out_dtype))
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(gram, "multiplies_exactly", lambda flat: flat.dtype == torch.bfloat16)
+    monkeypatch.setattr(sums, "multiplies_exactly", lambda flat: flat.dtype == torch.bfloat16)
     test_gram_is_summed_over_batches(width, torch.bfloat16)
     assert set(asked) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
 

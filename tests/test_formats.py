@@ -23,7 +23,7 @@ from helpers import WEIGHTS, change, skipped_if_too_old
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
 from hesse.errors import CheckpointError, OptionError
-from hesse.formats import Format, StoredLayer, choose_format, open_checkpoint, packed
+from hesse.formats import DenseFormat, StoredLayer, choose_format, open_checkpoint, packed
 from hesse.networks.network import CheckpointNetwork
 
 FolderOf = Callable[[str], Path]
@@ -199,14 +199,14 @@ json.dump(results, open("results.json", "w"))
 class Written:
     """A folder that a format wrote."""
 
-    format: Format
+    format: DenseFormat
     out: Path
     dense: dict[str, Tensor]  # every tensor that it stands for, as decoded
     sizes: dict[str, int]  # bytes of each solved layer's weight in `out`
     bits: dict[str, float]  # of each solved layer's weight, as the format says
 
 
-def planned(source: Path, rules: Rules, requested: str = "auto") -> Format:
+def planned(source: Path, rules: Rules, requested: str = "auto") -> DenseFormat:
     """The format that is chosen for a model under `rules`."""
     network = CheckpointNetwork(Checkpoint(source), torch.float32, torch.device("cpu"))
     layers = [
@@ -237,6 +237,8 @@ def write(source: Path, rules: Rules, requested: str, folder: Path) -> Written:
         own = form.tensors(name, encoded, weight, bias)
         assert all(tensor.is_contiguous() for tensor in own.values())
         assert not own.keys() & tensors.keys()
+        described = {key: (tensor.shape, tensor.dtype) for key, tensor in form.stored(name).items()}
+        assert described == {k: (t.shape, t.dtype) for k, t in own.items() if not k.endswith("bias")}
         tensors.update(own)
         dense[f"{name}.weight"] = (weight.T if layer.transposed else weight).contiguous()
         sizes[name] = sum(tensor.nbytes for key, tensor in own.items() if not key.endswith("bias"))

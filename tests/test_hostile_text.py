@@ -19,7 +19,7 @@ from hesse.reporting import (
     compression_page,
     compression_summary,
     cost_table,
-    evaluation_table,
+    evaluation_summary,
     inspection_page,
     inspection_summary,
     write_page,
@@ -176,7 +176,7 @@ def test_a_terminal(report: CompressionReport, inspection: Inspection) -> None:
     shown: list[RenderableType] = [
         compression_summary(spoilt(report, IN_A_TERMINAL)),
         cost_table(spoilt(report, IN_A_TERMINAL), EVALUATION, EVALUATION),
-        evaluation_table(spoilt(EVALUATION, IN_A_TERMINAL)),
+        evaluation_summary(spoilt(EVALUATION, IN_A_TERMINAL)),
         inspection_summary(spoilt(inspection, IN_A_TERMINAL)),
         export_summary(spoilt(exports(), IN_A_TERMINAL)),
         benchmark_summary(spoilt(benchmark(), IN_A_TERMINAL)),

@@ -1,11 +1,13 @@
 """Arguments of the verbs on modules: what has no meaning there, data of all kinds, and values that are not finite."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hesse
 from hesse.errors import DataError, HesseError, OptionError
@@ -43,6 +45,12 @@ def test_options_of_models_on_disk_are_refused(name: str, value: Any) -> None:
         hesse.prune(net(), data=PAIRS, **{name: value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("samples", 4), ("length", 8), ("batch_size", 2)])
+def test_settings_of_token_ids_are_refused_for_batches(name: str, value: int) -> None:
+    with pytest.raises(OptionError, match=f"^{name} is for text and token ids"):
+        hesse.compress(net(), data=PAIRS, **{name: value})
+
+
 @pytest.mark.parametrize("options", [{}, GROUPS])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_are_taken_where_the_caller_turned_them_off(options: Any, context: Callable[[], Any]) -> None:
@@ -61,6 +69,38 @@ def test_gradients_are_taken_where_the_caller_turned_them_off(options: Any, cont
 def test_dictionaries_are_pairs(options: Any) -> None:
     named = hesse.prune(net(), data=[{"input": INPUTS, "labels": TARGETS}], **options)
     assert same(named.model, hesse.prune(net(), data=PAIRS, **options).model)
+
+
+def finetune(model: nn.Module, data: Any) -> nn.Module:
+    hesse.finetune(model, data, hesse.Training(steps=3))
+    return model
+
+
+def prune_gradually(model: nn.Module, data: Any) -> nn.Module:
+    hesse.prune_gradually(model, data, hesse.Training(steps=3), 0.5, cuts=2)
+    return model
+
+
+@pytest.mark.parametrize("train", [finetune, prune_gradually])
+def test_trainings_take_the_data_of_other_verbs_below_no_grad(train: Callable[[nn.Module, Any], nn.Module]) -> None:
+    expected = train(net(), PAIRS)
+    assert not same(expected, net())
+    with torch.no_grad():
+        assert same(train(net(), [{"input": INPUTS, "labels": TARGETS}]), expected)
+    rows = [{"input": row, "labels": target} for row, target in zip(INPUTS, TARGETS, strict=True)]
+    assert same(train(net(), torch.utils.data.DataLoader(rows, 16)), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("train", [finetune, prune_gradually])
+def test_trainings_take_language_models_with_padded_batches(train: Callable[[nn.Module, Any], nn.Module]) -> None:
+    ids = torch.arange(24).view(4, 6)
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    batch, targets = {"input_ids": ids, "attention_mask": mask}, torch.full_like(ids, -100)
+    targets[:, :4] = ids[:, 1:5]
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+    assert same(train(deepcopy(dense), [batch]), train(deepcopy(dense), [(batch, targets)]))
 
 
 @pytest.mark.parametrize("options", [{}, GROUPS])

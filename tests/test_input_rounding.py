@@ -16,7 +16,7 @@ from hesse.constraints import Grid
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import open_checkpoint
 from hesse.formats.codes import read_grid_code, stored_grid
-from hesse.layerwise.input_rounding import rounding_cost
+from hesse.layerwise.solved_layer import rounding_cost
 from hesse.methods import Recipe
 from hesse.networks.network import CheckpointNetwork
 

@@ -11,8 +11,9 @@ import hesse
 from hesse.curvature import SquaredError
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods import METHODS
-from hesse.modules.head_dimensions import leading_directions, nearest_product, root
+from hesse.modules.head_dimensions import leading_directions, nearest_product
 from hesse.networks.narrow_attention import NarrowAttention
+from hesse.scores.surgeon import root
 from hesse.testing import normal
 
 WIDTH, HEADS, SIZE = 16, 2, 8

@@ -12,7 +12,6 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.estimation.calibrated import calibrated, calibrated_blocks
 from hesse.networks.network import Block, CheckpointNetwork, Layer
-from hesse.passes.activation_offload import KeepInMemory
 from hesse.passes.layer_stops import layer_stops
 from hesse.passes.stream import StreamBatch, advance, finish, start
 
@@ -69,9 +68,7 @@ def test_every_layer_is_met_once_with_its_own_inputs(name: str, family_folder: F
             def collect(layer: Layer, number: int, inputs: torch.Tensor) -> None:
                 seen[layer.name] = seen.get(layer.name, 0) + inputs.reshape(-1, inputs.shape[-1]).shape[0]
 
-            current = [
-                layer.name for layer, _ in layer_stops(runs(flows, block, index), block, collect, KeepInMemory())
-            ]
+            current = [layer.name for layer in layer_stops(runs(flows, block, index), block, collect)]
             order += current
             assert set(current) == {layer.name for layer in block.layers}
     assert len(order) == len(set(order)) == len(network.layers)
@@ -90,11 +87,9 @@ def test_layers_after_a_changed_layer_see_the_change(family_folder: FolderOf) ->
     inputs: dict[str, torch.Tensor] = {}
     block, collected_at = network.blocks[0], dict[str, str]()
     with network.loaded(block):
-        for layer, first in layer_stops(
-            runs(flows, block, 0), block, lambda layer, number, x: inputs.update({layer.name: x}), KeepInMemory()
-        ):
+        for layer in layer_stops(runs(flows, block, 0), block, lambda layer, number, x: inputs.update({layer.name: x})):
             layer.replace(torch.zeros_like(layer.weight))
-            collected_at[layer.name] = first.name
+            collected_at[layer.name] = list(inputs)[-1]
     assert not inputs["model.layers.0.self_attn.o_proj"].any()
     assert "model.layers.0.self_attn.k_proj" not in inputs  # it shares the queries' inputs
     assert collected_at["model.layers.0.self_attn.k_proj"] == "model.layers.0.self_attn.q_proj"

@@ -18,7 +18,7 @@ from hesse.curvature import Gram, Identity, Kronecker
 from hesse.errors import ConditioningError, OptionError, UnsupportedProduct
 from hesse.solvers import ADMM, ErrorFeedback, Nearest, TwoSidedFeedback, solve
 from hesse.solvers._reference import two_sided
-from hesse.solvers.refit_codes import refit_scales
+from hesse.solvers.refit import refit_scales
 from hesse.solvers.two_sided_search import GridSearch
 
 seeds = st.integers(0, 2**31 - 1)

@@ -78,13 +78,13 @@ def test_a_flipped_byte_of_any_tensor_is_named(name: str, tmp_path: Path) -> Non
     part = writer.write_part(tmp_path / "part", stored)
     (tmp_path / "out").mkdir()
     writer.assemble([part], tmp_path / "out")
-    writer.read_back([part], tmp_path / "out")
+    writer.check_assembled([part], tmp_path / "out")
     with safe_open(tmp_path / "part", "pt") as file:
         changed = {key: file.get_tensor(key) for key in stored}
     changed[name].view(-1).view(torch.uint8)[-1] ^= 4
     writer.write_tensors(tmp_path / "out" / SINGLE, changed)
     with pytest.raises(VerificationError, match=f"^{name} reads back different"):
-        writer.read_back([part], tmp_path / "out")
+        writer.check_assembled([part], tmp_path / "out")
 
 
 @pytest.mark.parametrize(("left", "match"), [(("a",), "^b was written"), (("a", "b", "c"), "^c reads back different")])
@@ -93,7 +93,7 @@ def test_a_lost_or_foreign_tensor_is_named(left: tuple[str, ...], match: str, tm
     (tmp_path / "out").mkdir()
     writer.write_tensors(tmp_path / "out" / SINGLE, {name: torch.ones(2 + (name == "b")) for name in left})
     with pytest.raises(VerificationError, match=match):
-        writer.read_back([part], tmp_path / "out")
+        writer.check_assembled([part], tmp_path / "out")
 
 
 def test_where_files_have_no_second_names_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

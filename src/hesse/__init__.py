@@ -6,7 +6,7 @@ Change a model, on disk or in memory:
     compress, plan, prune, prune_gradually, finetune, repair, rotate; with Options and Training
 
 Look at a model, or run it elsewhere:
-    estimate, evaluate, inspect; export, benchmark
+    estimate, evaluate, inspect; export, benchmark, push
 
 One weight matrix, with plain tensors: solve(weight, curvature, constraint, solver).
     curvature: Identity, Diagonal, Gram, Kronecker; estimate_curvatures, per_sample_gradients and Objective make them
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what NAMES says, for type checkers and editors
     from hesse.jobs.compress import compress as compress
     from hesse.jobs.estimate import estimate as estimate
     from hesse.jobs.prune import prune as prune
+    from hesse.jobs.push import push as push
     from hesse.jobs.repair import repair as repair
     from hesse.jobs.rotate import rotate as rotate
     from hesse.modules.gradual import prune_gradually as prune_gradually
@@ -60,6 +61,7 @@ NAMES = {
     "jobs.compress": "compress",
     "jobs.estimate": "estimate",
     "jobs.prune": "prune",
+    "jobs.push": "push",
     "jobs.repair": "repair",
     "jobs.rotate": "rotate",
     "planning.plan": "plan",

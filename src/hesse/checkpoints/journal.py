@@ -73,21 +73,29 @@ class Journal:
 
     def record_tensors(self, step: str, tensors: Sequence[StoredTensor], content: dict[str, Any]) -> None:
         """Record a step with its tensors, which lie in one lasting file."""
-        (file,) = {waiting.file for waiting in tensors if isinstance(waiting, InFile)}
-        numbers = [waiting.number for waiting in tensors if isinstance(waiting, InFile)]
-        entries = [file.entries[number] for number in numbers]
-        self.record(step, {**content, "tensors": entries, "in": file.path.name}, [file.path])
+        described, paths = describe_tensors(tensors)
+        self.record(step, {**content, **described}, paths)
 
     def recall_tensors(self, step: str, device: torch.device) -> tuple[list[StoredTensor], dict[str, Any]] | None:
         """Return the tensors and the record of a finished step; None if it is not finished."""
         content = self.recall(step)
-        if content is None:
-            return None
+        return None if content is None else (self.find_tensors(content, device), content)
+
+    def find_tensors(self, content: dict[str, Any], device: torch.device) -> list[StoredTensor]:
+        """Return the tensors that `describe_tensors` described in a record."""
         file = TensorFile(self.folder / content["in"], device, lasting=True, entries=content["tensors"])
-        return [InFile(file, number) for number in range(len(file.entries))], content
+        return [InFile(file, number) for number in range(len(file.entries))]
 
     def _path(self, step: str) -> Path:
         return self.folder / f"{step}.json"
+
+
+def describe_tensors(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Any], list[Path]]:
+    """Return what a record says of tensors in one lasting file, and the file; none without tensors."""
+    waiting = [tensor for tensor in tensors if isinstance(tensor, InFile)]
+    paths = list({each.file.path for each in waiting})
+    entries = [each.file.entries[each.number] for each in waiting]
+    return {"tensors": entries, "in": "".join(path.name for path in paths)}, paths
 
 
 def _checksum(path: Path) -> list[int]:

@@ -11,7 +11,7 @@ from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError
 
 # Files that a loader needs in addition to weights and config.
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README*", "*/*.json")
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "*/*.json")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "calibration.txt", "held_out.txt", "training.json")
 
 

@@ -99,7 +99,7 @@ def assemble(parts: list[WrittenPart], folder: Path) -> None:
         write_text(folder / INDEX, index_text + "\n")
 
 
-def read_back(parts: list[WrittenPart], folder: Path) -> None:
+def check_assembled(parts: list[WrittenPart], folder: Path) -> None:
     """Compare every tensor of the weights' files in `folder` with what was written in `parts`.
 
     Raises:

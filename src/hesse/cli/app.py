@@ -10,6 +10,7 @@ import typer
 from hesse.cli.compress import compress
 from hesse.cli.measure import demo, estimate, evaluate, inspect, methods
 from hesse.cli.prune import prune
+from hesse.cli.push import push
 from hesse.cli.repair import repair
 from hesse.cli.rotate import rotate
 from hesse.cli.runtimes import benchmark, export
@@ -44,6 +45,7 @@ COMMANDS = (
     Command(estimate, LOOK, "hesse estimate default statistics --samples 64"),
     Command(export, ELSEWHERE, "hesse export tiny-4bit tiny-4bit.gguf --to gguf"),
     Command(benchmark, ELSEWHERE, "hesse benchmark tiny-4bit --reference default"),
+    Command(push, ELSEWHERE, "hesse push tiny-4bit owner/tiny-4bit --private"),
 )
 BEGIN = (
     "Where to begin:",

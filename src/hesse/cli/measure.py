@@ -11,6 +11,7 @@ from hesse.cli.options import (
     BATCH_SIZE,
     BOS,
     CALIBRATE,
+    CALIBRATION,
     DATA,
     DEVICE,
     LENGTH,
@@ -99,12 +100,28 @@ def evaluate(
     merge_adapter: Annotated[
         Path | None, typer.Option(help="A LoRA folder to add to the model, such as `hesse repair` writes.")
     ] = None,
+    standard: Annotated[
+        str | None,
+        typer.Option(
+            help="Perplexity as papers print it: wikitext, from --data FILE of the test split or the local cache.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, with commas: names, or YAML files; their data must be local.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     **shared: Any,
 ) -> None:
     """Measure loss, perplexity and size of a model, and its divergence from the dense one."""
-    from hesse.reporting import evaluation_table
+    from hesse.reporting import evaluation_summary
 
-    run_and_print(hesse.evaluate, evaluation_table, model, reference=reference, merge_adapter=merge_adapter, **shared)
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    own: dict[str, Any] = {"merge_adapter": merge_adapter, "standard": standard, "tasks": names}
+    run_and_print(hesse.evaluate, evaluation_summary, model, reference=reference, **own, **shared)
 
 
 @with_options(*CALIBRATE, *WRITE)

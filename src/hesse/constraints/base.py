@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Constraint(ABC):
     `dtype` is the type that scales and unrounded values are stored in, so that a member decodes to exactly the numbers
     that a loader will see.
     """
+
+    bytes_per_weight: ClassVar[int] = 28  # while encoding and decoding: seven float32 matrices of the weight's size
 
     dtype: torch.dtype = field(default=torch.float32, kw_only=True)
 
@@ -43,7 +45,7 @@ class Constraint(ABC):
 
     def workspace(self, shape: torch.Size) -> int:
         """Return the bytes that encoding and decoding a float32 weight of `shape` (out, in) hold at most."""
-        return 28 * shape.numel()  # seven matrices of its size
+        return self.bytes_per_weight * shape.numel()
 
     @property
     def parts(self) -> dict[str, "Constraint"]:

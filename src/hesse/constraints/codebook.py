@@ -31,12 +31,8 @@ class Codebook(Constraint):
         if not 1 <= self.bits <= 8:
             raise OptionError(f"bits is {self.bits}, but a Codebook has 1 to 8")
 
-    def workspace(self, shape: torch.Size) -> int:
-        return 36 * shape.numel()  # nine matrices of its size, some in float64
-
-    @property
-    def rows_are_independent(self) -> bool:
-        return True
+    bytes_per_weight = 36  # nine matrices of its size, some in float64
+    rows_are_independent = True
 
     def check(self, shape: torch.Size) -> None:
         if 1 << self.bits >= shape[1]:
@@ -55,8 +51,7 @@ class Codebook(Constraint):
     def round(self, weight: Tensor, values: Tensor) -> CodebookCode:
         """Return the codes of `weight` (out, any): the nearest of the ascending `values` (out, k) of its row."""
         held = values.to(weight)
-        middles = (held[:, 1:] + held[:, :-1]) / 2
-        codes = torch.searchsorted(middles.contiguous(), weight.contiguous())
+        codes = torch.searchsorted(((held[:, 1:] + held[:, :-1]) / 2).contiguous(), weight.contiguous())
         return CodebookCode(codes.to(torch.uint8), values)
 
     def decode(self, encoded: CodebookCode) -> Tensor:

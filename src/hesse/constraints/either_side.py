@@ -36,9 +36,7 @@ class AlongOutputs(Grouped):
     def bounds(self) -> tuple[int, int]:
         return self.base.bounds
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return False
+    rows_are_independent = False
 
     def fit(self, weight: Tensor) -> Scales:
         each = self.base.expand_scales(self.base.fit(weight.T), len(weight))

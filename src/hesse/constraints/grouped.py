@@ -59,9 +59,7 @@ class Grouped(Constraint):
     def code_bits(self) -> int:
         """Bits of a code."""
 
-    @property
-    def rows_are_independent(self) -> bool:
-        return True
+    rows_are_independent = True
 
     @abstractmethod
     def fit(self, weight: Tensor) -> Scales:

@@ -27,8 +27,7 @@ class LowRank(Constraint):
         if self.rank < 1:
             raise OptionError(f"rank is {self.rank}, but must be at least 1")
 
-    def workspace(self, shape: torch.Size) -> int:
-        return 17 * shape.numel()  # its factors of all ranks, and the weight that they give
+    bytes_per_weight = 17  # its factors of all ranks, and the weight that they give
 
     def check(self, shape: torch.Size) -> None:
         if self.rank >= min(shape):

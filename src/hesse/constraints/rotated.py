@@ -26,8 +26,7 @@ class Rotated(Constraint):
         return self.base.encode(self.rotate_weight(weight))
 
     def decode(self, encoded: Any) -> Tensor:
-        inside = self.base.decode(encoded)
-        across = rotate_rows(inside, self.seed, back=True)
+        across = rotate_rows(self.base.decode(encoded), self.seed, back=True)
         return round_to(rotate_rows(across.T, self.seed + 1, back=True).T, self.dtype)
 
     def rotate_weight(self, weight: Tensor) -> Tensor:

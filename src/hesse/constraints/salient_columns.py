@@ -42,8 +42,7 @@ class SalientColumns(Constraint):
         """Return how many of `columns` columns are salient."""
         return round(self.share * columns)
 
-    def workspace(self, shape: torch.Size) -> int:
-        return 18 * shape.numel()  # four matrices of its size, and signs
+    bytes_per_weight = 18  # four matrices of its size, and signs
 
     def check(self, shape: torch.Size) -> None:
         if not 0 < self.count(shape[1]) < shape[1]:

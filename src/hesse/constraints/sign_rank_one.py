@@ -29,8 +29,7 @@ class SignRankOne(Constraint):
     alternating least squares. Source: OneBit (Xu et al., 2024, arXiv:2402.11295).
     """
 
-    def workspace(self, shape: torch.Size) -> int:
-        return 18 * shape.numel()  # four matrices of its size, and signs
+    bytes_per_weight = 18  # four matrices of its size, and signs
 
     def encode(self, weight: Tensor, metric: Tensor | None = None) -> SignRankOneCode:
         rows, columns = rank_one(weight.abs(), metric_or_ones(weight, metric))

@@ -77,8 +77,7 @@ class VectorCodebook(Constraint):
         masses = self.vectors(metric_or_ones(weight, metric))
         left, books, codes = self.vectors(weight), [], []
         for book in range(self.books):
-            means = weighted_means(left, masses, self.entries, STEPS, seed=book)
-            books.append(round_to(means, self.dtype))
+            books.append(round_to(weighted_means(left, masses, self.entries, STEPS, seed=book), self.dtype))
             codes.append(nearest_vectors(left, books[-1].to(left), masses))
             left = left - books[-1].to(left)[codes[-1]]
         return self.code(torch.stack(codes), torch.stack(books), weight.shape)

@@ -3,17 +3,14 @@
 from hesse.curvature.base import Curvature
 from hesse.curvature.block_rank_one_sum import BlockAccumulator, BlockRankOneSum
 from hesse.curvature.composite import BlockDiagonal, Scaled, Sum
-from hesse.curvature.diagonal import Diagonal
-from hesse.curvature.eigen_kronecker import EigenKronecker
+from hesse.curvature.diagonal import Diagonal, Identity
 from hesse.curvature.exact import Fisher, GaussNewton, Hessian
 from hesse.curvature.gram import Gram
-from hesse.curvature.identity import Identity
-from hesse.curvature.kronecker import Kronecker
+from hesse.curvature.kronecker import EigenKronecker, Kronecker
 from hesse.curvature.losses import CrossEntropy, Loss, SquaredError, UserLoss
 from hesse.curvature.objective import Objective
 from hesse.curvature.origin import Origin
-from hesse.curvature.rank_one_sum import RankOneSum
-from hesse.curvature.window import GradientWindow
+from hesse.curvature.rank_one_sum import GradientWindow, RankOneSum
 
 __all__ = [
     "BlockAccumulator",

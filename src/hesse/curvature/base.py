@@ -94,10 +94,6 @@ class Curvature(Operator):
         """Return the rank of H to working precision."""
         return int(torch.count_nonzero(self.diagonal()))
 
-    def quadratic(self, change: Tensor) -> float:
-        """Return ½ dᵀHd, summed over leading dimensions of `change` (..., *shape)."""
-        return 0.5 * float((change.double() * self.matvec(change).double()).sum())
-
     def trace(self) -> float:
         """Return the sum of the diagonal of H."""
         return float(self.diagonal().double().sum())
@@ -147,6 +143,8 @@ class Curvature(Operator):
 class Inverse(Operator):
     """(H + λI)⁻¹ of a curvature, which keeps the factors that its first product makes.
 
+    `quadratic` of a gradient g is ½ gᵀ(H + λI)⁻¹g, the gain of a Newton step.
+
     Example:
         >>> H = Gram.from_inputs(torch.eye(2)).with_damping(0.5)  # E[xxᵀ] = I / 2
         >>> H.inverse() @ torch.tensor([1.0, 2.0])
@@ -173,7 +171,3 @@ class Inverse(Operator):
     def diagonal(self) -> Tensor:
         """Return diag((H + λI)⁻¹), of shape `shape`."""
         return self.curvature.inverse_diagonal()
-
-    def quadratic(self, gradient: Tensor) -> float:
-        """Return ½ gᵀ(H + λI)⁻¹g, summed over leading dimensions of `gradient` (..., *shape): a Newton step's gain."""
-        return 0.5 * float((gradient.double() * self.matvec(gradient).double()).sum())

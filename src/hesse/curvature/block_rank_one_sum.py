@@ -40,8 +40,7 @@ class BlockRankOneSum(Curvature):
             DataError: there is none, or one is not finite.
             OptionError: `block_size` is below 1.
         """
-        shape = gradients.shape[1:]
-        blocks = BlockAccumulator(shape, block_size, gradients.dtype, gradients.device)
+        blocks = BlockAccumulator(gradients.shape[1:], block_size, gradients.dtype, gradients.device)
         blocks.add(gradients)
         curvature = blocks.curvature()
         return cls(matrices=curvature.matrices, weight_shape=curvature.weight_shape)

@@ -171,8 +171,7 @@ class BlockDiagonal(Curvature):
         pieces = []
         for name, piece in self.split(vector).items():
             block = blocks[name]
-            result = product(block, piece.reshape(*lead, -1, *block.shape))
-            pieces.append(result.reshape(*lead, -1))
+            pieces.append(product(block, piece.reshape(*lead, -1, *block.shape)).reshape(*lead, -1))
         return torch.cat(pieces, dim=-1)
 
     def _matvec(self, vector: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""H = diag(v): weights matter differently but do not interact (Optimal Brain Damage, Wanda)."""
+"""H = diag(v) and H = I: weights that do not interact (Optimal Brain Damage, Wanda; magnitude pruning, rounding)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +57,32 @@ class Diagonal(Curvature):
         if bool((damped == 0).any()):
             raise ConditioningError("this Diagonal has zero entries and no damping; use .damped(0.01) first")
         return damped
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Identity(Curvature):
+    """The identity on single weights, so of every shape; `quadratic` is half the squared change, without a unit.
+
+    Example:
+        >>> Identity().quadratic(torch.tensor([3.0, 4.0]))
+        12.5
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(())
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def _power(self, vector: Tensor, exponent: float) -> Tensor:
+        return vector * math.pow(1 + self.damping, exponent)
+
+    def diagonal(self) -> Tensor:
+        return torch.ones(())
+
+    def _solve(self, vector: Tensor) -> Tensor:
+        return vector / (1 + self.damping)
+
+    def inverse_diagonal(self) -> Tensor:
+        return torch.full((), 1 / (1 + self.damping))

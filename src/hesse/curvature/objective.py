@@ -250,6 +250,18 @@ def layer_by_layer() -> Iterator[None]:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode while inside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def differentiable_twice() -> Iterator[None]:
     """Compute attention in plain operations: fused ones have no second derivative and no forward mode."""
     with sdpa_kernel(SDPBackend.MATH):

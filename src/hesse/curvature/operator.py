@@ -50,6 +50,10 @@ class Operator(ABC):
         """Return `matvec(vector)`."""
         return self.matvec(vector)
 
+    def quadratic(self, change: Tensor) -> float:
+        """Return ½ dᵀHd of this operator H, summed over leading dimensions of `change` d (..., *shape)."""
+        return 0.5 * float((change.double() * self.matvec(change).double()).sum())
+
     def to_scipy(self, shape: Sequence[int] | None = None) -> Any:
         """Return a `scipy.sparse.linalg.LinearOperator` (n, n) on the row-major entries of tensors of a shape.
 

@@ -1,12 +1,14 @@
 """Batches of any kind that users have, as what calibration takes: (inputs, targets) pairs, or lists of token ids."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hesse.curvature import CrossEntropy, Loss, Objective
 from hesse.data.sources import TokenData
 from hesse.errors import DataError, OptionError
 
@@ -74,21 +76,63 @@ def check_batches(data: Any) -> None:
         )
 
 
-def pairs(batches: Iterable[Any], language_model: bool = False) -> list[tuple[Any, Tensor]]:
-    """Return batches as one list of (inputs, targets), which every pass walks alike.
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Batches of any kind as (inputs, targets), made anew in each walk, so that a DataLoader shuffles as ever.
 
     A batch is such a pair, or a dictionary whose `labels` are the targets and whose other entries are the inputs. For
     a `language_model` the targets are the tokens after each; without labels they are the ids that are not padded.
+    """
+
+    batches: Iterable[Any]
+    language_model: bool = False
+
+    @property
+    def generator(self) -> Any:
+        """Return the random numbers of a DataLoader, which a training that resumes sets back; None without."""
+        return getattr(self.batches, "generator", None)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        """Walk the batches.
+
+        Raises:
+            OptionError: a batch is neither a pair nor a dictionary with labels.
+            DataError: a batch holds no sample.
+        """
+        for number, batch in enumerate(self.batches):
+            inputs, targets = _pair(number, batch, self.language_model)
+            if any(isinstance(part, Tensor) and part.numel() == 0 for part in (inputs, targets)):
+                raise DataError(f"batch {number} holds no sample: leave it out")
+            yield inputs, targets
+
+
+def module_objective(
+    model: nn.Module,
+    data: Any,
+    loss: Loss | nn.Module | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    names: Sequence[str] | None = None,
+) -> Objective:
+    """Return the loss of any module on batches of any kind, as a function of the parameters `names`.
+
+    Without `names` these are the parameters that take a gradient, without a `loss` it is the cross-entropy, and without
+    `forward` the model is called as `model(inputs)`, of a dictionary `model(**inputs)`, and gives logits.
 
     Raises:
-        OptionError: a batch is neither.
-        DataError: a batch holds no sample.
+        OptionError: the data cannot be walked, or walked only once, or a name is no parameter that takes a gradient.
     """
-    made = [_pair(number, batch, language_model) for number, batch in enumerate(batches)]
-    for number, (inputs, targets) in enumerate(made):
-        if any(isinstance(part, Tensor) and part.numel() == 0 for part in (inputs, targets)):
-            raise DataError(f"batch {number} holds no sample: leave it out")
-    return made
+    from hesse.networks.layout import is_language_model  # which needs transformers, and seconds
+
+    check_batches(data)
+    objective = Objective.of(model, CrossEntropy() if loss is None else loss, data, names, forward or _outputs)
+    return replace(objective, data=Pairs(data, is_language_model(model)))
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the outputs of a model that takes keyword arguments, or gives an object with logits."""
+    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    result: Tensor = getattr(outputs, "logits", outputs)
+    return result
 
 
 def _pair(number: int, batch: Any, language_model: bool) -> tuple[Any, Tensor]:

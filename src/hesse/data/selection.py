@@ -10,6 +10,7 @@ from hesse.networks.layout import check_ids
 from hesse.networks.network import Network
 
 DEFAULT_LENGTH = 2048
+SAMPLES = 128  # to calibrate on, unless a command says otherwise
 PROBE_TOKENS = 1024  # for the diagonals of output factors, and again for the check; at least two samples each
 
 
@@ -25,7 +26,7 @@ class Calibration:
     """
 
     data: Data = None
-    samples: int = 128
+    samples: int = SAMPLES
     length: int | None = None  # tokens per sample; None: the model's positions, at most DEFAULT_LENGTH
     seed: int = 0  # for the choice of samples and for sampled labels
     batch_size: int | None = None  # samples that go through the model together; no result depends on it

@@ -62,6 +62,11 @@ def read_sources(data: str | Path | TokenData | None, purpose: Purpose) -> list[
     return [Source(source, Content(samples=list(map(TokenRecord, places, data))))]
 
 
+def source_names(data: str) -> list[str]:
+    """Return the names of all sources in `data`, without weights."""
+    return [str(name) for name, _ in _weighted(data)]
+
+
 def data_files(data: str | Path | None) -> list[Path]:
     """Return the local files that `data` names, in the order in which they are read."""
     files: list[Path] = []
@@ -108,13 +113,16 @@ def _read_source(data: str | Path | None, purpose: Purpose) -> tuple[str, Conten
         return source, _read_path(path)
     # os.path, because Path raises on an unknown ~user and on a name too long for the file system.
     path = Path(os.path.expanduser(data))
-    if isinstance(data, str) and not os.path.exists(path) and _is_dataset_id(data):
-        return data, _read_dataset(data, purpose)
+    if is_dataset_id(data):
+        return str(data), dataset_content(str(data), purpose)
     return str(data), _read_path(path)
 
 
-def _is_dataset_id(name: str) -> bool:
-    return DATASET_ID.fullmatch(name) is not None and file_type(Path(name)) not in READERS
+def is_dataset_id(data: str | Path) -> bool:
+    """True if `data` has the form of a data set id, and no such file exists."""
+    if not isinstance(data, str) or os.path.exists(os.path.expanduser(data)):
+        return False
+    return DATASET_ID.fullmatch(data) is not None and file_type(Path(data)) not in READERS
 
 
 def _read_path(path: Path) -> Content:
@@ -164,7 +172,12 @@ def _read_folder(folder: Path) -> Content:
     return content
 
 
-def _read_dataset(name: str, purpose: Purpose) -> Content:
+def dataset_content(name: str, purpose: Purpose) -> Content:
+    """Return the rows of a data set `owner/name[:config[:split]]`, which the library downloads if it must.
+
+    Raises:
+        DataError: it cannot be loaded, or has no text, chats or token ids.
+    """
     try:
         import datasets  # imported late: optional, and it takes a second
     except ImportError:

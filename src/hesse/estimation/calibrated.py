@@ -1,6 +1,6 @@
 """Forward calibration: batches stop at each layer, where its statistics are known and its weight can be changed."""
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from hesse.estimation.statistics.base import InputAccumulator
 from hesse.estimation.statistics.inputs import input_gram
 from hesse.estimation.statistics_folder import Statistics
 from hesse.networks.network import Block, Blocks, Layer, each_loaded
-from hesse.passes.activation_offload import offload_to
+from hesse.passes.activation_offload import OffloadToDisk
 from hesse.passes.layer_stops import layer_stops
 from hesse.passes.parts import seen_by
 from hesse.passes.stream import CalibrationBatch
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
 
-KnownStatistics = Mapping[str, Mapping[str, Any]]  # statistics collected before, by layer and name
+StatisticReaders = dict[str, Callable[[], Any]]  # by name: what reads a statistic of a layer that was collected before
+KnownStatistics = Mapping[str, StatisticReaders]  # by layer
 
 
 class LayerStatistics(Mapping[str, Any]):
@@ -33,11 +34,9 @@ class LayerStatistics(Mapping[str, Any]):
     `known`, which were collected before, are read from their place on each access.
     """
 
-    def __init__(
-        self, values: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({}), called: bool = True
-    ) -> None:
+    def __init__(self, values: Mapping[str, Any], known: StatisticReaders | None = None, called: bool = True) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
-        self._known, self.called = known, called
+        self._known, self.called = known or {}, called
 
     @property
     def gram(self) -> Gram:
@@ -45,14 +44,13 @@ class LayerStatistics(Mapping[str, Any]):
         return cast(Gram, self._values["inputs"])
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name] if name in self._values else self._known[name]
+        return self._values[name] if name in self._values else self._known[name]()
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._values
-        yield from (name for name in self._known if name not in self._values)
+        return iter({**self._values, **self._known})
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len({**self._values, **self._known})
 
 
 Layers = Generator[tuple[Layer, LayerStatistics], None, None]
@@ -153,34 +151,30 @@ def _layers(
             leaf for batch in batches for leaf in tree_leaves(batch.arguments(index)) if isinstance(leaf, Tensor)
         )
 
-    collection = InputCollection(names, batches, block, index, clock, processes)
-    with clock.phase("estimate"):
-        of_block = {
-            name: statistic.values(batches, block, index, processes)
-            for name in names
-            if isinstance(statistic := STATISTICS[name], BlockStatistic)
-        }
+    collection = ForwardCollection(names, batches, block, index, clock, processes)
     called: set[Layer] = set()
     runs = [partial(run, batch) for batch in batches]
-    stopping = layer_stops(runs, block, collection.collect, offload_to(offload, shared), network.gradients_off)
+    disk = None if offload is None else OffloadToDisk(offload, shared)
+    stopping = layer_stops(runs, block, collection.collect, disk, network.gradients_off)
     with closing(stopping) as stops:
-        for layer, collected_at in stops:
+        for layer in stops:
             called.add(layer)
-            own = {name: values.get(layer.name) for name, values in of_block.items()}
-            yield layer, LayerStatistics({**collection.values(collected_at), **own}, known.get(layer.name, {}))
+            values = {**collection.input_values(), **collection.block_values(layer)}
+            yield layer, LayerStatistics(values, known.get(layer.name))
     for layer in block.layers:
         if layer not in called:
-            own = {name: values.get(layer.name) for name, values in of_block.items()}
-            values = {"inputs": no_inputs(layer), **own}
-            yield layer, LayerStatistics(values, known.get(layer.name, {}), called=False)
+            values = {"inputs": no_inputs(layer), **collection.block_values(layer)}
+            yield layer, LayerStatistics(values, known.get(layer.name), called=False)
 
 
 def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, clock: Clock) -> Layers:
     missing = []
     for layer in layers:
-        stored = FolderStatistics(folder, layer, needs[layer.name])
+        device = layer.weight.device
+        readers = {name: partial(STATISTICS[name].load, folder, layer, device) for name in needs[layer.name]}
         with clock.phase("estimate"):
-            gram = stored.get("inputs")
+            stored: StatisticReaders = {name: read for name, read in readers.items() if read() is not None}
+            gram = folder.gram(layer.name, device) if "inputs" in stored else None
         if gram is None:
             missing.append((layer, stored))
         else:
@@ -189,30 +183,10 @@ def _stored_layers(layers: Sequence[Layer], folder: Statistics, needs: Needs, cl
         yield layer, LayerStatistics({"inputs": no_inputs(layer)}, stored, called=False)
 
 
-class FolderStatistics(Mapping[str, Any]):
-    """Statistics of one layer in a folder of `hesse estimate`, read on each access."""
+class ForwardCollection:
+    """Statistics of the layers of a block: those of the block as a whole, and those of the last inputs collected.
 
-    def __init__(self, folder: Statistics, layer: Layer, names: Collection[str]) -> None:
-        self._folder, self._layer, self._names = folder, layer, names
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._names:
-            value = STATISTICS[name].load(self._folder, self._layer, self._layer.weight.device)
-            if value is not None:
-                return value
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if self.get(name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class InputCollection:
-    """Statistics of the inputs of a block's layers, in memory from a layer's first batch on.
-
-    `values` finishes the sums of a layer, and keeps what it returns until inputs are collected at another one.
+    Layers with the same inputs come one after another, so that only the inputs of one layer are in memory.
     """
 
     def __init__(
@@ -228,24 +202,34 @@ class InputCollection:
         self._clock, self._processes = clock, processes
         with clock.phase("estimate"):
             self._prepared = {s.name: s.prepare(batches, block, index) for s in self._statistics}
-        self._sums: dict[Layer, dict[str, InputAccumulator]] = {}
-        self._values: dict[Layer, dict[str, Any]] = {}
+            self._of_block = {
+                name: statistic.values(batches, block, index, processes)
+                for name in names
+                if isinstance(statistic := STATISTICS[name], BlockStatistic)
+            }
+        self._layer: Layer | None = None  # where inputs were collected last
+        self._sums: dict[str, InputAccumulator] = {}
+        self._values: dict[str, Any] = {}
 
     def collect(self, layer: Layer, number: int, inputs: Tensor) -> None:
         """Add the inputs of a layer from batch `number`."""
         with self._clock.phase("estimate"):
-            if layer not in self._sums:
-                self._values.clear()
+            if layer is not self._layer:
+                self._layer, self._values = layer, {}
                 made = {s.name: s.accumulator(layer, self._prepared[s.name]) for s in self._statistics}
-                self._sums[layer] = {name: sums for name, sums in made.items() if sums is not None}
+                self._sums = {name: sums for name, sums in made.items() if sums is not None}
             rows = seen_by(layer.module, inputs)
-            for sums in self._sums[layer].values():
+            for sums in self._sums.values():
                 sums.add(rows, number)
 
-    def values(self, layer: Layer) -> dict[str, Any]:
-        """Return the statistics of the inputs that were collected at a layer."""
-        if layer not in self._values:
+    def input_values(self) -> dict[str, Any]:
+        """Return the statistics of the inputs that were collected last, and drop their sums."""
+        if self._sums:
             with self._clock.phase("estimate"):
-                sums = self._sums.pop(layer)
-                self._values[layer] = {name: each.value(self._processes) for name, each in sums.items()}
-        return self._values[layer]
+                self._values = {name: sums.value(self._processes) for name, sums in self._sums.items()}
+            self._sums = {}
+        return self._values
+
+    def block_values(self, layer: Layer) -> dict[str, Any]:
+        """Return the statistics of a layer that the pass over the block collected; None where it did not reach."""
+        return {name: values.get(layer.name) for name, values in self._of_block.items()}

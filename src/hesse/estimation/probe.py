@@ -1,16 +1,16 @@
 """Passes through the unchanged model: backward statistics, and the check samples' hidden states."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
-from hesse.checkpoints.journal import Journal
+from hesse.checkpoints.journal import Journal, describe_tensors
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.data import Samples
 from hesse.estimation.backward_records import recall_backward, record_backward
+from hesse.estimation.calibrated import StatisticReaders
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
-from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.networks.network import Network, each_loaded
 from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
@@ -36,19 +36,22 @@ def probe(
     network: Network,
     samples: Samples,
     needs: Needs,
-    folder: Path,
+    folder: Path | None,
     seed: int,
     clock: Clock,
     step: Callable[[], None],
     journal: Journal | None = None,
     processes: Processes = ALONE,
-) -> StoredStatistics:
-    """Collect the backward statistics that layers need, by layer and name, in nats per token; `step` after each block.
+) -> dict[str, StatisticReaders]:
+    """Collect the backward statistics that layers need, in nats per token; `step` after each block.
 
     The samples pass through the unchanged model forward and backward. The statistics are kept below `folder`, and,
-    during the pass, the inputs of each block. With a `journal`, which must be of that folder, an interrupted pass
-    resumes. Each of several `processes` has its shard of the samples and its own folder, and gets the sums over all
-    processes.
+    during the pass, the inputs of each block; without a folder all are in memory. With a `journal`, which must be of
+    that folder, an interrupted pass resumes. Each of several `processes` has its shard of the samples and its own
+    folder, and gets the sums over all processes.
+
+    Returns:
+        What reads a statistic, by layer and name.
     """
     of_samples = needs_samples(needs)
     size = min(evaluation_batch(network, samples.longest), calibration_batch(samples.longest))
@@ -59,27 +62,31 @@ def probe(
     with clock.phase("probe"):
         flows = start(network, batches, TensorStore(folder, "probe", lasting))
     inputs = forward_walk(network, flows, flows, clock, step, journal)
-    stored = StoredStatistics(folder)
+    known: dict[str, StatisticReaders] = {}
+    store, state = TensorStore(folder, "statistic", lasting), None
     with clock.phase("probe"):
-        state, records = (None, []) if journal is None else recall_backward(journal, NAME, network, processes)
-        for record in records:
-            for layer, own in record["files"].items():
-                for name, file in own.items():
-                    stored.add(layer, name, folder / file, network.device)
+        if journal is not None:
+            state, records = recall_backward(journal, NAME, network, processes)
+            for record in records:
+                _add(known, record["names"], journal.find_tensors(record, network.device))
         shelf = TensorStore(folder, f"{NAME}-gradient", lasting)
         walk = BackwardPass(network, flows, inputs, seed, of_samples, shelf, state, processes, earlier)
         for _ in range(1 + len(network.blocks) - walk.state.reached):
             step()
         for values in backward_statistics(walk, needs):
-            files = {
-                layer: {name: stored.keep(layer, name, value).name for name, value in own.items()}
-                for layer, own in values.items()
-            }
+            kept = [store.keep(value, walk.state.reached) for own in values.values() for value in own.values()]
+            names = [(layer, name) for layer, own in values.items() for name in own]
+            _add(known, names, kept)
             if journal is not None:
-                paths = [folder / file for own in files.values() for file in own.values()]
-                record_backward(journal, NAME, walk, {"files": files}, paths)
+                described, paths = describe_tensors(kept)
+                record_backward(journal, NAME, walk, {"names": names, **described}, paths)
             step()
-    return stored
+    return known
+
+
+def _add(known: dict[str, StatisticReaders], names: Iterable[tuple[str, str]], tensors: list[StoredTensor]) -> None:
+    for (layer, name), tensor in zip(names, tensors, strict=True):
+        known.setdefault(layer, {})[name] = tensor.tensor
 
 
 def forward_walk(

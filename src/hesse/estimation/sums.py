@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesse.curvature import BlockAccumulator, BlockRankOneSum, Origin, RankOneSum
-from hesse.curvature.symmetric import add_upper, mirror, multiplies_exactly
+from hesse.curvature import BlockAccumulator, BlockRankOneSum, Gram, Origin, RankOneSum
+from hesse.curvature.symmetric import add_upper, mirror, multiplies_exactly, symmetric_from_upper
 from hesse.errors import DataError
 from hesse.finite import all_finite
 from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import GradientUnit, RecordedBatch, Rows
 from hesse.passes.sample_gradients import flat_gradients, sample_gradients
+from hesse.processes import ALONE, Processes
 
 Key = tuple[str, ...]  # the modules of a part
 
@@ -41,6 +42,11 @@ class Moment:
         else:
             add_upper(self.total, rows if multiplies_exactly(rows) else rows.to(self.total))
 
+    def all_reduce(self, processes: Processes) -> None:
+        """Add up the sums of all processes, in each of them."""
+        processes.all_reduce(self.total)
+        self.count = processes.all_reduce_sum(self.count)
+
     def times(self, factor: float, what: str) -> Tensor:
         """Return the sum times `factor`, computed in place: later calls must use the same factor, and add nothing.
 
@@ -59,6 +65,54 @@ class Moment:
     def mean(self, what: str) -> Tensor:
         """Return the sum divided by the number of rows."""
         return self.times(1 / self.count, what)
+
+
+class GramAccumulator(Moment):
+    """Sum of xxᵀ over a layer's inputs in float32; with reference inputs x₀ also the sum of x x₀ᵀ."""
+
+    def __init__(self, name: str, width: int, device: torch.device) -> None:
+        super().__init__(torch.zeros(width, width, device=device))
+        self.name = name
+        self.cross: Tensor | None = None
+        self._wide = self.total[:0]  # inputs in float32; reused, because allocating costs more than the conversion
+
+    def add(self, rows: Tensor, reference: Tensor | None = None) -> None:
+        """Add inputs `rows` (..., in), and the same inputs in another stream, always or never.
+
+        Raises:
+            DataError: some inputs came with a reference and some without, or of another shape.
+        """
+        flat = rows.reshape(-1, rows.shape[-1])
+        if self.count and (reference is None) != (self.cross is None):
+            raise DataError(f"some inputs of {self.name} came with a reference and some without: give it with all")
+        if flat.dtype != torch.float32 and not multiplies_exactly(flat):
+            if len(self._wide) < len(flat):
+                self._wide = torch.empty_like(flat, dtype=torch.float32)
+            flat = self._wide[: len(flat)].copy_(flat)
+        super().add(flat)
+        if reference is not None:
+            if reference.shape != rows.shape:
+                raise DataError(f"the inputs of {self.name} and their reference differ in shape")
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.total)
+            self.cross.addmm_(flat.T.to(self.cross), reference.reshape(flat.shape).to(self.cross))
+
+    def gram(self, processes: Processes = ALONE) -> Gram:
+        """Return the Gram per token of what all `processes` have added; zero if there were no tokens.
+
+        Raises:
+            DataError: an input was NaN or infinite.
+        """
+        self.all_reduce(processes)
+        sums = [self.total] if self.cross is None else [self.total, self.cross]
+        if not all(all_finite(total) for total in sums):
+            raise DataError(
+                f"the inputs of {self.name} hold NaN or infinity: the model overflows on this data in its own "
+                "precision, or its weights are damaged"
+            )
+        tokens = max(self.count, 1)
+        cross = None if self.cross is None else self.cross / tokens
+        return Gram(second_moment=symmetric_from_upper(self.total) / tokens, tokens=self.count, cross_moment=cross)
 
 
 class InputMoments:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.locate import locate
-from hesse.data import read_samples
+from hesse.data import Samples, read_samples
 from hesse.data.selection import Data, sample_length
+from hesse.data.standards import standard_samples
 from hesse.errors import OptionError, check_at_least
 from hesse.evaluation.metrics import totals_of
+from hesse.evaluation.tasks import Harness, TaskScore
 from hesse.formats import open_checkpoint
 from hesse.formats.adapter import AdaptedCheckpoint, layer_paths
 from hesse.networks.device import find_device
@@ -39,6 +41,7 @@ class _Quality:
     kl: float | None = None  # mean KL(reference || model)
     kl_standard_error: float | None = None
     top1_agreement: float | None = None  # share of tokens whose most likely next token is the reference's
+    top5_agreement: float | None = None  # mean share of the reference's 5 most likely next tokens among the model's 5
     hidden_error: float | None = None  # encoders: ½‖h - h_ref‖² per token
     hidden_relative_error: float | None = None  # encoders: ‖h - h_ref‖² / ‖h_ref‖²
     hidden_cosine: float | None = None
@@ -88,11 +91,11 @@ class EvaluationReport(_Quality, Report):
 
     reference: str | None
     model_loss: float | None
+    standard: str | None = None  # the text that papers print perplexity on, if it was measured on that
+    tasks: list[TaskScore] = field(default_factory=list)  # of lm-evaluation-harness
 
     @classmethod
-    def of(
-        cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float, notes: Sequence[str] = ()
-    ) -> "EvaluationReport":
+    def of(cls, evaluation: Evaluation, model: str, reference: str | None, seconds: float) -> "EvaluationReport":
         """Return the report of an evaluation of `model` against `reference`, as the user named them."""
         values = {name: value for name, value in vars(evaluation).items() if name != "loss"}
         return cls(
@@ -101,7 +104,6 @@ class EvaluationReport(_Quality, Report):
             reference=reference,
             model_loss=evaluation.loss,
             loss=None if reference is None else evaluation.loss_change("model", held_out=True),
-            notes=list(notes),
             seconds={"total": seconds},
             versions=versions(),
             **values,
@@ -113,6 +115,8 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     merge_adapter: str | Path | None = None,
+    standard: str | None = None,
+    tasks: Sequence[str] = (),
     data: Data = None,
     samples: int | None = None,
     length: int | None = None,
@@ -127,6 +131,11 @@ def evaluate(
         model: a model folder, `default`, or a hub id; dense, or compressed by Hesse or llm-compressor.
         reference: the dense model to compare with.
         merge_adapter: a LoRA folder in PEFT's layout, such as `repair` writes, to add to the model.
+        standard: `wikitext` for perplexity as papers print it: the test split of wikitext-2-raw-v1 joined by empty
+            lines, encoded in one call, and cut into contiguous windows of 2048 tokens. `data` is then a file of the
+            split, or a datasets id in the local cache.
+        tasks: names of lm-evaluation-harness's tasks, or YAML files of tasks, to run on the model and the reference in
+            this process. The harness loads the whole model with transformers; the tasks' data must be on this machine.
         data: as for `compress`; None for the shipped held-out text.
         samples: number of windows, from the start of the text, or fewer if the text has fewer; None for all.
         length: tokens per window; None for 2048 or the model's positions, whichever is less.
@@ -141,28 +150,50 @@ def evaluate(
     check_at_least("--samples", samples, 1)
     check_at_least("--length", length, 2)
     check_at_least("--batch-size", batch_size, 1)
+    if tasks and merge_adapter is not None:
+        raise OptionError("--tasks runs a model as its folder has it: merge the adapter first, or leave out --tasks")
     clock, place = Clock(), find_device(device)
+    harness = Harness(tasks) if tasks else None
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     network = CheckpointNetwork(checkpoint, torch.float32, place)
     if merge_adapter is not None:
         checkpoint = AdaptedCheckpoint(folder, Path(merge_adapter), layer_paths(network))
-    tokens = sample_length(network, length)
-    chosen, _ = read_samples(
-        data,
-        folder,
-        count=samples,
-        length=tokens,
-        seed=0,
-        purpose="evaluation",
-        limit=network.input_limit,
-        bos=bos,
-    )
+    chosen, notes = _samples(standard, data, folder, network, samples, length, bos)
     batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
-    dense = None if reference is None else open_checkpoint(locate(reference))
+    other = None if reference is None else locate(reference)
+    dense = None if other is None else open_checkpoint(other)
     evaluation = evaluate_checkpoint(checkpoint, batches, dense, place, progress or Silence())
+    scores = [] if harness is None else harness.run(folder, other, place, batch_size)
     names = str(model), None if reference is None else str(reference)
-    return Result(EvaluationReport.of(evaluation, *names, clock.total, chosen.notes))
+    report = EvaluationReport.of(evaluation, *names, clock.total)
+    return Result(replace(report, standard=standard, tasks=scores, notes=notes))
+
+
+def _samples(
+    standard: str | None,
+    data: Data,
+    folder: Path,
+    network: CheckpointNetwork,
+    count: int | None,
+    length: int | None,
+    bos: bool | None,
+) -> tuple[Samples, list[str]]:
+    """Return the samples to evaluate on, and notes on them."""
+    limit = network.input_limit
+    if standard is None:
+        length = sample_length(network, length)
+        chosen, _ = read_samples(
+            data, folder, count=count, length=length, seed=0, purpose="evaluation", limit=limit, bos=bos
+        )
+        return chosen, list(chosen.notes)
+    if network.kind == "encoder":
+        raise OptionError(f"an encoder has no perplexity: leave out --standard {standard}, and give --data")
+    if bos is not None:
+        raise OptionError(f"--standard {standard} has the special tokens that papers use: leave out --bos and --no-bos")
+    if data is not None and not isinstance(data, str | Path):
+        raise OptionError(f"--standard {standard} takes a text, not token ids: give the file of the split")
+    return standard_samples(standard, data, folder, count, length, limit)
 
 
 def evaluate_checkpoint(

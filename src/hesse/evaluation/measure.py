@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.tensor_store import TensorStore
+from hesse.curvature.losses import next_tokens
 from hesse.data import Samples
 from hesse.evaluation.continuations import continuations
 from hesse.evaluation.measurements import (
@@ -79,6 +80,8 @@ class LayerwiseComparison:
         self._network, self._compressed = network, compressed
         size = evaluation_batch(network, check.longest)
         few = [ids[: max(TOKENS_ALONE // len(check.ids), 2)] for ids in check.ids]
+        if not any(bool((next_tokens(ids[None]) >= 0).any()) for ids in few):  # nothing of the beginnings is scored
+            few = list(check.ids)
         self._dense = {
             "check": start(network, check.batches(size), TensorStore(folder, "measured")),
             "seen": [] if seen is None else start(network, seen.batches(size), TensorStore(folder, "seen")),

@@ -48,6 +48,7 @@ class PredictionTotals(Totals):
     loss: float = 0.0
     reference_loss: float = 0.0
     agreement: int = 0
+    top5_agreement: float = 0.0
     compared: bool = False  # with a reference
 
     def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
@@ -67,6 +68,7 @@ class PredictionTotals(Totals):
             reference, mean = self.reference_loss / self.tokens, self.mean_divergence()
             found |= {"reference_loss": reference, "loss_increase": loss - reference, "kl": mean.value}
             found |= {"kl_standard_error": mean.standard_error, "top1_agreement": self.agreement / self.tokens}
+            found |= {"top5_agreement": self.top5_agreement / self.tokens}
         return found
 
     def _add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
@@ -79,6 +81,7 @@ class PredictionTotals(Totals):
         dense = reference.float().log_softmax(-1)
         self.reference_loss += nn.functional.nll_loss(dense, labels, reduction="sum").item()
         self.agreement += int((dense.argmax(-1) == logs.argmax(-1)).sum())
+        self.top5_agreement += common_share(logs, dense, 5).sum().item()
         self._add_divergences((dense.exp() * (dense - logs)).sum(-1).double())
 
 
@@ -109,6 +112,16 @@ def _scored_rows(output: Tensor, scored: Tensor) -> tuple[Tensor, ...]:
     """Return the logits of all scored predictions, a few tokens at a time."""
     rows = output[:, :-1].flatten(0, 1)
     return torch.split(rows if bool(scored.all()) else rows[scored], TOKENS_PER_STEP)
+
+
+def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
+    """Return the share (tokens,) of the reference's `count` likeliest tokens that are among the likeliest of `logits`.
+
+    Both are (tokens, vocabulary); a smaller vocabulary counts whole.
+    """
+    count = min(count, logits.shape[-1])
+    ours, theirs = logits.topk(count).indices, reference.topk(count).indices
+    return (theirs[:, :, None] == ours[:, None, :]).any(-1).double().mean(-1)
 
 
 def totals_of(network: Network) -> Totals:

@@ -2,22 +2,28 @@
 
 from hesse.constraints import Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
-from hesse.formats.base import Format, StoredLayer
-from hesse.formats.dense import DenseFormat
-from hesse.formats.integers import IntegerFormat
+from hesse.formats.base import DenseFormat, StoredLayer
 from hesse.formats.low_rank import LowRankFormat
-from hesse.formats.packed import PackedFormat
-from hesse.formats.reading import CompressedCheckpoint, open_checkpoint
+from hesse.formats.packed import IntegerFormat, PackedFormat
+from hesse.formats.reading import CompressedCheckpoint, open_checkpoint, open_networks
 from hesse.networks.network import CheckpointNetwork
 
-FORMATS: dict[str, type[Format]] = {
+FORMATS: dict[str, type[DenseFormat]] = {
     kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)
 }
 
-__all__ = ["FORMATS", "CompressedCheckpoint", "Format", "StoredLayer", "choose_format", "open_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "CompressedCheckpoint",
+    "DenseFormat",
+    "StoredLayer",
+    "choose_format",
+    "open_checkpoint",
+    "open_networks",
+]
 
 
-def choose_format(requested: str, network: CheckpointNetwork, layers: list[StoredLayer]) -> Format:
+def choose_format(requested: str, network: CheckpointNetwork, layers: list[StoredLayer]) -> DenseFormat:
     """Choose a format by name, or with `auto` the smallest one that loads: packed, low-rank or dense.
 
     With `auto`, layers of 8 bits with rounded inputs are stored as bytes, which take no more room than packed words and

@@ -1,6 +1,5 @@
-"""The protocol of a format: how solved layers are stored so that other programs load them."""
+"""A format: how solved layers are stored so that other programs load them; the base stores ordinary tensors."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,14 +27,16 @@ class StoredLayer:
         return is_expert(self.name)
 
 
-class Format(ABC):
-    """A way to store the layers of one network.
+class DenseFormat:
+    """A way to store the layers of one network; here as weights in the checkpoint's type, which every program loads.
+
+    Pruned weights are zeros, quantised weights the values of their codes: they save no space. Other formats extend it.
 
     Raises:
         OptionError: at construction, if no loader supports a layer; the message names the layer and an alternative.
     """
 
-    name: str
+    name = "dense"
 
     def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         self.network = network
@@ -46,8 +47,11 @@ class Format(ABC):
         """Return the layer with a constraint that this format can store, in the checkpoint's floating point type."""
         if layer.constraint is None:
             return layer
-        dtype = self.network.checkpoint.dtype(f"{layer.name}.weight")
-        return replace(layer, constraint=layer.constraint.stored_as(dtype))
+        return replace(layer, constraint=layer.constraint.stored_as(self.dtype(layer.name)))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a layer's weight in the checkpoint."""
+        return self.network.checkpoint.dtype(f"{name}.weight")
 
     def constraint(self, name: str) -> Constraint | None:
         """Return the constraint to solve the layer `name` under; None leaves the layer unchanged."""
@@ -55,14 +59,22 @@ class Format(ABC):
 
     def as_stored(self, name: str, encoded: Any, weight: Tensor) -> Tensor:
         """Return the float32 weight (out, in) that a reader gets for the code `encoded`, which decodes to `weight`."""
-        return weight
+        return weight.to(self.dtype(name)).float()
 
-    @abstractmethod
     def tensors(self, name: str, encoded: Any, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Return all tensors to write for a solved layer, by full name.
 
         `encoded` is the constraint's code, `weight` (out, in) is its decoded value, `bias` is as it was read.
         """
+        stored = weight.T if self.layers[name].transposed else weight
+        tensors = {f"{name}.weight": stored.to(self.dtype(name)).contiguous()}
+        return tensors if bias is None else {**tensors, f"{name}.bias": bias}
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors that `tensors` would return for a layer without a bias, on the meta device."""
+        layer = self.layers[name]
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        return {f"{name}.weight": torch.empty(shape, dtype=self.dtype(name), device="meta")}
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -72,6 +84,6 @@ class Format(ABC):
         """Return the other text files that a loader needs, by name."""
         return {}
 
-    @abstractmethod
     def stored_bits(self, name: str) -> float:
         """Return the bits on disk per weight of a solved layer, with its scales, zero points and shapes."""
+        return 8 * sum(tensor.nbytes for tensor in self.stored(name).values()) / self.layers[name].shape.numel()

@@ -8,8 +8,7 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import Grid, GridCode
 from hesse.constraints.grouped import Scales
 from hesse.errors import CheckpointError, reason
-from hesse.formats.integers import IntegerFormat
-from hesse.formats.packed import PackedFormat
+from hesse.formats.packed import IntegerFormat, PackedFormat
 from hesse.formats.reading import CompressedCheckpoint
 
 

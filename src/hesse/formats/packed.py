@@ -1,4 +1,4 @@
-"""The pack-quantized layout of compressed-tensors: integers packed into words, read by transformers and vLLM."""
+"""The layouts of compressed-tensors: integers packed into words, or in bytes; transformers and vLLM read them."""
 
 import math
 import re
@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.constraints import Grid, GridCode, SparseGrid
 from hesse.errors import OptionError
-from hesse.formats.base import StoredLayer
-from hesse.formats.dense import DenseFormat
+from hesse.formats.base import DenseFormat, StoredLayer
 from hesse.networks.families import EXPERT_REGEX, is_expert
 from hesse.networks.network import CheckpointNetwork
 
@@ -50,6 +49,8 @@ class PackedFormat(DenseFormat):
     def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         self._regrouped: dict[tuple[int, tuple[int, ...]], list[str]] = {}  # (group size, widths): layers
         self._modules = {layer.name: layer.module for layer in network.layers}
+        paths = {module: path for path, module in network.model.named_modules()}
+        self._paths = {name: paths[module] for name, module in self._modules.items()}  # a loader's names
         quantised = [layer for layer in layers if _grid(layer) is not None]
         plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
         self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
@@ -169,20 +170,30 @@ class PackedFormat(DenseFormat):
         packed = pack_to_int32(codes.contiguous(), self.grid(name).bits).contiguous()
         return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor(codes.shape)}
 
-    def stored_bits(self, name: str) -> float:
+    def stored(self, name: str) -> dict[str, Tensor]:
         if name not in self.packed:
-            return super().stored_bits(name)
+            return super().stored(name)
         layer = self.layers[name]
         grid, (rows, columns) = _grid_of(layer), layer.shape
-        length = rows if layer.transposed else columns
-        words = (columns if layer.transposed else rows) * math.ceil(length * grid.bits / 32)
-        groups = rows * grid.groups(columns)
-        scales = groups * torch.finfo(grid.dtype).bits
-        zeros = 0
+        scale = torch.empty(rows, grid.groups(columns), dtype=grid.dtype, device="meta")
+        codes = torch.empty(layer.shape, dtype=torch.int8, device="meta")
+        tensors = self.stored_codes(name, codes.T if layer.transposed else codes)
+        tensors[f"{name}.weight_scale"] = scale.T if layer.transposed else scale
         if not grid.symmetric:
+            words = (math.ceil(rows * grid.bits / 32), grid.groups(columns))
             block = self._scheme(layer)["strategy"] == "block"
-            zeros = 8 * groups if block else 32 * math.ceil(rows * grid.bits / 32) * grid.groups(columns)
-        return (32 * words + scales + zeros + 128) / layer.shape.numel()
+            like = tensors[f"{name}.weight_scale"]
+            zeros = like.to(torch.int8) if block else torch.empty(words, dtype=torch.int32, device="meta")
+            tensors[f"{name}.weight_zero_point"] = zeros
+        return tensors
+
+    def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of `codes` on the meta device, in the file's orientation."""
+        words = (codes.shape[0], math.ceil(codes.shape[1] * self.grid(name).bits / 32))
+        return {
+            f"{name}.weight_packed": torch.empty(words, dtype=torch.int32, device="meta"),
+            f"{name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta"),
+        }
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "quantization_config": self.quantization_config()}
@@ -210,7 +221,7 @@ class PackedFormat(DenseFormat):
         elif all(layer.is_expert for layer in layers):
             targets = [EXPERTS]
         else:
-            targets = [self._pattern(layer.name) for layer in layers if not layer.is_expert]
+            targets = [self._pattern(self._paths[layer.name]) for layer in layers if not layer.is_expert]
             targets += [EXPERTS] if any(layer.is_expert for layer in layers) else []
         group = {"targets": targets, "weights": self._scheme(layers[0])}
         bits = layers[0].input_bits
@@ -235,6 +246,28 @@ class PackedFormat(DenseFormat):
         """Return a regular expression for a layer's name, with or without the base model's prefix."""
         prefix = f"{self.network.model.base_model_prefix}."
         return rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}$"
+
+
+class IntegerFormat(PackedFormat):
+    """Codes of 8 bits as int8, one scale per group in the checkpoint's type; unquantised layers are dense.
+
+    Runtimes that round inputs read it. Layers of fewer bits would take the same room, so they are refused.
+    """
+
+    name = "int-quantized"
+    layout = "int-quantized"
+
+    def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
+        super().__init__(network, layers)
+        for name in self.packed:
+            if (bits := self.grid(name).bits) != 8:
+                raise OptionError(f"{name}: {self.name} stores {bits} bits in a whole byte: use --format auto")
+
+    def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return {f"{name}.weight": codes.contiguous()}
+
+    def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return {f"{name}.weight": codes.contiguous()}
 
 
 def _grid(layer: StoredLayer) -> Grid | None:

@@ -19,6 +19,7 @@ from hesse.formats.limits import check_parts, limit_blocks, one_line, packed_sha
 from hesse.formats.low_rank import CLASS_PREFIX, TYPE_PREFIX
 from hesse.formats.packed import PackedFormat
 from hesse.networks.families import family_of
+from hesse.networks.network import CheckpointNetwork
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 COLUMN_ORDER = "weight_g_idx"  # written by older programs; compressed-tensors no longer reads it
@@ -41,6 +42,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}/config.json has the quant_method {method}, which Hesse does not read: start from the dense model"
         )
     return CompressedCheckpoint(folder)
+
+
+def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, CheckpointNetwork, CheckpointNetwork]:
+    """Open a dense checkpoint; return it with its network in float32 and in the type that calibration runs in.
+
+    Raises:
+        HesseError: the model is damaged, unsupported, or already compressed.
+    """
+    checkpoint = open_checkpoint(model)
+    if type(checkpoint) is not Checkpoint:
+        raise CheckpointError(f"{model} is already compressed: start from the dense model it was made from")
+    dense = CheckpointNetwork(checkpoint, torch.float32, device)
+    return checkpoint, dense, dense.in_dtype(_compute_dtype(checkpoint, dense, device))
+
+
+def _compute_dtype(checkpoint: Checkpoint, network: CheckpointNetwork, device: torch.device) -> torch.dtype:
+    """Return the weights' own type if the device multiplies it fast, else float32."""
+    stored = checkpoint.dtype(f"{network.layers[0].name}.weight")
+    if device.type == "cuda":
+        return stored
+    native = torch.cpu.get_capabilities()
+    fast = stored == torch.bfloat16 and any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 class CompressedCheckpoint(Checkpoint):
@@ -172,11 +196,12 @@ class CompressedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no target selects the layer, or a pattern is not usable.
         """
+        path = self.paths.get(layer, layer)  # targets name modules of the class that loads
         for target, chosen in self._schemes.items():
             if target.startswith(PATTERN):
-                named = pattern_matches(self.folder, target.removeprefix(PATTERN), layer)
+                named = pattern_matches(self.folder, target.removeprefix(PATTERN), path)
             else:
-                named = _is_class(target) or target == layer or layer.endswith(f".{target}")
+                named = _is_class(target) or target == path or path.endswith(f".{target}")
             if named:
                 return chosen
         raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")

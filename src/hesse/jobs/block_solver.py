@@ -7,9 +7,8 @@ from torch import Tensor
 
 from hesse.estimation.calibrated import Layers, LayerStatistics
 from hesse.jobs.setup import Setup
-from hesse.layerwise.layer_solver import LayerSolver, digest
-from hesse.layerwise.report import LayerReport
-from hesse.layerwise.solved_layer import solve_layer
+from hesse.layerwise.layer_solver import LayerSolver
+from hesse.layerwise.solved_layer import LayerReport, digest, solve_layer
 from hesse.networks.network import Block, Layer
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hesse.checkpoints.locate import locate
 from hesse.curvature import Loss
 from hesse.data.batches import token_records
-from hesse.data.selection import Calibration
+from hesse.data.selection import SAMPLES, Calibration
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.jobs.compress_folder import CompressionRequest, compress_folder
@@ -53,7 +53,7 @@ def compress(
     ignore: Sequence[str] = (),
     data: Any = None,
     statistics: str | Path | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -94,7 +94,7 @@ def compress(
             dictionaries.
         statistics: a folder of `estimate`, in place of calibration; `data` then only checks the result. Each layer is
             solved for the inputs that the dense model gives it.
-        samples: calibration samples.
+        samples: calibration samples; None for 128. For batches of a module neither this, `length` nor `batch_size`.
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
         batch_size: samples per batch; it changes memory and time, not the result.
@@ -134,6 +134,7 @@ def compress(
                 raise OptionError(f"{name} {why}: save the model and give the folder, or leave it out")
         return compress_in_memory(**{name: arguments[name] for name in signature(compress_in_memory).parameters})
     check_model(model)
+    samples = SAMPLES if samples is None else samples
     if out is None:
         raise OptionError("a model on disk needs a folder to write: give out")
     if tuple(layers) != ("*",) or loss_function is not None or forward is not None or kind != "sampled":
@@ -142,16 +143,16 @@ def compress(
         data = token_records(data)
     calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, memory, overwrite, restart, dry_run, progress)
-    estimated = None if statistics is None else Statistics(Path(statistics))
     budgeted = any(given is not None for given in (size, mean_bits, loss))
     aim: Recipe | BudgetRequest
     if recipe is None and method in methods_of("compress_to_size"):
-        if size is None or estimated is None or any(x is not None for x in (mean_bits, loss, allocation, options)):
+        if size is None or statistics is None or any(x is not None for x in (mean_bits, loss, allocation, options)):
             raise OptionError(
                 f"the method {method} takes a size of the linear layers and statistics, no other budget and no "
                 "options: give --size 60% and --statistics DIR, which `hesse estimate --curvature gram,kronecker` wrote"
             )
-        aim = directions_recipe(locate(model), estimated, size, tuple(ignore), run.device, run.progress)
+        ranked = Statistics(Path(statistics))
+        aim = directions_recipe(locate(model), ranked, size, tuple(ignore), run.device, run.progress)
     elif budgeted:
         if recipe is not None:
             raise OptionError("a recipe leaves nothing to plan: leave out the recipe, or the budget")
@@ -165,5 +166,6 @@ def compress(
         raise OptionError("a recipe says everything itself: leave out options and ignore")
     else:
         aim = recipe
+    estimated = None if statistics is None else Statistics(Path(statistics))
     with Job("compress", str(model), [locate(model)], Path(out), calibration, run) as job:
         return Result(compress_folder(job, CompressionRequest(aim, estimated, format, target), measure))

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks, stored_blocks
 from hesse.estimation.probe import check_pass, probe
@@ -17,7 +19,7 @@ from hesse.jobs.report import CompressionReport
 from hesse.jobs.setup import Setup
 from hesse.jobs.verify import verify
 from hesse.layerwise.rules import statistics_needed
-from hesse.networks.network import Block
+from hesse.networks.network import Block, CheckpointNetwork
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
 from hesse.progress import peak_memory
 from hesse.result import LossChange
@@ -124,8 +126,10 @@ class Compression:
             for layer in self.result.layers
         }
         with job.clock.phase("verify"):
+            written = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, job.run.device)
+            job.check_loads(written, setup.original.checkpoint, dense[0].ids)
             loss = verify(
-                open_checkpoint(job.folder),
+                written,
                 setup.original,
                 dense,
                 self.result.digests,
@@ -148,7 +152,7 @@ class Compression:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
         copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
-        job.notes = list(dict.fromkeys([*self.plan["notes"], *setup.notes, *self.result.notes]))
+        job.notes = list(dict.fromkeys([*self.plan["notes"], *setup.notes, *self.result.notes, *job.notes]))
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,

@@ -14,7 +14,7 @@ from hesse.errors import OptionError
 from hesse.estimation.calibrated import Layers
 from hesse.estimation.statistics import probe_tokens
 from hesse.estimation.statistics_folder import INDEX_FILE, OUTPUT_FACTORS_FILE
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.jobs.estimate_backward import EstimatedKind, Files, estimate_backward, write_curvature
 from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
@@ -172,7 +172,7 @@ class _Estimation(Task[EstimateReport]):
             files, factors = estimate_backward(job, self.dense, batches, self.backward)
         if "kronecker" not in self.kinds:
             known = self.probe(network, self.factors)
-            factors = {layer: statistics["output factor"] for layer, statistics in known.items()}
+            factors = {layer: statistics["output factor"]() for layer, statistics in known.items()}
         if "gram" in self.kinds:
             files = {"gram": self._write_grams(sum(len(own) for own in files.values())), **files}
         names = {name for own in files.values() for name in own.values()}

@@ -10,15 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.checkpoints.files import read_json
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.output import check_output, copy_companions, restore_replaced
 from hesse.checkpoints.work_folder import WorkFolder, work_folder
-from hesse.checkpoints.writer import WrittenPart, assemble, read_back, write_part, write_text
+from hesse.checkpoints.writer import WrittenPart, assemble, check_assembled, write_part, write_text
 from hesse.data import Samples
 from hesse.data.selection import Calibration
 from hesse.errors import OptionError
 from hesse.evaluation.evaluate import Evaluation, compare, pass_through
 from hesse.jobs.identity import identity
+from hesse.jobs.loader_check import check_loads
+from hesse.jobs.model_card import CARD_FILE, model_card
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch, evaluation_batch, take_up
@@ -165,7 +168,7 @@ class Job:
             VerificationError: a tensor reads back different from what was written.
         """
         assemble(self.parts, self.folder)
-        read_back(self.parts, self.folder)
+        check_assembled(self.parts, self.folder)
         notes = copy_companions(self.sources[-1], self.folder)
         for name, text in {"config.json": json.dumps(config, indent=2) + "\n", **(files or {})}.items():
             write_text(self.folder / name, text)
@@ -179,7 +182,13 @@ class Job:
                 pass_through(network, batches, self.progress, phase)
                 for network, phase in ((result, "verify"), (dense, "dense model"))
             ]
+            self.check_loads(result, dense.checkpoint, batches[0])
             return compare(result, passes[0], dense, passes[1], self.progress)
+
+    def check_loads(self, result: CheckpointNetwork, source: Checkpoint, ids: Tensor) -> None:
+        """Check that transformers makes of the result what Hesse reads, or note why it was not asked; see there."""
+        if (why := check_loads(result, source, ids)) is not None:
+            self.notes.append(f"not verified by transformers: {why}")
 
     def phases(self) -> dict[str, float]:
         """Return the seconds by phase, including those of killed processes."""
@@ -205,8 +214,13 @@ class Job:
         }
 
     def finish(self, report: Report, file: str = REPORT_FILE) -> None:
-        """Write the report into the result, and rename the result to OUT."""
+        """Write the report, and of a model its card, into the result, and rename the result to OUT."""
         if self.processes.is_main:
+            if (self.folder / "config.json").is_file():
+                config = read_json(self.folder / "config.json")
+                code = any(self.folder.glob("modeling_*.py"))
+                card = model_card(report, self.sources[0], config, self.calibration.data, code)
+                write_text(self.folder / CARD_FILE, card)
             write_text(self.folder / file, json.dumps(report.to_dict(), indent=2) + "\n")
         self.work.finish()
 

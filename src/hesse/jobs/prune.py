@@ -57,17 +57,18 @@ def prune(
     Args:
         model: an `nn.Module`; or a model folder, `default`, or a hub id, which is dense.
         out: the folder to write, for a model on disk; it must not exist unless `overwrite`.
-        data: for a module (inputs, targets) pairs, such as a DataLoader or a list, walked once and kept; on disk a
-            text, JSON lines or parquet file, a datasets id, or lists of token ids, None for the shipped text.
+        data: for a module (inputs, targets) pairs or dictionaries with `labels`, such as a DataLoader or a list,
+            walked once and kept; on disk a text, JSON lines or parquet file, a datasets id, or lists of token ids, None
+            for the shipped text.
         what: "weights", "heads", "hidden", "channels", "experts" or several of the last four, "groups" for those of
             heads, hidden units and channels that there are, "head-dimensions", or "blocks". None for those of the
             method's row.
         method: a row of `hesse methods`, with or without "-groups", or any score in `hesse.scores.SCORES` that judges
-            such parts. None for "oba" of weights, "obs" of groups, "loss" of blocks. "oba" is the old
-            default, and removes worse weights than "magnitude" in the measurements: take that, or "m-fac-network".
+            such parts. None for "magnitude" of weights, "obs" of groups, "loss" of blocks. Better than magnitudes
+            is "m-fac-network", which needs a gradient of the whole network for each of some hundred samples.
         loss_function: for a module, a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for
             cross-entropy.
-        forward: for a module, `forward(model, inputs)` gives the outputs; by default `model(inputs)`.
+        forward: for a module, `forward(model, inputs)` gives the outputs; by default as in `compress`.
         layers: for weights of a module, patterns of the names of layers to prune.
         ignore: for weights of a module, patterns of the names of layers to leave.
         samples: on disk, calibration samples; None for 16 that blocks are judged by, or 128.

@@ -11,8 +11,7 @@ from hesse.data.selection import Calibration
 from hesse.errors import OptionError, VerificationError
 from hesse.estimation.calibrated import Layers
 from hesse.evaluation.evaluate import compare, pass_through
-from hesse.formats import open_checkpoint
-from hesse.formats.opening import open_networks
+from hesse.formats import open_checkpoint, open_networks
 from hesse.jobs.block_strategies import BlockRanking
 from hesse.jobs.blocks_report import BlocksReport, RemovedBlock
 from hesse.jobs.forecast import Work, hidden_bytes, tokens_of

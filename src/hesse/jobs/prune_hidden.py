@@ -11,7 +11,7 @@ from hesse.curvature import Gram
 from hesse.data.selection import Calibration
 from hesse.errors import DataError, OptionError
 from hesse.estimation.calibrated import Layers
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import calibration_phases, comparison_phases

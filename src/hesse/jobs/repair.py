@@ -27,7 +27,7 @@ from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer, RepairReport
 from hesse.jobs.task import Task, run_task
 from hesse.jobs.verify import read_back
-from hesse.networks.network import Block, Layer
+from hesse.networks.network import Block, CheckpointNetwork, Layer
 from hesse.passes.stream import StreamBatch, calibration_batch, evaluation_batch
 from hesse.progress import Progress
 from hesse.result import ForecastReport, Result
@@ -188,25 +188,29 @@ class _Repair(Task[RepairReport]):
         with job.clock.phase("write"):
             result = self._write(digests)
         with job.clock.phase("verify"):
+            before = CheckpointNetwork(pair.network.checkpoint, torch.float32, pair.dense.device)
+            after = CheckpointNetwork(result, torch.float32, pair.dense.device)
+            if self.request.format == "dense":
+                job.check_loads(after, pair.source, flows[0].ids)
             evaluations = (
-                read_back(pair.network.checkpoint, pair.dense, flows, {}, job.progress),
-                read_back(result, pair.dense, flows, digests, job.progress),
+                read_back(before, pair.dense, flows, {}, job.progress),
+                read_back(after, pair.dense, flows, digests, job.progress),
             )
         predicted = [sum(getattr(x, f"predicted_{when}") or 0.0 for x in layers) for when in ("before", "after")]
-        before, after = (
+        losses = [
             evaluation.loss_change("repaired", self.selected.held_out, loss)
             for evaluation, loss in zip(evaluations, predicted, strict=True)
-        )
+        ]
         self._check([evaluation.difference for evaluation in evaluations], predicted)
         size = pair.network.checkpoint.file_bytes
         return RepairReport(
-            **job.head(size, result.file_bytes, after),
+            **job.head(size, result.file_bytes, losses[1]),
             method=self.request.curvature,
             compressed=self.compressed,
             format=self.request.format,
             rank=self.request.rank,
             bytes_added=result.file_bytes - size,
-            loss_before=before,
+            loss_before=losses[0],
             layers=layers,
         )
 

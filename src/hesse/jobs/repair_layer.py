@@ -13,7 +13,8 @@ from hesse.estimation.calibrated import Layers
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.jobs.repair_pair import Pair
 from hesse.jobs.repair_report import RepairedLayer
-from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, digest, effect
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, effect
+from hesse.layerwise.solved_layer import digest
 from hesse.layerwise.workspace import layer_bytes
 from hesse.methods import METHODS, Options, Rule
 from hesse.networks.network import Layer

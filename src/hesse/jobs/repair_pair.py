@@ -9,8 +9,7 @@ from torch import Tensor
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.constraints import LowRank
 from hesse.errors import OptionError, naming
-from hesse.formats import open_checkpoint
-from hesse.formats.opening import open_networks
+from hesse.formats import open_checkpoint, open_networks
 from hesse.layerwise.rules import check_patterns
 from hesse.methods.patterns import matches
 from hesse.networks.layout import vocabulary

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hesse.data.selection import Calibration, Data
 from hesse.errors import OptionError, VerificationError
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.jobs.forecast import Work, hidden_bytes, tokens_of
 from hesse.jobs.job import Job
 from hesse.jobs.memory import comparison_phases, evaluated_tokens, parameters

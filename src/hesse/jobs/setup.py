@@ -14,12 +14,13 @@ from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.statistics import STATISTICS, by_statistic, probe_tokens
-from hesse.formats import Format, StoredLayer, choose_format
-from hesse.formats.opening import open_networks
+from hesse.formats import DenseFormat, StoredLayer, choose_format, open_networks
+from hesse.formats.planned import planned_obstacle
 from hesse.formats.targets import check_inputs, check_served
 from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
 from hesse.networks.network import CheckpointNetwork, Layer
+from hesse.networks.unchanged import unchanged_notes
 from hesse.rewriting import Rewriting
 
 
@@ -37,7 +38,7 @@ class Setup:
     dense: CheckpointNetwork  # of `checkpoint`, in float32
     network: CheckpointNetwork  # the same modules, in the type that calibration runs in
     rules: dict[str, Rule | None]  # by layer; None for unchanged layers
-    format: Format
+    format: DenseFormat
     samples: Samples  # to calibrate on
     probes: Samples  # the first of `samples`, for the backward statistics
     check: Samples  # to measure the result with
@@ -130,7 +131,7 @@ def open_setup(
         check=selected.check,
         held_out=selected.held_out,
         seen=seen if selected.held_out and calibrated else None,
-        notes=[*format.notes, *selected.notes, *companion_notes(model)],
+        notes=[*format.notes, *unchanged_notes(network), *selected.notes, *companion_notes(model)],
     )
 
 
@@ -153,12 +154,24 @@ def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]
     return rules_for(recipe, weights, shapes, (name for name, _ in network.model.named_modules()))
 
 
-def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> Format:
-    """Return the format that stores every layer under its rule's constraint."""
+def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> DenseFormat:
+    """Return the format that stores every layer under its rule's constraint, and that transformers loads.
+
+    Raises:
+        OptionError: transformers would not load the requested format; with `auto` the weights are stored dense then.
+    """
     stored = []
     for layer in network.layers:
         constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
         rule = rules[layer.name]
         inputs = None if rule is None else rule.input_bits
         stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed, inputs))
-    return choose_format(name, network, stored)
+    format = choose_format(name, network, stored)
+    why = planned_obstacle(format)
+    if why is None:
+        return format
+    if name != "auto" or type(format) is DenseFormat:
+        raise OptionError(f"{format.name} weights of {type(network.model).__name__} would not load: {why}")
+    dense = choose_format(DenseFormat.name, network, stored)
+    dense.notes.append(f"weights are stored dense, and take no less room: {why}")
+    return dense

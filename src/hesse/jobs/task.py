@@ -12,10 +12,9 @@ from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.locate import locate
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.data.selection import PROBE_TOKENS, Calibration, select_samples
-from hesse.estimation.calibrated import KnownStatistics, Layers, calibrated_blocks
+from hesse.estimation.calibrated import KnownStatistics, Layers, StatisticReaders, calibrated_blocks
 from hesse.estimation.probe import probe
 from hesse.estimation.statistics import Needs
-from hesse.estimation.stored_statistics import StoredStatistics
 from hesse.evaluation.evaluate import Evaluation
 from hesse.formats import open_checkpoint
 from hesse.jobs.forecast import Work, forecast
@@ -59,7 +58,7 @@ class Task(ABC, Generic[R]):
     def run(self) -> R:
         """Do everything except renaming the result to OUT."""
 
-    def probe(self, network: CheckpointNetwork, needs: Needs) -> StoredStatistics:
+    def probe(self, network: CheckpointNetwork, needs: Needs) -> dict[str, StatisticReaders]:
         """Collect the backward statistics that the layers of the unchanged `network` need."""
         job = self.job
         job.progress.begin("probe the loss", 2 * len(network.blocks) + 1)

@@ -2,10 +2,9 @@
 
 import torch
 
-from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError
 from hesse.evaluation.evaluate import Evaluation, compare
-from hesse.layerwise.layer_solver import digest
+from hesse.layerwise.solved_layer import digest
 from hesse.networks.network import CheckpointNetwork, each_loaded
 from hesse.passes.stream import StreamBatch, advance, start
 from hesse.progress import Progress
@@ -18,7 +17,7 @@ TOLERATED_INCREASE = 0.05  # nats per token
 
 
 def verify(
-    written: Checkpoint,
+    written: CheckpointNetwork,
     dense_network: CheckpointNetwork,
     dense: list[StreamBatch],
     digests: dict[str, str],
@@ -46,7 +45,7 @@ def verify(
 
 
 def read_back(
-    written: Checkpoint,
+    written: CheckpointNetwork,
     dense_network: CheckpointNetwork,
     dense: list[StreamBatch],
     digests: dict[str, str],
@@ -57,10 +56,9 @@ def read_back(
     Raises:
         VerificationError: a weight differs from what was solved, by its fingerprint in `digests`.
     """
-    network = CheckpointNetwork(written, torch.float32, dense_network.device)
-    progress.begin("verify", len(network.blocks))
-    flows = start(network, [flow.ids for flow in dense])
-    for index, block in each_loaded(network):
+    progress.begin("verify", len(written.blocks))
+    flows = start(written, [flow.samples for flow in dense])
+    for index, block in each_loaded(written):
         for layer in block.layers:
             if layer.name in digests and digest(layer.weight) != digests[layer.name]:
                 raise VerificationError(
@@ -69,7 +67,7 @@ def read_back(
                 )
         advance(flows, block.module, index)
         progress.advance()
-    return compare(network, flows, dense_network, dense, progress)
+    return compare(written, flows, dense_network, dense, progress)
 
 
 def _scale(hidden_error: float | None, dense: list[StreamBatch]) -> float:

@@ -1,9 +1,8 @@
 """Solve a layer by its rule and statistics, with a note for every departure from the rule."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,12 +12,13 @@ from hesse.constraints import Constraint
 from hesse.curvature import Curvature, Gram
 from hesse.errors import ConditioningError, ConditioningWarning, UnsupportedProduct, naming
 from hesse.estimation.statistics import STATISTICS
-from hesse.layerwise.shared_solve import solve_shared
 from hesse.methods.curvatures import CURVATURES
 from hesse.methods.recipe import Rule
 from hesse.processes import ALONE, Processes
 from hesse.solvers import Nearest, Solution, Solver
+from hesse.solvers.base import solve_with
 
+LEAST_ROWS = 8  # per process that shares a layer; fewer are not worth the communication
 DRY_SIZE = 8  # size of the matrix that a rule is tried on
 DAMPING_STEPS = (10.0, 100.0, 1000.0)  # factors of the damping if the Gram cannot be factorised
 
@@ -115,9 +115,42 @@ class LayerSolver:
         _, curvature, state = self._states[key]
         whole = rule.kind.couples_rows or any(STATISTICS[name].of_weights for name in rule.kind.needs)
         parts = (problem.weight, curvature, problem.constraint, solver, state)
-        solution = solve_shared(*parts, not whole, self._processes)
+        alone = self._processes.world_size == 1
+        solution = solve_with(*parts) if alone else _solve_shared(*parts, not whole, self._processes)
         method = " × ".join(type(part).__name__ for part in (curvature, problem.constraint, solver))
         return Solved(solution, method, damping, notes)
+
+
+def _solve_shared(
+    weight: Tensor,
+    curvature: Curvature,
+    constraint: Constraint,
+    solver: Solver,
+    state: Any,
+    independent: bool,
+    processes: Processes,
+) -> Solution:
+    """Solve by several processes as `solve_with` does, with the same result in each.
+
+    `independent` is True if the curvature couples no rows. If the curvature or the constraint couples rows, each
+    process solves the whole layer, and all use rank 0's solution, so that they do not differ in a last digit.
+    """
+    split = independent and constraint.rows_are_independent and len(weight) >= LEAST_ROWS * processes.world_size
+    share = processes.shard_of(len(weight)) if split else range(len(weight))
+    own = solve_with(weight[share.start : share.stop], curvature, constraint, solver, state)
+    encoded = _together(own.encoded, processes, split)
+    solved = constraint.decode(encoded).to(own.weight.dtype)
+    return Solution(solved, encoded, weight.to(solved.dtype), curvature)
+
+
+def _together(encoded: Any, processes: Processes, split: bool) -> Any:
+    """Return the code of all rows: tensors concatenated in the order of the processes if `split`, else rank 0's."""
+    if isinstance(encoded, Tensor):
+        return processes.all_gather(encoded) if split else processes.broadcast(encoded)
+    if is_dataclass(encoded) and not isinstance(encoded, type):
+        parts = {field.name: _together(getattr(encoded, field.name), processes, split) for field in fields(encoded)}
+        return replace(encoded, **parts)
+    return encoded
 
 
 def check_products(rule: Rule) -> None:
@@ -126,30 +159,29 @@ def check_products(rule: Rule) -> None:
     Raises:
         UnsupportedProduct: it lacks one; the message names the rule's layers, and the curvatures that have the product.
     """
-    try:
-        _dry_run(rule)
-    except UnsupportedProduct as error:
-        usable = [kind for kind in CURVATURES if _runs(rule.model_copy(update={"curvature": kind}))]
+    error = _missing_product(rule)
+    if error is not None:
+        usable = [kind for kind in CURVATURES if _missing_product(rule.model_copy(update={"curvature": kind})) is None]
         use = f"use curvature {' or '.join(usable)}" if usable else "no curvature will do"
         raise UnsupportedProduct(
             f"the rule for {', '.join(rule.layers[:3])}: {error}; with this solver and constraint {use}"
-        ) from None
+        )
 
 
-def _runs(rule: Rule) -> bool:
+def _missing_product(rule: Rule) -> UnsupportedProduct | None:
+    """Return the error of solving a small matrix by a rule for the lack of a product; None if there is none."""
+    solver, problem = rule.solver.build(), small_problem(rule, rule.constraint.build())
     try:
-        _dry_run(rule)
-    except UnsupportedProduct:
-        return False
-    return True
+        solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), problem.weight, problem.constraint)
+    except UnsupportedProduct as error:
+        return error
+    return None
 
 
-def _dry_run(rule: Rule) -> None:
-    """Solve a small matrix by a rule."""
-    constraint, solver = rule.constraint.build(), rule.solver.build()
+def small_problem(rule: Rule, constraint: Constraint) -> LayerProblem:
+    """Return a problem that takes no time, to try a rule on."""
     weight = torch.eye(DRY_SIZE * constraint.together)
-    problem = LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
-    solver.compute(solver.init(rule.kind.build(problem, rule.solver, 0.01)), weight, constraint)
+    return LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
 
 
 def _gaps(problem: LayerProblem) -> list[str]:
@@ -192,9 +224,3 @@ def effect(change: Tensor, gram: Gram, output_factor: Tensor | None) -> Effect:
 
 def _inner(left: Tensor, right: Tensor) -> float:
     return float(torch.linalg.vecdot(left, right).double().sum())
-
-
-def digest(weight: Tensor) -> str:
-    """Return a digest of a weight's exact float32 values, to compare with the weight that is read back from disk."""
-    values = weight.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

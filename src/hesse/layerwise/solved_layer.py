@@ -1,20 +1,37 @@
 """Solve one layer, put the solution in its place, and report it: the same for a checkpoint and for a module."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint
+from hesse.constraints import Constraint, LowRank, Plus
 from hesse.estimation.statistics.output_factor import output_factor
-from hesse.layerwise.input_rounding import rounding_cost
-from hesse.layerwise.layer_report import layer_report
-from hesse.layerwise.layer_solver import LayerProblem, LayerSolver
-from hesse.layerwise.report import LayerReport
+from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, Solved, effect
 from hesse.methods.recipe import Rule
 from hesse.networks.network import Layer
 from hesse.progress import Clock
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer; `predicted_loss_increase` is in nats per token (None without curvature for it)."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str  # curvature × constraint × solver
+    tokens: int
+    damping: float  # share of the Gram's mean eigenvalue
+    bits_per_weight: float
+    sparsity: float  # share of zeros
+    rank: int | None  # of a layer that is stored as two factors
+    predicted_loss_increase: float | None
+    relative_output_error: float | None  # E‖(W' - W)x‖² / E‖Wx‖²
+    input_bits: int | None = None  # bits that a loader rounds the layer's inputs to
+    predicted_input_loss: float | None = None  # of rounding inputs, in nats per token, apart from the weights'
 
 
 class Storage(Protocol):
@@ -57,7 +74,7 @@ def solve_layer(
         stored = storage.as_stored(layer.name, encoded, solved.solution.weight)
         layer.replace(stored)
     with clock.phase("predict"):
-        report, notes = layer_report(problem, solved, stored.float(), storage.stored_bits(layer.name))
+        report, notes = _report(problem, solved, stored.float(), storage.stored_bits(layer.name))
         if rule.input_bits is not None:
             cost, factor, peak = None, output_factor(problem.statistics), problem.statistics.get("input peaks")
             if factor is not None and peak is not None:
@@ -66,3 +83,57 @@ def solve_layer(
                 notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
             report = replace(report, input_bits=rule.input_bits, predicted_input_loss=cost)
     return SolvedLayer(report, [*solved.notes, *notes], encoded, stored)
+
+
+def _report(problem: LayerProblem, solved: Solved, stored: Tensor, bits: float) -> tuple[LayerReport, list[str]]:
+    """Return the report of a layer's change and cost, and notes.
+
+    `stored` (out, in) is the new weight as stored, with `bits` bits per weight.
+    """
+    weight, gram, factor = problem.weight, problem.gram, output_factor(problem.statistics)
+    notes = []
+    if factor is None and gram.tokens:
+        notes.append(f"{problem.name}: no prediction: the tokens that probed the loss did not reach it")
+    made = effect(stored - weight, gram, factor if gram.tokens else None)
+    whole = 2 * gram.quadratic(weight)  # E‖W x‖²
+    report = LayerReport(
+        name=problem.name,
+        shape=(weight.shape[0], weight.shape[1]),
+        method=solved.method,
+        tokens=gram.tokens,
+        damping=solved.damping,
+        bits_per_weight=bits,
+        sparsity=1 - int(torch.count_nonzero(stored)) / stored.numel(),
+        rank=_rank(problem.constraint, weight),
+        predicted_loss_increase=made.loss_increase,
+        relative_output_error=made.squared_error / whole if whole > 0 else None,
+    )
+    return report, notes
+
+
+def _rank(constraint: Constraint, weight: Tensor) -> int | None:
+    """Return the rank of a weight's low-rank factors; None without factors."""
+    if isinstance(constraint, Plus):
+        return _rank(constraint.correction, weight)
+    return min(constraint.rank, *weight.shape) if isinstance(constraint, LowRank) else None
+
+
+def rounding_cost(weight: Tensor, output_factor: Tensor, square_peak: float, bits: int) -> float:
+    """Return ½ tr(G W Cov(e) Wᵀ) in nats per token, for the rounding errors e of a layer's inputs.
+
+    Each token has its own step s = 2 max|x| / (2^bits - 1). Its errors are assumed uniform in ±s/2 and independent, so
+    Cov(e) = E[s²]/12 · I, except for the largest input, which lies half-way between two codes and adds 2/in. If a few
+    inputs are large and the others far below a step, the true errors are smaller. `weight` is (out, in),
+    `output_factor` is E[ggᵀ] (out, out) or its diagonal (out,), `square_peak` is E[max|x|²] over tokens.
+    """
+    variance = 4 * square_peak / ((1 << bits) - 1) ** 2 / 12 * (1 + 2 / weight.shape[1])
+    factor = output_factor.to(weight)
+    weighed = factor @ weight if factor.ndim == 2 else factor[:, None] * weight
+    weighted = float(torch.linalg.vecdot(weighed, weight).double().sum())
+    return 0.5 * variance * weighted
+
+
+def digest(weight: Tensor) -> str:
+    """Return a digest of a weight's exact float32 values, to compare with the weight that is read back from disk."""
+    values = weight.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

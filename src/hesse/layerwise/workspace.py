@@ -5,9 +5,8 @@ from collections.abc import Collection
 import torch
 
 from hesse.constraints import Constraint
-from hesse.curvature import Curvature, Gram
 from hesse.estimation.statistics import STATISTICS, InputStatistic
-from hesse.layerwise.layer_solver import DRY_SIZE, LayerProblem
+from hesse.layerwise.layer_solver import small_problem
 from hesse.methods.recipe import Rule
 
 WEIGHTS = 7  # matrices of the weight's size while a solution is priced: it, the weight, the change, and its images
@@ -22,7 +21,8 @@ def layer_bytes(rule: Rule, constraint: Constraint, shape: torch.Size, needs: Co
     kept = {name: STATISTICS[name].bytes(shape, samples) for name in {*needs, *rule.kind.needs}}
     own = sum(kept[name] for name in rule.kind.needs)  # which the curvature may copy when it is damped
     solver = rule.solver.build()
-    working = solver.workspace(shape, _curvature_type(rule, constraint), constraint, own // 4)
+    curvature = type(rule.kind.build(small_problem(rule, constraint), rule.solver, 0.01))
+    working = solver.workspace(shape, curvature, constraint, own // 4)
     weight = 4 * rows * columns
     return sum(kept.values()) + own + weight + max(working, WEIGHTS * weight)
 
@@ -32,10 +32,3 @@ def collecting_bytes(shape: torch.Size, needs: Collection[str], tokens: int, len
     statistics = [statistic for name in needs if isinstance(statistic := STATISTICS[name], InputStatistic)]
     working = sum(statistic.working_bytes(shape, tokens, length) for statistic in statistics)
     return working + 3 * sum(statistic.bytes(shape, 1) for statistic in statistics)  # sums, and what is made of them
-
-
-def _curvature_type(rule: Rule, constraint: Constraint) -> type[Curvature]:
-    """Return the class of the curvature that a rule builds."""
-    weight = torch.eye(DRY_SIZE * constraint.together)
-    problem = LayerProblem("a small matrix", weight, {"inputs": Gram.from_inputs(weight)}, rule, constraint)
-    return type(rule.kind.build(problem, rule.solver, 0.01))

@@ -157,8 +157,8 @@ class Method:
         """True if the method is a rule for single layers, which `recipe` gives."""
         return self.curvature is not None and self.partition == "weights" and self.solver in SOLVERS
 
-    def recipe(self, options: Options, ignore: tuple[str, ...] = ()) -> Recipe:
-        """Return the recipe that applies this method with `options` to every layer that is not ignored.
+    def recipe(self, options: Options, ignore: tuple[str, ...] = (), layers: tuple[str, ...] = ("*",)) -> Recipe:
+        """Return the recipe that applies this method with `options` to each of `layers` that is not ignored.
 
         Raises:
             OptionError: the method does not have one of the options, or a value is invalid.
@@ -186,7 +186,13 @@ class Method:
         )
         if chosen.input_bits is not None and not 2 <= chosen.input_bits <= 8:
             raise OptionError(f"--input-bits is {chosen.input_bits}, but must be between 2 and 8")
-        rule = Rule(curvature=self.curvature, constraint=constraint, solver=solver, input_bits=chosen.input_bits)
+        rule = Rule(
+            layers=layers,
+            curvature=self.curvature,
+            constraint=constraint,
+            solver=solver,
+            input_bits=chosen.input_bits,
+        )
         return Recipe(method=self.name, rules=(rule,), ignore=ignore, rewrite=self.rewrite)
 
     def _constraint(self, chosen: Options) -> ConstraintOptions:

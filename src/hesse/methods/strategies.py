@@ -10,8 +10,7 @@ STRATEGIES: Registry[type[Any]] = Registry(
     modules=(
         "hesse.modules.weight_ranking",
         "hesse.modules.group_ranking",
-        "hesse.modules.tolerance",
-        "hesse.modules.hierarchy",
+        "hesse.modules.loss_tolerance",
         "hesse.modules.only_train_once",
         "hesse.modules.head_dimensions",
         "hesse.jobs.block_strategies",

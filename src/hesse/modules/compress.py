@@ -1,43 +1,30 @@
 """Compress a network in memory: collect backward statistics, then solve each layer where calibration stops at it."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hesse.constraints import Constraint, LowRankCode
-from hesse.curvature import Loss, Objective
+from hesse.curvature import Loss
 from hesse.data.batches import check_batches, token_ids, unpadded_ids
-from hesse.data.selection import Calibration
+from hesse.data.selection import SAMPLES, Calibration
 from hesse.errors import OptionError, UnsupportedModelError
-from hesse.estimation.calibrated import KnownStatistics, calibrated
-from hesse.estimation.statistics import (
-    STATISTICS,
-    BackwardCollection,
-    BlockStatistic,
-    Needs,
-    by_statistic,
-    needs_samples,
-)
+from hesse.estimation.calibrated import calibrated
 from hesse.layerwise.layer_solver import LayerSolver
-from hesse.layerwise.rules import Rules, rules_for, statistics_needed
+from hesse.layerwise.rules import Rules, layer_rules, statistics_needed
 from hesse.layerwise.solved_layer import SolvedLayer, solve_layer
-from hesse.methods import DEFAULT_METHOD, Options, Recipe, Rule, find_method
+from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method
+from hesse.modules.networks_in_memory import OneBlock, TokenStream
 from hesse.modules.preparation import copy_model, layers_objective
 from hesse.modules.report import ModuleReport
-from hesse.modules.token_stream import TokenStream
 from hesse.networks.factored import factorize_layer, replace_module
-from hesse.networks.layout import kind_of
-from hesse.networks.module_network import SingleBlock
-from hesse.networks.network import Blocks, Layer
-from hesse.passes.module_batch import ModuleBatch
-from hesse.passes.per_sample import FisherKind, GradientPass
-from hesse.passes.stream import CalibrationBatch
+from hesse.networks.layout import is_language_model
+from hesse.networks.network import Layer
+from hesse.passes.per_sample import FisherKind
 from hesse.progress import Clock
 from hesse.result import LossChange, Result
 
@@ -56,7 +43,7 @@ def compress_in_memory(
     loss_function: Loss | nn.Module | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     kind: FisherKind = "sampled",
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -92,8 +79,8 @@ def compress_in_memory(
         forward: `forward(model, inputs)` gives the outputs; by default `model(inputs)`, of a dictionary
             `model(**inputs)`, and of a transformers model the logits.
         kind: "sampled" for the true Fisher, "empirical" for that of the data's own targets, which any loss has.
-        samples: samples to take from a text.
-        length: tokens per sample of a text; None for 2048 or the model's positions, whichever is less.
+        samples: samples to take from a text or token ids; None for 128.
+        length: tokens per sample of these; None for 2048 or the model's positions, whichever is less.
         seed: of the choice of samples and of sampled labels.
         batch_size: samples of token ids that go through the model together.
         bos: start windows of text with BOS, or not; None for what the tokenizer does.
@@ -122,43 +109,23 @@ def compress_in_memory(
         if tokens:
             assert isinstance(copy, PreTrainedModel)
             found = TokenStream.layers_in_blocks(copy, found)
-        shapes = {layer.name: layer.weight.shape for layer in found}
-        weights = {layer.name: partial(_weight, layer) for layer in found}
-        rules = rules_for(wanted, weights, shapes, (name for name, _ in copy.named_modules()))
+        rules = layer_rules(wanted, found, copy)
         chosen = [layer for layer in found if rules[layer.name] is not None]
         if tokens:
             assert isinstance(copy, PreTrainedModel)
-            calibration = Calibration(data, samples, length, seed, batch_size, bos)
-            source: _Source = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
-            return _compress(source, chosen, rules, wanted, notes, clock)
+            calibration = Calibration(data, SAMPLES if samples is None else samples, length, seed, batch_size, bos)
+            stream = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
+            return _compress(stream, chosen, rules, wanted, notes, clock)
+        for name, value in {"samples": samples, "length": length, "batch_size": batch_size, "bos": bos}.items():
+            if value is not None:
+                raise OptionError(f"{name} is for text and token ids: leave it out, batches are taken as given")
         with layers_objective(copy, chosen, data, loss_function, forward) as objective:
-            source = _OneBlock(objective, chosen, statistics_needed(rules), kind, seed)
-            return _compress(source, chosen, rules, wanted, notes, clock)
-
-
-class _Source(Protocol):
-    """A network in memory with its data."""
-
-    layers: list[Layer]  # those that can be changed, after `known`
-    notes: list[str]
-    held_out: bool  # the loss is of other data than the statistics
-
-    @property
-    def model(self) -> nn.Module:
-        """The copy that is changed."""
-
-    def loss(self) -> float:
-        """Return the loss of the model as it is."""
-
-    def known(self) -> KnownStatistics:
-        """Collect the backward statistics."""
-
-    def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
-        """Return the network and the batches at its first block."""
+            block = OneBlock(objective, chosen, statistics_needed(rules), kind, seed)
+            return _compress(block, chosen, rules, wanted, notes, clock)
 
 
 def _compress(
-    source: _Source, layers: list[Layer], rules: Rules, recipe: Recipe, notes: list[str], clock: Clock
+    source: OneBlock | TokenStream, layers: list[Layer], rules: Rules, recipe: Recipe, notes: list[str], clock: Clock
 ) -> Result[ModuleReport]:
     """Collect, solve, replace and measure."""
     storage, solver = _InPlace(layers, rules), LayerSolver()
@@ -233,64 +200,6 @@ class _InPlace:
         return constraint.bits_per_weight(self._shapes[name])
 
 
-class _OneBlock:
-    """Any module as one block, with the loss of an objective."""
-
-    held_out = False
-
-    def __init__(self, objective: Objective, layers: list[Layer], needs: Needs, kind: FisherKind, seed: int) -> None:
-        self.objective, self.model, self.layers, self.notes = objective, objective.model, list(layers), list[str]()
-        self._needs, self._kind, self._seed = needs, kind, seed
-        self._counted = False
-        if block := [
-            name
-            for name in by_statistic(needs)
-            if isinstance(STATISTICS[name], BlockStatistic) or name == "weighted inputs"
-        ]:
-            raise OptionError(
-                f"the {block[0]} is of the attention of a transformers language model that is given text or token ids: "
-                "give these, or use curvature gram or kronecker"
-            )
-
-    def loss(self) -> float:
-        """Return the loss; at the first time note the layers that are called several times in a forward."""
-        if self._counted:
-            return self.objective.value()
-        self._counted = True
-        calls: Counter[str] = Counter()
-
-        def count(name: str, *_: object) -> None:
-            calls[name] += 1
-
-        hooks = [layer.module.register_forward_pre_hook(partial(count, layer.name)) for layer in self.layers]
-        try:
-            value = self.objective.value()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        batches = sum(1 for _ in self.objective.data)
-        several = "is called several times in a forward, and is solved for the inputs of its first call"
-        self.notes += [f"{layer.name}: {several}" for layer in self.layers if calls[layer.name] > batches]
-        return value
-
-    def known(self) -> KnownStatistics:
-        """Collect the backward statistics; leave out layers whose weight is used by another way than a call."""
-        gradients = GradientPass(self.objective, self._kind, seed=self._seed, apart=needs_samples(self._needs))
-        collection = BackwardCollection(self.layers, self._needs)
-        for recorded in gradients:
-            collection.add(recorded)
-        for name in gradients.others:
-            layer = next(layer for layer in self.layers if layer.weight_name == name)
-            self.layers.remove(layer)
-            self.notes.append(f"{layer.name}: left as it is: its weight is used by another way than the layer's call")
-        return collection.values(gradients.scale)
-
-    def blocks(self) -> tuple[Blocks, Sequence[CalibrationBatch]]:
-        """Return the module as one block, and the objective's batches."""
-        batches = [ModuleBatch(self.objective, inputs) for inputs, _ in self.objective.batches()]
-        return SingleBlock(self.model, self.layers), batches
-
-
 def _recipe(
     method: str, recipe: Recipe | None, options: Options | None, layers: Sequence[str], ignore: Sequence[str]
 ) -> Recipe:
@@ -298,9 +207,7 @@ def _recipe(
         if options is not None or ignore or tuple(layers) != ("*",):
             raise OptionError("a recipe says everything itself: leave out options, layers and ignore")
         return recipe
-    made = find_method(method, "compress").recipe(options or Options(), tuple(ignore))
-    rules: tuple[Rule, ...] = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in made.rules)
-    return made.model_copy(update={"rules": rules})
+    return find_method(method, "compress").recipe(options or Options(), tuple(ignore), tuple(layers))
 
 
 def _token_data(
@@ -310,8 +217,7 @@ def _token_data(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> tuple[bool, Any]:
     """Return True and text or token ids, if that is what a language model is given; else False and the data."""
-    language_model = isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
-    if language_model and loss_function is None and forward is None:
+    if is_language_model(model) and loss_function is None and forward is None:
         if data is None or (ids := token_ids(data)) is not None:
             return True, None if data is None else ids
         check_batches(data)
@@ -325,7 +231,3 @@ def _token_data(
         )
     check_batches(data)
     return False, data
-
-
-def _weight(layer: Layer) -> Tensor:
-    return layer.weight.detach()

@@ -12,11 +12,11 @@ from torch import nn
 from hesse.errors import OptionError
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.implant import Implant, implant
-from hesse.modules.sites import BySite, Removal, Sites, pruning_objective
+from hesse.modules.sites import BySite, GroupStrategy, Removal, Sites, pruning_objective
 from hesse.options import setting
 from hesse.partitions import Group
-from hesse.partitions.checking import ALIGNED
 from hesse.partitions.experts import chosen_experts
+from hesse.partitions.slicing import ALIGNED
 from hesse.scores import find_score
 from hesse.scores.surgeon import fitted_weight
 
@@ -41,7 +41,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class GroupRanking:
+class GroupRanking(GroupStrategy):
     """Remove the groups of the lowest score."""
 
     score: str
@@ -50,11 +50,6 @@ class GroupRanking:
     least: float = setting(0.1, "Least share of each site's groups that stays.")
     refit: Refit | None = setting(None, "Refit the layers that read the groups: least-squares or none; obs does.")
     implant: Implant | None = setting(None, "Groups next in the ranking that become a low rank; for the score hap.")
-
-    @property
-    def amount(self) -> float:
-        """The share to remove."""
-        return share_removed(self.keep)
 
     def check(self, kinds: Sequence[str]) -> None:
         if not 0 < self.keep < 1 or not 0 <= self.least < 1:
@@ -77,7 +72,7 @@ class GroupRanking:
 
     def choose(self, sites: Sites) -> Removal:
         rankings = self.rankings(sites)
-        numbers = (uniform_numbers if self.scope == "site" else shared_numbers)(rankings, self.amount)
+        numbers = (uniform_numbers if self.scope == "site" else shared_numbers)(rankings, share_removed(self.keep))
         removed = {r.site: list(r.groups[:number]) for r, number in zip(rankings, numbers, strict=True)}
         predicted = None
         if find_score(self.score).nats:
@@ -103,7 +98,7 @@ class GroupRanking:
         """Return a ranking for each site."""
         most = {site: self._most(sites, groups) for site, groups in sites.groups.items()}
         steps = {site: _step(groups, most[site]) for site, groups in sites.groups.items()}
-        share = self.amount if self.scope == "site" else 1.0
+        share = share_removed(self.keep) if self.scope == "site" else 1.0
         numbers = {
             site: min(most[site], int(share * len(groups)) + steps[site]) for site, groups in sites.groups.items()
         }

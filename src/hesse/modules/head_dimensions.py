@@ -1,6 +1,7 @@
 """Attention whose heads have fewer dimensions: the attention part of MoDeGPT, for torch's own attention."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -11,9 +12,11 @@ from hesse.curvature import Objective
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import KEEP
+from hesse.modules.sites import Smaller
 from hesse.networks.narrow_attention import NarrowAttention, plain_attentions, without_nested_tensors
 from hesse.networks.torch_attention import SplitAttention, split_attentions
 from hesse.options import setting
+from hesse.scores.surgeon import root
 
 
 class Moments(NamedTuple):
@@ -39,42 +42,54 @@ class HeadDimensions:
 
     keep: float = setting(KEEP, "Share of a head's dimensions that stays.")
 
-    def check(self) -> None:
+    def check(self, kinds: Sequence[str]) -> None:
         """Raise OptionError if `keep` leaves none or all of a head."""
         if not 0 < self.keep < 1:
             raise OptionError(
                 f"keep is {self.keep}, but must be a share of a head's dimensions between 0 and 1, such as 0.75"
             )
 
-    def prune(self, objective: Objective) -> dict[str, tuple[int, int]]:
-        """Narrow the heads of the objective's model, in place, and return (removed, there were) for each attention.
+    def find(self, objective: Objective, kinds: Sequence[str], training: bool, seed: int) -> "NarrowHeads":
+        """Return the size that the heads of each attention get.
 
         Raises:
             OptionError: `keep` leaves none or all of a head.
             UnsupportedModelError: there is no such attention.
         """
-        model = objective.model
-        attentions = plain_attentions(model)
+        attentions = plain_attentions(objective.model)
         if not attentions:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no nn.MultiheadAttention of one width: for language models use "
+                f"{type(objective.model).__name__} has no nn.MultiheadAttention of one width: for language models use "
                 "what='hidden' on a checkpoint"
             )
-        names = {module: name for name, module in model.named_modules()}
-        sizes, removed = {}, {}
-        for attention in attentions:
-            size = sizes[attention] = round(self.keep * attention.head_dim)
+        names = {module: name for name, module in objective.model.named_modules()}
+        sizes = {attention: round(self.keep * attention.head_dim) for attention in attentions}
+        for attention, size in sizes.items():
             if not 0 < size < attention.head_dim:
                 raise OptionError(
                     f"keep {self.keep} of {attention.head_dim} dimensions of {names[attention]} leaves {size}"
                 )
-            place = f"dimensions of the heads of {names[attention]}"
-            removed[place] = (attention.head_dim - size, attention.head_dim)
-        moments = _moments(objective, attentions)
-        for attention, size in sizes.items():
+        removed = {
+            f"dimensions of the heads of {names[attention]}": (attention.head_dim - size, attention.head_dim)
+            for attention, size in sizes.items()
+        }
+        return NarrowHeads(objective, sizes, removed)
+
+    def prune(self, heads: "NarrowHeads", kinds: Sequence[str]) -> Smaller:
+        """Narrow the heads of the objective's model, in place."""
+        model, moments = heads.objective.model, _moments(heads.objective, list(heads.sizes))
+        for attention, size in heads.sizes.items():
             _narrow(attention, moments[attention], size)
         without_nested_tensors(model)
-        return removed
+        return Smaller(model, heads.removed, kinds, "its heads do not fill the width of an nn.MultiheadAttention")
+
+
+class NarrowHeads(NamedTuple):
+    """The size that the heads of each attention get, and (removed, there were) of their dimensions by attention."""
+
+    objective: Objective
+    sizes: dict[nn.MultiheadAttention, int]
+    removed: dict[str, tuple[int, int]]
 
 
 def _moments(objective: Objective, attentions: list[nn.MultiheadAttention]) -> dict[nn.MultiheadAttention, Moments]:
@@ -138,12 +153,6 @@ def _narrow(attention: nn.MultiheadAttention, moments: Moments, size: int) -> No
     attention.out_proj.in_features = attention.num_heads * size
     NarrowAttention.convert(attention, attention.num_heads)
     attention.head_dim = size
-
-
-def root(moment: Tensor) -> Tensor:
-    """Return R with R Rᵀ = `moment`."""
-    values, vectors = torch.linalg.eigh(moment)
-    return cast(Tensor, vectors * values.clamp(min=0).sqrt())
 
 
 def nearest_product(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ from torch import nn
 
 from hesse.errors import OptionError
 from hesse.methods.strategies import STRATEGIES
-from hesse.modules.sites import Removal, Sites, leave_one
+from hesse.modules.sites import GroupStrategy, Removal, Sites, leave_one
 from hesse.options import setting
 from hesse.training import Training, finetune
 from hesse.training.half_space import HalfSpace
 
 
 @dataclass(frozen=True)
-class OnlyTrainOnce:
+class OnlyTrainOnce(GroupStrategy):
     """Train the network so that whole groups become zero, and remove these: the outputs stay as they are.
 
     The network trains in the mode that it was in. Source: Chen et al., 2021, arXiv:2107.07467.
@@ -51,9 +51,6 @@ class OnlyTrainOnce:
         return Removal(
             {site: leave_one([g for g in some if id(g) in zero], some) for site, some in sites.groups.items()}
         )
-
-    def finish(self, sites: Sites, removal: Removal, smaller: nn.Module) -> None:
-        """Nothing is left to do."""
 
 
 STRATEGIES.register("only_train_once", OnlyTrainOnce)

@@ -1,20 +1,18 @@
 """Prepare a user's network: a copy with its layers, and its loss on data that can be iterated repeatedly."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hesse.curvature import CrossEntropy, Loss, Objective
-from hesse.curvature.objective import Batch
-from hesse.data.batches import pairs
+from hesse.curvature import Loss, Objective
+from hesse.data.batches import module_objective
 from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.finite import all_finite
-from hesse.networks.layout import kind_of
 from hesse.networks.module_layers import layers_of
 from hesse.networks.network import Layer
 from hesse.networks.torch_attention import split_attentions
@@ -39,21 +37,16 @@ def copy_model(model: nn.Module) -> Iterator[tuple[nn.Module, list[Layer], list[
         yield copy, layers, notes
 
 
-def prepare_data(
-    model: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Tensor] | None
-) -> tuple[list[Batch], Callable[[nn.Module, Any], Tensor] | None]:
-    """Return the data as pairs, and `forward`; dictionaries and transformers models are called as they want."""
-    batches = list(data)
-    if forward is None and (isinstance(model, PreTrainedModel) or any(isinstance(each, Mapping) for each in batches)):
-        forward = _call
-    return pairs(batches, isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"), forward
-
-
-def _call(model: nn.Module, inputs: Any) -> Tensor:
-    """Return the outputs of a model that takes keyword arguments, or gives an object with logits."""
-    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    result: Tensor = getattr(outputs, "logits", outputs)
-    return result
+def stored_objective(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss | nn.Module | None,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+    names: Sequence[str] | None = None,
+) -> Objective:
+    """Return the loss of a module on data that is walked once and kept; see `module_objective`."""
+    objective = module_objective(model, list(data), loss, forward, names)
+    return replace(objective, data=list(objective.data))
 
 
 def dense_loss(objective: Objective) -> float:
@@ -80,14 +73,13 @@ def layers_objective(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Iterator[Objective]:
     """Yield the loss as a function of the weights of `layers`; only these require gradients while inside."""
-    batches, forward = prepare_data(model, data, forward)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     for layer in layers:
         layer.parameter.requires_grad_()
     names = [layer.weight_name for layer in layers]
     try:
-        yield Objective.of(model, CrossEntropy() if loss is None else loss, batches, names, forward)
+        yield stored_objective(model, data, loss, forward, names)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, True))

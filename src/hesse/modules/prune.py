@@ -1,7 +1,6 @@
 """Pruning of a network in memory: single weights, groups that are cut out, dimensions of heads."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any
@@ -11,26 +10,26 @@ from torch import Tensor, nn
 
 from hesse.constraints import Sparse
 from hesse.curvature import Loss
-from hesse.errors import DataError, OptionError, UnsupportedModelError
+from hesse.errors import DataError, OptionError
 from hesse.finite import all_finite
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import Method, find_row, methods_of
 from hesse.methods.patterns import matches
 from hesse.methods.strategies import STRATEGIES
-from hesse.modules import preparation
 from hesse.modules.head_dimensions import HeadDimensions
-from hesse.modules.prune_report import PruneReport, flops_of, parameters_of
-from hesse.modules.sites import GroupStrategy, Sites, freeze_as, pruning_objective
+from hesse.modules.preparation import copy_model, dense_loss, layers_objective
+from hesse.modules.report import PruneReport, flops_of
+from hesse.modules.sites import GroupStrategy, freeze_as, pruning_objective
 from hesse.modules.weight_ranking import WeightRanking
 from hesse.networks.network import Layer
 from hesse.options import check_types, settings_of
-from hesse.partitions import GROUP_KINDS, loading_problem
+from hesse.partitions import GROUP_KINDS
 from hesse.result import LossChange, Result
 from hesse.scores import SCORES
 
 MEASURED = "loss on the data"
 IN_MEMORY = ("weights", *GROUP_KINDS, "groups", "head-dimensions")
-DEFAULTS = {"weights": "oba", "groups": "obs", "head-dimensions": "modegpt-heads"}
+DEFAULTS = {"weights": "magnitude", "groups": "obs", "head-dimensions": "modegpt-heads"}
 # The strategies that take any score, by the parts that they remove.
 RANKINGS = {"weights": "weight_ranking", "groups": "group_ranking", "blocks": "block_ranking"}
 
@@ -67,10 +66,7 @@ def prune_in_memory(
         return _prune_weights(model, data, strategy, loss_function, forward, seed, layers, ignore)
     if tuple(layers) != ("*",) or ignore:
         raise OptionError("layers and ignore choose weights: leave them out, or prune what='weights'")
-    if family == "head-dimensions":
-        return _prune_head_dimensions(model, data, strategy, loss_function, forward)
-    chosen = () if kinds == ("groups",) else kinds
-    return _prune_groups(model, data, method, strategy, chosen, loss_function, forward, seed)
+    return _cut_parts(model, data, method, strategy, kinds, loss_function, forward, seed)
 
 
 def find_kinds(what: str | Sequence[str] | None, method: str | None) -> tuple[str, ...]:
@@ -123,84 +119,42 @@ def build_strategy(family: str, method: str, options: dict[str, Any]) -> Any:
     return strategy(**options) if score is None else strategy(score, **options)
 
 
-def _prune_groups(
+def _cut_parts(
     model: nn.Module,
     data: Iterable[Any],
     method: str,
-    strategy: GroupStrategy,
+    strategy: GroupStrategy | HeadDimensions,
     kinds: Sequence[str],
     loss_function: Loss | nn.Module | None,
     forward: Callable[[nn.Module, Any], Tensor] | None,
     seed: int,
 ) -> Result[PruneReport]:
-    """Cut groups out of a copy of the model."""
-    strategy.check(kinds)
-    training = model.training
+    """Cut groups, or dimensions of heads, out of a copy of the model."""
+    strategy.check(() if "groups" in kinds else kinds)
     objective = pruning_objective(deepcopy(model), data, loss_function, forward)
-    try:
-        sites = Sites.trace(objective, kinds, training, seed)
-    except UnsupportedModelError:
-        with suppress(OptionError):
-            preparation.dense_loss(objective)  # NaN differs from itself, and then the data or weights are at fault
-        raise
-    parameters, flops = parameters_of(objective.model), flops_of(objective)
-    before = preparation.dense_loss(objective)
-    removal = strategy.choose(sites)
-    smaller, difference = sites.without(removal.removed)
-    strategy.finish(sites, removal, smaller)
-    after = pruning_objective(smaller, objective.data, objective.loss, objective.forward)
+    found: Any = strategy.find(objective, kinds, model.training, seed)
+    parameters = sum(parameter.numel() for parameter in objective.model.parameters())
+    flops, before = flops_of(objective), dense_loss(objective)
+    smaller = strategy.prune(found, kinds)
+    after = pruning_objective(smaller.model, objective.data, objective.loss, objective.forward)
     report = PruneReport(
         model=type(model).__name__,
         method=method,
-        what=", ".join(kinds or sorted({groups[0].kind for groups in sites.groups.values()})),
+        what=", ".join(smaller.kinds),
         settings=_settings(strategy),
-        removed={site: (len(removal.removed[site]), len(groups)) for site, groups in sites.groups.items()},
+        removed=smaller.removed,
         parameters_before=parameters,
-        parameters_after=parameters_of(smaller),
+        parameters_after=sum(parameter.numel() for parameter in smaller.model.parameters()),
         flops_before=flops,
         flops_after=flops_of(after),
         loss_before=before,
         loss_after=(value := after.value()),
-        loss=LossChange(name=MEASURED, predicted=removal.predicted, measured=value - before, held_out=False),
-        difference=difference,
-        loading=loading_problem(smaller),
+        loss=LossChange(name=MEASURED, predicted=smaller.predicted, measured=value - before, held_out=False),
+        difference=smaller.difference,
+        loading=smaller.loading,
     )
-    freeze_as(model, smaller)
-    return Result(report, smaller)
-
-
-def _prune_head_dimensions(
-    model: nn.Module,
-    data: Iterable[Any],
-    strategy: HeadDimensions,
-    loss_function: Loss | nn.Module | None,
-    forward: Callable[[nn.Module, Any], Tensor] | None,
-) -> Result[PruneReport]:
-    """Narrow the heads of a copy of the model."""
-    strategy.check()
-    objective = pruning_objective(deepcopy(model), data, loss_function, forward)
-    narrow = objective.model
-    parameters, flops, before = parameters_of(narrow), flops_of(objective), preparation.dense_loss(objective)
-    removed = strategy.prune(objective)
-    after = pruning_objective(narrow, objective.data, objective.loss, objective.forward)
-    report = PruneReport(
-        model=type(model).__name__,
-        method="modegpt-heads",
-        what="head-dimensions",
-        settings=_settings(strategy),
-        removed=removed,
-        parameters_before=parameters,
-        parameters_after=parameters_of(narrow),
-        flops_before=flops,
-        flops_after=flops_of(after),
-        loss_before=before,
-        loss_after=(value := after.value()),
-        loss=LossChange(name=MEASURED, measured=value - before, held_out=False),
-        difference=0.0,
-        loading="its heads do not fill the width of an nn.MultiheadAttention",
-    )
-    freeze_as(model, narrow)
-    return Result(report, narrow)
+    freeze_as(model, smaller.model)
+    return Result(report, smaller.model)
 
 
 def _prune_weights(
@@ -215,7 +169,7 @@ def _prune_weights(
 ) -> Result[PruneReport]:
     """Set weights of a copy of the model to zero."""
     ranking.check([])
-    with preparation.copy_model(model) as (copy, found, notes):
+    with copy_model(model) as (copy, found, notes):
         names = [layer.name for layer in found]
         check_patterns(names, (name for name, _ in copy.named_modules()), (*layers, *ignore))
         chosen = [layer for layer in found if _matches(layer, layers) and not _matches(layer, ignore)]
@@ -225,33 +179,32 @@ def _prune_weights(
         for layer in chosen:
             if not all_finite(layer.weight.detach()):
                 raise DataError(f"{layer.name}: the weight holds NaN or infinity")
-        with preparation.layers_objective(copy, chosen, data, loss_function, forward) as objective:
-            pruned, size = ranking.prune(objective, seed), objective.size
+        with layers_objective(copy, chosen, data, loss_function, forward) as objective:
+            before, after, predicted = ranking.prune(objective, seed)
             reports = [ranking.report(layer) for layer in chosen]
-        zeros = {layer.name: int((layer.weight == 0).sum()) for layer in chosen}
-        notes += [f"{report.name}: all of its weights were removed" for report in reports if report.sparsity == 1]
         report = PruneReport(
             model=type(model).__name__,
             method=ranking.score,
             what="weights",
-            settings=ranking.settings,
-            removed={layer.name: (zeros[layer.name], layer.weight.numel()) for layer in chosen},
-            loss_before=pruned.before,
-            loss_after=pruned.after,
-            loss=LossChange(
-                name=MEASURED, predicted=pruned.predicted, measured=pruned.after - pruned.before, held_out=False
-            ),
-            bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / size,
+            settings=_settings(ranking),
+            removed={layer.name: (int((layer.weight == 0).sum()), layer.weight.numel()) for layer in chosen},
+            loss_before=before,
+            loss_after=after,
+            loss=LossChange(name=MEASURED, predicted=predicted, measured=after - before, held_out=False),
+            bits_per_weight=sum(r.bits_per_weight * r.shape[0] * r.shape[1] for r in reports) / objective.size,
             layers=reports,
-            notes=notes,
+            notes=[
+                *notes,
+                *(f"{each.name}: all of its weights were removed" for each in reports if each.sparsity == 1),
+            ],
             encoded={layer.name: Sparse().encode_masked(layer.weight, layer.weight != 0) for layer in chosen},
         )
     return Result(report, copy)
 
 
 def _settings(strategy: Any) -> dict[str, Any]:
-    """The options of a strategy by name."""
-    return {each.name: getattr(strategy, each.name) for each in fields(strategy)}
+    """Return the options of a strategy by name, as a report writes them."""
+    return {each.name: getattr(strategy, each.name) for each in fields(strategy) if each.name != "attack"}
 
 
 def _matches(layer: Layer, patterns: Sequence[str]) -> bool:

@@ -1,21 +1,25 @@
 """The groups of a network in memory by site, the loss that they are judged by, and the network without some of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
-from hesse.curvature import CrossEntropy, Loss, Objective
-from hesse.modules.preparation import prepare_data
+from hesse.curvature import Loss, Objective
+from hesse.errors import OptionError, UnsupportedModelError
+from hesse.modules.preparation import dense_loss, stored_objective
 from hesse.partitions import (
     GROUP_KINDS,
     Group,
     GroupParts,
     check_groups,
     check_slicing,
+    loading_problem,
     trace_groups,
 )
 from hesse.passes.per_sample import rows_of
@@ -36,17 +40,53 @@ class Removal:
     rest: BySite = field(default_factory=dict)
 
 
-class GroupStrategy(Protocol):
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """A network without some of its parts, and how many of those that there were it lost, by site.
+
+    `difference` is that from the network with these parts at zero, as a share of the largest output, and `loading` the
+    reason why transformers cannot load the network; None if it can.
+    """
+
+    model: nn.Module
+    removed: dict[str, tuple[int, int]]
+    kinds: Sequence[str]
+    loading: str | None
+    predicted: float | None = None
+    difference: float = 0.0
+
+
+class GroupStrategy(ABC):
     """A way to choose which groups are removed; its fields are its options, which it checks itself."""
 
+    @abstractmethod
     def check(self, kinds: Sequence[str]) -> None:
         """Raise OptionError if an option has no meaning, or the method none for groups of one of these kinds."""
 
+    @abstractmethod
     def choose(self, sites: "Sites") -> Removal:
         """Return the groups to remove; the weights of `sites.objective.model` may be changed on the way."""
 
-    def finish(self, sites: "Sites", removal: Removal, smaller: nn.Module) -> None:
+    def finish(self, sites: "Sites", removal: Removal, smaller: nn.Module) -> None:  # noqa: B027
         """Change the network without these groups, in place, where the method does more than remove them."""
+
+    def find(self, objective: Objective, kinds: Sequence[str], training: bool, seed: int) -> "Sites":
+        """Trace the groups of these kinds, of all if there are "groups" among them, before anything is measured."""
+        try:
+            return Sites.trace(objective, () if "groups" in kinds else kinds, training, seed)
+        except UnsupportedModelError:
+            with suppress(OptionError):
+                dense_loss(objective)  # NaN differs from itself, and then the data or weights are at fault
+            raise
+
+    def prune(self, sites: "Sites", kinds: Sequence[str]) -> Smaller:
+        """Return the network without the groups that the method chooses."""
+        removal = self.choose(sites)
+        model, difference = sites.without(removal.removed)
+        self.finish(sites, removal, model)
+        removed = {site: (len(removal.removed[site]), len(groups)) for site, groups in sites.groups.items()}
+        there = sorted({groups[0].kind for groups in sites.groups.values()}) if "groups" in kinds else kinds
+        return Smaller(model, removed, there, loading_problem(model), removal.predicted, difference)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +149,10 @@ def pruning_objective(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Objective:
     """Return the loss of a model in eval mode, which is changed to it; all of its parameters take gradients."""
-    batches, forward = prepare_data(model, data, forward)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    function = CrossEntropy() if loss_function is None else loss_function
-    return Objective.of(model, function, batches, forward=forward)
+    return stored_objective(model, data, loss_function, forward)
 
 
 def freeze_as(model: nn.Module, smaller: nn.Module) -> None:

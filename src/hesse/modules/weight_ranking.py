@@ -1,8 +1,7 @@
 """Single weights of a whole network removed by a score: all layers are ranked together, or each by itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from hesse.constraints import Sparse
 from hesse.curvature import GaussNewton, Objective, RankOneSum
 from hesse.errors import OptionError
-from hesse.layerwise.report import LayerReport
+from hesse.layerwise.solved_layer import LayerReport
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.methods.strategies import STRATEGIES
 from hesse.modules.group_ranking import RankingScope, Refit
@@ -21,15 +20,6 @@ from hesse.partitions import Tiles
 from hesse.passes.per_sample import FisherKind
 from hesse.scores import Attack, LossEvidence, find_score
 from hesse.solvers.refit import best_values, kept_part
-
-
-@dataclass(frozen=True)
-class PrunedWeights:
-    """The loss before and after, and its increase as the exact Gauss-Newton matrix of the dense network predicts it."""
-
-    before: float
-    after: float
-    predicted: float
 
 
 @dataclass(frozen=True)
@@ -53,11 +43,6 @@ class WeightRanking:
         sparse = parse_sparsity(self.sparsity)
         return Sparse(sparse.amount, sparse.of, block=self.block)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The options by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "attack"}
-
     def check(self, layers: Sequence[Layer]) -> None:
         """Check the options, for some layers.
 
@@ -80,8 +65,12 @@ class WeightRanking:
                 raise OptionError(f"{layer.name} is stored transposed: ignore it, or use hesse.compress for patterns")
             pattern.check(layer.weight.shape)
 
-    def prune(self, objective: Objective, seed: int) -> PrunedWeights:
-        """Set weights of the objective's model to zero, in place."""
+    def prune(self, objective: Objective, seed: int) -> tuple[float, float, float]:
+        """Set weights of the objective's model to zero, in place.
+
+        Return the loss before and after, and its increase as the exact Gauss-Newton matrix of the dense network
+        predicts it.
+        """
         before, dense = dense_loss(objective), _weights(objective)
         tiles = Tiles({name: parameter.shape for name, parameter in objective.named.items()}, (1, self.block))
         score, kept = find_score(self.score), torch.ones(tiles.count, dtype=torch.bool, device=dense.device)
@@ -102,7 +91,7 @@ class WeightRanking:
         _put(objective, dense)
         predicted = GaussNewton(objective=objective).quadratic(change)
         _put(objective, dense + change)
-        return PrunedWeights(before, after, predicted)
+        return before, after, predicted
 
     def _stay(self, tiles: Tiles, costs: Tensor, step: int) -> Tensor:
         """Return the mask (parts,) of the tiles that stay after a step."""

@@ -83,11 +83,15 @@ def _compute_buffers(model: PreTrainedModel, most: int) -> None:
             f"{type(model).__name__} as config.json describes it computes buffers of {needed:,} bytes, far more than "
             "its weights: correct its sizes, such as the number of positions"
         )
+    owners: dict[nn.Module, PreTrainedModel] = {}  # the innermost model around each module, whose configuration it has
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            owners |= dict.fromkeys(inner.modules(), inner)
     for module, buffers in computed.items():
         for name, buffer in buffers.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if buffers:
-            model._init_weights(module)  # type: ignore[no-untyped-call]
+            owners[module]._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -109,8 +113,5 @@ def _bounded_parameters(folder: Path, tensors: int) -> Iterator[None]:
             )
         return None
 
-    hook = register_module_parameter_registration_hook(count)  # type: ignore[arg-type]
-    try:
+    with register_module_parameter_registration_hook(count):  # type: ignore[arg-type]
         yield
-    finally:
-        hook.remove()

@@ -12,18 +12,36 @@ from transformers.pytorch_utils import Conv1D
 from hesse.curvature.losses import input_ids
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.networks.families import family_of
+from hesse.networks.towers import text_model, towers
 
 NetworkKind = Literal["causal-lm", "encoder"]
 
 
 def kind_of(model: PreTrainedModel) -> NetworkKind:
-    """Return the kind of a model, by its class."""
-    return "causal-lm" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+    """Return the kind of a model: a language model generates tokens by a head over its vocabulary."""
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal-lm"
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return "encoder"
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return "encoder" if head is None else "causal-lm"
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Return True if a module is a transformers model that predicts the next token."""
+    return isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the blocks and their name: the ModuleList with the most parameters (lists of experts have fewer)."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    """Return the blocks and their name: of the lists in the text model, the one with the most parameters.
+
+    Lists of experts have fewer; those of towers for images or audio do not count.
+    """
+    text = {id(module) for module in text_model(model).modules()}
+    text -= {id(module) for tower in towers(model).values() for module in tower.modules()}
+    lists = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and id(m) in text
+    ]
     sized = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists]
     if not sized or max(size for size, _, _ in sized) == 0:
         raise UnsupportedModelError(f"{type(model).__name__} is not a list of blocks of linear layers")

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hesse.curvature import Objective
 from hesse.networks.layout import find_blocks, input_limit, kind_of
 from hesse.networks.network import Block, Blocks, Layer, Network
 
@@ -59,3 +62,19 @@ class SingleBlock(Blocks):
 def _block(name: str, module: nn.Module, layers: Sequence[Layer]) -> Block:
     inside = set(module.modules())
     return Block(name, module, tuple(layer for layer in layers if layer.module in inside))
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleBatch:
+    """The inputs of one batch of an objective's data, which pass a network of one block."""
+
+    objective: Objective
+    inputs: Any
+
+    def pass_block(self, module: nn.Module, index: int) -> None:
+        """Run the objective's model on the inputs."""
+        self.objective.outputs_once(self.inputs)
+
+    def arguments(self, index: int) -> Any:
+        """Return the inputs."""
+        return self.inputs

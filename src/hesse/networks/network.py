@@ -20,6 +20,7 @@ from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
+from hesse.networks.towers import towers
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
@@ -130,6 +131,11 @@ class CheckpointNetwork(Network):
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
         self.sources = sources_of(self.model, checkpoint.names())
+        checkpoint.paths = {
+            source.removesuffix(".weight"): name.removesuffix(".weight")
+            for name, source in reversed(self.sources.items())
+            if name.endswith(".weight")
+        }
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
@@ -211,17 +217,19 @@ class CheckpointNetwork(Network):
             self._fill(module, prefix, leave)
             yield
         finally:
-            _forget(module)
+            forget(module)
             self._holders.pop()
 
     @contextmanager
     def surroundings(self) -> Iterator[PreTrainedModel]:
-        """Yield the model with everything except its blocks in memory: embeddings, last norm, head."""
-        inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
-        outside = self.model if self.kind == "causal-lm" else self.model.base_model
-        prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
-        with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
-            yield self.model
+        """Yield the model with everything except its blocks and towers in memory: embeddings, last norm, head."""
+        with _empty(towers(self.model).values(), self.device) as absent:
+            inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
+            inside |= absent
+            outside = self.model if self.kind == "causal-lm" else self.model.base_model
+            prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
+            with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
+                yield self.model
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -285,11 +293,31 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
         )
 
 
+@contextmanager
+def _empty(modules: Iterable[nn.Module], device: torch.device) -> Iterator[set[int]]:
+    """Give modules that nothing runs parameters without elements on `device`, where models look for their own device.
+
+    Yields the identities of all their parameters and buffers.
+    """
+    children = [child for module in modules for child in module.modules()]
+    before = [(child, dict(child._parameters)) for child in children]
+    for child, parameters in before:
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                without = torch.empty(0, dtype=parameter.dtype, device=device)
+                child._parameters[name] = nn.Parameter(without, requires_grad=False)
+    try:
+        yield {id(p) for child in children for p in (*child._parameters.values(), *child._buffers.values())}
+    finally:
+        for child, parameters in before:
+            child._parameters.update(parameters)
+
+
 def _round_inputs(rounding: Callable[[Tensor], Tensor], module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
     return rounding(arguments[0])
 
 
-def _forget(module: nn.Module) -> None:
+def forget(module: nn.Module) -> None:
     """Drop the weights below `module`; tied weights stay tied. Buffers stay: they are small and may be computed."""
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hesse.partitions.planes import Plane, Planes, pin_units, tidy_planes
+from hesse.partitions.planes import Plane, Planes, pin_units
 from hesse.partitions.propagation import Call, Propagation, PropagationRule
 
 
@@ -27,7 +27,7 @@ def contract(
                 pure[-1].append(plane)
             elif axis in plane.varies():
                 run.units.join(plane.units, plane.units.narrow(axis, 0, 1))
-                rest[-1].extend(tidy_planes(run.units, [plane], run.reason("takes it alone")))
+                rest[-1].extend(run.tidy([plane]))
             else:
                 rest[-1].append(plane)
     size = left[0].shape[left[1]]
@@ -54,7 +54,7 @@ def _product(run: Propagation, call: Call, first: Tensor, second: Tensor) -> Pla
     """Multiply (…, i, k) by (…, k, j)."""
     ndim = first.ndim
     left, right = contract(run, (first, ndim - 1), (second, ndim - 2), call.name)
-    return tidy_planes(run.units, [*left, *right], run.reason("takes it alone"))
+    return run.tidy([*left, *right])
 
 
 def mm(run: Propagation, call: Call) -> Sequence[Planes]:
@@ -111,7 +111,7 @@ def convolution(run: Propagation, call: Call) -> Sequence[Planes]:
         run.units.note("channels", plane.units)
     planes = [p.units.flatten() for p in made] + [p.units for p in run.planes(bias)]
     shaped = [Plane(p.view(1, -1, *[1] * (ndim - 2)), zero=True) for p in planes]
-    return [tidy_planes(run.units, shaped, run.reason("takes it alone"))]
+    return [run.tidy(shaped)]
 
 
 def _grouped(run: Propagation, source: Tensor, weight: Tensor, groups: int, transposed: bool) -> list[Plane]:
@@ -132,4 +132,4 @@ def _grouped(run: Propagation, source: Tensor, weight: Tensor, groups: int, tran
             inputs = partner.units.reshape(groups, -1)
             run.units.join(inputs, inputs[:, :1])
             run.units.join(rows[:, 0], inputs[:, 0])
-    return list(tidy_planes(run.units, made, run.reason("takes it alone")))
+    return list(run.tidy(made))

@@ -22,19 +22,10 @@ class Slice:
     indices: tuple[int, ...]
     stack: int | None = None
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return a copy of these entries of the parameter."""
-        matrix = tensor if self.stack is None else tensor[self.stack]
-        return matrix.index_select(self.axis - (self.stack is not None), self.places(tensor))
-
     def fill(self, tensor: Tensor, value: float) -> None:
         """Set these entries of the parameter to a value."""
-        matrix = tensor if self.stack is None else tensor[self.stack]
-        matrix.index_fill_(self.axis - (self.stack is not None), self.places(tensor), value)
-
-    def places(self, tensor: Tensor) -> Tensor:
-        """Return the indices, on the device of a tensor."""
-        return torch.tensor(self.indices, device=tensor.device)
+        matrix, places = tensor if self.stack is None else tensor[self.stack], torch.tensor(self.indices)
+        matrix.index_fill_(self.axis - (self.stack is not None), places.to(tensor.device), value)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Propagate units through a network's forward pass, op by op."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +77,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise self.refusal(f"its computation depends on the values of its data ({func})")
         call = Call(func, args, kwargs or {}, func(*args, **(kwargs or {})))
         results = tensors(call.result)
-        planes: Sequence[Planes] = [()] * len(results)
-        if labelled:
-            planes = self._rule(call)(self, call)
+        planes = self._rule(call)(self, call) if labelled else [()] * len(results)
         for tensor, found in zip(results, planes, strict=True):
             self._store(call, tensor, found, level)
         return call.result
@@ -105,11 +103,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the tidied planes of an argument; empty for a number or None."""
         if not isinstance(tensor, Tensor):
             return ()
-        return tidy_planes(self.units, self.record(tensor).planes, self.reason("takes it alone"))
+        return self.tidy(self.record(tensor).planes)
 
-    def planes_of(self, plane: Plane) -> Planes:
-        """Return an earlier plane with the joins made since."""
-        return tidy_planes(self.units, [plane], self.reason("takes it alone"))
+    def tidy(self, planes: Iterable[Plane]) -> Planes:
+        """Return planes with the joins made since; a unit that is alone in its plane is fixed."""
+        return tidy_planes(self.units, planes, self.reason("takes it alone"))
 
     def put(self, tensor: Tensor, planes: Planes, level: int) -> None:
         """Record the planes and level of a tensor."""
@@ -131,26 +129,25 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _rule(self, call: Call) -> "PropagationRule":
-        if call.name in self.rules:
-            return self.rules[call.name]
-        if call.name.rstrip("_") in self.rules:
-            return self.rules[call.name.rstrip("_")]
+        for name in (call.name, call.name.rstrip("_")):
+            if name in self.rules:
+                return self.rules[name]
         if torch.Tag.pointwise in call.function.tags:  # type: ignore[attr-defined]
             return self.elementwise
         raise self.refusal(f"there is no rule for the operation {call.function}")
 
     def _decides(self, func: Any, args: tuple[Any, ...]) -> bool:
         """True if the op passes values, or a shape that depends on values, to the program."""
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-            masks = [t for t in tensors(args[1:]) if t.dtype in (torch.bool, torch.uint8)]
-            if not str(func).startswith("aten.index"):
-                return any(self.record(t).level == DATA for t in tensors(args))
-            return any(self.record(mask).level == DATA for mask in masks)
-        return False
+        if not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            return False
+        deciding = tensors(args)
+        if str(func).startswith("aten.index"):
+            deciding = [t for t in tensors(args[1:]) if t.dtype in (torch.bool, torch.uint8)]
+        return any(self.record(t).level == DATA for t in deciding)
 
     def _store(self, call: Call, tensor: Tensor, planes: Planes, level: int) -> None:
         before = self.records.get(id(tensor))
-        planes = tidy_planes(self.units, planes, self.reason("takes it alone"))
+        planes = self.tidy(planes)
         if before is not None:
             base = self.owners.get(tensor.untyped_storage()._cdata) == id(tensor)
             if not base and [p.varies() for p in planes] != [p.varies() for p in before.planes]:

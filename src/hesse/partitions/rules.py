@@ -1,15 +1,17 @@
 """Rules: the effect of each operation on units, one function per kind of operation, and the table of operations."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from hesse.partitions.contractions import bmm, convolution, mm, mv, with_bias
 from hesse.partitions.planes import Plane, Planes, align_plane, pin_units, squeeze_plane, tidy_planes
 from hesse.partitions.propagation import Call, Propagation, PropagationRule, tensors
 from hesse.partitions.units import Axis
+
+OF_ENTRIES = ("dtype", "device", "layout", "memory_format")  # arguments that labels do not take
 
 
 def elementwise(run: Propagation, call: Call) -> Sequence[Planes]:
@@ -40,12 +42,11 @@ def _stays_zero(call: Call, operands: list[Tensor], own: list[list[Plane]], merg
 def gives_zero(call: Call, zero: set[int]) -> bool:
     """True if the operation gives only zeros when the arguments with these ids are zero."""
 
-    def other(value: object) -> object:
-        if isinstance(value, Tensor):
-            return torch.zeros_like(value) if id(value) in zero else value.clone()
-        return type(value)(other(v) for v in value) if isinstance(value, tuple | list) else value
+    def blank(tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor) if id(tensor) in zero else tensor.clone()
 
-    given = call.function(*map(other, call.args), **{key: other(value) for key, value in call.kwargs.items()})
+    args, kwargs = tree_map_only(Tensor, blank, (call.args, call.kwargs))
+    given = call.function(*args, **kwargs)
     return all(not bool(t.count_nonzero()) for t in tensors(given)[:1])
 
 
@@ -53,22 +54,13 @@ def rearrange(run: Propagation, call: Call) -> Sequence[Planes]:
     """Views, permutations, slices and copies: labels move with the entries."""
     source, results = call.args[0], tensors(call.result)
     found: list[list[Plane]] = [[] for _ in results]
+    others = tree_map_only(Tensor, Tensor.cpu, call.args[1:])  # labels are on the CPU
+    kwargs = {key: value for key, value in call.kwargs.items() if key not in OF_ENTRIES}
     for plane in run.planes(source):
-        labels = call.function(plane.units.expand(source.shape), *_at_labels(call.args[1:]), **_kept(call.kwargs))
+        labels = call.function(plane.units.expand(source.shape), *others, **kwargs)
         for place, piece in enumerate(tensors(labels)):
             found[place].append(Plane(piece, plane.zero))
     return [tuple(planes) for planes in found]
-
-
-def _at_labels(value: Any) -> Any:
-    """Return arguments with their tensors on the CPU, where labels are."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    return type(value)(_at_labels(v) for v in value) if isinstance(value, tuple | list) else value
-
-
-def _kept(kwargs: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in kwargs.items() if key not in ("dtype", "device", "layout", "memory_format")}
 
 
 def copy_planes(run: Propagation, call: Call) -> Sequence[Planes]:
@@ -86,7 +78,7 @@ def reshape_planes(run: Propagation, call: Call) -> Sequence[Planes]:
     """A view of another shape; if it splits a dimension of units, the parts must stay rectangular."""
     source, (result,) = call.args[0], tensors(call.result)
     found = [Plane(p.units.expand(source.shape).reshape(result.shape), p.zero) for p in run.planes(source)]
-    planes = tidy_planes(run.units, found, run.reason("takes it alone"))
+    planes = run.tidy(found)
     for plane in planes:
         if len(plane.varies()) > 1:
             run.rectangles.append((plane, run.reason("views them in a shape of its own")))
@@ -145,13 +137,11 @@ def reduce_dims(run: Propagation, call: Call) -> Sequence[Planes]:
 
 
 def _taken_together(run: Propagation, call: Call, source: Tensor, dims: set[int]) -> list[Plane]:
-    planes = []
-    for plane in run.planes(source):
-        summed = call.name == "sum" and plane.zero and plane.varies() <= dims
-        if not summed:
+    planes = run.planes(source)
+    for plane in planes:
+        if not (call.name == "sum" and plane.zero and plane.varies() <= dims):
             pin_units(run.units, plane, dims, run.reason(f"takes them together ({call.name})"))
-        planes.append(plane)
-    return list(tidy_planes(run.units, planes, run.reason("takes it alone")))
+    return list(run.tidy(planes))
 
 
 def _dims(call: Call, ndim: int) -> set[int]:
@@ -170,7 +160,7 @@ def layer_norm(run: Propagation, call: Call) -> Sequence[Planes]:
     dims = set(range(source.ndim - len(shape), source.ndim))
     planes = _taken_together(run, call, source, dims)
     affine = [align_plane(p, source.ndim) for t in (weight, bias) for p in run.planes(t)]
-    whole = tidy_planes(run.units, [*planes, *affine], run.reason("takes it alone"))
+    whole = run.tidy([*planes, *affine])
     first = tuple(Plane(p.units, bias is None and all(q.zero for q in planes)) for p in whole)
     return [first, *[()] * (len(tensors(call.result)) - 1)]
 
@@ -193,7 +183,7 @@ def batch_norm(run: Propagation, call: Call) -> Sequence[Planes]:
     """Batch norm: a channel is joined with its weight, offset and running statistics."""
     source, weight, bias, *statistics = call.args[:5]
     affine = [_channels(p, source.ndim) for t in (weight, bias, *statistics) for p in run.planes(t)]
-    whole = tidy_planes(run.units, [*run.planes(source), *affine], run.reason("takes it alone"))
+    whole = run.tidy([*run.planes(source), *affine])
     zero = weight is not None and bias is not None
     first = tuple(Plane(p.units, zero) for p in whole)
     return [first, *[()] * (len(tensors(call.result)) - 1)]
@@ -248,7 +238,7 @@ def select_entries(run: Propagation, call: Call) -> Sequence[Planes]:
     dims, found = {dim for dim, pick in enumerate(picks) if pick is not None}, []
     for plane in run.planes(source):
         if not pin_units(run.units, plane, dims, run.reason("picks them by number")):
-            labels = call.function(plane.units.expand(source.shape), *_at_labels(call.args[1:]))
+            labels = call.function(plane.units.expand(source.shape), *tree_map_only(Tensor, Tensor.cpu, call.args[1:]))
             found.append(Plane(labels, plane.zero))
     return [tuple(found)]
 

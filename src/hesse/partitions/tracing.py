@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesse.curvature.objective import differentiable_twice, layer_by_layer
+from hesse.curvature.objective import differentiable_twice, in_eval_mode, layer_by_layer
 from hesse.partitions.experts import expert_groups, followed_experts
 from hesse.partitions.groups import Group, GroupKind, Slice, TracedGroups
 from hesse.partitions.planes import pin_units
@@ -43,20 +43,21 @@ def trace_groups(model: nn.Module, example_inputs: Any, forward: Forward | None 
     run = Propagation(model, RULES, elementwise)
     for tensor in tensors(example_inputs):
         run.put(tensor, (), DATA if tensor.is_floating_point() else INTEGERS)
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        watched = named_modules(model, run.modules), followed_experts(model, run)
-        with torch.no_grad(), layer_by_layer(), differentiable_twice(), watched[0], watched[1], run:
-            outputs = (forward or call_with)(model, example_inputs)
-    finally:
-        for module in training:
-            module.training = True
+    with (
+        in_eval_mode(model),
+        torch.no_grad(),
+        layer_by_layer(),
+        differentiable_twice(),
+        named_modules(model, run.modules),
+        followed_experts(model, run),
+        run,
+    ):
+        outputs = (forward or call_with)(model, example_inputs)
     for tensor in tensors(outputs):
         for plane in run.planes(tensor):
             run.units.note("fixed", plane.units, "they are an output of the model")
     for plane, why in run.rectangles:
-        for left in run.planes_of(plane):
+        for left in run.tidy([plane]):
             pin_units(run.units, left, set(sorted(left.varies())[1:]), why)
     return _partition(model, run.units)
 

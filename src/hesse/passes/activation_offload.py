@@ -1,9 +1,9 @@
-"""Offload the activations of batches that wait inside a block, to memory or disk."""
+"""Offload the activations of batches that wait inside a block, to disk."""
 
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -12,27 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hesse.checkpoints.writer import memory_of, writing
-
-
-class Offload(Protocol):
-    """Storage for the activations of waiting greenlets."""
-
-    def resume(self, runner: greenlet) -> Any:
-        """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
-
-    def put_away(self, runner: greenlet) -> None:
-        """Offload the activations of a greenlet that now waits, or drop those of one that has ended."""
-
-
-class KeepInMemory:
-    """Keep activations in memory."""
-
-    def resume(self, runner: greenlet) -> Any:
-        """Switch to the greenlet."""
-        return runner.switch()
-
-    def put_away(self, runner: greenlet) -> None:
-        """Do nothing."""
 
 
 class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,8 +29,15 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[greenlet, int] = {}
 
     def resume(self, runner: greenlet) -> Any:
-        """Restore the activations, and record the tensors that the greenlet creates until it waits again."""
-        self._restore(runner)
+        """Restore a greenlet's activations and switch to it; return the value of its next stop, None at its end."""
+        if runner in self._away:
+            with writing(self.folder), self._path(runner).open("rb") as file:
+                for storage, size in self._away.pop(runner):
+                    storage.resize_(size)
+                    room = torch.empty(size, dtype=torch.uint8)
+                    if file.readinto(memory_of(room)) != size:
+                        raise OSError("it is shorter than what was written to it")
+                    _bytes(storage).copy_(room)
         with self:
             return runner.switch()
 
@@ -84,25 +70,8 @@ class OffloadToDisk(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 file.write(memory_of(_bytes(storage).cpu()))
                 storage.resize_(0)
 
-    def _restore(self, runner: greenlet) -> None:
-        """Fill the emptied tensors of a greenlet from its file."""
-        if runner not in self._away:
-            return
-        with writing(self.folder), self._path(runner).open("rb") as file:
-            for storage, size in self._away.pop(runner):
-                storage.resize_(size)
-                room = torch.empty(size, dtype=torch.uint8)
-                if file.readinto(memory_of(room)) != size:
-                    raise OSError("it is shorter than what was written to it")
-                _bytes(storage).copy_(room)
-
     def _path(self, runner: greenlet) -> Path:
         return self.folder / f"paused-{self._numbers.setdefault(runner, len(self._numbers))}.bin"
-
-
-def offload_to(folder: Path | None, shared: Callable[[], Iterable[Tensor]]) -> Offload:
-    """Return an offload to files below `folder`, or without a folder one that keeps activations in memory."""
-    return KeepInMemory() if folder is None else OffloadToDisk(folder, shared)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -7,7 +7,6 @@ later. CONTRIBUTING.md explains how several batches wait at one layer.
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -15,25 +14,18 @@ from torch import Tensor, nn
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.network import Block, Layer
-from hesse.passes.activation_offload import Offload
+from hesse.passes.activation_offload import OffloadToDisk
 
 InputKey = tuple[object, ...]  # identifies a layer's input: equal for layers whose inputs are the same rows
-
-
-class LayerStop(NamedTuple):
-    """A layer at which all runs wait."""
-
-    layer: Layer
-    collected_at: Layer  # the layer at which its inputs were collected: itself, or one before with the same inputs
 
 
 def layer_stops(
     runs: Sequence[Callable[[], None]],
     block: Block,
     collect: Callable[[Layer, int, Tensor], None],
-    offload: Offload,
+    offload: OffloadToDisk | None = None,
     gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
-) -> Generator[LayerStop, None, None]:
+) -> Generator[Layer, None, None]:
     """Take all `runs` of a block's module through it; yield each layer once, while all of them wait at it.
 
     The consumer may replace the layer's weight before it asks for the next layer: the runs go on through the changed
@@ -63,31 +55,29 @@ def layer_stops(
     hooks = [layer.module.register_forward_pre_hook(partial(stop, layer)) for layer in block.layers]
     try:
         runners = [greenlet(run) for run in runs]
-        collected_at: Layer | None = None
         while not all(runner.dead for runner in runners):
             arrived: list[Layer | None] = []
             for number, runner in enumerate(runners):
                 while True:
                     with gradients_off():
-                        stopped = offload.resume(runner)
+                        stopped = runner.switch() if offload is None else offload.resume(runner)
                     layer, inputs = (None, None) if stopped is None else stopped
                     if layer is None or inputs is not None:
                         break
-                    assert collected_at is not None
-                    yield LayerStop(layer, collected_at)
+                    yield layer
                     done.add(layer.name)
                 if layer is not None and inputs is not None:
                     with torch.no_grad():
                         collect(layer, number, inputs)
                     del inputs, stopped
-                offload.put_away(runner)
+                if offload is not None:
+                    offload.put_away(runner)
                 arrived.append(layer)
             if any(layer is not arrived[0] for layer in arrived):
                 raise UnsupportedModelError(f"{block.name} calls its layers in an order that depends on the data")
             if arrived[0] is not None:
-                collected_at = arrived[0]
-                yield LayerStop(collected_at, collected_at)
-                done.add(collected_at.name)
+                yield arrived[0]
+                done.add(arrived[0].name)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,13 +1,13 @@
 """Record the inputs and output gradients of each layer in one pass of some samples."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hesse.errors import UnsupportedModelError
 from hesse.passes.layer_stops import patching
@@ -94,16 +94,15 @@ class Recorder:
         self.calls: list[tuple[str, Tensor, Tensor]] = []  # name, input, output
         self._versions: list[int] = []
         self._modules, self._copied = modules, set(copied)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> "Recorder":
         for name, module in self._modules.items():
-            self._hooks.append(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def _note(
         self, name: str, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any

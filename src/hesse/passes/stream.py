@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
-from hesse.curvature.losses import input_ids, next_tokens
+from hesse.curvature.losses import hide_from_loss, input_ids, next_tokens
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import Network
+from hesse.networks.towers import without_cache
 
 LOGITS_LIMIT = 1 << 25  # of a batch that is evaluated
 BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
@@ -41,6 +42,13 @@ class StreamBatch:
     calls: list[dict[str, Any]]  # keyword arguments, one dictionary per block
     shelf: TensorStore  # where hidden states wait between two blocks
     step: int = 0  # number of blocks passed
+
+    @property
+    def samples(self) -> Tensor:
+        """Return the ids as `start` takes them, with the tokens hidden that are not scored."""
+        scored = torch.ones_like(self.ids, dtype=torch.bool)
+        scored[:, 1:] = self.targets[:, :-1] >= 0
+        return hide_from_loss(self.ids, scored)
 
     @property
     def hidden(self) -> Tensor:
@@ -104,7 +112,7 @@ def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor
     def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         return passed if index == 0 else hidden
 
-    with _replaced(network, inject):
+    with _replaced(network, inject), without_cache(model):
         if network.kind == "encoder":
             result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
         else:
@@ -161,7 +169,8 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore)
 def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
     """Run all of the model except its head."""
     base = cast(nn.Module, model.base_model)
-    base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+    with without_cache(model):
+        base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
 
 
 class _Output(Tensor):

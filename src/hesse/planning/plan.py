@@ -12,7 +12,7 @@ from hesse.data.selection import Calibration, Data, select_samples
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.statistics import probe_tokens
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.formats.targets import check_target
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import DEFAULT_METHOD, Options, Recipe, find_method

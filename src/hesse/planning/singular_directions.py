@@ -9,7 +9,7 @@ from torch import Tensor
 from hesse.constraints import LowRank
 from hesse.errors import OptionError, naming
 from hesse.estimation import Statistics
-from hesse.formats.opening import open_networks
+from hesse.formats import open_networks
 from hesse.layerwise.layer_solver import LayerProblem
 from hesse.layerwise.rules import check_patterns
 from hesse.methods import METHODS, Options, Recipe

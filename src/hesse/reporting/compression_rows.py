@@ -8,7 +8,7 @@ from hesse.reporting.terminal import number
 if TYPE_CHECKING:
     from hesse.evaluation.measurements import Measurements
     from hesse.jobs.report import CompressionReport
-    from hesse.layerwise.report import LayerReport
+    from hesse.layerwise.solved_layer import LayerReport
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --
     from hesse.evaluation import EvaluationReport
     from hesse.jobs.estimate import EstimateReport
     from hesse.jobs.prune_hidden import HiddenReport
+    from hesse.jobs.push import PushReport
     from hesse.jobs.repair_report import RepairReport
     from hesse.jobs.report import CompressionReport
     from hesse.jobs.rotate import RotationReport
@@ -58,6 +59,8 @@ def _quality_rows(
     yield "KL(dense || compressed), nats per token", "0", number(after.kl)
     if after.top1_agreement is not None:
         yield "top-1 agreement", "100 %", f"{100 * after.top1_agreement:.2f} %"
+    if after.top5_agreement is not None:
+        yield "top-5 agreement", "100 %", f"{100 * after.top5_agreement:.2f} %"
 
 
 def compression_summary(report: "CompressionReport") -> RenderableType:
@@ -75,9 +78,24 @@ def compression_summary(report: "CompressionReport") -> RenderableType:
     )
 
 
-def evaluation_table(evaluation: "EvaluationReport") -> RenderableType:
-    """Return the table of an evaluation, and notes on its samples."""
+def evaluation_summary(evaluation: "EvaluationReport") -> RenderableType:
+    """Return the table of an evaluation, the scores of tasks, and notes."""
+    parts: list[RenderableType] = [_evaluation_table(evaluation)]
+    if evaluation.tasks:
+        figures = (Column(name, justify="right") for name in ("documents", "value", "standard error", "reference"))
+        rows: list[list[str | Text]] = []
+        for score in evaluation.tasks:
+            values = (number(value) for value in (score.value, score.standard_error, score.reference))
+            count = "-" if score.samples is None else str(score.samples)
+            rows.append([shown(score.task), shown(score.metric), count, *values])
+        parts.append(text_table("tasks", "task", "metric", *figures, rows=rows))
+    return Group(*parts, *(shown(note) for note in evaluation.notes))
+
+
+def _evaluation_table(evaluation: "EvaluationReport") -> Table:
+    text = "-" if evaluation.standard is None else evaluation.standard
     rows = (
+        ("text", f"{text}, as papers print it" if evaluation.standard and not evaluation.notes else text),
         ("samples", f"{evaluation.samples} of {evaluation.length} tokens"),
         ("tokens", f"{evaluation.tokens:,}"),
         ("loss, nats per token", number(evaluation.model_loss, 5)),
@@ -87,6 +105,7 @@ def evaluation_table(evaluation: "EvaluationReport") -> RenderableType:
         ("KL(reference || model), nats per token", number(evaluation.kl)),
         ("  its standard error", number(evaluation.kl_standard_error, 2)),
         ("top-1 agreement", number(evaluation.top1_agreement)),
+        ("top-5 agreement", number(evaluation.top5_agreement)),
         ("hidden states: half squared error per token", number(evaluation.hidden_error)),
         ("hidden states: relative squared error", number(evaluation.hidden_relative_error)),
         ("hidden states: cosine", number(evaluation.hidden_cosine, 5)),
@@ -94,8 +113,7 @@ def evaluation_table(evaluation: "EvaluationReport") -> RenderableType:
         ("bits per weight, whole model", number(evaluation.bits_per_weight)),
     )
     known = [row for row in rows if row[1] != "-"]
-    table = text_table(shown(evaluation.model), "", Column(justify="right"), rows=known, show_header=False)
-    return Group(table, *note_lines(evaluation.notes))
+    return text_table(shown(evaluation.model), "", Column(justify="right"), rows=known, show_header=False)
 
 
 def prune_summary(report: "BlocksReport | HiddenReport") -> RenderableType:
@@ -131,6 +149,14 @@ def _loss_line(report: "BlocksReport | HiddenReport", otherwise: str) -> Text:
     if loss is None or loss.measured is None:
         return shown("not measured")
     return shown(f"{_measurement(loss, otherwise)}: {_measured(loss)}")
+
+
+def push_summary(report: "PushReport") -> RenderableType:
+    """Return what was uploaded, and where it is."""
+    return Group(
+        shown(f"{len(report.files)} files, {size(report.bytes_after or 0)}, to {report.repository}, {report.revision}"),
+        unwrapped(report.url, "bold"),
+    )
 
 
 def repair_summary(report: "RepairReport") -> RenderableType:

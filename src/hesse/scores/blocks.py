@@ -1,6 +1,6 @@
 """Scores of a model's blocks: measured, by the cosine of hidden states, or by the gradient of the loss."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hesse.estimation.probe import forward_walk
 from hesse.evaluation.measure import branch
 from hesse.evaluation.measurements import MeasuredMean
 from hesse.evaluation.metrics import totals_of
-from hesse.networks.network import Network, each_loaded
+from hesse.networks.network import Block, Network, each_loaded
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
 from hesse.passes.stream import StreamBatch, advance, finish, start
@@ -79,36 +79,17 @@ class Removals:
                     found[key].add(finish(self.network, model, flows[number]), flow.targets, wanted)
         return {key: difference.mean_divergence() for key, difference in found.items()}
 
-    def cosine_distances(self) -> list[float]:
-        """Return 1 - the mean cosine of the hidden states that enter and leave each block."""
-        found = []
-        for before, after in self._sides():
-            pairs = [(x.tensor().float(), y.tensor().float()) for x, y in zip(before, after, strict=True)]
-            cosines = torch.cat([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs])
-            found.append(1 - float(cosines.double().mean()))
-        return found
-
-    def quadratic(self) -> list[float]:
-        """Return ½ E[(gᵀd)²] of each block's own part d of the hidden states, in nats per token.
-
-        g is the gradient of a sample's summed loss at a position of the block's output, labels being sampled from the
-        model: the true Fisher, per position, of a removal of the block.
-        """
-        found = [0.0] * len(self.network.blocks)
-        shelf = TensorStore(self._folder, "gradient")
-        self._progress.begin("walk back", len(found))
-        walk = BackwardPass(self.network, self.whole, self.inputs, self.seed, shelf=shelf)
-        sides = list(self._sides())
+    def backward(self) -> Iterator[tuple[Block, BackwardPass]]:
+        """Walk back through the blocks; the gradients at the output of each are in the state of the walk."""
+        self._progress.begin("walk back", len(self.network.blocks))
+        gradients = TensorStore(self._folder, "gradient")
+        walk = BackwardPass(self.network, self.whole, self.inputs, self.seed, shelf=gradients)
         for block, _ in walk:
-            index = self.network.blocks.index(block)
-            for before, after, slope in zip(*sides[index], walk.state.gradients, strict=True):
-                along = (slope.tensor().double() * (after.tensor() - before.tensor()).double()).sum(-1)
-                found[index] += 0.5 * walk.scale * float(along.square().sum())
+            yield block, walk
             self._progress.advance()
-        return found
 
-    def _sides(self) -> list[tuple[list[StoredTensor], list[StoredTensor]]]:
-        """The hidden states that enter and leave each block, one of each a batch."""
+    def sides(self) -> list[tuple[list[StoredTensor], list[StoredTensor]]]:
+        """Return the hidden states that enter and leave each block, one of each a batch."""
         ends = [*self.inputs, [flow.waiting for flow in self.whole]]
         return list(pairwise(ends))
 
@@ -119,10 +100,26 @@ def cosine(evidence: Removals, partition: Partition) -> Tensor:
 
     FlexiGPT (Smith et al., 2025) ranks blocks so too.
     """
-    return torch.tensor(evidence.cosine_distances(), dtype=torch.float64)
+    found = []
+    for before, after in evidence.sides():
+        pairs = [(x.tensor().float(), y.tensor().float()) for x, y in zip(before, after, strict=True)]
+        cosines = torch.cat([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs])
+        found.append(1 - float(cosines.double().mean()))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @register_score("quadratic", source="the true Fisher, per position, of a removal", parts=BLOCKS, nats=True)
 def quadratic(evidence: Removals, partition: Partition) -> Tensor:
-    """½ E[(gᵀd)²] of the block's own part d of the hidden states."""
-    return torch.tensor(evidence.quadratic(), dtype=torch.float64)
+    """½ E[(gᵀd)²] of each block's own part d of the hidden states, in nats per token.
+
+    g is the gradient of a sample's summed loss at a position of the block's output, labels being sampled from the
+    model: the true Fisher, per position, of a removal of the block.
+    """
+    network, sides = evidence.network, evidence.sides()
+    found = [0.0] * len(network.blocks)
+    for block, walk in evidence.backward():
+        index = network.blocks.index(block)
+        for before, after, slope in zip(*sides[index], walk.state.gradients, strict=True):
+            along = (slope.tensor().double() * (after.tensor() - before.tensor()).double()).sum(-1)
+            found[index] += 0.5 * walk.scale * float(along.square().sum())
+    return torch.tensor(found, dtype=torch.float64)

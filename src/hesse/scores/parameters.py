@@ -1,18 +1,20 @@
 """Scores of any parts of a network's parameters: weights, tiles, rows, heads, hidden units, channels, experts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hesse.curvature import Hessian, Kronecker, Objective
+from hesse.curvature import Hessian, Kronecker, Objective, RankOneSum
+from hesse.errors import OptionError
 from hesse.estimation import estimate_curvatures
 from hesse.partitions import Partition
 from hesse.passes.per_sample import GradientPass
 from hesse.passes.sample_gradients import sample_gradients
 from hesse.scores.evidence import LossEvidence, StoredWeights
-from hesse.scores.score import BLOCKS, GROUPS, PARAMETERS, WEIGHTS, FunctionScore, add_score, register_score
+from hesse.scores.score import BLOCKS, GROUPS, PARAMETERS, WEIGHTS, Score, add_score, register_score
 
 PROBES = 32  # random vectors for the trace of the Hessian
 AnyWeights = StoredWeights | LossEvidence
@@ -54,10 +56,7 @@ def _share_of_larger(weight: Tensor) -> Tensor:
 @register_score("gradient", source="|w g|, Molchanov et al., 2019, arXiv:1906.10771")
 def gradient(evidence: LossEvidence, partition: Partition) -> Tensor:
     """|g·w|, g the gradient of the loss on all data: the first order's value of a removal."""
-    outgoing = partition.restricted("outgoing")
-    objective, weights = evidence.on(outgoing), evidence.weights(outgoing)
-    slopes = _by_name(objective, objective.gradient())
-    return outgoing.sums({name: weight * slopes[name] for name, weight in weights.items()}).abs()
+    return _sums_of_products(evidence, partition, Objective.gradient)
 
 
 @register_score("taylor", source="Molchanov et al., 2019, arXiv:1906.10771")
@@ -81,11 +80,20 @@ def apoptosis(evidence: LossEvidence, partition: Partition) -> Tensor:
 
     As automatic differentiation has it; of a group, w are the outgoing weights of all groups.
     """
-    outgoing = partition.restricted("outgoing")
-    objective, weights = evidence.on(outgoing), evidence.weights(outgoing)
+    return _sums_of_products(evidence, partition, _hessian_product)
+
+
+def _hessian_product(objective: Objective) -> Tensor:
     flat = objective.join([parameter.detach() for parameter in objective.parameters])
-    products = _by_name(objective, Hessian(objective=objective).matvec(flat))
-    return outgoing.sums({name: weight * products[name] for name, weight in weights.items()}).abs()
+    return Hessian(objective=objective).matvec(flat)
+
+
+def _sums_of_products(evidence: LossEvidence, partition: Partition, vector: Callable[[Objective], Tensor]) -> Tensor:
+    """Return the size of the sum over each part of its weights times their entries of a vector."""
+    outgoing = partition.restricted("outgoing")
+    objective = evidence.on(outgoing)
+    factors = _by_name(objective, vector(objective))
+    return outgoing.sums({name: weight * factors[name] for name, weight in evidence.weights(outgoing).items()}).abs()
 
 
 @register_score(
@@ -128,19 +136,38 @@ def fisher(evidence: LossEvidence, partition: Partition) -> Tensor:
     return total * gradients.scale / 2
 
 
+class MatrixFreeSurgeon(Score):
+    """w² / 2[F⁻¹]_ii with F = λI + 1/m Σ g gᵀ over all weights jointly: the cost with the best values of all others."""
+
+    def cost(self, evidence: LossEvidence, partition: Partition) -> Tensor:
+        if tuple(partition.shapes) != evidence.objective.names:
+            raise OptionError(f"{self.name} judges all parameters of the objective at once, not some of them")
+        weights = partition.sums(evidence.weights(partition))
+        return weights.square() / (2 * evidence.fisher_gradients.inverse_diagonal())
+
+    def curvature(self, evidence: LossEvidence) -> RankOneSum:
+        return evidence.fisher_gradients
+
+
+add_score(
+    MatrixFreeSurgeon(
+        name="m-fac-network",
+        source="M-FAC, Frantar, Kurtic and Alistarh, 2021, arXiv:2107.03356, over all layers at once",
+        parts=WEIGHTS,
+        uses="fisher_gradients",
+        nats=True,
+    )
+)
+
+
 @register_score(
     "hap", source="HAP, Yu et al., 2022, arXiv:2101.08940, whose official code has no ½", nats=True, uses="hessian"
 )
-def hessian_trace(evidence: LossEvidence, partition: Partition) -> Tensor:
+def hessian_trace(evidence: LossEvidence, partition: Partition, probes: int = PROBES) -> Tensor:
     """½ tr(H_c) / p_c · ‖w_c‖², c what makes the part: p_c weights, and their block of the Hessian, in float64.
 
-    The trace is Hutchinson's estimate from random signs.
+    The trace is Hutchinson's estimate from `probes` vectors of random signs.
     """
-    return hessian_traces(evidence, partition, PROBES)
-
-
-def hessian_traces(evidence: LossEvidence, partition: Partition, probes: int) -> Tensor:
-    """Return the score "hap" from `probes` random vectors."""
     produced = partition.restricted("produced")
     objective = evidence.on(produced)
     hessian, generator = Hessian(objective=objective, keep_graph=True), torch.Generator().manual_seed(evidence.seed)
@@ -148,8 +175,7 @@ def hessian_traces(evidence: LossEvidence, partition: Partition, probes: int) ->
     for _ in range(probes):
         signs = (2 * torch.randint(0, 2, (objective.size,), generator=generator) - 1).to(objective.parameters[0])
         diagonal += (signs * hessian.matvec(signs)).double().cpu() / probes
-    weights = evidence.weights(produced)
-    squares = produced.sums({name: weight.double().square().cpu() for name, weight in weights.items()})
+    squares = produced.sums({name: w.double().square().cpu() for name, w in evidence.weights(produced).items()})
     return produced.sums(_by_name(objective, diagonal)) / produced.sizes() * squares / 2
 
 
@@ -188,20 +214,15 @@ class Measures(Protocol):
         """Return by how much the loss rises without each part alone (parts,)."""
 
 
+@register_score(
+    "loss",
+    source="AxFormer, Nagarajan et al., 2020, arXiv:2010.03688, and others",
+    parts=(*PARAMETERS[1:], *GROUPS, *BLOCKS),
+    nats=True,
+)
 def measured_loss(evidence: Measures, partition: Partition) -> Tensor:
     """The measured increase of the loss without the part: one run over the data a part."""
     return evidence.measured(partition)
-
-
-add_score(
-    FunctionScore(
-        name="loss",
-        source="AxFormer, Nagarajan et al., 2020, arXiv:2010.03688, and others",
-        parts=(*PARAMETERS[1:], *GROUPS, *BLOCKS),
-        nats=True,
-        function=measured_loss,
-    )
-)
 
 
 def _by_name(objective: Objective, flat: Tensor) -> dict[str, Tensor]:

@@ -84,7 +84,6 @@ SCORES: Registry[Score] = Registry(
     "score",
     modules=(
         "hesse.scores.parameters",
-        "hesse.scores.fisher_gradients",
         "hesse.scores.surgeon",
         "hesse.scores.blocks",
         "hesse.scores.sensitivities",

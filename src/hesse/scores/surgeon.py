@@ -1,6 +1,6 @@
 """Scores of groups by what reads them, and the surgeon's greedy removal with the best values of all other columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -10,19 +10,31 @@ from hesse.errors import ConditioningError
 from hesse.partitions import GroupParts
 from hesse.scores.evidence import LossEvidence
 from hesse.scores.readers import Reader
-from hesse.scores.score import READ_GROUPS, Orders, Score, add_score
+from hesse.scores.score import READ_GROUPS, Orders, Score, add_score, register_score
 
 DAMPING = 0.01  # of the mean eigenvalue of a reader's inputs
 
 
-class IndependentRemoval(Score):
+@register_score(
+    "heapr",
+    source="HEAPr, Li et al., 2025, arXiv:2509.22299; of any hidden unit or head",
+    parts=READ_GROUPS,
+    uses="kronecker",
+    nats=True,
+)
+def independent_removal(evidence: LossEvidence, partition: GroupParts) -> Tensor:
     """½ tr(G W_P A_PP W_Pᵀ) for the columns P of a group in the layers that read it: nothing else is refitted."""
+    return _costs_by_site(evidence, partition, independent_costs)
 
-    def cost(self, evidence: LossEvidence, partition: GroupParts) -> Tensor:
-        total = torch.zeros(partition.count, dtype=torch.float64)
-        for site, readers in evidence.readers(partition).items():
-            total[partition.sites[site]] = independent_costs(readers)
-        return total
+
+def _costs_by_site(
+    evidence: LossEvidence, partition: GroupParts, costs: Callable[[Sequence[Reader]], Tensor]
+) -> Tensor:
+    """Return the costs of all groups (parts,), which the readers of each site give."""
+    total = torch.zeros(partition.count, dtype=torch.float64)
+    for site, readers in evidence.readers(partition).items():
+        total[partition.sites[site]] = costs(readers)
+    return total
 
 
 class Surgeon(Score):
@@ -32,31 +44,18 @@ class Surgeon(Score):
     """
 
     def cost(self, evidence: LossEvidence, partition: GroupParts) -> Tensor:
-        total = torch.zeros(partition.count, dtype=torch.float64)
-        for site, readers in evidence.readers(partition).items():
-            total[partition.sites[site]] = removal_costs(readers)
-        return total
+        return _costs_by_site(evidence, partition, removal_costs)
 
     def orders(self, evidence: LossEvidence, partition: GroupParts, numbers: Mapping[str, int]) -> Orders:
         self.check(partition.kind)
         result = Orders()
         for site, readers in evidence.readers(partition).items():
             order, costs = greedy_removal(readers, numbers[site])
-            removed = set(order)
-            rest = [group for group in range(len(partition.sites[site])) if group not in removed]
+            rest = sorted(set(range(len(partition.sites[site]))) - set(order))
             result[site] = order + rest, costs
         return result
 
 
-add_score(
-    IndependentRemoval(
-        name="heapr",
-        source="HEAPr, Li et al., 2025, arXiv:2509.22299; of any hidden unit or head",
-        parts=READ_GROUPS,
-        uses="kronecker",
-        nats=True,
-    )
-)
 add_score(
     Surgeon(
         name="obs",
@@ -112,7 +111,7 @@ def removal_costs(readers: Sequence[Reader]) -> Tensor:
 
 def _whitened(readers: Sequence[Reader]) -> tuple[list[Tensor], list[Tensor]]:
     """CᵀW and A⁻¹ of each reader, G = CCᵀ: W is changed from the right alone, so that tr(G D A Dᵀ) is CᵀW's own."""
-    values = [_root(reader.output_factor).T @ reader.weight for reader in readers]
+    values = [root(reader.output_factor).T @ reader.weight for reader in readers]
     return values, [_inverse(reader) for reader in readers]
 
 
@@ -141,8 +140,8 @@ def fitted_weight(reader: Reader, removed: Sequence[int]) -> Tensor:
 
     That is W A_:K (A_KK)⁻¹ for the columns K that are left, whatever G is: the least squares on its inputs.
     """
-    lost = set(torch.cat([reader.columns[group] for group in removed]).tolist())
-    kept = [column for column in range(reader.weight.shape[1]) if column not in lost]
+    lost = torch.cat([reader.columns[group] for group in removed]).tolist()
+    kept = sorted(set(range(reader.weight.shape[1])) - set(lost))
     gram = _damped(reader.input_factor)
     result = torch.zeros_like(reader.weight)
     result[:, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ reader.weight.T).T
@@ -163,8 +162,8 @@ def _inverse(reader: Reader) -> Tensor:
         ) from None
 
 
-def _root(factor: Tensor) -> Tensor:
-    """C with CCᵀ = factor, for one that may be singular."""
+def root(factor: Tensor) -> Tensor:
+    """Return C with C Cᵀ = `factor` (n, n), which may be singular; of a diagonal (n,) too."""
     if factor.ndim == 1:
         return factor.clamp(min=0).sqrt().diag()
     values, vectors = torch.linalg.eigh(factor)

@@ -2,7 +2,6 @@
 
 from hesse.solvers.activation_aware import ActivationAware
 from hesse.solvers.admm import ADMM
-from hesse.solvers.alternating import Alternating
 from hesse.solvers.base import Solution, Solver, solve, solve_with
 from hesse.solvers.cheaper_side import CheaperSide
 from hesse.solvers.error_feedback import ErrorFeedback
@@ -10,12 +9,11 @@ from hesse.solvers.greedy_surgeon import GreedySurgeon
 from hesse.solvers.incoherent import Incoherent
 from hesse.solvers.learned_rounding import LearnedRounding
 from hesse.solvers.linear.conjugate_gradients import LinearSolution, conjugate_gradients, linear_solve
-from hesse.solvers.linear.estimate import Estimate, mean_of
 from hesse.solvers.linear.lanczos import Eigenpairs, Spectrum, lanczos, log_determinant, spectral_density
-from hesse.solvers.linear.stochastic import hutch_plus_plus, hutchinson_diagonal, hutchinson_trace
+from hesse.solvers.linear.stochastic import Estimate, hutch_plus_plus, hutchinson_diagonal, hutchinson_trace, mean_of
 from hesse.solvers.nearest import Nearest
 from hesse.solvers.refit_salient import RefitSalient
-from hesse.solvers.repair import Repair
+from hesse.solvers.repair import Alternating, Repair
 from hesse.solvers.rows_and_columns import RowsAndColumns
 from hesse.solvers.salient_bits import SalientBits
 from hesse.solvers.stepwise_surgeon import StepwiseSurgeon, SummedSurgeon

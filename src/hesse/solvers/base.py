@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class Solver(ABC):
         solver copies them. By default what the constraint takes to encode and decode a weight.
         """
         return constraint.workspace(shape) + OVERHEAD
+
+
+class InnerState(NamedTuple):
+    """The curvature of a solver that prices what another one finds, and the state of that one."""
+
+    curvature: Curvature
+    inner: Any
 
 
 def float32_bytes(shape: torch.Size, weights: float = 0, inputs: float = 0, outputs: float = 0) -> int:

@@ -1,21 +1,13 @@
 """AdaDim: groups along a layer's inputs or along its outputs, whichever costs less."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, EitherSide, SideCode
 from hesse.curvature import Curvature
-from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
-
-
-class SideState(NamedTuple):
-    """The curvature that prices both sides, and the state of the solver that rounds."""
-
-    curvature: Curvature
-    inner: Any
+from hesse.solvers.base import InnerState, Solver, float32_bytes, member_cost, require_constraint
 
 
 @dataclass(frozen=True)
@@ -32,10 +24,10 @@ class CheaperSide(Solver):
 
     inner: Solver | None = None
 
-    def init(self, curvature: Curvature) -> SideState:
-        return SideState(curvature, None if self.inner is None else self.inner.init(curvature))
+    def init(self, curvature: Curvature) -> InnerState:
+        return InnerState(curvature, None if self.inner is None else self.inner.init(curvature))
 
-    def compute(self, state: SideState, weight: Tensor, constraint: Constraint) -> SideCode:
+    def compute(self, state: InnerState, weight: Tensor, constraint: Constraint) -> SideCode:
         constraint = require_constraint(self, constraint, EitherSide)
         found = []
         for along in (False, True):

@@ -7,8 +7,8 @@ from hesse.constraints import Codebook, CodebookCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Gram
 from hesse.solvers.never_worse import rows_cheaper_plain
-from hesse.solvers.refit_codes import in_order, refit_values
-from hesse.solvers.sweeps.blocks import sweep_blocks
+from hesse.solvers.refit import in_order, refit_values
+from hesse.solvers.sweeps.columns import sweep_columns
 
 
 def feed_back_codebook(
@@ -23,16 +23,12 @@ def feed_back_codebook(
     work = weight.T.contiguous()[order]
     codes = plain.codes.new_empty(work.shape)
 
-    def walk(start: int, stop: int, errors: Tensor, update: Tensor) -> None:
-        for j in range(start, stop):
-            code = codebook.round(work[j][:, None], plain.values)
-            codes[j] = code.codes[:, 0]
-            found = codebook.decode(code)[:, 0].to(work.dtype)
-            error = torch.sub(work[j], found, out=errors[j - start])
-            work[j] = found
-            work[j + 1 : stop].addr_(update[j - start, j - start + 1 : stop - start], error, alpha=-1)
+    def allowed(j: int, column: Tensor) -> Tensor:
+        code = codebook.round(column[:, None], plain.values)
+        codes[j] = code.codes[:, 0]
+        return codebook.decode(code)[:, 0]
 
-    sweep_blocks(work, feedback.to(work), block_size, walk)
+    sweep_columns(work, feedback.to(work), block_size, allowed)
     swept = CodebookCode(codes[torch.argsort(order)].T.contiguous(), plain.values)
     slope = gram.matvec(codebook.decode(swept).to(weight.dtype) - weight)
     refitted = in_order(swept, round_to(refit_values(swept, slope, gram, refit_steps), codebook.dtype))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from hesse.solvers.base import Solver, float32_bytes
 from hesse.solvers.linear.triangular import backwards_in, inverse_of, read_backwards
 from hesse.solvers.never_worse import cheaper_rows, refit_or_keep
 from hesse.solvers.sweeps import columns, kernels
-from hesse.solvers.sweeps.blocks import sweep_blocks
-from hesse.solvers.sweeps.columns import ColumnBlock
+from hesse.solvers.sweeps.columns import ColumnBlock, sweep_blocks
 from hesse.solvers.sweeps.late_mask import LateMask
 
 Walk = Callable[[ColumnBlock, int, int, Grouped | None], None]
@@ -93,8 +92,7 @@ class ErrorFeedback(Solver):
         if sparse is not None and sparse.together > 1 and state.order is not None:
             raise UnsupportedProduct('N:M groups and blocks are of neighbours: use ErrorFeedback(order="given")')
         order = state.columns
-        grids = None if grid is None else [grid.at(column) for column in order.tolist()]
-        sweep = _Sweep(weight.T.contiguous()[order], state, grid, grids, sparse, self.mask_columns)
+        sweep = _Sweep(weight.T.contiguous()[order], state, grid, sparse, self.mask_columns)
         late = state.order is None or (grid is not None and grid.group_width(weight.shape[1]) == 1)
         if grid is not None and not late:
             sweep.set_scales(0, grid, grid.fit(weight), order)
@@ -130,18 +128,13 @@ class _Sweep:
     """The sweep over columns, on the transposed weight so that a column is contiguous; all tensors are (in, out)."""
 
     def __init__(
-        self,
-        work: Tensor,
-        state: FeedbackState,
-        grid: Grouped | None,
-        grids: list[Grouped] | None,
-        sparse: Sparse | None,
-        mask_columns: int,
+        self, work: Tensor, state: FeedbackState, grid: Grouped | None, sparse: Sparse | None, mask_columns: int
     ) -> None:
         self.work = work
         self.feedback = state.feedback.to(work)
         self.grid = grid
-        self.grids = grids  # of each column, in the order of the sweep
+        # Of each column, in the order of the sweep.
+        self.grids = None if grid is None else [grid.at(column) for column in state.columns.tolist()]
         self.group = 0  # columns whose scales are fitted once the first is reached; 0 where all are set before
         pivots = state.pivots.to(work)
         self.mask = LateMask(sparse, self.work, pivots, mask_columns) if sparse is not None else None
@@ -169,57 +162,27 @@ class _Sweep:
 
     def run(self, block_size: int, fit_scales: bool) -> None:
         """Replace `work` by allowed values, column after column."""
-        columns = len(self.work)
-        self.group = self.grid.group_width(columns) if self.grid is not None and fit_scales else 0
+        self.group = self.grid.group_width(len(self.work)) if self.grid is not None and fit_scales else 0
         whole_steps = self.grids is None or all(grid.bounds is not None for grid in self.grids)
-        compiled = _compiled_walk(self.work) if whole_steps else None
-        walk = self._walk if compiled is None else partial(self._walk_compiled, compiled)
-        sweep_blocks(self.work, self.feedback, block_size, walk)
+        walk = _compiled_walk(self.work) if whole_steps else None
+        sweep_blocks(self.work, self.feedback, block_size, partial(self._walk, walk or columns.walk_by_operations))
 
-    def _walk(self, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
-        """Replace the columns [start, stop) by allowed values, and fill their `errors`."""
+    def _walk(self, walk: Walk, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
+        """Replace the columns [start, stop) by allowed values and fill their `errors`: a call between two decisions."""
         if self.mask is not None:
             self.mask.enter(start, stop)
-        block = self.work[start:stop]
-        allowed, codes = [], []
-        # Unbound once, since indexing a row of a tensor costs as much as computing with it.
-        rows = zip(block, errors, factor, *self._settings(start, stop), strict=True)
-        for k, (column, error, update, kept, scale, zero_point) in enumerate(rows):
-            left = stop - start - k - 1
-            self._decide(start + k)
-            values = column if self.mask is None else column * kept
-            if self.grids is not None:
-                grid = self.grids[start + k]
-                codes.append(grid.codes(values, scale, zero_point))
-                values = grid.values(codes[-1], scale, zero_point)
-            allowed.append(values)
-            torch.sub(column, values, out=error)
-            block.narrow(0, k + 1, left).addr_(update.narrow(0, k + 1, left), error, alpha=-1)
-        torch.stack(allowed, out=block)
-        if codes:
-            self.codes[start:stop] = torch.stack(codes)
-
-    def _walk_compiled(self, compiled: Walk, start: int, stop: int, errors: Tensor, factor: Tensor) -> None:
-        """Do what `_walk` does, with one call between two decisions."""
-        if self.mask is not None:
-            self.mask.enter(start, stop)
-
-        def part(whole: Tensor | None) -> Tensor | None:
-            return None if whole is None else whole[start:stop]
-
-        block = ColumnBlock(
-            self.work[start:stop],
-            errors,
-            part(None if self.grid is None else self.codes),
-            part(self.scale),
-            part(self.zero_point),
-            part(None if self.mask is None else self.kept),
-            factor.contiguous(),
+        parts = (
+            None if self.grid is None else self.codes,
+            self.scale,
+            self.zero_point,
+            None if self.mask is None else self.kept,
         )
+        codes, scale, zero_point, kept = (None if part is None else part[start:stop] for part in parts)
+        block = ColumnBlock(self.work[start:stop], errors, codes, scale, zero_point, kept, factor.contiguous())
         decisions = [j for j in range(start, stop) if j == start or self._decides(j)]
         for first, last in pairwise([*decisions, stop]):
             self._decide(first)
-            compiled(block, first - start, last - start, None if self.grids is None else self.grids[first])
+            walk(block, first - start, last - start, None if self.grids is None else self.grids[first])
 
     def _decides(self, j: int) -> bool:
         """Return True if scales, mask or grid of column `j` are decided, or change, when the sweep reaches it."""
@@ -236,11 +199,6 @@ class _Sweep:
             self.set_scales(j, self.grid, self.grids[j].fit(self.work[j : j + self.group].T))
         if self.mask is not None and j % self.mask.columns_at_once == 0:
             self.mask.decide(j)
-
-    def _settings(self, start: int, stop: int) -> list[list[Any]]:
-        """Return the kept weights, scales and zero points of each column, None where there are none."""
-        parts = (None if self.mask is None else self.kept, self.scale, self.zero_point)
-        return [[None] * (stop - start) if part is None else list(part[start:stop]) for part in parts]
 
 
 def _compiled_walk(work: Tensor) -> Walk | None:

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hesse.constraints import Constraint, Grid, GridCode
 from hesse.curvature import Curvature, Gram, Kronecker
-from hesse.solvers.base import Solver, float32_bytes, member_cost, require_constraint
+from hesse.solvers.base import InnerState, Solver, float32_bytes, member_cost, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback
 from hesse.solvers.never_worse import cheaper_rows
 from hesse.solvers.sweeps.row_flips import settle_rows
@@ -18,13 +18,6 @@ from hesse.solvers.two_sided_feedback import TwoSidedFeedback
 LOW, HIGH = -0.1, 1.1  # range that a sigmoid is stretched to before it is cut to [0, 1]
 SHARPEST, BLUNTEST = 2.0, 20.0  # exponents of the regulariser, which falls from the second to the first
 FREE = 0.2  # share of the steps without the regulariser
-
-
-class LearnedState(NamedTuple):
-    """The curvature, and the state of the solver that gives the scales and the first codes."""
-
-    curvature: Gram | Kronecker
-    start: Any
 
 
 @dataclass(frozen=True)
@@ -50,12 +43,12 @@ class LearnedRounding(Solver):
     rate: float = 0.02
     first_share: float = 0.3  # h before the first step
 
-    def init(self, curvature: Curvature) -> LearnedState:
-        return LearnedState(super().init(curvature), self.start.init(curvature))
+    def init(self, curvature: Curvature) -> InnerState:
+        return InnerState(super().init(curvature), self.start.init(curvature))
 
-    def compute(self, state: LearnedState, weight: Tensor, constraint: Constraint) -> GridCode:
+    def compute(self, state: InnerState, weight: Tensor, constraint: Constraint) -> GridCode:
         constraint = require_constraint(self, constraint, Grid)
-        start = cast(GridCode, self.start.compute(state.start, weight, constraint))
+        start = cast(GridCode, self.start.compute(state.inner, weight, constraint))
         settled = self._settle_codes(state, weight, constraint, start)
         found = self.learn(state.curvature, weight, constraint, settled)
         learned = self._settle_codes(state, weight, constraint, found)
@@ -69,10 +62,10 @@ class LearnedRounding(Solver):
             return max(start, float32_bytes(shape, weights=20, inputs=2, outputs=2))
         return max(start, float32_bytes(shape, weights=22, inputs=2))
 
-    def _settle_codes(self, state: LearnedState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
+    def _settle_codes(self, state: InnerState, weight: Tensor, grid: Grid, code: GridCode) -> GridCode:
         if isinstance(state.curvature, Gram):
             return settle_rows(code, state.curvature, grid, weight)
-        return cast(TwoSidedFeedback, self.start).settle(state.start, weight, grid, code)
+        return cast(TwoSidedFeedback, self.start).settle(state.inner, weight, grid, code)
 
     def learn(self, curvature: Curvature, weight: Tensor, grid: Grid, start: GridCode) -> GridCode:
         """Return the codes that descent from `start` reaches, with the same scales."""

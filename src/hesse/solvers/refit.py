@@ -1,10 +1,11 @@
-"""The best values of the weights that a mask keeps."""
+"""The best values for what is chosen: of the weights that a mask keeps, a grid's scales, a codebook's values."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from hesse.constraints import CodebookCode, Grid, GridCode
 from hesse.curvature import BlockRankOneSum, Curvature, Gram, RankOneSum
 from hesse.solvers.linear.conjugate_gradients import conjugate_steps, row_sums
 
@@ -56,3 +57,48 @@ def best_values(curvature: OfGradients, part: OfGradients, weight: Tensor, kept:
     else:
         moved = part.solve(torch.where(kept, curvature.matvec(removed), 0))
     return torch.where(kept, weight + moved.to(weight), 0)
+
+
+def refit_scales(code: GridCode, slope: Tensor, curvature: Curvature, grid: Grid, steps: int) -> Tensor:
+    """Scales (out, groups) that lower ½ dᵀHd, d = codes · scales - weight, from those of `code` on; not rounded.
+
+    `slope` (out, in) is H d for the scales of `code`. A least-squares problem, on which conjugate gradients,
+    preconditioned by the diagonal of H over the codes, take `steps` steps: one product with H each. No step raises the
+    cost, beyond rounding. A group whose codes are all zero keeps its scale.
+    """
+    codes = grid.steps(code, slope)
+
+    def product(scale: Tensor) -> Tensor:
+        return grid.by_group(codes * curvature.matvec(codes * grid.expand(scale, codes.shape[1]))).sum(-1)
+
+    scale = code.scales.scale.to(slope.dtype)
+    metric = grid.by_group(codes.square() * curvature.diagonal().to(slope.dtype)).sum(-1)
+    residual = torch.where(metric > 0, -grid.by_group(codes * slope).sum(-1), 0)
+    return conjugate_steps(scale, residual, metric, product, steps)
+
+
+def refit_values(code: CodebookCode, slope: Tensor, curvature: Curvature, steps: int) -> Tensor:
+    """Values (out, k) that lower ½ dᵀHd, d = values[codes] - weight, from those of `code` on; not rounded or sorted.
+
+    `slope` (out, in) is H d for the values of `code`. Least squares, as in `refit_scales`. A value that no code takes
+    stays.
+    """
+    codes = code.codes.long()
+    values = code.values.to(slope.dtype)
+
+    def sums(matrix: Tensor) -> Tensor:
+        """Over the weights of a row that have one value."""
+        return torch.zeros_like(values).scatter_add(1, codes, matrix)
+
+    def product(change: Tensor) -> Tensor:
+        return sums(curvature.matvec(change.gather(1, codes)))
+
+    metric = sums(curvature.diagonal().to(slope.dtype).expand_as(slope))
+    return conjugate_steps(values, torch.where(metric > 0, -sums(slope), 0), metric, product, steps)
+
+
+def in_order(code: CodebookCode, values: Tensor) -> CodebookCode:
+    """Return `code` with other `values` (out, k), in any order; where one is not finite the old value stays."""
+    usable = torch.where(values.isfinite(), values, code.values.to(values))
+    ascending, order = usable.sort(1)
+    return CodebookCode(torch.argsort(order, 1).gather(1, code.codes.long()).to(torch.uint8), ascending)

@@ -12,7 +12,7 @@ from hesse.constraints import Codebook, CodebookCode, Constraint, Grid, GridCode
 from hesse.constraints.base import round_to
 from hesse.curvature import Kronecker
 from hesse.solvers.admm import ADMM, ADMMState
-from hesse.solvers.refit_codes import in_order, refit_scales, refit_values
+from hesse.solvers.refit import in_order, refit_scales, refit_values
 from hesse.solvers.sweeps import kernels, two_sided
 from hesse.solvers.sweeps.two_sided import GridLevels, TableLevels, TwoSidedSweeps
 
@@ -35,6 +35,7 @@ class TwoSidedState:
         return ADMM().init(self.curvature)
 
 
+AllowedSet = TypeVar("AllowedSet", bound=Constraint)
 Code = TypeVar("Code", GridCode, CodebookCode)
 
 
@@ -46,10 +47,10 @@ class PricedCode(NamedTuple):
     cost: float  # ½ dᵀHd
 
 
-class Search(ABC, Generic[Code]):
+class Search(ABC, Generic[AllowedSet, Code]):
     """Sweeps over one weight (out, in), with codes in the weight's own order before and after."""
 
-    def __init__(self, state: TwoSidedState, constraint: Constraint, weight: Tensor) -> None:
+    def __init__(self, state: TwoSidedState, constraint: AllowedSet, weight: Tensor) -> None:
         self.state, self.constraint, self.weight = state, constraint, weight
 
     def best_code(self, plain: Code, start: Tensor, passes: int, refit_steps: int) -> Code:
@@ -118,12 +119,12 @@ class Search(ABC, Generic[Code]):
         """Return the same codes with better scales or values, after `steps` of conjugate gradients."""
 
 
-class GridSearch(Search[GridCode]):
+class GridSearch(Search[Grid, GridCode]):
     """Search on a grid; the weights that are not `kept` have the code of zero."""
 
     def __init__(self, state: TwoSidedState, grid: Grid, weight: Tensor, kept: Tensor | None = None) -> None:
         super().__init__(state, grid, weight)
-        self.grid, self.kept = grid, kept
+        self.kept = kept
 
     @property
     def sweeps(self) -> TwoSidedSweeps:
@@ -135,38 +136,34 @@ class GridSearch(Search[GridCode]):
 
     def levels(self, code: GridCode) -> GridLevels:
         scales = code.scales
-        values = (scales.scale, self.grid.lowest - scales.zeros, self.grid.highest - scales.zeros)
+        values = (scales.scale, self.constraint.lowest - scales.zeros, self.constraint.highest - scales.zeros)
         scale, lowest, highest = (for_loops(each[self.state.rows].T) for each in values)
-        group = (self.state.columns // self.grid.group_width(len(self.state.columns))).to(scale.device)
+        group = (self.state.columns // self.constraint.group_width(len(self.state.columns))).to(scale.device)
         if self.kept is None:
-            return GridLevels(scale, lowest, highest, group, self.grid.dtype)
+            return GridLevels(scale, lowest, highest, group, self.constraint.dtype)
         # A dropped weight may only have the code of zero.
         kept = self.to_sweep_order(self.kept.to(self.weight))
         each = torch.arange(len(group), device=scale.device)
-        return GridLevels(scale[group], lowest[group] * kept, highest[group] * kept, each, self.grid.dtype)
+        return GridLevels(scale[group], lowest[group] * kept, highest[group] * kept, each, self.constraint.dtype)
 
     def sweep_codes(self, code: GridCode) -> Tensor:
-        return self.grid.steps(code, self.weight)
+        return self.constraint.steps(code, self.weight)
 
     def from_sweep_codes(self, codes: Tensor, template: GridCode) -> GridCode:
         if template.scales.zero_point is not None:
-            codes = codes + self.grid.expand(template.scales.zero_point, codes.shape[1])
+            codes = codes + self.constraint.expand(template.scales.zero_point, codes.shape[1])
         return GridCode(codes.to(torch.int8), template.scales)
 
     def refit(self, best: PricedCode, steps: int) -> GridCode:
         scales = best.code.scales
-        found = refit_scales(best.code, best.slope, self.state.curvature, self.grid, steps)
-        stored = round_to(found, self.grid.dtype)
+        found = refit_scales(best.code, best.slope, self.state.curvature, self.constraint, steps)
+        stored = round_to(found, self.constraint.dtype)
         kept = torch.where(stored.isfinite() & (stored != 0), stored, scales.scale)
         return GridCode(best.code.codes, Scales(kept, scales.zero_point))
 
 
-class CodebookSearch(Search[CodebookCode]):
+class CodebookSearch(Search[Codebook, CodebookCode]):
     """Search on a codebook for each row; its loops run on the CPU."""
-
-    def __init__(self, state: TwoSidedState, codebook: Codebook, weight: Tensor) -> None:
-        super().__init__(state, codebook, weight)
-        self.codebook = codebook
 
     def levels(self, code: CodebookCode) -> TableLevels:
         return TableLevels(code.values[self.state.rows].to("cpu", torch.float32).contiguous())
@@ -179,7 +176,7 @@ class CodebookSearch(Search[CodebookCode]):
 
     def refit(self, best: PricedCode, steps: int) -> CodebookCode:
         found = refit_values(best.code, best.slope, self.state.curvature, steps)
-        return in_order(best.code, round_to(found, self.codebook.dtype))
+        return in_order(best.code, round_to(found, self.constraint.dtype))
 
 
 def for_loops(tensor: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """VPTQ: error feedback over columns, each rounded to the nearest entries of a codebook."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from hesse.curvature import Curvature, Gram
 from hesse.solvers.base import Solver, float32_bytes, require_constraint
 from hesse.solvers.error_feedback import ErrorFeedback, FeedbackState
 from hesse.solvers.never_worse import rows_cheaper_plain
-from hesse.solvers.sweeps.blocks import sweep_blocks
+from hesse.solvers.sweeps.columns import sweep_columns
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,13 @@ class VectorFeedback(Solver):
         plain = constraint.encode(weight, state.curvature.diagonal())
         work = weight.T.contiguous()[state.columns]
         codes = plain.codes.new_empty(constraint.books, len(work), work.shape[1] // constraint.length)
-        walk = partial(_walk, work, codes, constraint, plain.centroids.to(work))
-        sweep_blocks(work, state.feedback.to(work), self.block_size, walk)
+        centroids = plain.centroids.to(work)
 
+        def allowed(j: int, column: Tensor) -> Tensor:
+            codes[:, j], values = constraint.choose(column.view(-1, constraint.length), centroids)
+            return values.flatten()
+
+        sweep_columns(work, state.feedback.to(work), self.block_size, allowed)
         swept = constraint.code(codes[:, torch.argsort(state.columns)].flatten(1), plain.centroids, weight.shape)
         solved, unswept = (constraint.decode(code).to(weight.dtype) for code in (swept, plain))
         heights = rows_cheaper_plain(state.curvature, weight, solved, unswept, constraint.length)
@@ -51,22 +54,3 @@ class VectorFeedback(Solver):
     def workspace(self, shape: torch.Size, curvature: type[Curvature], constraint: Constraint, held: int = 0) -> int:
         inverting = float32_bytes(shape, inputs=4.1)
         return max(inverting, constraint.workspace(shape) + float32_bytes(shape, inputs=1))
-
-
-def _walk(
-    work: Tensor,
-    codes: Tensor,
-    constraint: VectorCodebook,
-    centroids: Tensor,
-    start: int,
-    stop: int,
-    errors: Tensor,
-    feedback: Tensor,
-) -> None:
-    """Round the columns [start, stop) of `work` to entries of the codebooks; write their indices to `codes`."""
-    for j in range(start, stop):
-        found, values = constraint.choose(work[j].view(-1, constraint.length), centroids)
-        codes[:, j] = found
-        error = torch.sub(work[j], values.flatten(), out=errors[j - start])
-        work[j] = values.flatten()
-        work[j + 1 : stop].addr_(feedback[j - start, j - start + 1 :], error, alpha=-1)

@@ -1,4 +1,4 @@
-"""A curvature beside the dense matrix that it stands for, and comparisons of the two."""
+"""A curvature and the dense matrix that it stands for, and comparisons of the two."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping

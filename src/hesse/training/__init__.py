@@ -1,15 +1,13 @@
 """Training: one loop over a user's model and data that keeps zeros, codes and other constraints of weights."""
 
 from hesse.training.compression_aware import CompressionAware
-from hesse.training.distillation import Distillation
 from hesse.training.finetune import FinetuneReport, finetune
-from hesse.training.held import Held, HeldCodes, HeldZeros, StraightThrough, held_zeros
-from hesse.training.loop import PlainStep, StepRule, TrainingLoop
+from hesse.training.held import Held, HeldCodes, HeldSigns, HeldZeros, OneBit, StraightThrough, held_zeros
+from hesse.training.loop import StepRule, TrainingLoop
 from hesse.training.movement import Movement
-from hesse.training.one_bit import HeldSigns, OneBit
 from hesse.training.prunable import prunable_weights
 from hesse.training.schedules import GradualSchedule
-from hesse.training.training import Training, adam, linear_decay
+from hesse.training.training import Distillation, Training, adam, linear_decay
 
 __all__ = [
     "CompressionAware",
@@ -22,7 +20,6 @@ __all__ = [
     "HeldZeros",
     "Movement",
     "OneBit",
-    "PlainStep",
     "StepRule",
     "StraightThrough",
     "Training",

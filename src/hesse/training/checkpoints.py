@@ -11,7 +11,7 @@ import torch
 from hesse.checkpoints.files import unfinished_file
 from hesse.checkpoints.writer import writing
 from hesse.errors import OutputError, reason
-from hesse.progress import Progress
+from hesse.progress import Progress, Silence
 from hesse.training.loop import TrainingLoop
 
 NAME = "training.pt"
@@ -59,21 +59,26 @@ class Checkpoints:
         with writing(self.path.parent), unfinished_file(self.path) as beside:
             torch.save(content, beside)
 
-    def after_step(self) -> None:
-        """Save if the interval has passed."""
-        if self.loop.step % self.every == 0:
-            self.save()
 
-
-def after_each_step(progress: Progress, kept: Checkpoints | None) -> Callable[[], None]:
-    """Return the function that a training calls after each step: it reports progress, and saves if due."""
+def run_reported(
+    phase: str,
+    loop: TrainingLoop,
+    run: Callable[[Callable[[], None]], None],
+    kept: Checkpoints | None,
+    progress: Progress | None,
+) -> None:
+    """Run a training to its end: call `run` with a function for after each step, and save when due and at the end."""
+    shown = Silence() if progress is None else progress
+    shown.begin(phase, loop.training.steps - loop.step)
 
     def after_step() -> None:
-        progress.advance()
-        if kept is not None:
-            kept.after_step()
+        shown.advance()
+        if kept is not None and loop.step % kept.every == 0:
+            kept.save()
 
-    return after_step
+    run(after_step)
+    if kept is not None:
+        kept.save()
 
 
 def _identity(loop: TrainingLoop) -> dict[str, Any]:

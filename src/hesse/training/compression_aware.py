@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from hesse.constraints import Sparse
 from hesse.errors import OptionError
-from hesse.training.loop import NamedGradients
+from hesse.training.loop import NamedGradients, StepRule
 
 
 @dataclass(frozen=True)
-class CompressionAware:
+class CompressionAware(StepRule):
     """StepRule with the direction ∇L(w) + m ⊙ ∇L(C(w + rho · ∇L(w))), which takes two gradients per step.
 
     C prunes the weights `names` by magnitude to one of `patterns`, drawn at random in each step, and m is its mask; all

@@ -1,20 +1,21 @@
 """Fine-tune a compressed network, and keep it compressed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hesse.curvature import Loss, Objective
-from hesse.curvature.objective import Batch
-from hesse.data.batches import check_batches
+from hesse.curvature import Loss
+from hesse.data.batches import module_objective
 from hesse.errors import OptionError
 from hesse.methods import Options, find_method
-from hesse.progress import Progress, Silence
+from hesse.progress import Progress
 from hesse.result import NOT_WRITTEN, Report, Result
-from hesse.training.checkpoints import Checkpoints, after_each_step
+from hesse.training.checkpoints import Checkpoints, run_reported
 from hesse.training.held import Held, held_zeros
 from hesse.training.loop import StepRule, TrainingLoop
 from hesse.training.training import Training
@@ -34,12 +35,14 @@ class FinetuneReport(Report):
     free: dict[str, tuple[Tensor, ...]] = field(metadata=NOT_WRITTEN, repr=False)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Any,
     training: Training,
     *,
-    loss_function: Loss | nn.Module,
+    loss_function: Loss | nn.Module | None = None,
     method: str = "finetune",
     options: Options | None = None,
     layers: Sequence[str] = ("*",),
@@ -57,8 +60,10 @@ def finetune(
     of `layers` and none of `ignore`; by default it keeps the zeros of the model. Without a row, `held` gives
     parametrizations by the names of weights, and `rule` the direction of a step in place of the gradient.
 
-    `data` are pairs of inputs and targets, as for `Objective`, that can be iterated repeatedly, and `forward(model,
-    inputs)` computes the outputs. The model keeps its mode: call `model.train()` first to enable dropout and batch
+    `data` can be iterated repeatedly: (inputs, targets) pairs, dictionaries with `labels`, or a DataLoader of either.
+    `loss_function` is a Loss of `hesse.curvature`, or torch's CrossEntropyLoss or MSELoss; None for cross-entropy.
+    `forward(model, inputs)` computes the outputs; by default `model(inputs)`, of a dictionary `model(**inputs)`, and of
+    a transformers model the logits. The model keeps its mode: call `model.train()` first to enable dropout and batch
     statistics.
 
     With a folder `checkpoint` the training is saved there. After an interruption the same call with the same model,
@@ -70,25 +75,20 @@ def finetune(
         DataError: there is no data, or the loss is not finite; the model is in its state after the previous step.
         OutputError: the folder holds another training, or cannot be written.
     """
-    check_batches(data)
+    objective = module_objective(model, data, loss_function, forward)
     row, options = find_method(method, "finetune"), Options() if options is None else options
     if held is None and rule is None:
         row.check_options(options)
-        setup = TRAININGS.find(row.solver).set_up(TrainingRequest(model, training, row, options, layers, ignore))
-        held, rule = setup.held, setup.rule
+        request = TrainingRequest(model, training, row, options, layers, ignore)
+        held, rule = TRAININGS.find(row.solver).set_up(request)
     elif method != "finetune" or options != Options():
         raise OptionError("a method says what is held and how it steps: leave out held and rule, or method and options")
-    objective = Objective.of(model, loss_function, data, forward=forward)
     loop = TrainingLoop(objective, training, held_zeros(model) if held is None else held, rule)
-    progress = Silence() if progress is None else progress
     settings = "" if method == "finetune" else f"{method} {options} {layers} {ignore}"
     kept = None if checkpoint is None else Checkpoints(checkpoint, checkpoint_every, loop, settings)
     if kept is not None:
         kept.resume()
-    progress.begin("finetune", training.steps - loop.step)
-    loop.run(training.steps, after_each_step(progress, kept))
-    if kept is not None:
-        kept.save()
+    run_reported("finetune", loop, partial(loop.run, training.steps), kept, progress)
     free = {name: tuple(part.detach() for part in loop.free[name]) for name in loop.held}
     report = FinetuneReport(model=type(model).__name__, method=method, losses=tuple(loop.losses), free=free)
     return Result(report, model)

@@ -1,8 +1,7 @@
-"""Parametrizations of weights that keep a constraint during training: zeros, codes, or membership of a set."""
+"""Parametrizations of weights that keep a constraint during training: zeros, codes, signs, membership of a set."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +9,14 @@ from typing_extensions import Self
 
 from hesse.constraints import Constraint, Grid
 from hesse.constraints.grouped import GridCode, Scales
+from hesse.constraints.sign_rank_one import rank_one
 from hesse.errors import OptionError
 
 
-class Held(Protocol):
+class Held(ABC):
     """Parametrization of a weight by trained tensors, so that every step ends in an allowed weight."""
 
+    @abstractmethod
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the initial values of the tensors that are trained in place of `weight`.
 
@@ -23,23 +24,17 @@ class Held(Protocol):
             OptionError: the parametrization does not support a weight of that shape.
         """
 
+    @abstractmethod
     def weight(self, *free: Tensor) -> Tensor:
         """Return the allowed weight; its gradient in `free` is exact, or an estimate that the class documents."""
 
     def at(self, step: int) -> Self:
         """Return the parametrization for a step of the training; itself, unless it changes over time."""
-
-
-class Lasting:
-    """A parametrization that is the same at every step."""
-
-    def at(self, step: int) -> Self:
-        """Return the parametrization itself."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
-class HeldZeros(Lasting):
+class HeldZeros(Held):
     """Parametrization that keeps zeros, unstructured or N:M, with the exact gradient."""
 
     kept: Tensor  # in the weight's shape, True where the weight is not fixed at zero
@@ -55,7 +50,7 @@ class HeldZeros(Lasting):
 
 
 @dataclass(frozen=True, eq=False)
-class HeldCodes(Lasting):
+class HeldCodes(Held):
     """Parametrization that keeps the codes of a Grid and trains a factor of each scale, which starts at 1.
 
     weight = factor · scale · (code - zero point) is smooth, so the gradient is exact, not a straight-through estimate,
@@ -83,7 +78,7 @@ class HeldCodes(Lasting):
 
 
 @dataclass(frozen=True, eq=False)
-class StraightThrough(Lasting):
+class StraightThrough(Held):
     """Parametrization by a free weight that is rounded to the nearest member of a constraint, with a copied gradient.
 
     The free weight moves between members, so codes and zeros can change, at the price of a biased gradient.
@@ -102,6 +97,41 @@ class StraightThrough(Lasting):
         return straight_through(nearest, weight)
 
 
+@dataclass(frozen=True)
+class OneBit(Held):
+    """Parametrization sign(w) ⊙ (a bᵀ): straight-through gradients for w, exact ones for a (out,) and b (in,).
+
+    The initial values are the weight and its fit as a SignRankOne: before training the layer equals the result of the
+    method `onebit`, with scales in the model's precision. A kernel is the matrix (out, in · kernel). Source: Xu et al.,
+    2024, arXiv:2402.11295.
+    """
+
+    def free(self, weight: Tensor) -> tuple[Tensor, ...]:
+        matrix = weight.flatten(1)
+        return weight, *rank_one(matrix.abs(), torch.ones_like(matrix))
+
+    def weight(self, *free: Tensor) -> Tensor:
+        weight, rows, columns = free
+        signs = torch.where(weight.detach() >= 0, 1.0, -1.0).to(weight)
+        return straight_through(signs, weight).flatten(1) * torch.outer(rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldSigns(Held):
+    """OneBit with fixed signs: only the two vectors a and b of each layer are trained, by their exact gradient."""
+
+    positive: Tensor  # (out, in), True where the weight is not negative
+
+    def free(self, weight: Tensor) -> tuple[Tensor, ...]:
+        matrix = weight.flatten(1)
+        return rank_one(matrix.abs(), torch.ones_like(matrix))
+
+    def weight(self, *free: Tensor) -> Tensor:
+        rows, columns = free
+        size = torch.outer(rows, columns)
+        return torch.where(self.positive.to(size.device), size, -size)
+
+
 def straight_through(value: Tensor, free: Tensor) -> Tensor:
     """Return `value`, with the gradient passed to `free`, which has the same shape."""
     return value + (free - free.detach())
@@ -114,17 +144,3 @@ def held_zeros(model: nn.Module) -> dict[str, Held]:
         for name, parameter in model.named_parameters()
         if parameter.ndim > 1 and not bool((parameter != 0).all())
     }
-
-
-def check_names(held: Mapping[str, Held], model: nn.Module) -> None:
-    """Check that all names are parameters.
-
-    Raises:
-        OptionError: a name is not a parameter.
-    """
-    known = dict(model.named_parameters())
-    for name in held:
-        if name not in known:
-            raise OptionError(
-                f"the model has no parameter {name!r} to hold; one is called {next(iter(known), 'nothing')}"
-            )

@@ -1,25 +1,26 @@
 """Training loop: steps of an optimiser on free tensors, with weights given by parametrizations."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesse.curvature import Objective
-from hesse.curvature.objective import Batch
+from hesse.curvature.objective import Batch, in_eval_mode
 from hesse.errors import DataError, OptionError
-from hesse.training.held import Held, check_names
+from hesse.training.held import Held
 from hesse.training.passes import USE, Passes, seed_all
 from hesse.training.training import Training, linear_decay
 
 NamedGradients = dict[str, Tensor]  # of the parameters that the loss depends on
 
 
-class StepRule(Protocol):
-    """Rule for the direction of a step, from gradients at weights of its choice."""
+@dataclass(frozen=True)
+class StepRule:
+    """Rule for the direction of a step, from gradients at weights of its choice; this one's are the present weights."""
 
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Raise OptionError if the rule cannot train these weights."""
@@ -32,19 +33,6 @@ class StepRule(Protocol):
         `gradients()` computes the gradient on the step's batches at the present weights. The rule may change weights in
         place, and must restore them at the end.
         """
-
-
-@dataclass(frozen=True)
-class PlainStep:
-    """Step rule of the plain gradient."""
-
-    def check(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Accept any weights."""
-
-    def direction(
-        self, weights: Mapping[str, nn.Parameter], gradients: Callable[[], NamedGradients], step: int
-    ) -> NamedGradients:
-        """Return the gradient at the present weights."""
         return gradients()
 
 
@@ -61,13 +49,16 @@ class TrainingLoop:
     def __init__(
         self, objective: Objective, training: Training, held: Mapping[str, Held], rule: StepRule | None = None
     ) -> None:
-        check_names(held, objective.model)
+        known = dict(objective.model.named_parameters())
+        if unknown := [name for name in held if name not in known]:
+            some = next(iter(known), "nothing")
+            raise OptionError(f"the model has no parameter {unknown[0]!r} to hold; one is called {some}")
         if training.teacher is not None:
             if training.teacher is objective.model:
                 raise OptionError("the teacher is the model itself: give a copy of it as it was, copy.deepcopy(model)")
             training.distillation.check(objective.loss)
         self.objective, self.training = objective, training
-        self.rule = PlainStep() if rule is None else rule
+        self.rule = StepRule() if rule is None else rule
         self.rule.check(objective.named)
         self.held = {name: held[name] for name in objective.names if name in held}
         self.step = 0
@@ -116,7 +107,9 @@ class TrainingLoop:
         Raises:
             DataError: there is no data, or the loss or its gradient is not finite.
         """
-        with _isolated_random_state(self.objective.parameters[0].device), _in_eval_mode(self.training.teacher):
+        teacher = self.training.teacher
+        evaluated = nullcontext() if teacher is None else in_eval_mode(teacher)
+        with _isolated_random_state(self.objective.parameters[0].device), evaluated:
             while self.step < until:
                 self._one()
                 after_step()
@@ -222,18 +215,3 @@ def _isolated_random_state(device: torch.device) -> AbstractContextManager[None]
 
 def _wide(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
-@contextmanager
-def _in_eval_mode(teacher: nn.Module | None) -> Iterator[None]:
-    """Keep a teacher in eval mode while inside."""
-    if teacher is None:
-        yield
-        return
-    was = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training

@@ -8,12 +8,12 @@ from typing_extensions import Self
 
 from hesse.constraints import Sparse
 from hesse.errors import OptionError
-from hesse.training.held import straight_through
+from hesse.training.held import Held, straight_through
 from hesse.training.schedules import GradualSchedule
 
 
 @dataclass(frozen=True, eq=False)
-class Movement:
+class Movement(Held):
     """Parametrization by a weight w times a mask of the highest scores s, both trained.
 
     The mask passes its gradient straight to the scores, so that a step of plain gradient descent adds

@@ -1,10 +1,9 @@
 """Select the weights of a network for a pruning method, and check them before any work is done."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from hesse.errors import OptionError, UnsupportedModelError
 from hesse.methods import Options, Recipe, find_method
@@ -22,9 +21,7 @@ def pruning_recipe(method: str, options: Options, layers: Sequence[str], ignore:
     row = find_method(method, "compress", "prune_gradually")
     if "sparse" not in row.constraints:
         raise OptionError(f"the method {method} makes no zeros: `hesse methods` shows which have Sparse")
-    recipe = row.recipe(options, tuple(ignore))
-    rules = tuple(rule.model_copy(update={"layers": tuple(layers)}) for rule in recipe.rules)
-    return recipe.model_copy(update={"rules": rules})
+    return row.recipe(options, tuple(ignore), tuple(layers))
 
 
 def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
@@ -35,7 +32,7 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
     Raises:
         HesseError: the model has no layers, a pattern matches none, or the recipe does not fit a layer.
     """
-    from hesse.layerwise.rules import rules_for
+    from hesse.layerwise.rules import layer_rules
     from hesse.networks.module_layers import layers_of
     from hesse.networks.torch_attention import split_attentions, stored_as
 
@@ -43,9 +40,7 @@ def prunable(model: nn.Module, recipe: Recipe) -> dict[str, "Layer"]:
         found, _ = layers_of(model)
         if not found:
             raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolutional layer to prune")
-        shapes = {layer.name: layer.weight.shape for layer in found}
-        weights = {layer.name: partial(_weight, layer) for layer in found}
-        rules = rules_for(recipe, weights, shapes, (name for name, _ in model.named_modules()))
+        rules = layer_rules(recipe, found, model)
         return {stored_as(model, layer.weight_name): layer for layer in found if rules[layer.name] is not None}
 
 
@@ -62,7 +57,3 @@ def prunable_weights(
         if layer.transposed and isinstance(sparsity, str) and ":" in sparsity:
             raise OptionError(f"{name} is kept as (in, out), so its rows are not those of {sparsity}: ignore its layer")
     return tuple(chosen)
-
-
-def _weight(layer: "Layer") -> Tensor:
-    return layer.weight.detach()

@@ -12,21 +12,15 @@ from hesse.methods import Method, Options, Recipe, Rule, SolverOptions
 from hesse.methods.constraint_parts import parse_sparsity
 from hesse.registry import Registry
 from hesse.training.compression_aware import CompressionAware
-from hesse.training.held import Held, HeldCodes, StraightThrough, held_zeros
+from hesse.training.held import Held, HeldCodes, OneBit, StraightThrough, held_zeros
 from hesse.training.loop import StepRule
 from hesse.training.movement import Movement, share_of
-from hesse.training.one_bit import OneBit
 from hesse.training.prunable import prunable
 from hesse.training.schedules import SCHEDULES
 from hesse.training.training import Training
 
-
-@dataclass(frozen=True, eq=False)
-class TrainingSetup:
-    """Parametrizations of a training by the names of the weights, and its step rule; None for the plain gradient."""
-
-    held: Mapping[str, Held]
-    rule: StepRule | None = None
+# Parametrizations by the names of the weights, and the step rule; None for the plain gradient.
+TrainingSetup = tuple[Mapping[str, Held], StepRule | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +50,11 @@ class TrainingRequest:
         )
         constraint = options.build()
         chosen = prunable(self.model, Recipe(rules=(rule,), ignore=tuple(self.ignore)))
+        unstructured = isinstance(constraint, Sparse) and constraint.of is None and constraint.scope == "layer"
         for name, layer in chosen.items():
-            if layer.transposed and not _is_symmetric(constraint):
+            if layer.transposed and not (
+                unstructured or isinstance(constraint, SignRankOne)
+            ):  # which allow a transpose
                 raise OptionError(f"{name} is kept as (in, out), so its rows are not those of {constraint}: ignore it")
         return dict.fromkeys(chosen, constraint)
 
@@ -73,7 +70,7 @@ class TrainingEntry:
 
 def hold_zeros(request: TrainingRequest) -> TrainingSetup:
     """Hold what is zero in the model at zero (Han et al., 2015)."""
-    return TrainingSetup(held_zeros(request.model))
+    return held_zeros(request.model), None
 
 
 def hold_codes(request: TrainingRequest) -> TrainingSetup:
@@ -83,12 +80,12 @@ def hold_codes(request: TrainingRequest) -> TrainingSetup:
         if not isinstance(grid, Grid):
             raise OptionError(f"{request.method.name} trains the scales of a Grid, not of a {type(grid).__name__}")
         held[name] = HeldCodes(grid, grid.encode(parameters[name].detach().flatten(1)))
-    return TrainingSetup(held)
+    return held, None
 
 
 def hold_straight_through(request: TrainingRequest) -> TrainingSetup:
     """Hold each weight in its constraint, with straight-through gradients."""
-    return TrainingSetup({name: StraightThrough(constraint) for name, constraint in request.weights().items()})
+    return {name: StraightThrough(constraint) for name, constraint in request.weights().items()}, None
 
 
 def train_movement(request: TrainingRequest) -> TrainingSetup:
@@ -101,18 +98,18 @@ def train_movement(request: TrainingRequest) -> TrainingSetup:
             share_of(pattern), request.training.steps, request.setting("cuts"), 0.0, request.setting("rest")
         )
         held[name] = Movement(pattern, schedule)
-    return TrainingSetup(held)
+    return held, None
 
 
 def train_compression_aware(request: TrainingRequest) -> TrainingSetup:
     """Train all weights to be robust to pruning at random patterns."""
     patterns = tuple(parse_sparsity(text.strip()) for text in str(request.setting("patterns")).split(","))
-    return TrainingSetup({}, CompressionAware(tuple(request.weights()), patterns, float(request.setting("rho"))))
+    return {}, CompressionAware(tuple(request.weights()), patterns, float(request.setting("rho")))
 
 
 def train_signs(request: TrainingRequest) -> TrainingSetup:
     """Train signs and two vectors of each weight."""
-    return TrainingSetup(dict.fromkeys(request.weights(), OneBit()))
+    return dict.fromkeys(request.weights(), OneBit()), None
 
 
 TRAININGS: Registry[TrainingEntry] = Registry("training")
@@ -125,9 +122,3 @@ for _entry in (
     TrainingEntry("signs_and_vectors", train_signs),
 ):
     TRAININGS.register(_entry.name, _entry)
-
-
-def _is_symmetric(constraint: Constraint) -> bool:
-    """True if a weight and its transpose are allowed together."""
-    unstructured = isinstance(constraint, Sparse) and constraint.of is None and constraint.scope == "layer"
-    return isinstance(constraint, SignRankOne) or unstructured

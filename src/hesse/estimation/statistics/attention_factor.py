@@ -1,6 +1,7 @@
 """Output factors of the layers inside a block's attention, for an error of the attention's output."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -122,13 +123,10 @@ def moments(run: Callable[[], Any], layers: Collection[Layer], draw: Draw) -> di
         outputs[name] = output.detach().requires_grad_()
         return outputs[name].clone()  # which may be changed in place
 
-    hooks = [layer.module.register_forward_hook(partial(note, layer.name)) for layer in layers]
-    try:
-        with torch.enable_grad():
-            result = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for layer in layers:
+            hooks.enter_context(layer.module.register_forward_hook(partial(note, layer.name)))
+        result = run()
     end: Tensor = result[0] if isinstance(result, tuple) else result
     if not end.requires_grad:
         raise UnsupportedModelError("the output of the attention does not depend on its layers in a differentiable way")
@@ -160,13 +158,10 @@ def _calls(
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         calls.append((module, arguments, keywords))
 
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    try:
-        with torch.no_grad():
-            batch.through(block.module, index, batch.hidden.clone())  # which autograd may keep
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+        batch.through(block.module, index, batch.hidden.clone())  # which autograd may keep
     return calls
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hesse.curvature import Gram
-from hesse.estimation.gram import GramAccumulator
 from hesse.estimation.statistics.base import STATISTICS, InputAccumulator, InputStatistic
 from hesse.estimation.statistics_folder import Statistics
+from hesse.estimation.sums import GramAccumulator
 from hesse.networks.network import Layer
 from hesse.processes import Processes
 
@@ -62,13 +62,6 @@ def input_gram(layer: Layer) -> GramAccumulator:
     return GramAccumulator(layer.name, layer.weight.shape[1], layer.weight.device)
 
 
-def gram_of_all(accumulator: GramAccumulator, processes: Processes) -> Gram:
-    """Return the Gram of what all processes have added."""
-    processes.all_reduce(accumulator.total)
-    accumulator.tokens = processes.all_reduce_sum(accumulator.tokens)
-    return accumulator.gram()
-
-
 class _Inputs:
     def __init__(self, gram: GramAccumulator) -> None:
         self._gram = gram
@@ -77,7 +70,7 @@ class _Inputs:
         self._gram.add(rows)
 
     def value(self, processes: Processes) -> Gram:
-        return gram_of_all(self._gram, processes)
+        return self._gram.gram(processes)
 
 
 class _Peaks:

@@ -81,8 +81,7 @@ class _Moments:
 
     def values(self, scale: float, processes: Processes) -> dict[str, Tensor]:
         for moment in self._moments.sums.values():
-            processes.all_reduce(moment.total)
-            moment.count = processes.all_reduce_sum(moment.count)
+            moment.all_reduce(processes)
         return {
             modules[0]: moment.times(scale, f"gradients at the outputs of {modules[0]}")
             for modules, moment in self._moments.sums.items()

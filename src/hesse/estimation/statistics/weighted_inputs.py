@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hesse.curvature import Gram
 from hesse.errors import UnsupportedModelError
-from hesse.estimation.gram import GramAccumulator
 from hesse.estimation.statistics.base import STATISTICS, InputAccumulator, InputStatistic
-from hesse.estimation.statistics.inputs import gram_of_all, input_gram
+from hesse.estimation.statistics.inputs import input_gram
+from hesse.estimation.sums import GramAccumulator
 from hesse.networks.attention import attention_received, tells_attention
 from hesse.networks.families import is_expert
 from hesse.networks.network import Block, Layer, Network
@@ -64,7 +64,7 @@ class _WeightedInputs:
             self._gram.add(flat.float() * weights.sqrt()[:, None])
 
     def value(self, processes: Processes) -> Gram | None:
-        return gram_of_all(self._gram, processes) if self._known else None
+        return self._gram.gram(processes) if self._known else None
 
 
 def position_weights(batches: Sequence[StreamBatch], block: Block, index: int) -> list[Tensor] | None:

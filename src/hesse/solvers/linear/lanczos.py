@@ -9,8 +9,7 @@ from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.linear.estimate import Estimate, mean_of
-from hesse.solvers.linear.stochastic import random_signs
+from hesse.solvers.linear.stochastic import Estimate, mean_of, random_signs
 
 FIRST_VECTORS = 16  # allocated at first
 
@@ -174,14 +173,11 @@ class _Walk:
             self.betas.append(0.0)
             return False
         self.betas.append(beta)
-        self._append(image / beta)
-        return True
-
-    def _append(self, vector: Tensor) -> None:
         if self._count == len(self._rows):  # doubled, so that vectors are copied once on average
             self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
-        self._rows[self._count] = vector
+        self._rows[self._count] = image / beta
         self._count += 1
+        return True
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Approximate eigenvalues (n,), their vectors in the basis as columns (n, n), and residual norms (n,)."""

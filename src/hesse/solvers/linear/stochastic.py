@@ -1,13 +1,35 @@
-"""Trace and diagonal of a curvature from its products with random vectors."""
+"""Trace and diagonal of a curvature from its products with random vectors, and the estimates that these give."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesse.curvature import Curvature
 from hesse.errors import OptionError
-from hesse.solvers.linear.estimate import Estimate, mean_of
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A mean over random probes: always read with its standard error."""
+
+    value: Tensor  # a scalar, or one value an entry
+    standard_error: Tensor  # of the same shape; infinite for one probe
+    samples: int
+
+    def __str__(self) -> str:
+        if self.value.ndim:
+            return f"{tuple(self.value.shape)} values from {self.samples} probes"
+        return f"{float(self.value):.4g} ± {float(self.standard_error):.2g} ({self.samples} probes)"
+
+
+def mean_of(samples: Tensor, offset: float = 0.0) -> Estimate:
+    """Return the estimate from `samples` (probes, ...), shifted by a part that is known exactly."""
+    count = len(samples)
+    error = samples.std(0) / count**0.5 if count > 1 else torch.full_like(samples[0], float("inf"))
+    return Estimate(samples.mean(0) + offset, error, count)
+
 
 TOGETHER = 8  # probes in one product
 
@@ -37,8 +59,7 @@ def hutch_plus_plus(curvature: Curvature, products: int = 33, seed: int = 0) -> 
     within = (basis.T.reshape(-1, *curvature.shape)).to(curvature.dtype)
     exact = float((within * curvature.matvec(within)).double().sum())
     signs = random_signs(curvature, products - 2 * third, seed + 1).double().reshape(-1, size)
-    outside = signs - (signs @ basis) @ basis.T
-    vectors = outside.reshape(-1, *curvature.shape).to(curvature.dtype)
+    vectors = (signs - signs @ basis @ basis.T).reshape(-1, *curvature.shape).to(curvature.dtype)
     return mean_of((vectors * curvature.matvec(vectors)).double().flatten(1).sum(1), exact)
 
 

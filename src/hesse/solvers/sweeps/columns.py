@@ -1,8 +1,10 @@
-"""Error feedback over the columns of one block on a CPU, compiled: tensor operations per column cost more."""
+"""Error feedback over columns: block by block, and within a block on a CPU by one compiled loop."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -95,3 +97,52 @@ def _walk(
                 add(held[k, :rows], error, -update[j, k])
         for j in range(last, width):
             work[j, top : top + rows] = held[j, :rows]
+
+
+# Replaces the columns [start, stop) by allowed values and fills their errors, given how an error reaches later columns.
+BlockWalk = Callable[[int, int, Tensor, Tensor], None]
+
+
+def sweep_blocks(work: Tensor, feedback: Tensor, block_size: int, walk: BlockWalk) -> None:
+    """Replace `work` (in, out) by allowed values, `block_size` columns at a time.
+
+    The error of column j takes feedback[j, k] times itself from every later column k: `walk` does so within a block,
+    one product for the whole block beyond it.
+    """
+    for start in range(0, len(work), block_size):
+        stop = min(start + block_size, len(work))
+        errors = torch.empty_like(work[start:stop])
+        walk(start, stop, errors, feedback[start:stop, start:stop])
+        work[stop:].addmm_(feedback[start:stop, stop:].T, errors, alpha=-1)
+
+
+def sweep_columns(work: Tensor, feedback: Tensor, block_size: int, allowed: Callable[[int, Tensor], Tensor]) -> None:
+    """Replace each column j of `work` (in, out), after the errors of those before it, by `allowed(j, column)`."""
+
+    def walk(start: int, stop: int, errors: Tensor, update: Tensor) -> None:
+        for j in range(start, stop):
+            found = allowed(j, work[j]).to(work.dtype)
+            torch.sub(work[j], found, out=errors[j - start])
+            work[j] = found
+            work[j + 1 : stop].addr_(update[j - start, j - start + 1 :], errors[j - start], alpha=-1)
+
+    sweep_blocks(work, feedback, block_size, walk)
+
+
+def walk_by_operations(block: ColumnBlock, first: int, last: int, grid: Grouped | None) -> None:
+    """Do what `walk` does by a few tensor operations a column, for weights of any type and any `grid`."""
+    # Unbound once, since indexing a row of a tensor costs as much as computing with it.
+    parts = ([None] * (last - first) if part is None else list(part[first:last]) for part in block)
+    allowed, codes = [], []
+    for j, (column, error, _, scale, zero_point, kept, update) in enumerate(zip(*parts, strict=True), first):
+        values = column if kept is None else column * kept
+        if grid is not None:
+            codes.append(grid.codes(values, scale, zero_point))
+            values = grid.values(codes[-1], scale, zero_point)
+        allowed.append(values)
+        left = len(block.work) - j - 1
+        torch.sub(column, values, out=error)
+        block.work.narrow(0, j + 1, left).addr_(update.narrow(0, j + 1, left), error, alpha=-1)
+    torch.stack(allowed, out=block.work[first:last])
+    if block.codes is not None:
+        block.codes[first:last] = torch.stack(codes)
