@@ -73,7 +73,7 @@ def test_the_output_factors_are_of_the_scored_tokens(
     """The last layer's input-free output gradients: behind the last block no hidden token has a gradient."""
     from hesse.checkpoints.tensor_store import TensorStore
     from hesse.data import read_samples
-    from hesse.formats.opening import open_networks
+    from hesse.formats import open_networks
     from hesse.networks.network import each_loaded
     from hesse.passes.backward import BackwardPass
     from hesse.passes.stream import advance, start
@@ -139,3 +139,15 @@ def test_targets_without_hidden_tokens_are_the_next_tokens() -> None:
     ids = torch.tensor(IDS)
     assert next_tokens(ids)[:, :-1].equal(ids[:, 1:])
     assert bool((next_tokens(ids)[:, -1] == -100).all())
+
+
+def test_measurements_are_of_the_scored_tokens(family_folder: FolderOf, tmp_path: Path) -> None:
+    """The samples are longer than the pieces that single layers are measured on, which are prompt alone."""
+    folder, options = family_folder("llama"), hesse.Options(bits=3, group_size=32)
+    ids = tiny_models.random_ids(1, 64)[0]
+    data = write(tmp_path / "a.jsonl", [{"input_ids": ids, "labels": [-100] * 60 + ids[60:]} for _ in range(32)])
+    report = hesse.compress(folder, tmp_path / "out", options=options, data=data, measure=True).report
+    assert report.measurements is not None
+    assert report.loss.measured == pytest.approx(
+        hesse.evaluate(tmp_path / "out", reference=folder, data=data, samples=report.loss.samples).report.kl, rel=1e-4
+    )
