@@ -167,8 +167,12 @@ def next_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
 
     Tokens that `hide_from_loss` hid are no targets.
     """
-    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], ignore_index)], dim=1)
-    return targets.masked_fill(targets < 0, ignore_index)
+    return torch.cat([scored_tokens(ids[:, 1:], ignore_index), torch.full_like(ids[:, :1], ignore_index)], dim=1)
+
+
+def scored_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return `ids` with `ignore_index` in place of the tokens that `hide_from_loss` hid."""
+    return ids.masked_fill(ids < 0, ignore_index)
 
 
 def hide_from_loss(ids: Tensor, scored: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Totals(ABC):
 
     @abstractmethod
     def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
-        """Add the `output` of a model whose `next_tokens` are `targets` (samples, tokens), and the reference's."""
+        """Add the `output` of a model that is to predict `targets` (samples, tokens), and the reference's."""
 
     @abstractmethod
     def quality(self) -> dict[str, float]:
@@ -52,14 +52,11 @@ class PredictionTotals(Totals):
     compared: bool = False  # with a reference
 
     def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
-        scored = targets[:, :-1].flatten() != IGNORED
-        labels = torch.split(targets[:, :-1].flatten()[scored], TOKENS_PER_STEP)
-        predicted = _scored_rows(output, scored)
-        dense: tuple[Tensor | None, ...] = (None,) * len(labels)
-        if reference is not None:
-            dense = _scored_rows(reference, scored)
-        for rows in zip(predicted, labels, dense, strict=True):
-            self._add(*rows)
+        labels, logits = targets.flatten(), output.flatten(0, 1)
+        dense = None if reference is None else reference.flatten(0, 1)
+        scored = (labels != IGNORED).nonzero().flatten()
+        for some in torch.split(scored, TOKENS_PER_STEP) if len(scored) else ():
+            self._add(logits[some], labels[some], None if dense is None else dense[some])
 
     def quality(self) -> dict[str, float]:
         loss = self.loss / self.tokens
@@ -106,12 +103,6 @@ class HiddenTotals(Totals):
             "hidden_relative_error": 2 * self.divergence / self.reference_square,
             "hidden_cosine": self.cosine / self.tokens,
         }
-
-
-def _scored_rows(output: Tensor, scored: Tensor) -> tuple[Tensor, ...]:
-    """Return the logits of all scored predictions, a few tokens at a time."""
-    rows = output[:, :-1].flatten(0, 1)
-    return torch.split(rows if bool(scored.all()) else rows[scored], TOKENS_PER_STEP)
 
 
 def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
