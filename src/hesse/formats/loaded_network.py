@@ -29,6 +29,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
 from hesse.networks.network import Block, Layer, forget
+from hesse.networks.output_form import OutputForm
 
 
 @contextmanager
@@ -69,7 +70,7 @@ class LoadedNetwork:
         self.model: PreTrainedModel = model.eval()
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
-        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
+        self.output_forms: list[OutputForm] | None = None  # settled when the first batch is recorded
         name, modules = find_blocks(model)
         self.blocks = [Block(f"{name}.{index}", module, ()) for index, module in enumerate(modules)]
         self._loading = LoadStateDictConfig(

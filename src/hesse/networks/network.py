@@ -20,6 +20,7 @@ from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build
 from hesse.networks.families import ROUTER_LAYERS
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
+from hesse.networks.output_form import OutputForm
 from hesse.networks.towers import towers
 
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
@@ -89,7 +90,7 @@ class Network(Blocks, Protocol):
     kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
-    blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
+    output_forms: list[OutputForm] | None = None  # of the blocks; settled when the first batch is recorded
 
     @property
     def layers(self) -> list[Layer]:
