@@ -237,6 +237,8 @@ def write(source: Path, rules: Rules, requested: str, folder: Path) -> Written:
         own = form.tensors(name, encoded, weight, bias)
         assert all(tensor.is_contiguous() for tensor in own.values())
         assert not own.keys() & tensors.keys()
+        described = {key: (tensor.shape, tensor.dtype) for key, tensor in form.stored(name).items()}
+        assert described == {k: (t.shape, t.dtype) for k, t in own.items() if not k.endswith("bias")}
         tensors.update(own)
         dense[f"{name}.weight"] = (weight.T if layer.transposed else weight).contiguous()
         sizes[name] = sum(tensor.nbytes for key, tensor in own.items() if not key.endswith("bias"))

@@ -13,15 +13,15 @@ from torch import Tensor
 import hesse
 import tiny_models
 from helpers import IDS, WEIGHTS, compress
-from hesse.errors import VerificationError
+from hesse.errors import OptionError, VerificationError
 from hesse.formats import open_checkpoint
 from hesse.jobs.loader_check import check_loads
 from hesse.networks.network import CheckpointNetwork
 
 
-def check(folder: Path) -> str | None:
+def check(folder: Path, source: Path) -> str | None:
     network = CheckpointNetwork(open_checkpoint(folder), torch.float32, torch.device("cpu"))
-    return check_loads(network, torch.tensor(IDS[:1]))
+    return check_loads(network, open_checkpoint(source), torch.tensor(IDS[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def copied(packed: Path, folder: Path, change: Callable[[dict[str, Tensor], dict
 def test_what_is_written_is_what_transformers_loads(name: str, tmp_path: Path) -> None:
     source = tiny_models.save(name, tmp_path / "dense")
     compress(source, tmp_path / "out", method="rtn", bits=4, group_size=32)
-    assert check(tmp_path / "out") is None
+    assert check(tmp_path / "out", source) is None
 
 
 def test_a_scheme_that_transformers_reads_otherwise_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_scheme_that_transformers_reads_otherwise_is_refused(packed: Path, tmp
         quantization["ignore"].append("re:.*layers[.]1[.]mlp[.]up_proj$")
 
     with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.up_proj.*nothing was put in place"):
-        check(copied(packed, tmp_path / "other", change))
+        check(copied(packed, tmp_path / "other", change), packed.parent / "dense")
 
 
 def test_a_tensor_that_transformers_does_not_read_is_refused_by_name(packed: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_tensor_that_transformers_does_not_read_is_refused_by_name(packed: Pat
         tensors["model.layers.0.mlp.up_proj.weight_of_another_program"] = torch.zeros(3)
 
     with pytest.raises(VerificationError, match=r"does not read model\.layers\.0\.mlp\.up_proj\.weight_of_another"):
-        check(copied(packed, tmp_path / "other", change))
+        check(copied(packed, tmp_path / "other", change), packed.parent / "dense")
 
 
 def test_other_hidden_states_are_refused_with_the_block(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_other_hidden_states_are_refused_with_the_block(packed: Path, monkeypatc
 
     monkeypatch.setattr(type(open_checkpoint(packed)), "read", otherwise)
     with pytest.raises(VerificationError, match=r"hidden states after model\.layers\.1 are others in transformers"):
-        check(packed)
+        check(packed, packed.parent / "dense")
 
 
 def test_a_refused_result_never_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,28 @@ def test_a_model_with_code_of_its_own_is_said_not_to_be_verified(tmp_path: Path)
 
 def test_pruned_models_are_loaded_by_transformers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[CheckpointNetwork] = []
-    monkeypatch.setattr("hesse.jobs.job.check_loads", lambda network, ids: checked.append(network))
+    monkeypatch.setattr("hesse.jobs.job.check_loads", lambda network, source, ids: checked.append(network))
     source = tiny_models.save("llama", tmp_path / "dense")
     hesse.prune(source, tmp_path / "out", what="hidden", keep=0.5, data=IDS)
     assert len(checked) == 1
+
+
+def test_what_would_not_load_is_known_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class whose `_init_weights` touches the weight of a packed layer cannot be loaded packed."""
+    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+    initialize = LlamaPreTrainedModel._init_weights
+
+    def touch(self: Any, module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data  # noqa: B018
+        initialize(self, module)
+
+    source = tiny_models.save("llama", tmp_path / "dense")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", touch)
+    report = compress(source, tmp_path / "out", method="rtn", bits=4, group_size=32)
+    assert report.format == "dense"
+    assert any("stored dense" in note and "no attribute 'weight'" in note for note in report.notes)
+    with pytest.raises(OptionError, match="pack-quantized weights of LlamaForCausalLM would not load: transformers"):
+        compress(source, tmp_path / "other", method="rtn", bits=4, group_size=32, format="pack-quantized")
+    assert not (tmp_path / "other").exists()

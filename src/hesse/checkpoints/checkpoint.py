@@ -35,6 +35,7 @@ class Checkpoint:
         self.config = read_json(folder / "config.json")
         self.shard_of = _shard_of(folder)
         check_config(folder, self.config, len(self.shard_of))
+        self.paths: dict[str, str] = {}  # the loader's name of each layer, by its name here, once a network is built
         self._header: dict[str, tuple[torch.dtype, torch.Size]] = {}
         by_shard: dict[str, list[str]] = {}
         for name, shard in self.shard_of.items():

@@ -70,6 +70,12 @@ class DenseFormat:
         tensors = {f"{name}.weight": stored.to(self.dtype(name)).contiguous()}
         return tensors if bias is None else {**tensors, f"{name}.bias": bias}
 
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors that `tensors` would return for a layer without a bias, on the meta device."""
+        layer = self.layers[name]
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        return {f"{name}.weight": torch.empty(shape, dtype=self.dtype(name), device="meta")}
+
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
         return dict(self.network.checkpoint.config)
@@ -80,4 +86,4 @@ class DenseFormat:
 
     def stored_bits(self, name: str) -> float:
         """Return the bits on disk per weight of a solved layer, with its scales, zero points and shapes."""
-        return torch.finfo(self.dtype(name)).bits
+        return 8 * sum(tensor.nbytes for tensor in self.stored(name).values()) / self.layers[name].shape.numel()

@@ -2,18 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import transformers
 from compressed_tensors.compressors import decompress_module
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,9 +26,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.generic import ContextManagers
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.errors import reason
 from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
 from hesse.networks.network import Block, Layer, forget
 from hesse.networks.output_form import OutputForm
@@ -44,6 +46,21 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
+class StoredTensors(Protocol):
+    """A folder with a config.json, and tensors by name."""
+
+    folder: Path
+
+    def stored_names(self) -> list[str]:
+        """Return the names of the tensors."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor."""
+
+
 class LoadedNetwork:
     """Network of the model that transformers makes of a folder, with no weights in memory until they are asked for.
 
@@ -54,10 +71,10 @@ class LoadedNetwork:
     Errors are transformers' own, of any kind.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         folder = checkpoint.folder
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         factory = getattr(transformers, config.architectures[0])
         stored = config.get_text_config().dtype or torch.float32
         quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})  # type: ignore[no-untyped-call]
@@ -105,17 +122,22 @@ class LoadedNetwork:
         """Return the largest number of tokens of a sample; None without a limit."""
         return input_limit(self.model, "config.json")
 
-    def unread(self) -> LoadStateDictInfo:
-        """Return what transformers misses in the folder, and does not expect there, by the files' headers alone."""
-        stored = self.checkpoint
+    def unmatched(self) -> dict[str, set[str]]:
+        """Return the tensors that transformers misses, or does not read, by names, shapes and types alone."""
+        stored, trial = self.checkpoint, copy.deepcopy(self.model)
         tensors = {
             name: torch.empty(stored.shape(name), dtype=stored.dtype(name), device="meta")
             for name in stored.stored_names()
         }
-        trial = copy.deepcopy(self.model)
         loading = replace(self._loading, device_map={"": "meta"})
         info, _ = convert_and_load_state_dict_in_model(trial, tensors, loading)
-        return type(trial)._finalize_model_loading(trial, loading, info)
+        info = type(trial)._finalize_model_loading(trial, loading, info)
+        return {
+            "has no tensor for": info.missing_keys,
+            "does not read": info.unexpected_keys,
+            "expects another shape of": {str(key[0]) for key in info.mismatched_keys},
+            "cannot convert": set(info.conversion_errors),
+        }
 
     def _place(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -151,20 +173,55 @@ class LoadedNetwork:
             for name, place in self._places.items()
             if (place.startswith(f"{prefix}.") if prefix else not place.startswith(blocks))
         ]
+        assert isinstance(self.checkpoint, Checkpoint)  # not one that is still to be written
         convert_and_load_state_dict_in_model(self.model, self.checkpoint.read_stored(names), self._loading)
         if not prefix:
             self.model.tie_weights()
         for child in self.model.modules():
             cast(Any, child)._is_hf_initialized = child not in own  # those with the mark keep their buffers
         for child in own:
-            for name, buffer in child._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    child._buffers[name] = torch.empty_like(buffer, device=self.device)
+            child._apply(self._off_meta, recurse=False)  # type: ignore[no-untyped-call]
         self.model.initialize_weights()  # type: ignore[no-untyped-call]
         for child in own:
             if isinstance(getattr(child, "quantization_scheme", None), QuantizationScheme):
                 decompress_module(child)  # from_pretrained leaves it to the model's first forward
             child._apply(self._in_dtype, recurse=False)  # type: ignore[no-untyped-call]
 
+    def _off_meta(self, tensor: Tensor) -> Tensor:
+        """Return room for a tensor that the files do not hold: transformers initializes it."""
+        return torch.empty_like(tensor, device=self.device) if tensor.is_meta else tensor
+
     def _in_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """True if only code that comes with the model can load it, which is never run here."""
+    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+
+
+def obstacle(written: StoredTensors, source: Checkpoint, device: torch.device) -> str | None:
+    """Return the reason why transformers does not load `written` whole; None if it does.
+
+    What transformers does not read, or misses, of the `source` either is no obstacle: layers that predict further
+    tokens, heads without weights.
+    """
+    with quiet():
+        try:
+            found = LoadedNetwork(written, torch.float32, device).unmatched()
+            if any(found.values()):
+                known = LoadedNetwork(source, torch.float32, device).unmatched()
+                tolerated = {(what, _unnumbered(name)) for what, names in known.items() for name in names}
+                found = {w: {n for n in names if (w, _unnumbered(n)) not in tolerated} for w, names in found.items()}
+        except Exception as error:  # transformers raises many kinds
+            return f"transformers {transformers.__version__} cannot build it: {reason(error)}"
+    for what, names in found.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"transformers {transformers.__version__} {what} {min(names)}{more}"
+    return None
+
+
+def _unnumbered(name: str) -> str:
+    """Return a tensor's name without its numbers: those of blocks change when blocks are removed."""
+    return re.sub(r"\d+", "#", name)

@@ -71,11 +71,12 @@ class LowRankFormat(PackedFormat):
         }
         return tensors if bias is None else {**tensors, f"{name}.1.bias": bias}
 
-    def stored_bits(self, name: str) -> float:
-        shape, rank = self.layers[name].shape, self._rank(name)
-        if rank is None:
-            return super().stored_bits(name)
-        return torch.finfo(self.dtype(name)).bits * rank * sum(shape) / shape.numel()
+    def stored(self, name: str) -> dict[str, Tensor]:
+        if (rank := self._rank(name)) is None:
+            return super().stored(name)
+        (rows, columns), dtype = self.layers[name].shape, self.dtype(name)
+        shapes = {f"{name}.0.weight": (rank, columns), f"{name}.1.weight": (rows, rank), f"{name}.weight": (0,)}
+        return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
 
     def config(self) -> dict[str, Any]:
         source, model = self.network.checkpoint.config, self.network.model

@@ -170,20 +170,30 @@ class PackedFormat(DenseFormat):
         packed = pack_to_int32(codes.contiguous(), self.grid(name).bits).contiguous()
         return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor(codes.shape)}
 
-    def stored_bits(self, name: str) -> float:
+    def stored(self, name: str) -> dict[str, Tensor]:
         if name not in self.packed:
-            return super().stored_bits(name)
+            return super().stored(name)
         layer = self.layers[name]
         grid, (rows, columns) = _grid_of(layer), layer.shape
-        length = rows if layer.transposed else columns
-        words = (columns if layer.transposed else rows) * math.ceil(length * grid.bits / 32)
-        groups = rows * grid.groups(columns)
-        scales = groups * torch.finfo(grid.dtype).bits
-        zeros = 0
+        scale = torch.empty(rows, grid.groups(columns), dtype=grid.dtype, device="meta")
+        codes = torch.empty(layer.shape, dtype=torch.int8, device="meta")
+        tensors = self.stored_codes(name, codes.T if layer.transposed else codes)
+        tensors[f"{name}.weight_scale"] = scale.T if layer.transposed else scale
         if not grid.symmetric:
+            words = (math.ceil(rows * grid.bits / 32), grid.groups(columns))
             block = self._scheme(layer)["strategy"] == "block"
-            zeros = 8 * groups if block else 32 * math.ceil(rows * grid.bits / 32) * grid.groups(columns)
-        return (32 * words + scales + zeros + 128) / layer.shape.numel()
+            like = tensors[f"{name}.weight_scale"]
+            zeros = like.to(torch.int8) if block else torch.empty(words, dtype=torch.int32, device="meta")
+            tensors[f"{name}.weight_zero_point"] = zeros
+        return tensors
+
+    def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of `codes` on the meta device, in the file's orientation."""
+        words = (codes.shape[0], math.ceil(codes.shape[1] * self.grid(name).bits / 32))
+        return {
+            f"{name}.weight_packed": torch.empty(words, dtype=torch.int32, device="meta"),
+            f"{name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta"),
+        }
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "quantization_config": self.quantization_config()}
@@ -256,11 +266,8 @@ class IntegerFormat(PackedFormat):
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         return {f"{name}.weight": codes.contiguous()}
 
-    def stored_bits(self, name: str) -> float:
-        if name not in self.packed:
-            return super().stored_bits(name)
-        groups = self.grid(name).groups(self.layers[name].shape[1]) / self.layers[name].shape[1]
-        return 8 + groups * torch.finfo(self.grid(name).dtype).bits
+    def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return {f"{name}.weight": codes.contiguous()}
 
 
 def _grid(layer: StoredLayer) -> Grid | None:

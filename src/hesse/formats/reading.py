@@ -196,11 +196,12 @@ class CompressedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no target selects the layer, or a pattern is not usable.
         """
+        path = self.paths.get(layer, layer)  # targets name modules of the class that loads
         for target, chosen in self._schemes.items():
             if target.startswith(PATTERN):
-                named = pattern_matches(self.folder, target.removeprefix(PATTERN), layer)
+                named = pattern_matches(self.folder, target.removeprefix(PATTERN), path)
             else:
-                named = _is_class(target) or target == layer or layer.endswith(f".{target}")
+                named = _is_class(target) or target == path or path.endswith(f".{target}")
             if named:
                 return chosen
         raise CheckpointError(f"{self.folder}/config.json has no scheme for {layer}, whose weight is quantised")

@@ -127,7 +127,7 @@ class Compression:
         }
         with job.clock.phase("verify"):
             written = CheckpointNetwork(open_checkpoint(job.folder), torch.float32, job.run.device)
-            job.check_loads(written, dense[0].ids)
+            job.check_loads(written, setup.original.checkpoint, dense[0].ids)
             loss = verify(
                 written,
                 setup.original,

@@ -183,12 +183,12 @@ class Job:
                 pass_through(network, batches, self.progress, phase)
                 for network, phase in ((result, "verify"), (dense, "dense model"))
             ]
-            self.check_loads(result, batches[0])
+            self.check_loads(result, dense.checkpoint, batches[0])
             return compare(result, passes[0], dense, passes[1], self.progress)
 
-    def check_loads(self, result: CheckpointNetwork, ids: Tensor) -> None:
+    def check_loads(self, result: CheckpointNetwork, source: Checkpoint, ids: Tensor) -> None:
         """Check that transformers makes of the result what Hesse reads, or note why it was not asked; see there."""
-        if (why := check_loads(result, ids)) is not None:
+        if (why := check_loads(result, source, ids)) is not None:
             self.notes.append(f"not verified by transformers: {why}")
 
     def phases(self) -> dict[str, float]:

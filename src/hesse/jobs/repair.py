@@ -189,7 +189,7 @@ class _Repair(Task[RepairReport]):
             before = CheckpointNetwork(pair.network.checkpoint, torch.float32, pair.dense.device)
             after = CheckpointNetwork(result, torch.float32, pair.dense.device)
             if self.request.format == "dense":
-                job.check_loads(after, flows[0].ids)
+                job.check_loads(after, pair.source, flows[0].ids)
             evaluations = (
                 read_back(before, pair.dense, flows, {}, job.progress),
                 read_back(after, pair.dense, flows, digests, job.progress),

@@ -15,6 +15,7 @@ from hesse.errors import OptionError
 from hesse.estimation import Statistics
 from hesse.estimation.statistics import STATISTICS, by_statistic, probe_tokens
 from hesse.formats import DenseFormat, StoredLayer, choose_format, open_networks
+from hesse.formats.planned import planned_obstacle
 from hesse.formats.targets import check_inputs, check_served
 from hesse.layerwise.rules import fitting, reads_inputs, rules_for, statistics_needed
 from hesse.methods.recipe import Recipe, Rule
@@ -154,11 +155,23 @@ def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]
 
 
 def _format(name: str, network: CheckpointNetwork, rules: dict[str, Rule | None]) -> DenseFormat:
-    """Return the format that stores every layer under its rule's constraint."""
+    """Return the format that stores every layer under its rule's constraint, and that transformers loads.
+
+    Raises:
+        OptionError: transformers would not load the requested format; with `auto` the weights are stored dense then.
+    """
     stored = []
     for layer in network.layers:
         constraint = fitting(rules[layer.name], layer.name, layer.weight.shape)
         rule = rules[layer.name]
         inputs = None if rule is None else rule.input_bits
         stored.append(StoredLayer(layer.name, layer.weight.shape, constraint, layer.transposed, inputs))
-    return choose_format(name, network, stored)
+    format = choose_format(name, network, stored)
+    why = planned_obstacle(format)
+    if why is None:
+        return format
+    if name != "auto" or type(format) is DenseFormat:
+        raise OptionError(f"{format.name} weights of {type(network.model).__name__} would not load: {why}")
+    dense = choose_format(DenseFormat.name, network, stored)
+    dense.notes.append(f"weights are stored dense, and take no less room: {why}")
+    return dense

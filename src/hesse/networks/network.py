@@ -132,6 +132,11 @@ class CheckpointNetwork(Network):
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
         self.sources = sources_of(self.model, checkpoint.names())
+        checkpoint.paths = {
+            source.removesuffix(".weight"): name.removesuffix(".weight")
+            for name, source in reversed(self.sources.items())
+            if name.endswith(".weight")
+        }
         name, blocks = find_blocks(self.model)
         self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
         self._check_complete(name)
