@@ -174,6 +174,7 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
     import hesse
     from hesse.errors import HesseError
     from hesse.formats import open_checkpoint
+    from hesse.networks.network import CheckpointNetwork
 
     model, out, ids = folder / "model", folder / "out", zoo_models.random_ids()
     options = hesse.Options(bits=8, group_size=16)
@@ -183,11 +184,13 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
         return {"error": " ".join(str(error).split()), "verdict": REFUSED if "\n" not in str(error) else TRACEBACK}
     found = _read_back(folder)
     checkpoint = open_checkpoint(out)
+    result = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu")).tensors
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read(checkpoint.names()).items()}
+    source = CheckpointNetwork(open_checkpoint(model), torch.float32, torch.device("cpu")).tensors
+    tensors = _as_in_model(source, result, tensors)
     shutil.copytree(model, folder / "dense", ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, folder / "dense" / "model.safetensors", metadata={"format": "pt"})
-    source = open_checkpoint(model)
-    before = source.read(source.names())
+    before = source.checkpoint.read(source.checkpoint.names())
     errors = {name: float((tensors[name] - w).norm() / w.norm()) for name, w in before.items() if _comparable(name, w)}
     found["worst_weight"] = max(errors, key=errors.__getitem__)
     found["decoding_error"] = errors[found["worst_weight"]]
@@ -200,6 +203,15 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
         }
     except Exception as error:
         found["evaluate_error"] = last_line(error)
+    return found
+
+
+def _as_in_model(source: Any, result: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that Hesse reads of the result under the names of the model's, where it stores others."""
+    found = {name: tensors[name] for name in source.checkpoint.names() if name in tensors}
+    for name in source.checkpoint.names():
+        if name not in found:
+            found |= source.joined(name, result.read(source.by_key[name]))
     return found
 
 
@@ -269,7 +281,18 @@ def _load(cls: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, di
 
 
 def _loss(model: PreTrainedModel, arguments: dict[str, Tensor]) -> float | None:
-    """The mean loss of next tokens over all samples; None for a model that takes more than ids, or has no head."""
+    """The mean loss of next tokens over all samples; None for a model that takes more than ids, or has no head.
+
+    An encoder-decoder predicts the ids that its encoder reads.
+    """
+    if model.config.is_encoder_decoder and "input_ids" in arguments and model.get_output_embeddings() is not None:
+        ids = torch.tensor(zoo_models.random_ids())
+        try:
+            with torch.no_grad():
+                logits = model(input_ids=ids, labels=ids).logits
+        except (AttributeError, TypeError, ValueError):  # it takes no labels, or has no first token
+            return None
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
     if set(arguments) != {"input_ids"} or model.get_output_embeddings() is None:
         return None
     ids = torch.tensor(zoo_models.random_ids())

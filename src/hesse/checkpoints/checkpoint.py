@@ -61,6 +61,10 @@ class Checkpoint:
         """Return the shape of the stored tensor `name`."""
         return self._entry(name)[1]
 
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors that the tensor `name` is read from."""
+        return (name,)
+
     def dense_shape(self, name: str) -> torch.Size | None:
         """Return the shape of the dense tensor `name` by the headers alone; None if they do not give it."""
         return self.shape(name)

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import tensor_entries
 
 
@@ -22,6 +21,24 @@ class TensorPlace(NamedTuple):
     size: int
 
 
+class TensorSource(Protocol):
+    """Tensors of a model folder, by name."""
+
+    @property
+    def folder(self) -> Path:
+        """Return the model folder."""
+
+    @property
+    def shard_of(self) -> dict[str, str]:
+        """Return the file of each stored tensor."""
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors that the tensor `name` is read from."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the tensors `names`."""
+
+
 class ReadAhead:
     """Reader of a checkpoint's tensors that fetches announced tensors in advance.
 
@@ -30,8 +47,8 @@ class ReadAhead:
     run that yet. A tensor that is announced but never read costs the reading.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, source: TensorSource, device: torch.device) -> None:
+        self.source = source
         self._thread = ThreadPoolExecutor(1, "read-ahead") if device.type == "cuda" else None
         self._pending: tuple[list[str], Future[dict[str, Tensor]]] | None = None
         self._places: dict[str, TensorPlace] | None = None
@@ -42,8 +59,8 @@ class ReadAhead:
         if self._thread is not None:
             self._pending = requested, self._thread.submit(self._read_pinned, requested)
             return
-        for name in requested:
-            place = self._place(name)
+        for key in dict.fromkeys(key for name in requested for key in self.source.keys(name)):
+            place = self._place(key)
             if place is not None:
                 _prefetch(place)
 
@@ -57,15 +74,15 @@ class ReadAhead:
         pending, self._pending = self._pending, None
         if pending is not None and pending[0] == requested:
             return pending[1].result()
-        return self.checkpoint.read(requested)
+        return self.source.read(requested)
 
     def _read_pinned(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: tensor.pin_memory() for name, tensor in self.checkpoint.read(names).items()}
+        return {name: tensor.pin_memory() for name, tensor in self.source.read(names).items()}
 
     def _place(self, name: str) -> TensorPlace | None:
         """Return the place of a tensor; None if it is decoded from other stored tensors."""
         if self._places is None:
-            shards = {self.checkpoint.folder / shard for shard in self.checkpoint.shard_of.values()}
+            shards = {self.source.folder / shard for shard in self.source.shard_of.values()}
             self._places = {name: place for path in shards for name, place in _places(path).items()}
         return self._places.get(name)
 

@@ -26,7 +26,7 @@ def continuations(
 
     Also returns notes: why there are no continuations, or why they are token ids. `step` is called after each model.
     """
-    stored = dense.checkpoint.dtype(f"{dense.layers[0].name}.weight")
+    stored = dense.tensors.dtype(f"{dense.layers[0].name}.weight")
     needed = sum(p.numel() for p in dense.model.parameters()) * stored.itemsize
     free = _free_memory(dense.device)
     if needed > MEMORY_SHARE * free:

@@ -76,7 +76,8 @@ class LayerwiseComparison:
     def __init__(
         self, network: CheckpointNetwork, compressed: Checkpoint, check: Samples, seen: Samples | None, folder: Path
     ) -> None:
-        self._network, self._compressed = network, compressed
+        self._network = network
+        self._compressed = CheckpointNetwork(compressed, torch.float32, network.device).tensors
         size = evaluation_batch(network, check.longest)
         few = [ids[: max(TOKENS_ALONE // len(check.ids), 2)] for ids in check.ids]
         self._dense = {

@@ -49,13 +49,15 @@ class PredictionTotals(Totals):
     agreement: int = 0
     top5_agreement: float = 0.0
     compared: bool = False  # with a reference
+    first: int = 1  # the first token that is predicted; a decoder that has an encoder predicts all
 
     def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        labels = torch.split(ids[:, 1:].flatten(), TOKENS_PER_STEP)
-        predicted = torch.split(output[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
+        labels = torch.split(ids[:, self.first :].flatten(), TOKENS_PER_STEP)
+        count = ids.shape[1] - self.first
+        predicted = torch.split(output[:, :count].flatten(0, 1), TOKENS_PER_STEP)
         dense: tuple[Tensor | None, ...] = (None,) * len(labels)
         if reference is not None:
-            dense = torch.split(reference[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
+            dense = torch.split(reference[:, :count].flatten(0, 1), TOKENS_PER_STEP)
         for rows in zip(predicted, labels, dense, strict=True):
             self._add(*rows)
 
@@ -118,4 +120,6 @@ def common_share(logits: Tensor, reference: Tensor, count: int) -> Tensor:
 
 def totals_of(network: Network) -> Totals:
     """Return empty totals for the outputs of a network of this kind."""
-    return HiddenTotals() if network.kind == "encoder" else PredictionTotals()
+    if network.kind == "encoder":
+        return HiddenTotals()
+    return PredictionTotals(first=0 if network.kind == "seq2seq-lm" else 1)

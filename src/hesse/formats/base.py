@@ -51,7 +51,7 @@ class DenseFormat:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a layer's weight in the checkpoint."""
-        return self.network.checkpoint.dtype(f"{name}.weight")
+        return self.network.tensors.dtype(f"{name}.weight")
 
     def constraint(self, name: str) -> Constraint | None:
         """Return the constraint to solve the layer `name` under; None leaves the layer unchanged."""
@@ -69,6 +69,10 @@ class DenseFormat:
         stored = weight.T if self.layers[name].transposed else weight
         tensors = {f"{name}.weight": stored.to(self.dtype(name)).contiguous()}
         return tensors if bias is None else {**tensors, f"{name}.bias": bias}
+
+    def stands_alone(self, name: str) -> bool:
+        """True if a layer is stored in tensors of its own where the checkpoint has it as a part of a larger one."""
+        return False
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """Return the tensors that `tensors` would return for a layer without a bias, on the meta device."""

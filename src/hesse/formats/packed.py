@@ -51,7 +51,8 @@ class PackedFormat(DenseFormat):
         self._modules = {layer.name: layer.module for layer in network.layers}
         paths = {module: path for path, module in network.model.named_modules()}
         self._paths = {name: paths[module] for name, module in self._modules.items()}  # a loader's names
-        quantised = [layer for layer in layers if _grid(layer) is not None]
+        self._wide = {x.name for x in layers if not network.tensors.loads_alone(f"{x.name}.weight")}
+        quantised = [layer for layer in layers if _grid(layer) is not None and layer.name not in self._wide]
         plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
         self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
         # One group size must fit all experts' widths, and all other layers' widths if these share one scheme.
@@ -59,7 +60,10 @@ class PackedFormat(DenseFormat):
         self._other_widths = {layer.shape[1] for layer in quantised if not layer.is_expert}
         super().__init__(network, layers)
         self.notes += [self._note(group, widths, names) for (group, widths), names in self._regrouped.items()]
-        self.packed = {name: layer for name, layer in self.layers.items() if _grid(layer) is not None}
+        self.packed = {
+            name: layer for name, layer in self.layers.items() if _grid(layer) is not None and name not in self._wide
+        }
+        self.notes += self._wide_notes()
         self._check_loadable()
 
     def _widths(self, layer: StoredLayer) -> set[int]:
@@ -71,7 +75,7 @@ class PackedFormat(DenseFormat):
     def _storable(self, layer: StoredLayer) -> StoredLayer:
         layer = super()._storable(layer)
         grid = _grid(layer)
-        if grid is None or grid.group_size == -1:
+        if grid is None or grid.group_size == -1 or layer.name in self._wide:
             return layer
         widths = self._widths(layer)
         common = math.gcd(grid.group_size, *widths)
@@ -93,6 +97,25 @@ class PackedFormat(DenseFormat):
             return f"{which}: groups of {common}, {reason}"
         return f"{which}: the last group of a row is narrower, {reason}; transformers loads that, vLLM does not"
 
+    def _wide_notes(self) -> list[str]:
+        """Return a note on the solved layers whose codes no loader reads."""
+        wide = [layer for layer in self.layers.values() if layer.name in self._wide and layer.constraint is not None]
+        experts = sum(layer.is_expert for layer in wide)
+        model_type = self.network.checkpoint.config.get("model_type")
+        notes = []
+        if experts:
+            notes.append(
+                f"{experts} expert matrices are stored at full width, rounded to the values of their codes: "
+                f"transformers reads no packed experts of {model_type}"
+            )
+        if len(wide) > experts:
+            first = next(layer.name for layer in wide if not layer.is_expert)
+            notes.append(
+                f"{len(wide) - experts} layers (first: {first}) are stored at full width, rounded to the values of "
+                f"their codes: transformers reads them only as parts of larger tensors in {model_type}"
+            )
+        return notes
+
     def _check_loadable(self) -> None:
         """Raise OptionError for layers that no loader supports."""
         if self.unpacks_while_loading and not LOADER_UNPACKS:
@@ -105,7 +128,7 @@ class PackedFormat(DenseFormat):
                 raise OptionError(f"{name}: its inputs cannot be rounded: {reason}; leave out --input-bits")
         experts = [layer for layer in self.packed.values() if layer.is_expert]
         others = [layer for layer in self.packed.values() if not layer.is_expert]
-        all_experts = [layer for layer in self.layers.values() if layer.is_expert]
+        all_experts = [layer for layer in self.layers.values() if layer.is_expert and layer.name not in self._wide]
         for layer in experts:
             if not _grid_of(layer).symmetric:
                 raise OptionError(f"{layer.name}: transformers cannot load asymmetric experts; use --symmetric")
@@ -204,8 +227,11 @@ class PackedFormat(DenseFormat):
         for layer in self.packed.values():
             schemes.setdefault(f"{self._scheme(layer)} {layer.input_bits}", []).append(layer)
         groups = [self._group(layers, alone=len(schemes) == 1) for layers in schemes.values()]
-        if any(layer.is_expert for layer in self.layers.values()) and not self._expert_widths:
+        if any(x.is_expert and x.name not in self._wide for x in self.layers.values()) and not self._expert_widths:
             groups.append(NO_EXPERTS)
+        if sum(any("experts" in target for target in group["targets"]) for group in groups) > 1:
+            # transformers gives the routed experts the first group that speaks of experts.
+            groups.sort(key=lambda group: not {EXPERTS, *NO_EXPERTS["targets"]} & set(group["targets"]))
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": self.layout,
@@ -240,12 +266,32 @@ class PackedFormat(DenseFormat):
         ]
         # Either all experts are packed or none, and there are too many to name each.
         patterns = [EXPERTS if is_expert(name) else self._pattern(name) if "." in name else name for name in linear]
-        return list(dict.fromkeys(patterns))
+        return list(dict.fromkeys([*patterns, *(rf"re:(.*\.)?{re.escape(x)}\..*" for x in self._unread())]))
+
+    def _unread(self) -> list[str]:
+        """Return the modules on disk that transformers does not build, such as heads that predict further tokens."""
+        tensors, built, found = self.network.tensors, set[str](), dict[str, None]()
+        for name in (*self.network.sources.values(), *(name for name, _ in self.network.model.named_modules())):
+            parts = name.split(".")
+            built |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        for key in tensors.unread:
+            parts = key.split(".")
+            if parts[-1] == "weight" and len(tensors.checkpoint.shape(key)) > 1:
+                ends = (".".join(parts[:length]) for length in range(1, len(parts)))
+                found[next((end for end in ends if end not in built), key.removesuffix(".weight"))] = None
+        prefix = f"{self.network.model.base_model_prefix}."
+        return [name.removeprefix(prefix) for name in found]
 
     def _pattern(self, name: str) -> str:
         """Return a regular expression for a layer's name, with or without the base model's prefix."""
         prefix = f"{self.network.model.base_model_prefix}."
-        return rf"re:(.*\.)?{re.escape(name.removeprefix(prefix))}$"
+        # Anything may come before, unless the name of a layer that transformers does not build could end in it.
+        lead = rf"({re.escape(prefix)})?" if self._unread() else r"(.*\.)?"
+        return rf"re:{lead}{re.escape(name.removeprefix(prefix))}$"
+
+    def stands_alone(self, name: str) -> bool:
+        # transformers makes separate modules of Llama 4's experts wherever it finds a quantization config.
+        return name in self.packed or self.network.tensors.becomes_modules(f"{name}.weight")
 
 
 class IntegerFormat(PackedFormat):

@@ -19,9 +19,14 @@ class PlannedCheckpoint:
         (folder / "config.json").write_text(json.dumps(format.config()), encoding="utf-8")
         source: Checkpoint = format.network.checkpoint
         self._tensors = {name: (source.shape(name), source.dtype(name)) for name in source.stored_names()}
+        tensors = format.network.tensors
         for name, layer in format.layers.items():
-            if layer.constraint is not None:
-                del self._tensors[f"{name}.weight"]
+            keys = tensors.keys(f"{name}.weight")
+            parts = [part.removesuffix(".weight") for part in tensors.by_key[keys[0]]]
+            alone = any(format.stands_alone(part) for part in parts)
+            if alone or (layer.constraint is not None and tensors.is_stored(f"{name}.weight")):
+                for key in keys:
+                    self._tensors.pop(key, None)
                 self._tensors |= {key: (meta.shape, meta.dtype) for key, meta in format.stored(name).items()}
 
     def stored_names(self) -> list[str]:

@@ -59,7 +59,7 @@ def open_networks(model: Path, device: torch.device) -> tuple[Checkpoint, Checkp
 
 def _compute_dtype(checkpoint: Checkpoint, network: CheckpointNetwork, device: torch.device) -> torch.dtype:
     """Return the weights' own type if the device multiplies it fast, else float32."""
-    stored = checkpoint.dtype(f"{network.layers[0].name}.weight")
+    stored = network.tensors.dtype(f"{network.layers[0].name}.weight")
     if device.type == "cuda":
         return stored
     native = torch.cpu.get_capabilities()

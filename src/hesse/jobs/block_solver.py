@@ -62,11 +62,33 @@ class BlockSolver:
             if self.setup.rules.get(layer.name) is not None:
                 tensors.update(self.solve_layer(layer, statistics, result))
         with self.clock.phase("write"):
-            for name in self.setup.network.stored_in(block):
-                layer_name, _, kind = name.rpartition(".")
-                if layer_name not in result.digests or kind not in ("weight", "bias"):
-                    tensors.update(self.setup.checkpoint.read_stored([name]))
+            for key in self.setup.network.stored_in(block):
+                layer_name, _, kind = key.rpartition(".")
+                if len(self._parts(key)) == 1 and layer_name in result.digests and kind in ("weight", "bias"):
+                    continue
+                self._add_stored(key, tensors, result)
         return result, tensors
+
+    def _parts(self, key: str) -> list[str]:
+        """Return the dense tensors that the stored tensor `key`, and others that are converted with it, consist of."""
+        sources = self.setup.network.tensors
+        return [key] if sources.is_stored(sources.by_key[key][0]) else sources.by_key[key]
+
+    def _add_stored(self, key: str, tensors: dict[str, Tensor], result: BlockResult) -> None:
+        """Add the stored tensor `key`, or if solved layers are parts of it, what takes its place."""
+        if key in tensors:
+            return
+        sources, format = self.setup.network.tensors, self.setup.format
+        layers = {name: name.removesuffix(".weight") for name in self._parts(key) if name.endswith(".weight")}
+        solved = [name for name, layer in layers.items() if layer in result.digests]
+        if any(format.stands_alone(layer) for layer in layers.values()):
+            written = {name for name in tensors if name in self._parts(key)}
+            missing = [name for name in self._parts(key) if name not in solved and name not in written]
+            tensors.update(sources.read(missing))
+        elif solved and not sources.is_stored(solved[0]):
+            tensors.update(sources.joined(key, {name: tensors.pop(name) for name in solved}))
+        else:
+            tensors.update(self.setup.checkpoint.read_stored([key]))
 
     def solve_layer(self, layer: Layer, statistics: LayerStatistics, result: BlockResult) -> dict[str, Tensor]:
         """Solve one layer, set its weight to the solution, and return the tensors to write for it."""

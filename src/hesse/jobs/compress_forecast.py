@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.estimation.calibrated import LayerStatistics
 from hesse.jobs.block_solver import BlockResult, BlockSolver
 from hesse.jobs.forecast import Work, forecast, tokens_of
@@ -15,7 +14,7 @@ from hesse.jobs.memory import fit_memory, waiting_bytes
 from hesse.jobs.setup import Setup
 from hesse.layerwise.rules import statistics_needed
 from hesse.methods import Recipe
-from hesse.networks.network import Layer
+from hesse.networks.network import CheckpointNetwork, Layer
 from hesse.planning.budget import Budget, BudgetRequest
 from hesse.progress import Clock
 from hesse.result import ForecastReport
@@ -31,7 +30,8 @@ def forecast_compression(job: Job, setup: Setup, request: Recipe | BudgetRequest
     layers = {x.name: x.weight.shape for x in setup.network.layers if setup.rules[x.name] is not None}
     size = checkpoint.stored_bytes
     for name, shape in layers.items():
-        size += int(shape.numel() * (setup.format.stored_bits(name) / 8 - checkpoint.dtype(f"{name}.weight").itemsize))
+        before = setup.network.tensors.dtype(f"{name}.weight").itemsize
+        size += int(shape.numel() * (setup.format.stored_bits(name) / 8 - before))
 
     def solve(layer: Layer, statistics: LayerStatistics) -> object:
         known = LayerStatistics({**statistics, **_unit_statistics(setup, layer)})
@@ -42,7 +42,7 @@ def forecast_compression(job: Job, setup: Setup, request: Recipe | BudgetRequest
     if not timed:
         notes.append("the time to solve layers by gradients of samples is not part of the estimate")
     if isinstance(request, BudgetRequest):
-        size = _planned_bytes(checkpoint, request.budget, layers)
+        size = _planned_bytes(setup.network, request.budget, layers)
         notes.append("the time to plan, which solves every layer for each choice, is not part of the estimate")
     job.notes = list(setup.notes)
     probed = 0 if setup.statistics is not None else tokens_of(setup.probes)
@@ -62,13 +62,14 @@ def forecast_compression(job: Job, setup: Setup, request: Recipe | BudgetRequest
     return replace(report, memory_bytes=fits.bound, method=setup.recipe.method)
 
 
-def _planned_bytes(checkpoint: Checkpoint, budget: Budget, layers: Mapping[str, torch.Size]) -> int:
+def _planned_bytes(network: CheckpointNetwork, budget: Budget, layers: Mapping[str, torch.Size]) -> int:
     """Return the most bytes that a budget for `layers`, shapes by name, allows."""
+    checkpoint = network.checkpoint
     if budget.size is not None:
         return budget.bytes_of(checkpoint.file_bytes)
     if budget.bits is None:
         return checkpoint.file_bytes
-    dense = sum(shape.numel() * checkpoint.dtype(f"{name}.weight").itemsize for name, shape in layers.items())
+    dense = sum(shape.numel() * network.tensors.dtype(f"{name}.weight").itemsize for name, shape in layers.items())
     return checkpoint.stored_bytes - dense + int(sum(shape.numel() for shape in layers.values()) * budget.bits / 8)
 
 

@@ -151,7 +151,12 @@ class Compression:
         after, before = open_checkpoint(job.folder), setup.original.checkpoint
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
-        copied = [x for x in setup.checkpoint.stored_names() if x.removesuffix(".weight") not in self.result.digests]
+        by_key, digests = setup.network.tensors.by_key, self.result.digests
+        copied = [
+            key
+            for key in setup.checkpoint.stored_names()
+            if not any(name.removesuffix(".weight") in digests for name in by_key.get(key, [key]))
+        ]
         job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes, *job.notes]
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, loss),

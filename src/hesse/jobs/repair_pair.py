@@ -55,7 +55,7 @@ class Pair:
         Raises:
             OptionError: the second is no approximation of the first.
         """
-        read = ((self.source, self.twins[layer.name]), (self.network.checkpoint, layer.name))
+        read = ((self.source, self.twins[layer.name]), (self.network.tensors, layer.name))
         stored = [checkpoint.read([f"{name}.weight"])[f"{name}.weight"] for checkpoint, name in read]
         wanted, present = ((x.T if layer.transposed else x).to(self.network.device).float() for x in stored)
         if not (wanted - present).square().sum() <= wanted.square().sum():

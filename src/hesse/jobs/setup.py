@@ -146,7 +146,7 @@ def _rules(network: CheckpointNetwork, recipe: Recipe) -> dict[str, Rule | None]
     """Return the rule of each linear layer of the blocks; None for unchanged layers."""
 
     def read(layer: Layer) -> Tensor:
-        stored = network.checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
+        stored = network.tensors.read([f"{layer.name}.weight"])[f"{layer.name}.weight"]
         return stored.T if layer.transposed else stored
 
     shapes = {layer.name: layer.weight.shape for layer in network.layers}

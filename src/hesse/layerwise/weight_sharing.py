@@ -68,7 +68,7 @@ class SharedWeights:
                 raise OptionError(f"{layer.name}: no sample reached it, so that it cannot be made of another layer")
             gram, target = statistics.gram, layer.weight.float()
             solution = self._solve(layer, self._weight(twins[layer]), gram, solver)
-            stored = solution.to(self.network.checkpoint.dtype(f"{layer.name}.weight"))
+            stored = solution.to(self.network.tensors.dtype(f"{layer.name}.weight"))
             layer.replace(stored.to(solution))
             weights[f"{layer.name}.weight"] = (stored.T if layer.transposed else stored).contiguous().cpu()
             errors.append((gram.quadratic(stored.float() - target), gram.quadratic(target)))
@@ -93,7 +93,7 @@ class SharedWeights:
 
     def _weight(self, layer: Layer) -> Tensor:
         """Return a layer's dense weight (out, in), from disk."""
-        stored = self.network.checkpoint.read([f"{layer.name}.weight"])[f"{layer.name}.weight"].float()
+        stored = self.network.tensors.read([f"{layer.name}.weight"])[f"{layer.name}.weight"].float()
         return (stored.T if layer.transposed else stored).to(self.network.device)
 
 

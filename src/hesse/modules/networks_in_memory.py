@@ -24,7 +24,7 @@ from hesse.estimation.statistics import (
     needs_samples,
     probe_tokens,
 )
-from hesse.networks.families import ROUTER_LAYERS
+from hesse.networks.families import ROUTERS
 from hesse.networks.module_network import ModuleBatch, ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.per_sample import FisherKind, GradientPass
@@ -64,7 +64,7 @@ class TokenStream:
     def layers_in_blocks(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Layer]:
         """Return the layers inside the model's blocks, without routers: those that are compressed on disk."""
         inside = ModuleNetwork(model, layers).layers
-        return [layer for layer in inside if layer.name.rpartition(".")[2] not in ROUTER_LAYERS]
+        return [layer for layer in inside if not any(part in ROUTERS for part in layer.name.split("."))]
 
     def loss(self) -> float:
         """Return the mean loss of the samples that the result is measured on."""

@@ -11,8 +11,9 @@ from typing import Any
 
 # --- names of layers -------------------------------------------------------------------------------------------------
 
-# Linear layers that route tokens to experts: a few thousand weights that no loader supports in quantised form.
-ROUTER_LAYERS = ("gate", "router", "shared_expert_gate")
+# Modules that route tokens to experts, and what they consist of: a few thousand weights that no loader supports in
+# quantised form.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 # Names of an expert's gate, up and down projections in the checkpoint.
 EXPERT_LAYERS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -37,7 +38,7 @@ FEED_FORWARD_LAYERS = (
 
 def is_expert(layer: str) -> bool:
     """True if the layer of that name is one matrix of one expert."""
-    return ".experts." in layer
+    return expert_number(layer) is not None
 
 
 def expert_number(layer: str) -> str | None:

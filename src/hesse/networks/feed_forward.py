@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hesse.errors import UnsupportedModelError
 from hesse.networks.architecture import build
+from hesse.networks.experts import unfuse
 from hesse.networks.families import CONFIG_WIDTHS, EXPERT_LAYERS, FEED_FORWARD_LAYERS
 from hesse.networks.network import Block, CheckpointNetwork, Layer
+from hesse.networks.sources import Names
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ def _widths(network: CheckpointNetwork, settings: Mapping[str, int], readers: Se
     changed.config = {**network.checkpoint.config, **settings}
     try:
         model = build(changed)
+        unfuse(model, Names(model).expert_names)
     except UnsupportedModelError:  # settings that contradict each other
         return [-1 for _ in readers]
     return [Layer(name, model.get_submodule(name)).weight.shape[1] for name in readers]

@@ -14,15 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.read_ahead import ReadAhead
-from hesse.errors import CheckpointError, DataError
+from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
-from hesse.networks.architecture import build
-from hesse.networks.families import ROUTER_LAYERS
-from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of, sources_of
+from hesse.networks.architecture import build, unfilled_buffers
+from hesse.networks.encoder_decoder import DecoderEntry
+from hesse.networks.experts import LinearExperts
+from hesse.networks.families import ROUTERS
+from hesse.networks.layout import NetworkKind, find_stacks, input_limit, kind_of
 from hesse.networks.output_form import OutputForm
+from hesse.networks.sources import Sources, check_shape
 from hesse.networks.towers import towers
 
+SMALLEST = 16  # rows and columns of a layer that is compressed
 TRIMMED_BYTES = 1 << 24  # a block of at least this size is worth the milliseconds that trimming the allocator takes
 
 Places = dict[str, tuple[nn.Module, str]]  # by full name: a parameter's or buffer's module, and its name there
@@ -37,6 +41,7 @@ class Layer:
 
     name: str
     module: nn.Module
+    path: str = ""  # of the module in the model that transformers loads; of an expert's matrix: of all experts
 
     @property
     def weight_name(self) -> str:
@@ -98,11 +103,29 @@ class Network(Blocks, Protocol):
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
+    def decoder_entry(self) -> int | None:
+        """Return the number of the block between an encoder's and a decoder's; None for one list of blocks."""
+        entries = (n for n, block in enumerate(self.blocks) if isinstance(block.module, DecoderEntry))
+        return next(entries, None)
+
+    @property
     def input_limit(self) -> int | None:
         """Return the largest number of tokens of a sample; None without a limit."""
 
     def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
         """Return a context in which everything except the blocks is in memory."""
+
+
+def list_blocks(model: PreTrainedModel, block: Callable[[str, nn.Module], Block]) -> list[Block]:
+    """Return the blocks of a model, each made by `block` of its name and module, in the order of its forward.
+
+    Between an encoder's blocks and a decoder's stands a block without layers, a DecoderEntry.
+    """
+    stacks = [[block(f"{name}.{i}", module) for i, module in enumerate(own)] for name, own in find_stacks(model)]
+    first, *others = stacks
+    for other in others:
+        first += [Block("the decoder's entry", DecoderEntry(), ()), *other]
+    return first
 
 
 def each_loaded(network: Blocks, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Block]]:
@@ -125,21 +148,21 @@ class CheckpointNetwork(Network):
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self._reader = ReadAhead(checkpoint, device)
         self._passed = -1  # the block that was loaded last
         self._holders: list[CheckpointNetwork] = []  # networks of the same modules that have weights in memory now
         self.model = build(checkpoint)
+        self.tensors = Sources(checkpoint, self.model)
+        self._reader = ReadAhead(self.tensors, device)
         self.kind = kind_of(self.model)
         self.gradients_off = torch.inference_mode  # faster than no_grad
-        self.sources = sources_of(self.model, checkpoint.names())
+        self.sources = self.tensors.names
         checkpoint.paths = {
             source.removesuffix(".weight"): name.removesuffix(".weight")
             for name, source in reversed(self.sources.items())
             if name.endswith(".weight")
         }
-        name, blocks = find_blocks(self.model)
-        self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
-        self._check_complete(name)
+        self.blocks = list_blocks(self.model, self._block)
+        self._check_complete()
         for path, module in self.model.named_modules():
             source = self.sources.get(f"{path}.weight", "")
             rounding = checkpoint.input_rounding(source.removesuffix(".weight"))
@@ -156,27 +179,39 @@ class CheckpointNetwork(Network):
         return other
 
     def _block(self, name: str, module: nn.Module) -> Block:
-        layers = [
-            Layer(self.sources.get(f"{name}.{child}.weight", f"{name}.{child}.weight").removesuffix(".weight"), linear)
-            for child, linear in module.named_modules()
-            if isinstance(linear, nn.Linear | Conv1D) and child.rpartition(".")[2] not in ROUTER_LAYERS
-        ]
+        layers, path = [], name
+        for child, linear in module.named_modules(prefix=name):
+            if isinstance(linear, LinearExperts):
+                path = child
+            if not isinstance(linear, nn.Linear | Conv1D):
+                continue
+            tensor = self.sources.get(f"{child}.weight", f"{child}.weight").removesuffix(".weight")
+            layer = Layer(tensor, linear, path if child.startswith(f"{path}.") and path != name else child)
+            if reason_to_leave(child.removeprefix(f"{name}."), layer.weight.shape) is None:
+                layers.append(layer)
         return Block(name, module, tuple(layers))
 
-    def _check_complete(self, blocks: str) -> None:
-        for name, parameter in self.model.named_parameters():
+    def _check_complete(self) -> None:
+        blocks = tuple(f"{block.name}." for block in self.blocks)
+        for name, _ in self.model.named_parameters():
             source = self.sources.get(name)
-            if source is not None and (stored := self.checkpoint.dense_shape(source)) is not None:
-                _check_shape(source, stored, parameter.shape)
-            if source is None and name.startswith(f"{blocks}."):
+            if source is None and name.startswith(blocks):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
                     "incomplete, or transformers converts this architecture in a way that Hesse does not support"
                 )
 
+        empty = [name for name in unfilled_buffers(self.model) if name not in self.sources]
+        if empty:
+            raise UnsupportedModelError(
+                f"transformers computes no values for the buffer {empty[0]} of {type(self.model).__name__}, and "
+                f"{self.checkpoint.folder} has no tensor for it: a newer transformers may"
+            )
+
     def stored_in(self, block: Block) -> list[str]:
         """Return the checkpoint's names of the tensors of a block."""
-        return list(dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}.")))
+        names = dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}."))
+        return list(dict.fromkeys(key for name in names for key in self.tensors.keys(name)))
 
     @property
     def input_limit(self) -> int | None:
@@ -193,6 +228,10 @@ class CheckpointNetwork(Network):
 
         During the computation the next block is read from disk: blocks are expected in order, in either direction.
         """
+        if isinstance(block.module, DecoderEntry):
+            with self.surroundings():
+                yield block.module
+            return
         with self._holding_weights(block.name, block.module, block.name):
             self._announce_next(block)
             yield block.module
@@ -227,7 +266,7 @@ class CheckpointNetwork(Network):
         with _empty(towers(self.model).values(), self.device) as absent:
             inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
             inside |= absent
-            outside = self.model if self.kind == "causal-lm" else self.model.base_model
+            outside = self.model.base_model if self.kind == "encoder" else self.model
             prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
             with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
                 yield self.model
@@ -267,7 +306,7 @@ class CheckpointNetwork(Network):
         for full, (child, name) in places.items():
             source = self.sources[full]
             value = tensors[source]
-            _check_shape(source, value.shape, getattr(child, name).shape)
+            check_shape(source, value.shape, getattr(child, name).shape)
             value = value.to(self.device, non_blocking=True)
             if value.is_floating_point():
                 if not all_finite(value):
@@ -286,12 +325,16 @@ class CheckpointNetwork(Network):
                     child._buffers[name] = buffer.to(self.device)
 
 
-def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"{name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}: "
-            "config and weights do not belong together"
-        )
+def reason_to_leave(child: str, shape: torch.Size) -> str | None:
+    """Return the reason why the linear layer `child` of a block stays unchanged; None if it may be compressed.
+
+    `child` is its name in the block, and `shape` that of its weight.
+    """
+    if any(part in ROUTERS for part in child.split(".")):
+        return "it routes tokens to experts"
+    if min(shape) < SMALLEST:
+        return f"it has fewer than {SMALLEST} rows or columns"
+    return None
 
 
 @contextmanager

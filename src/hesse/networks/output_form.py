@@ -1,10 +1,24 @@
 """Form of what a block returns, so that a stub can return as much in its place."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Element:
+    """Tensor that a block returns beside hidden states."""
+
+    shape: torch.Size  # of one sample
+    dtype: torch.dtype
+    argument: str | None = None  # the block's argument that it is
+    constant: bool = False  # it is the same for all hidden states of a shape
+
+    def zeros(self, hidden: Tensor) -> Tensor:
+        """Return zeros of the shape for the samples of `hidden`."""
+        zeros = torch.zeros(self.shape, dtype=self.dtype, device=hidden.device)
+        return zeros.expand(len(hidden), *zeros.shape[1:]) if zeros.shape[:1] == (1,) else zeros
 
 
 @dataclass(frozen=True)
@@ -12,22 +26,4 @@ class OutputForm:
     """What a block returns: hidden states alone, or first in a tuple with `rest`."""
 
     is_tuple: bool
-    rest: tuple[tuple[torch.Size, torch.dtype] | None, ...] = ()  # of one sample; None for what is no tensor
-
-    @classmethod
-    def of(cls, output: Any) -> "OutputForm":
-        """Return the form of what a block returned for one sample."""
-        if not isinstance(output, tuple | list):
-            return cls(False)
-        rest = (x if isinstance(x, Tensor) else None for x in output[1:])
-        return cls(True, tuple(None if x is None else (x.shape, x.dtype) for x in rest))
-
-    def zeros(self, hidden: Tensor) -> list[Tensor | None]:
-        """Return zeros in the place of `rest` for the samples of `hidden`."""
-        made: list[Tensor | None] = []
-        for entry in self.rest:
-            zeros = None if entry is None else torch.zeros(entry[0], dtype=entry[1], device=hidden.device)
-            if zeros is not None and zeros.shape[:1] == (1,):
-                zeros = zeros.expand(len(hidden), *zeros.shape[1:])
-            made.append(zeros)
-        return made
+    rest: tuple[Element | None, ...] = ()  # None for what is no tensor

@@ -5,11 +5,9 @@ import re
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hesse.networks.families import ROUTER_LAYERS
-from hesse.networks.network import Network
+from hesse.networks.network import Network, reason_to_leave
 from hesse.networks.towers import linear_weights, towers
 
-ROUTES = "it routes tokens to experts"
 TOGETHER = "all experts of a block in one tensor"
 OUTSIDE = "outside the repeated blocks"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -33,8 +31,9 @@ def unchanged_notes(network: Network) -> list[str]:
         if module in apart or module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            routes = name.rpartition(".")[2] in ROUTER_LAYERS
-            key = _NUMBER.sub("*", name), ROUTES if routes else OUTSIDE
+            block = next((b.name for b in network.blocks if name.startswith(f"{b.name}.")), None)
+            why = None if block is None else reason_to_leave(name.removeprefix(f"{block}."), module.weight.shape)
+            key = _NUMBER.sub("*", name), why or OUTSIDE
             groups.setdefault(key, []).append(module.weight.numel())
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and "xpert" in type(module).__name__:

@@ -150,7 +150,8 @@ class BackwardPass:
             noise = self._noise(ids, generator)
             return (output * noise.to(output.device)).sum(), output.shape[0] * output.shape[1]
         loss = CrossEntropy()
-        labels = loss.sample_targets(output, next_tokens(ids), generator)
+        wanted = ids if self.network.kind == "seq2seq-lm" else next_tokens(ids)
+        labels = loss.sample_targets(output, wanted, generator)
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
 
     def _noise(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:

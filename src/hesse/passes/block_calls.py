@@ -2,25 +2,30 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from hesse.errors import HesseError, UnsupportedModelError, reason
+from hesse.networks.encoder_decoder import decoder_inputs
 from hesse.networks.network import Network
-from hesse.networks.output_form import OutputForm
+from hesse.networks.output_form import Element, OutputForm
 from hesse.networks.towers import without_cache
 from hesse.passes.block_state import Key, Shared
 
 RETURNED = "returned"
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+ENCODED = "encoder_hidden_states"  # the argument of a decoder's blocks
 Call = dict[str, Any]  # keyword arguments of a block
 Calls = list[Call | None]  # of each block; None for one that the model does not call
+Constants = dict[tuple[int, torch.Size], tuple[Any, ...]]  # by block and shape of the ids: what it returns, if constant
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,13 @@ class Returned:
         return RETURNED, self.block, self.element
 
 
-def run_block(module: nn.Module, index: int, calls: Calls, hidden: Tensor, shared: Shared) -> tuple[Tensor, Shared]:
+def run_block(
+    module: nn.Module, index: int, calls: Calls, hidden: Tensor, shared: Shared, more: Mapping[str, Tensor] = NOTHING
+) -> tuple[Tensor, Shared]:
     """Return the hidden states behind block `index`, which is `module`, and the tensors that blocks share then.
 
-    Mappings among the arguments, in which blocks leave tensors for later ones, are copied for each run.
+    `more` are further arguments. Mappings among the arguments, in which blocks leave tensors for later ones, are copied
+    for each run.
     """
     call = calls[index]
     if call is None:
@@ -47,7 +55,7 @@ def run_block(module: nn.Module, index: int, calls: Calls, hidden: Tensor, share
     if not torch.is_inference_mode_enabled():  # where autograd may keep them
         shared = {key: value.clone() if value.is_inference() else value for key, value in shared.items()}
     arguments = {name: _filled(name, value, shared) for name, value in call.items()}
-    result = module(hidden, **arguments)
+    result = module(hidden, **arguments, **more)
     passed = {key: value for key, value in shared.items() if key[0] == RETURNED and _is_read(key, calls, index)}
     for name, value in arguments.items():
         if isinstance(value, MutableMapping):
@@ -108,9 +116,11 @@ def _is_read(key: Key, calls: Calls, index: int) -> bool:
 class CallRecorder:
     """Stub of all blocks that passes hidden states on unchanged, and records the arguments of each block."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, constants: Constants, shape: torch.Size) -> None:
         self.calls: Calls = [None] * len(network.blocks)
-        self.first: Tensor | None = None  # the hidden states before all blocks
+        self.first: dict[int, Tensor] = {}  # the hidden states before each list of blocks, by its first block called
+        self.encoded = torch.Size()  # the shape of the encoder's states that a decoder reads
+        self._network, self._constants, self._shape = network, constants, shape
         self._model = type(network.model).__name__
         self._made: list[tuple[Tensor, Returned]] = []
 
@@ -120,11 +130,13 @@ class CallRecorder:
         Raises:
             UnsupportedModelError: the model does more between its blocks than to call one after the other.
         """
-        if self.first is None:
-            self.first = hidden
-        elif hidden.shape != self.first.shape:
+        entry = self._network.decoder_entry
+        inside = entry is not None and index > entry
+        begin = next((number for number in self.first if (entry is not None and number > entry) == inside), index)
+        first = self.first.setdefault(begin, hidden)
+        if hidden.shape != first.shape:
             raise UnsupportedModelError(f"the blocks of {self._model} change the shape of their input")
-        elif hidden is not self.first and not (hidden.dtype == self.first.dtype and torch.equal(hidden, self.first)):
+        if hidden is not first and not (hidden.dtype == first.dtype and torch.equal(hidden, first)):
             raise UnsupportedModelError(
                 f"{self._model} changes hidden states between its blocks, which a pass over blocks cannot repeat"
             )
@@ -133,9 +145,28 @@ class CallRecorder:
                 f"{self._model} calls its blocks several times for the same tokens, which a pass over blocks cannot "
                 "repeat: call hesse.compress from Python with the module"
             )
+        self._fill_constants(index, hidden, call, rest)
+        if inside:
+            if not isinstance(call.get(ENCODED), Tensor):
+                raise UnsupportedModelError(f"the decoder's blocks of {self._model} take no {ENCODED}")
+            self.encoded = call.pop(ENCODED).shape
         self.calls[index] = {name: self._described(value) for name, value in call.items()}
-        self._made += [(value, Returned(index, n)) for n, value in enumerate(rest) if value is not None]
         return hidden
+
+    def _fill_constants(self, index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> None:
+        """Put arguments that the block passes on, and what it returns for any hidden states, into `rest`."""
+        assert self._network.output_forms is not None
+        for number, element in enumerate(self._network.output_forms[index].rest):
+            if element is None:
+                continue
+            if element.argument is not None:
+                rest[number] = call.get(element.argument)
+            elif element.constant:
+                if (index, self._shape) not in self._constants:
+                    self._constants[index, self._shape] = run_alone(self._network, index, hidden, **call)[1:]
+                rest[number] = self._constants[index, self._shape][number]
+            elif (made := rest[number]) is not None:
+                self._made.append((made, Returned(index, number)))
 
     def _described(self, value: Any) -> Any:
         if isinstance(value, Cache):
@@ -159,7 +190,7 @@ def replaced(
     def call_instead(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
         call = {**dict(zip(names, positional, strict=False)), **call}
         hidden = call.pop(names[0])
-        rest = forms[index].zeros(hidden)
+        rest = [None if element is None else element.zeros(hidden) for element in forms[index].rest]
         result = forward(index, hidden, call, rest)
         return (result, *rest) if forms[index].is_tuple else result
 
@@ -170,21 +201,35 @@ def replaced(
 @contextmanager
 def _instead(network: Network, forward: Callable[..., Any]) -> Iterator[None]:
     """Run `forward(index, names of parameters, *arguments)` in place of each block."""
-    for index, block in enumerate(network.blocks):
+    modules = {index: block for index, block in enumerate(network.blocks) if index != network.decoder_entry}
+    for index, block in modules.items():
         names = list(inspect.signature(type(block.module).forward).parameters)[1:]
         block.module.forward = partial(forward, index, names)
     try:
         yield
     finally:
-        for block in network.blocks:
+        for block in modules.values():
             del block.module.forward
+
+
+def model_inputs(network: Network, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Return the model's inputs for token ids; a decoder that has an encoder predicts the same ids."""
+    if network.decoder_entry is None:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": decoder_inputs(cast(PreTrainedModel, model), ids)}
+
+
+def run_alone(network: Network, index: int, *positional: Any, **call: Any) -> Any:
+    """Return what block `index` returns, with its weights in memory."""
+    with network.loaded(network.blocks[index]) as module:
+        return type(module).forward(module, *positional, **call)
 
 
 def run_base(network: Network, model: nn.Module, ids: Tensor) -> None:
     """Run all of the model except its head."""
     base = cast(nn.Module, model.base_model)
     with without_cache(model):
-        base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+        base(**model_inputs(network, model, ids), **({} if network.kind == "encoder" else {"use_cache": False}))
 
 
 def output_forms(network: Network, model: nn.Module, ids: Tensor) -> list[OutputForm]:
@@ -235,14 +280,43 @@ def _elements_taken(network: Network, model: nn.Module, ids: Tensor) -> set[tupl
     return taken
 
 
+def _element(value: Any, call: Call) -> Element | None:
+    """Return the description of a value that a block returns beside hidden states, when it is called with `call`."""
+    if not isinstance(value, Tensor):
+        return None
+    return Element(value.shape, value.dtype, next((name for name, given in call.items() if given is value), None))
+
+
+def _find_constants(
+    rest: list[Element | None], network: Network, index: int, hidden: Tensor, call: Call, output: Any
+) -> list[Element | None]:
+    """Mark the elements of `output` that are the same for other hidden states, such as positions' biases."""
+    if all(element is None or element.argument is not None for element in rest):
+        return rest
+    other = run_alone(network, index, hidden.flip(-1) + 1, **call)
+    same = [
+        element is not None and value.shape == again.shape and torch.equal(value, again)
+        for element, value, again in zip(rest, output[1:], other[1:], strict=True)
+    ]
+    return [
+        replace(element, constant=True) if constant and element is not None and element.argument is None else element
+        for element, constant in zip(rest, same, strict=True)
+    ]
+
+
 def _forms_of_outputs(network: Network, model: nn.Module, ids: Tensor) -> list[OutputForm]:
     """Return the forms of what the blocks return, by running the model with one block loaded at a time."""
     forms = [OutputForm(False)] * len(network.blocks)
 
     def run(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
-        with network.loaded(network.blocks[index]) as module:
-            output = type(module).forward(module, *positional, **call)
-        forms[index] = OutputForm.of(output)
+        output = run_alone(network, index, *positional, **call)
+        if isinstance(output, tuple | list):
+            call = {**dict(zip(names, positional, strict=False)), **call}
+            hidden = call.pop(names[0])
+            rest = _find_constants(
+                [_element(value, call) for value in output[1:]], network, index, hidden, call, output
+            )
+            forms[index] = OutputForm(True, tuple(rest))
         return output
 
     try:

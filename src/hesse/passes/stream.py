@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,16 +15,20 @@ from hesse.networks.layout import vocabulary
 from hesse.networks.network import Network
 from hesse.networks.towers import without_cache
 from hesse.passes.block_calls import (
+    ENCODED,
     Call,
     CallRecorder,
     Calls,
+    Constants,
     Returned,
+    model_inputs,
     output_forms,
     replaced,
     run_base,
     run_block,
 )
 from hesse.passes.block_state import BlockState, Shared
+from hesse.passes.joint_state import JointState
 
 LOGITS_LIMIT = 1 << 25  # of a batch that is evaluated
 BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
@@ -48,10 +53,11 @@ class StreamBatch:
     calls: Calls  # of each block
     shelf: TensorStore  # where the state waits between two blocks
     step: int = 0  # number of blocks passed
+    joint: JointState | None = None  # of the hidden states inside a decoder that has an encoder
 
     @property
     def hidden(self) -> Tensor:
-        """Return the hidden states (samples, tokens, width) from the store."""
+        """Return the hidden states (samples, tokens, width) from the store; inside such a decoder the joint state."""
         return self.waiting.tensor()
 
     def pass_block(self, module: nn.Module, index: int) -> None:
@@ -74,8 +80,13 @@ class StreamBatch:
 
         `hidden` and `shared` replace the waiting ones.
         """
+        hidden = self.hidden if hidden is None else hidden
         shared = self.waiting.shared_tensors() if shared is None else shared
-        return run_block(module, index, self.calls, self.hidden if hidden is None else hidden, shared)
+        if self.joint is None or index <= self.joint.entry:
+            return run_block(module, index, self.calls, hidden, shared)
+        own, encoded = self.joint.split(hidden)
+        output, shared = run_block(module, index, self.calls, own, shared, {ENCODED: encoded})
+        return self.joint.join(output, encoded), shared
 
 
 def calibration_batch(length: int) -> int:
@@ -95,9 +106,10 @@ def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
+    constants: Constants = {}
     with network.surroundings() as model, torch.no_grad():
         for ids in batches:
-            flow = _record(network, model, ids.to(network.device), shelf)
+            flow = _record(network, model, ids.to(network.device), shelf, constants)
             if flows:
                 flow.calls = [_reuse(new, old) for new, old in zip(flow.calls, flows[-1].calls, strict=True)]
             flows.append(flow)
@@ -113,6 +125,8 @@ def finish(
     `model` is the model yielded by `network.surroundings()`.
     """
     passed = flow.hidden if hidden is None else hidden
+    if flow.joint is not None:
+        passed, _ = flow.joint.split(passed)
     shared = flow.waiting.shared_tensors() if shared is None else shared
     last = max(index for index, call in enumerate(flow.calls) if call is not None)
     assert network.output_forms is not None
@@ -123,11 +137,12 @@ def finish(
         rest[:] = [shared.get(Returned(last, number).key, value) for number, value in enumerate(rest)]
         return passed
 
+    inputs = model_inputs(network, model, flow.ids)
     with replaced(network, network.output_forms, inject), without_cache(model):
         if network.kind == "encoder":
-            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
+            result = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
         else:
-            result = model(input_ids=flow.ids, use_cache=False).logits
+            result = model(**inputs, use_cache=False).logits
     assert isinstance(result, Tensor)
     return result
 
@@ -155,16 +170,37 @@ def take_up(flows: Iterable[StreamBatch], waiting: Iterable[BlockState], step: i
         flow.waiting, flow.step = state, step
 
 
-def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
+def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore, constants: Constants) -> StreamBatch:
     """Run the model with blocks that return their input, and record the arguments of each block."""
     if network.output_forms is None:
         network.output_forms = output_forms(network, model, ids[:1])
-    recorder = CallRecorder(network)
+    recorder = CallRecorder(network, constants, ids.shape)
     with replaced(network, network.output_forms, recorder.note):
         run_base(network, model, ids)
-    if recorder.first is None:
+    if not recorder.first:
         raise UnsupportedModelError(f"{type(network.model).__name__} does not call its blocks for token ids")
-    return StreamBatch(ids, BlockState.keep(shelf, 0, recorder.first, {}), recorder.calls, shelf)
+    flow = StreamBatch(ids, BlockState.keep(shelf, 0, next(iter(recorder.first.values())), {}), recorder.calls, shelf)
+    entry = network.decoder_entry
+    if entry is not None:
+        flow.joint = JointState(entry, recorder.first[entry + 1].shape, recorder.encoded)
+        flow.calls[entry] = {"enter": partial(_enter_decoder, network, ids, flow.joint)}
+    return flow
+
+
+def _enter_decoder(network: Network, ids: Tensor, joint: JointState, hidden: Tensor) -> Tensor:
+    """Return the joint state before a decoder's blocks from the hidden states behind the encoder's, by the model."""
+    found: list[Tensor] = []
+    assert network.output_forms is not None
+
+    def pass_by(index: int, state: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+        if index == joint.entry + 1:
+            found[:] = [state, call[ENCODED]]
+        return hidden if index == 0 else state
+
+    with replaced(network, network.output_forms, pass_by):
+        run_base(network, network.model, ids)
+    decoder, encoder = found
+    return joint.join(decoder, encoder)
 
 
 def _reuse(new: Call | None, old: Call | None) -> Call | None:

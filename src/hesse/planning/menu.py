@@ -120,9 +120,8 @@ def _offer(
     Raises:
         HesseError: no format stores the rule, or the target does not support it.
     """
-    checkpoint = network.checkpoint
     if rule is None:
-        size = sum(checkpoint.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
+        size = sum(network.tensors.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
         return Offer(label, None, {layer.name: None for layer in layers}, size)
     stored = [StoredLayer(x.name, x.weight.shape, rule.constraint.build(), x.transposed) for x in layers]
     for layer in stored:

@@ -129,7 +129,7 @@ def plan_budget(
         statistics.check_model(checkpoint)
         statistics.check_holds("gram")
         meter.read(network, statistics, progress)
-    priced = PricedMenu(checkpoint, menu, meter.costs, request.planner)
+    priced = PricedMenu(network, menu, meter.costs, request.planner)
     choice = priced.choose(request.budget)
     return PlanReport(
         verb="plan",

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import OptionError
 from hesse.methods import Method
 from hesse.methods.recipe import Recipe, Rule
+from hesse.networks.network import CheckpointNetwork
 from hesse.planning.budget import Budget
 from hesse.planning.front import size_loss_front
 from hesse.planning.menu import LayerGroup, Offer
@@ -23,8 +23,13 @@ class PricedMenu:
     """A menu of offers with their costs, as a planning problem."""
 
     def __init__(
-        self, checkpoint: Checkpoint, menu: list[LayerGroup], costs: dict[str, list[float]], planner: str = "knapsack"
+        self,
+        network: CheckpointNetwork,
+        menu: list[LayerGroup],
+        costs: dict[str, list[float]],
+        planner: str = "knapsack",
     ) -> None:
+        checkpoint = network.checkpoint
         self.menu, self.checkpoint, self.planner = menu, checkpoint, planner
         self.problem = Problem(
             tuple(
@@ -41,7 +46,7 @@ class PricedMenu:
         layers = [layer for group in menu for layer in group.layers]
         self.weights = sum(layer.weight.numel() for layer in layers)
         names = [*checkpoint.stored_names(), *(3 * [f"{layer.name}.weight_packed" for layer in layers])]
-        dense = sum(checkpoint.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
+        dense = sum(network.tensors.dtype(f"{x.name}.weight").itemsize * x.weight.numel() for x in layers)
         entry = HEADER_ENTRY + 2 * len(str(checkpoint.file_bytes))
         header = sum(len(name.encode()) + entry for name in names)
         self.rest = checkpoint.stored_bytes - dense + header  # bytes that no choice changes

@@ -52,7 +52,7 @@ def directions_recipe(
     expert = next((layer.name for layer in layers if is_expert(layer.name)), None)
     if expert is not None:
         raise OptionError(f"{expert}: single experts cannot be factorised: leave them out with --ignore '*.experts.*'")
-    stored = {layer.name: checkpoint.dtype(f"{layer.name}.weight").itemsize for layer in layers}
+    stored = {layer.name: network.tensors.dtype(f"{layer.name}.weight").itemsize for layer in layers}
     dense = {layer.name: layer.weight.shape.numel() * stored[layer.name] for layer in layers}
     total = sum(dense.values())
     budget = read_size(str(size), percent=total / 100)
