@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.tensor_store import TensorStore
 from hesse.curvature import CrossEntropy, Origin
-from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
@@ -81,7 +80,7 @@ class BackwardPass:
             for flow in self.flows:
                 hidden, shared = _leaves(flow.waiting)
                 output = finish(self.network, model, flow, hidden, shared)
-                loss, count = self._sampled_loss(output, flow.ids, generator)
+                loss, count = self._sampled_loss(output, flow.targets, generator)
                 gradients.append(self._keep([loss], None, hidden, shared, [], last)[0])
                 terms += count
         terms = self.processes.all_reduce_sum(terms)
@@ -138,7 +137,7 @@ class BackwardPass:
         kept = {key: slope for key, slope in beside.items() if slope is not None}
         return BlockState.keep(self._shelf, index, back, kept), others[len(leaves) :]
 
-    def _sampled_loss(self, output: Tensor, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    def _sampled_loss(self, output: Tensor, targets: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """Return the summed loss of labels sampled from the model, and the number of tokens in the sum."""
         output = output.float()
         if not all_finite(output):
@@ -147,11 +146,10 @@ class BackwardPass:
                 "overflows on this data"
             )
         if self.network.kind == "encoder":
-            noise = self._noise(ids, generator)
+            noise = self._noise(targets, generator)
             return (output * noise.to(output.device)).sum(), output.shape[0] * output.shape[1]
         loss = CrossEntropy()
-        wanted = ids if self.network.kind == "seq2seq-lm" else next_tokens(ids)
-        labels = loss.sample_targets(output, wanted, generator)
+        labels = loss.sample_targets(output, targets, generator)
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
 
     def _noise(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hesse.checkpoints.tensor_store import TensorStore
+from hesse.curvature.losses import input_ids, next_tokens, scored_tokens
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.layout import vocabulary
@@ -48,12 +49,18 @@ class CalibrationBatch(Protocol):
 class StreamBatch:
     """One batch of samples between two blocks: token ids, hidden states, and the other arguments of each block."""
 
-    ids: Tensor  # (samples, tokens)
+    given: Tensor  # (samples, tokens): token ids as `start` takes them
+    targets: Tensor  # (samples, tokens): the token that each position predicts, or -100 where none is scored
     waiting: BlockState  # the hidden states, and what blocks share beside them
     calls: Calls  # of each block
     shelf: TensorStore  # where the state waits between two blocks
     step: int = 0  # number of blocks passed
     joint: JointState | None = None  # of the hidden states inside a decoder that has an encoder
+
+    @property
+    def ids(self) -> Tensor:
+        """Return the token ids (samples, tokens) as the model reads them."""
+        return input_ids(self.given)
 
     @property
     def hidden(self) -> Tensor:
@@ -102,7 +109,8 @@ def evaluation_batch(network: Network, length: int) -> int:
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
     """Compute the first block's input for each batch of token ids (samples, tokens), and the blocks' other arguments.
 
-    Hidden states are kept in `shelf`, or in memory.
+    Tokens that `hide_from_loss` hid pass like others, but are no targets. Hidden states are kept in `shelf`, or in
+    memory.
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
@@ -170,8 +178,11 @@ def take_up(flows: Iterable[StreamBatch], waiting: Iterable[BlockState], step: i
         flow.waiting, flow.step = state, step
 
 
-def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore, constants: Constants) -> StreamBatch:
+def _record(network: Network, model: nn.Module, given: Tensor, shelf: TensorStore, constants: Constants) -> StreamBatch:
     """Run the model with blocks that return their input, and record the arguments of each block."""
+    # A decoder that has an encoder predicts the ids themselves.
+    targets = scored_tokens(given) if network.kind == "seq2seq-lm" else next_tokens(given)
+    ids = input_ids(given)
     if network.output_forms is None:
         network.output_forms = output_forms(network, model, ids[:1])
     recorder = CallRecorder(network, constants, ids.shape)
@@ -179,7 +190,8 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore,
         run_base(network, model, ids)
     if not recorder.first:
         raise UnsupportedModelError(f"{type(network.model).__name__} does not call its blocks for token ids")
-    flow = StreamBatch(ids, BlockState.keep(shelf, 0, next(iter(recorder.first.values())), {}), recorder.calls, shelf)
+    state = BlockState.keep(shelf, 0, next(iter(recorder.first.values())), {})
+    flow = StreamBatch(given, targets, state, recorder.calls, shelf)
     entry = network.decoder_entry
     if entry is not None:
         flow.joint = JointState(entry, recorder.first[entry + 1].shape, recorder.encoded)
