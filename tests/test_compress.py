@@ -505,3 +505,12 @@ def test_samples_longer_than_the_model_takes_are_cut_and_listed(half_folder: Fol
     report = hesse.compress(source, tmp_path / "out", data=text, samples=4, length=2048).report
     assert report.calibration["length"] == 128
     assert "samples have 128 tokens, not 2048: the model has no more positions" in report.notes
+
+
+def test_the_report_says_which_share_of_the_linear_weights_is_compressed(half_folder: FolderOf, tmp_path: Path) -> None:
+    whole = compress(half_folder("llama"), tmp_path / "whole", method="rtn", bits=4, group_size=32)
+    part = compress(half_folder("llama"), tmp_path / "part", method="rtn", bits=4, group_size=32, ignore=["*.mlp.*"])
+    weights = {name: rows * columns for name, (rows, columns) in ((x.name, x.shape) for x in whole.layers)}
+    assert whole.compressed_share == 1
+    kept = sum(count for name, count in weights.items() if ".mlp." not in name)
+    assert part.compressed_share == pytest.approx(kept / sum(weights.values()))

@@ -20,6 +20,7 @@ from hesse.jobs.setup import Setup
 from hesse.jobs.verify import verify
 from hesse.layerwise.rules import statistics_needed
 from hesse.networks.network import Block, CheckpointNetwork
+from hesse.networks.unchanged import unchanged_weights
 from hesse.passes.stream import StreamBatch, evaluation_batch, start
 from hesse.progress import peak_memory
 from hesse.result import LossChange
@@ -151,6 +152,8 @@ class Compression:
         after, before = open_checkpoint(job.folder), setup.original.checkpoint
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(layer.shape[0] * layer.shape[1] * layer.bits_per_weight for layer in layers)
+        every = sum(layer.weight.numel() for layer in setup.network.layers)
+        every += sum(unchanged_weights(setup.network).values())
         by_key, digests = setup.network.tensors.by_key, self.result.digests
         copied = [
             key
@@ -164,6 +167,7 @@ class Compression:
             format=setup.format.name,
             peak_rss_bytes=peak_memory(),
             bits_per_weight=bits / weights,
+            compressed_share=weights / every,
             bits_per_weight_model=8 * after.stored_bytes / sum(p.numel() for p in setup.dense.model.parameters()),
             tensors_equal=len(copied) + len(self.result.digests),
             calibration={

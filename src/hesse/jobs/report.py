@@ -19,6 +19,7 @@ class CompressionReport(Report):
     format: str
     peak_rss_bytes: int
     bits_per_weight: float  # over the compressed layers, scales and zero points included
+    compressed_share: float  # of the linear weights, the output head left out
     bits_per_weight_model: float  # over all parameters of the model
     tensors_equal: int  # tensors that read back as they were solved or copied: all
     calibration: dict[str, Any]

@@ -13,7 +13,7 @@ from hesse.reporting.findings import findings
 from hesse.reporting.inspection import common_prefix
 from hesse.reporting.page import render
 from hesse.reporting.plots import svg
-from hesse.reporting.terminal import number, size
+from hesse.reporting.terminal import number, percent, size
 
 if TYPE_CHECKING:
     from hesse.evaluation.measurements import MeasuredMean, Measurements, TextMeasurement
@@ -76,11 +76,6 @@ def mean_with_error(measured: "MeasuredMean") -> str:
     return f"{number(measured.value, 3)} ± {number(measured.standard_error, 1)}"
 
 
-def percent(share: float) -> str:
-    """Return a share as a percentage."""
-    return f"{100 * share:.3g} %"
-
-
 def repeat_command(report: "CompressionReport") -> str:
     """Return an equivalent command line, from the recipe in a file and the report's record of the data."""
     calibration = report.calibration
@@ -113,6 +108,7 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
     """Yield (label, dense value, compressed value)."""
     check = measured.check
     yield "bytes on disk", f"{report.bytes_before:,}", f"{report.bytes_after:,}"
+    yield "linear weights compressed", "", percent(report.compressed_share)
     yield "bits per weight, compressed layers", "", number(report.bits_per_weight)
     yield "bits per weight, whole model", "", number(report.bits_per_weight_model)
     weights = [layer.shape[0] * layer.shape[1] for layer in report.layers]

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hesse.jobs.blocks_report import BlocksReport
-from hesse.reporting.terminal import note_lines, number, shown, size, text_table, unwrapped
+from hesse.reporting.terminal import note_lines, number, percent, shown, size, text_table, unwrapped
 from hesse.result import ForecastReport, LossChange, Report
 
 if TYPE_CHECKING:  # these need transformers, which takes seconds that `hesse --help` does not have
@@ -34,6 +34,7 @@ def cost_table(
         rows=[
             ("method", "-", shown(report.layers[0].method if report.layers else report.method)),
             ("bytes", f"{report.bytes_before:,}", f"{report.bytes_after:,}"),
+            ("linear weights compressed", "-", percent(report.compressed_share)),
             ("bits per weight, compressed layers", "-", number(report.bits_per_weight)),
             ("bits per weight, whole model", model_bits, number(report.bits_per_weight_model)),
             ("seconds", "-", f"{report.seconds['total']:.1f}"),

@@ -81,3 +81,8 @@ def _triple(method: Method) -> str:
     before = "" if method.rewrite is None else f"{method.rewrite}, then "
     below = f"[dim]{escape(method.source)}; needs {escape(method.needs)}{run}[/dim]"
     return f"{before}{' × '.join(method.triple)}\n{below}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * share:.3g} %"
