@@ -28,7 +28,7 @@ from hesse.networks.families import ROUTERS
 from hesse.networks.module_network import ModuleBatch, ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
 from hesse.passes.per_sample import FisherKind, GradientPass
-from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
+from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, model_inputs, start
 from hesse.progress import Clock
 
 
@@ -73,8 +73,9 @@ class TokenStream:
         with torch.no_grad():
             for ids in check.batches(evaluation_batch(self._network, check.longest)):
                 ids = ids.to(self._network.device)
-                targets = next_tokens(ids)
-                logits = self.model(input_ids=ids, use_cache=False).logits.float()
+                targets = ids if self._network.kind == "seq2seq-lm" else next_tokens(ids)
+                inputs = model_inputs(self._network, self.model, ids)
+                logits = self.model(**inputs, use_cache=False).logits.float()
                 total += float(loss.terms(logits, targets).double().sum())
                 count += loss.count(targets) or 0
         return total / count

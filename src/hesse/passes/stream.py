@@ -116,7 +116,7 @@ def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor
     def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         return passed if index == first else hidden
 
-    inputs = _inputs(network, model, flow.ids)
+    inputs = model_inputs(network, model, flow.ids)
     with _replaced(network, inject), without_cache(model):
         if network.kind == "encoder":
             result = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
@@ -205,7 +205,7 @@ def _first_blocks(network: Network) -> tuple[int, ...]:
     return (0,) if network.decoder_entry is None else (0, network.decoder_entry + 1)
 
 
-def _inputs(network: Network, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def model_inputs(network: Network, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """Return the model's inputs for token ids; a decoder that has an encoder predicts the same ids."""
     if network.decoder_entry is None:
         return {"input_ids": ids}
@@ -216,7 +216,7 @@ def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
     """Run all of the model except its head."""
     base = cast(nn.Module, model.base_model)
     with without_cache(model):
-        base(**_inputs(network, model, ids), **({} if network.kind == "encoder" else {"use_cache": False}))
+        base(**model_inputs(network, model, ids), **({} if network.kind == "encoder" else {"use_cache": False}))
 
 
 def _first(result: Any) -> Tensor:
