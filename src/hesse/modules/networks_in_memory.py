@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hesse.checkpoints.tensor_store import InMemory
 from hesse.curvature import CrossEntropy, Objective
-from hesse.curvature.losses import next_tokens
+from hesse.curvature.losses import input_ids, next_tokens, scored_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation.calibrated import KnownStatistics
@@ -73,8 +73,8 @@ class TokenStream:
         with torch.no_grad():
             for ids in check.batches(evaluation_batch(self._network, check.longest)):
                 ids = ids.to(self._network.device)
-                targets = ids if self._network.kind == "seq2seq-lm" else next_tokens(ids)
-                inputs = model_inputs(self._network, self.model, ids)
+                targets = scored_tokens(ids) if self._network.kind == "seq2seq-lm" else next_tokens(ids)
+                inputs = model_inputs(self._network, self.model, input_ids(ids))
                 logits = self.model(**inputs, use_cache=False).logits.float()
                 total += float(loss.terms(logits, targets).double().sum())
                 count += loss.count(targets) or 0

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from hesse.curvature.losses import input_ids
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.networks.families import family_of
 from hesse.networks.towers import text_model, towers
@@ -102,7 +103,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def check_ids(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """Raise DataError for a token id outside a model's vocabulary."""
-    largest = max(int(ids.max()) for ids in batches)
+    largest = max(int(input_ids(ids).max()) for ids in batches)
     if largest >= vocabulary(model):
         raise DataError(
             f"the data holds the token id {largest}, but the model knows {vocabulary(model)}: "

@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 from hesse.curvature import CrossEntropy, Origin
-from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
@@ -79,7 +78,7 @@ class BackwardPass:
         with self.network.surroundings() as model:
             for flow in self.flows:
                 hidden = flow.hidden.detach().requires_grad_()
-                loss, count = self._sampled_loss(finish(self.network, model, flow, hidden), flow.ids, generator)
+                loss, count = self._sampled_loss(finish(self.network, model, flow, hidden), flow.targets, generator)
                 (gradient,) = torch.autograd.grad(loss, hidden)
                 gradients.append(self._shelf.keep(gradient, last))
                 terms += count
@@ -115,7 +114,7 @@ class BackwardPass:
             yield RecordedBatch(recorder.rows(slopes, flat=mixed), len(flow.ids))
         self.state = BackwardState(index, self.scale, found)
 
-    def _sampled_loss(self, output: Tensor, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    def _sampled_loss(self, output: Tensor, targets: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """Return the summed loss of labels sampled from the model, and the number of tokens in the sum."""
         output = output.float()
         if not all_finite(output):
@@ -124,11 +123,10 @@ class BackwardPass:
                 "overflows on this data"
             )
         if self.network.kind == "encoder":
-            noise = self._noise(ids, generator)
+            noise = self._noise(targets, generator)
             return (output * noise.to(output.device)).sum(), output.shape[0] * output.shape[1]
         loss = CrossEntropy()
-        wanted = ids if self.network.kind == "seq2seq-lm" else next_tokens(ids)
-        labels = loss.sample_targets(output, wanted, generator)
+        labels = loss.sample_targets(output, targets, generator)
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
 
     def _noise(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:

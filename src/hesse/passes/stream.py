@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.curvature.losses import input_ids, next_tokens, scored_tokens
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.encoder_decoder import decoder_inputs
@@ -42,12 +43,18 @@ class CalibrationBatch(Protocol):
 class StreamBatch:
     """One batch of samples between two blocks: token ids, hidden states, and the other arguments of each block."""
 
-    ids: Tensor  # (samples, tokens)
+    given: Tensor  # (samples, tokens): token ids as `start` takes them
+    targets: Tensor  # (samples, tokens): the token that each position predicts, or -100 where none is scored
     waiting: StoredTensor  # the hidden states
     calls: list[dict[str, Any]]  # keyword arguments, one dictionary per block
     shelf: TensorStore  # where hidden states wait between two blocks
     step: int = 0  # number of blocks passed
     joint: JointState | None = None  # of the hidden states inside a decoder that has an encoder
+
+    @property
+    def ids(self) -> Tensor:
+        """Return the token ids (samples, tokens) as the model reads them."""
+        return input_ids(self.given)
 
     @property
     def hidden(self) -> Tensor:
@@ -89,7 +96,8 @@ def evaluation_batch(network: Network, length: int) -> int:
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
     """Compute the first block's input for each batch of token ids (samples, tokens), and the blocks' other arguments.
 
-    Hidden states are kept in `shelf`, or in memory.
+    Tokens that `hide_from_loss` hid pass like others, but are no targets. Hidden states are kept in `shelf`, or in
+    memory.
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
@@ -149,11 +157,14 @@ def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step:
         flow.waiting, flow.step = hidden, step
 
 
-def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore, passed_on: PassedOn) -> StreamBatch:
+def _record(network: Network, model: nn.Module, given: Tensor, shelf: TensorStore, passed_on: PassedOn) -> StreamBatch:
     """Run the model with blocks that return their input, and record the arguments of each block."""
     if network.block_returns is None:
-        network.block_returns = _block_returns(network, model, ids[:1])
+        network.block_returns = _block_returns(network, model, input_ids(given[:1]))
     returns, entry = network.block_returns, network.decoder_entry
+    # A decoder that has an encoder predicts the ids themselves.
+    targets = scored_tokens(given) if network.kind == "seq2seq-lm" else next_tokens(given)
+    ids = input_ids(given)
     calls: list[dict[str, Any]] = []
     first: dict[int, Tensor] = {}  # hidden states by the first block of each list
     encoded: list[torch.Size] = []
@@ -178,7 +189,7 @@ def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore,
 
     with _replaced(network, note):
         _run_blocks(network, model, ids)
-    flow = StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
+    flow = StreamBatch(given, targets, shelf.keep(first[0], 0), calls, shelf)
     if entry is not None:
         flow.joint = JointState(entry, first[entry + 1].shape, encoded[0])
         flow.calls[entry] = {"enter": partial(_enter_decoder, network, ids, flow.joint)}

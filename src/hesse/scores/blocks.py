@@ -76,7 +76,7 @@ class Removals:
             for number, flow in enumerate(self.whole):
                 wanted = finish(self.network, model, flow)
                 for key, flows in walks.items():
-                    found[key].add(finish(self.network, model, flows[number]), flow.ids, wanted)
+                    found[key].add(finish(self.network, model, flows[number]), flow.targets, wanted)
         return {key: difference.mean_divergence() for key, difference in found.items()}
 
     def backward(self) -> Iterator[tuple[Block, BackwardPass]]:
