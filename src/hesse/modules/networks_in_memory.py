@@ -27,8 +27,9 @@ from hesse.estimation.statistics import (
 from hesse.networks.families import ROUTERS
 from hesse.networks.module_network import ModuleBatch, ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
+from hesse.passes.block_calls import model_inputs
 from hesse.passes.per_sample import FisherKind, GradientPass
-from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, model_inputs, start
+from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
 
 

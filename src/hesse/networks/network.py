@@ -22,6 +22,7 @@ from hesse.networks.encoder_decoder import DecoderEntry
 from hesse.networks.experts import LinearExperts
 from hesse.networks.families import ROUTERS
 from hesse.networks.layout import NetworkKind, find_stacks, input_limit, kind_of
+from hesse.networks.output_form import OutputForm
 from hesse.networks.sources import Sources, check_shape
 from hesse.networks.towers import towers
 
@@ -87,14 +88,6 @@ class Blocks(Protocol):
         """Return a context in which the block's weights are in memory."""
 
 
-@dataclass(frozen=True)
-class BlockReturns:
-    """Form of what a block returns: a tensor, or a tuple of `count` values of which the first is the hidden states."""
-
-    count: int | None = None
-    passes_on: bool = False  # values that later blocks take, the same for all hidden states
-
-
 class Network(Blocks, Protocol):
     """A transformers model as blocks of layers, streamed from a checkpoint or held in memory."""
 
@@ -102,7 +95,7 @@ class Network(Blocks, Protocol):
     kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
-    block_returns: list[BlockReturns] | None = None  # by block; settled when the first batch is recorded
+    output_forms: list[OutputForm] | None = None  # of the blocks; settled when the first batch is recorded
 
     @property
     def layers(self) -> list[Layer]:
