@@ -5,14 +5,12 @@ import torch
 from torch import Tensor
 
 from hesse.constraints import (
-    BlockTable,
     Codebook,
     Constraint,
     EitherSide,
     Grid,
     Grouped,
     LowRank,
-    Microscaled,
     MixedGrid,
     Rotated,
     SalientColumns,
@@ -99,7 +97,7 @@ class TestNearest(SolverLaws):
 class TestErrorFeedback(SolverLaws):
     cases = (
         *under("gram", GRID, ASYMMETRIC, HALF, Sparse(0.5, scope="row"), PATTERN, HALF & GRID, PATTERN & ASYMMETRIC),
-        *under("gram", Codebook(3), Table(group_size=16), BlockTable(group_size=16, height=8), Microscaled()),
+        *under("gram", Codebook(3), Table(group_size=16)),
     )
     refused = others("gram")
     refused_constraints = (Case("gram", LowRank(4)), Case("gram", GRID + LowRank(2)))
