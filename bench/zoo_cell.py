@@ -184,9 +184,10 @@ def compress(group: str, model_type: str, folder: Path) -> dict[str, Any]:
         return {"error": " ".join(str(error).split()), "verdict": REFUSED if "\n" not in str(error) else TRACEBACK}
     found = _read_back(folder)
     checkpoint = open_checkpoint(out)
+    result = CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu")).tensors
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read(checkpoint.names()).items()}
     source = CheckpointNetwork(open_checkpoint(model), torch.float32, torch.device("cpu")).tensors
-    tensors = _as_in_model(source, CheckpointNetwork(checkpoint, torch.float32, torch.device("cpu")).tensors, tensors)
+    tensors = _as_in_model(source, result, tensors)
     shutil.copytree(model, folder / "dense", ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, folder / "dense" / "model.safetensors", metadata={"format": "pt"})
     before = source.checkpoint.read(source.checkpoint.names())
@@ -280,7 +281,18 @@ def _load(cls: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, di
 
 
 def _loss(model: PreTrainedModel, arguments: dict[str, Tensor]) -> float | None:
-    """The mean loss of next tokens over all samples; None for a model that takes more than ids, or has no head."""
+    """The mean loss of next tokens over all samples; None for a model that takes more than ids, or has no head.
+
+    An encoder-decoder predicts the ids that its encoder reads.
+    """
+    if model.config.is_encoder_decoder and "input_ids" in arguments and model.get_output_embeddings() is not None:
+        ids = torch.tensor(zoo_models.random_ids())
+        try:
+            with torch.no_grad():
+                logits = model(input_ids=ids, labels=ids).logits
+        except (AttributeError, TypeError, ValueError):  # it takes no labels, or has no first token
+            return None
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
     if set(arguments) != {"input_ids"} or model.get_output_embeddings() is None:
         return None
     ids = torch.tensor(zoo_models.random_ids())

@@ -56,6 +56,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"text_config.rope_parameters": _MROPE} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "glm_image")},
     **{name: {"text_config.rope_parameters": _MROPE} for name in ("paddleocr_vl", "qwen2_5_omni_thinker")},
     **{name: {"text_config.rope_parameters": _MROPE} for name in ("qwen2_vl", "qwen2_5_vl")},
+    **{name: {"decoder_start_token_id": 0} for name in ("t5", "longt5", "mt5", "umt5", "switch_transformers")},
     **{f"{name}_text": {"rope_parameters": _MROPE} for name in ("glm4v", "glm_ocr", "glm_image")},
     **{f"{name}_text": {"rope_parameters": _MROPE} for name in ("qwen2_vl", "qwen2_5_vl")},
     "bamba": {"attn_layer_indices": [1], "layers_block_type": None, "layer_types": None},

@@ -140,7 +140,7 @@ def test_text_without_a_tokenizer(model: Path, refused: Refuse, tmp_path: Path) 
     assert f"{model} lacks tokenizer files" in refused(model, "--data", tmp_path / "text.txt")
 
 
-@pytest.mark.parametrize(("text", "named"), [("", "is empty"), ("a b c", "is too short")])
+@pytest.mark.parametrize(("text", "named"), [("", "is empty"), ("a", "is too short")])
 def test_too_little_text(text: str, named: str, model: Path, refused: Refuse, tmp_path: Path) -> None:
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate("?abc")}, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -16,8 +16,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hesse.data import Samples, read_samples
-from hesse.data import samples as samples_module
 from hesse.data import sources as sources_module
+from hesse.data import windows as windows_module
 from hesse.data.selection import Calibration
 from hesse.errors import DataError, OptionError
 
@@ -140,7 +140,7 @@ def test_documents_are_joined_by_the_end_of_sequence_token(
 def test_documents_beyond_one_call_of_the_tokenizer(
     tmp_path: Path, folder: Path, joined: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples_module, "DOCUMENTS_A_CALL", 2)
+    monkeypatch.setattr(windows_module, "DOCUMENTS_A_CALL", 2)
     data = write_jsonl(tmp_path / "some.jsonl", [{"text": text} for text in DOCUMENTS])
     assert tokens(read(data, folder, length=len(joined))[0]) == [joined]
 
@@ -259,11 +259,13 @@ def test_text_of_less_than_one_window_is_evaluated_as_one(
     data = tmp_path / "short.txt"
     data.write_text("few words")
     for count in (None, 1, 2):
-        assert tokens(read(data, folder, length=100, count=count)[0]) == [encode("few words")]
-    with pytest.raises(DataError, match="too short for a sample"):
-        read(data, folder, length=100, purpose="calibration")
+        for purpose in ("calibration", "evaluation"):
+            samples, held = read(data, folder, length=100, count=count, purpose=purpose, reserve=2)  # type: ignore[arg-type]
+            assert tokens(samples) == [encode("few words")]
+            assert held.ids == ()
+            assert any("are the only sample" in note for note in samples.notes)
     data.write_text("f")
-    with pytest.raises(DataError, match="its 1 tokens give 0 windows of 100"):
+    with pytest.raises(DataError, match="too short for a sample: it has 1 tokens"):
         read(data, folder, length=100)
 
 
@@ -320,9 +322,9 @@ def fails(data: Any, folder: Path, **options: Any) -> str:
         ('{"text": "unfinished', "is not valid JSON (Unterminated string starting at, column 10)"),
         ("\x80", "is not valid JSON ('utf-8' codec"),
         pytest.param("[" * 100_000, "is not valid JSON", id="nested"),
-        ('{"words": "none"}', 'has neither "text" nor "input_ids"'),
-        ('"text"', 'has neither "text" nor "input_ids"'),
-        ('{"text": "other kind"}', 'has only "text", but line 1 has "input_ids"'),
+        ('{"words": "none"}', 'has neither "text" nor'),
+        ('"text"', 'has neither "text" nor'),
+        ('{"text": "other kind"}', 'has "text", but'),
         ('{"input_ids": "1, 2"}', "the token ids are str, not a list"),
         ('{"input_ids": null}', "the token ids are NoneType, not a list"),
         ('{"input_ids": [1, 2.0]}', "2.0 is not a token id"),
@@ -354,7 +356,9 @@ def test_a_bad_text_is_named(value: object, reason: str, tmp_path: Path, folder:
 
 def test_mixed_lines_in_the_other_order(tmp_path: Path, folder: Path) -> None:
     data = write_jsonl(tmp_path / "some.jsonl", [{"text": "words"}, {"input_ids": [1, 2]}])
-    assert 'line 1 has only "text", but line 2 has "input_ids"' in fails(data, folder)
+    message = fails(data, folder)
+    assert 'line 2 has "input_ids", but' in message
+    assert 'line 1 has "text": use one kind of record' in message
 
 
 def test_a_bad_list_of_ids_is_named(tmp_path: Path) -> None:
@@ -385,11 +389,14 @@ def test_an_empty_file(name: str, tmp_path: Path, folder: Path) -> None:
 
 
 def test_files_of_other_kinds(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "some.csv").write_text(TEXT)
-    assert "extension .csv: give a .txt, .jsonl or .parquet file" in fails(tmp_path / "some.csv", folder)
+    (tmp_path / "some.doc").write_text(TEXT)
+    assert "extension .doc: give a .txt, .jsonl, .json, .csv or .parquet file" in fails(tmp_path / "some.doc", folder)
     (tmp_path / "some").write_text(TEXT)
     assert "extension (none)" in fails(tmp_path / "some", folder)
-    assert "is a folder" in fails(tmp_path, folder)
+    (tmp_path / "some.parquet.gz").write_text(TEXT)
+    assert "extension .gz" in fails(tmp_path / "some.parquet.gz", folder)
+    (tmp_path / "some.parquet.gz").unlink()
+    assert "is a folder without data files" in fails(tmp_path, folder)
 
 
 def test_text_that_is_not_utf8(tmp_path: Path, folder: Path) -> None:
@@ -401,7 +408,7 @@ def test_a_file_that_cannot_be_read(text_file: Path, folder: Path, monkeypatch: 
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "some.txt cannot be read: [Errno 13] Permission denied" in fails(text_file, folder)
 
 
@@ -455,14 +462,30 @@ def test_a_damaged_tokenizer(tmp_path: Path, text_file: Path) -> None:
     assert "cannot be used" in fails(text_file, tmp_path / "model")
 
 
-def test_too_little_text(text_file: Path, folder: Path, encode: Callable[[str], list[int]]) -> None:
+@pytest.mark.parametrize("reserve", [0, 1])
+def test_fewer_samples_than_asked_for(
+    reserve: int, text_file: Path, folder: Path, encode: Callable[[str], list[int]]
+) -> None:
     have = len(encode(TEXT))
-    message = fails(text_file, folder, count=have // 8, purpose="calibration", reserve=1)
-    assert message == (
-        f"{text_file} is too short for {have // 8} samples and 1 more to hold out: its {have} tokens give {have // 8} "
-        "windows of 8; use fewer --samples, a shorter --length, or more text"
+    number = have // 8
+    samples, held = read(text_file, folder, count=number + 5, purpose="calibration", reserve=reserve)
+    assert sorted(tokens(samples) + tokens(held)) == sorted(windows(encode(TEXT), 8))
+    assert len(held.ids) == reserve
+    assert samples.notes == (
+        f"{text_file} gives {number - reserve} of {number + 5} samples: it has {have} tokens, {number} windows of 8",
     )
-    assert "too short for a sample and 1 more" in fails(text_file, folder, length=have, reserve=1)
+    enough, _ = read(text_file, folder, count=number - reserve, purpose="calibration", reserve=reserve)
+    assert enough.notes == ()
+
+
+def test_one_window_is_calibrated_on_and_not_held_out(
+    text_file: Path, folder: Path, encode: Callable[[str], list[int]]
+) -> None:
+    have = len(encode(TEXT))
+    samples, held = read(text_file, folder, length=have, count=1, purpose="calibration", reserve=2)
+    assert tokens(samples) == [encode(TEXT)]
+    assert held.ids == ()
+    assert "gives 1 samples, and 0 of 2 to hold out" in samples.notes[0]
 
 
 @pytest.mark.parametrize(

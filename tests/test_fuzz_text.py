@@ -10,8 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import JSON, LIMITED, folder, survives
-from hesse.data.samples import _exact_sample
-from hesse.data.sources import read_content
+from hesse.data.sources import read_sources
 from hesse.errors import DataError, OptionError
 from hesse.methods import load_recipe
 
@@ -141,12 +140,11 @@ def read_lines(text: bytes) -> None:
         (place / "text.jsonl").write_bytes(text)
 
         def read() -> None:
-            _, content = read_content(place / "text.jsonl", "calibration")
-            if isinstance(content, dict):
-                for name, raw in content.items():
-                    assert _exact_sample(name, raw, 100).ndim == 1
-            else:
-                assert all(isinstance(text, str) for text in content)
+            (source,) = read_sources(place / "text.jsonl", "calibration")
+            content = source.content
+            assert all(record.sample(100).ndim == 1 for record in content.samples)
+            assert all(isinstance(text, str) for text in content.texts)
+            assert all(chat.messages for chat in content.chats)
 
         survives(read, DataError)
 
@@ -160,14 +158,14 @@ def test_lines_that_were_found(text: bytes) -> None:
 def test_a_bad_line_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_bytes(b'{"text": "good"}\n\n' + text + b"\n")
     with pytest.raises(DataError, match="line 3"):
-        read_content(tmp_path / "text.jsonl", "calibration")
+        read_sources(tmp_path / "text.jsonl", "calibration")
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hesse.data.sources.LONGEST_LINE", 100)
+    monkeypatch.setattr("hesse.data.readers.LONGEST_LINE", 100)
     (tmp_path / "text.jsonl").write_text('{"text": "good"}\n{"text": "' + "a" * 1000)
     with pytest.raises(DataError, match="line 2 has more than 100 bytes"):
-        read_content(tmp_path / "text.jsonl", "calibration")
+        read_sources(tmp_path / "text.jsonl", "calibration")
 
 
 @LIMITED

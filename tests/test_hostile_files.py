@@ -241,7 +241,7 @@ def test_a_curvature_that_is_none(header: str, tmp_path: Path) -> None:
 GOOD = {
     "model_files": {},
     "samples_fingerprint": "",
-    "samples": {"data": None, "samples": 1, "length": 8, "seed": 0},
+    "samples": {"data": None, "samples": 1, "length": 8, "seed": 0, "bos": None},
     "curvatures": {"gram": {"a": "gram-00001.safetensors"}},
 }
 
@@ -252,7 +252,7 @@ def test_statistics_that_lead_elsewhere(tmp_path: Path) -> None:
 
     write()
     assert Statistics(tmp_path).content == GOOD
-    samples: dict[str, object] = {"data": None, "samples": 1, "length": 8, "seed": 0}
+    samples: dict[str, object] = {"data": None, "samples": 1, "length": 8, "seed": 0, "bos": None}
     for edit in (
         {"curvatures": {"gram": {"a": "../gram.safetensors"}}},
         {"curvatures": {"gram": {"a": "/tmp/gram.safetensors"}}},

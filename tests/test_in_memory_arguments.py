@@ -36,6 +36,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
         ("samples", 4),
         ("length", 8),
         ("batch_size", 2),
+        ("bos", True),
         ("device", "cpu"),
     ],
 )

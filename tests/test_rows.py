@@ -141,16 +141,16 @@ class Built:
 def recording() -> Iterator[Built]:
     """Note what each layer is solved with, and solve it."""
     built, module = Built(), LAYER_SOLVER
-    solve_shared = module.solve_shared
+    solve_with = module.solve_with
 
     def noting(weight: Any, curvature: Any, constraint: Any, solver: Any, *others: Any) -> Any:
         built.curvatures.add(type(curvature))
         built.constraints.append(constraint)
         built.solvers.add(type(solver))
-        return solve_shared(weight, curvature, constraint, solver, *others)
+        return solve_with(weight, curvature, constraint, solver, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "solve_shared", noting)
+        patch.setattr(module, "solve_with", noting)
         yield built
 
 

@@ -31,7 +31,7 @@ def runs(batches: list[StreamBatch], block: Block, index: int) -> list[Callable[
     """What takes each batch through a block."""
 
     def run(batch: StreamBatch) -> None:
-        batch.hidden = batch.through(block.module, index)
+        batch.pass_block(block.module, index)
 
     return [partial(run, batch) for batch in batches]
 

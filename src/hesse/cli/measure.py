@@ -9,6 +9,7 @@ import hesse
 from hesse.cli.options import (
     AS_JSON,
     BATCH_SIZE,
+    BOS,
     CALIBRATE,
     CALIBRATION,
     DATA,
@@ -78,7 +79,7 @@ def methods(
                 out_console.print(options_table(method) if method.options() else f"{method.name} has no options")
 
 
-@with_options(DATA, STATISTICS, samples(4), length(256), SEED, DEVICE, REPORT, OVERWRITE, AS_JSON)
+@with_options(DATA, STATISTICS, samples(4), length(256), BOS, SEED, DEVICE, REPORT, OVERWRITE, AS_JSON)
 def inspect(model: ModelArgument, *, report: Path | None, overwrite: bool, as_json: bool, **shared: Any) -> None:
     """Show the loss around a model layer by layer, and which curvature predicts its changes best."""
     from hesse.reporting import check_page, inspection_page, inspection_summary, write_page
@@ -92,7 +93,7 @@ def inspect(model: ModelArgument, *, report: Path | None, overwrite: bool, as_js
     print_report(result, inspection_summary, as_json, report)
 
 
-@with_options(DATA, samples(None, "all"), LENGTH, BATCH_SIZE, DEVICE, AS_JSON)
+@with_options(DATA, samples(None, "all"), LENGTH, BOS, BATCH_SIZE, DEVICE, AS_JSON)
 def evaluate(
     model: ModelArgument,
     reference: ReferenceOption = None,

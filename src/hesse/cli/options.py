@@ -69,7 +69,14 @@ def _method_option(name: str) -> Parameter:
 
 def samples(default: int | None, shown: str | bool = True) -> Parameter:
     """Return --samples with a default; `shown` describes it in the help."""
-    return _shared("samples", int | None, default, CALIBRATION, "Number of samples.", shown=shown)
+    return _shared(
+        "samples",
+        int | None,
+        default,
+        CALIBRATION,
+        "Number of samples, or all of them if the data has fewer.",
+        shown=shown,
+    )
 
 
 def length(default: int | None, shown: str | bool = True) -> Parameter:
@@ -94,7 +101,8 @@ DATA = _shared(
     str | None,
     None,
     CALIBRATION,
-    "Text: a .txt, .jsonl (`text` or `input_ids`) or .parquet file, or a datasets id.",
+    "Text, chats or token ids: a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, a datasets id, or a "
+    "mixture such as a.jsonl,b.jsonl:0.3.",
     shown="the shipped text",
 )
 STATISTICS = _shared(
@@ -105,6 +113,15 @@ STATISTICS = _shared(
     "A folder that `hesse estimate` wrote of the model, used instead of calibration.",
 )
 LENGTH = length(None, "2048")
+BOS = _shared(
+    "bos",
+    bool | None,
+    None,
+    CALIBRATION,
+    "Start windows of text with the BOS token, or not.",
+    "--bos/--no-bos",
+    shown="as the tokenizer adds it",
+)
 SEED = _shared("seed", int, 0, CALIBRATION, "Random seed.")
 BATCH_SIZE = _shared(
     "batch_size",
@@ -146,7 +163,7 @@ MEMORY = _shared(
     shown="most of what is free",
 )
 
-CALIBRATE = (DATA, samples(128), LENGTH, SEED, BATCH_SIZE, DEVICE)
+CALIBRATE = (DATA, samples(128), LENGTH, BOS, SEED, BATCH_SIZE, DEVICE)
 WRITE = (OVERWRITE, RESTART, DRY_RUN, AS_JSON)
 
 

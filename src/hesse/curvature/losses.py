@@ -163,8 +163,26 @@ def as_loss(loss: Loss | nn.Module) -> Loss:
 
 
 def next_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return a language model's targets for `ids` (samples, tokens): the token after each, and none after the last."""
-    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], ignore_index)], dim=1)
+    """Return a language model's targets for `ids` (samples, tokens): the token after each, and none after the last.
+
+    Tokens that `hide_from_loss` hid are no targets.
+    """
+    return torch.cat([scored_tokens(ids[:, 1:], ignore_index), torch.full_like(ids[:, :1], ignore_index)], dim=1)
+
+
+def scored_tokens(ids: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return `ids` with `ignore_index` in place of the tokens that `hide_from_loss` hid."""
+    return ids.masked_fill(ids < 0, ignore_index)
+
+
+def hide_from_loss(ids: Tensor, scored: Tensor) -> Tensor:
+    """Return `ids` with the tokens that are not `scored` as -1 - id, so that ids and mask are batched as one tensor."""
+    return torch.where(scored, ids, -1 - ids)
+
+
+def input_ids(ids: Tensor) -> Tensor:
+    """Return the ids that a model reads, of ids some of which `hide_from_loss` hid."""
+    return torch.where(ids < 0, -1 - ids, ids)
 
 
 def sampled_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,28 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from hesse.curvature import CrossEntropy, Loss, Objective
+from hesse.data.sources import TokenData
 from hesse.errors import DataError, OptionError
 
 LABELS = ("labels", "label", "targets")
 IGNORED = -100  # a target that is masked
 
 
-def token_ids(data: Any) -> str | Path | list[list[int]] | None:
+def token_ids(data: Any) -> str | Path | TokenData | None:
     """Return data that is text or token ids as `read_samples` takes it; None if it is batches of another kind.
 
-    That is a file or a data set id, lists of token ids, a `datasets.Dataset` with a column `input_ids`, and batches
-    {"input_ids", ...} as transformers' collators make them, if nothing is padded and the labels are the ids themselves.
+    That is a file or a data set id, lists of token ids, and a `datasets.Dataset` with a column `input_ids` and no
+    labels, whose padding is cut by its `attention_mask`.
     """
     if isinstance(data, str | Path):
         return data
     columns = getattr(data, "column_names", None)
     if columns is not None and "input_ids" in columns and not set(LABELS) & set(columns):
-        return [list(map(int, ids)) for ids in data["input_ids"]]
+        return token_records(data)
     if not isinstance(data, Sequence) or not data:
         return None
     if all(isinstance(sample, Sequence) and sample and all(type(token) is int for token in sample) for sample in data):
         return [list(sample) for sample in data]
     return None
+
+
+def token_records(dataset: Any) -> list[list[int] | dict[str, Any]]:
+    """Return the token ids of a `datasets.Dataset`, with mask and labels where it has these columns."""
+    columns = [name for name in ("input_ids", "attention_mask", "labels") if name in dataset.column_names]
+    if len(columns) == 1:
+        return [list(map(int, ids)) for ids in dataset["input_ids"]]
+    return [{name: row[name] for name in columns} for row in dataset.select_columns(columns)]
 
 
 def unpadded_ids(batches: Sequence[Any]) -> list[list[int]] | None:

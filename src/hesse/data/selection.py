@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hesse.data import Samples, read_samples
+from hesse.data.sources import TokenData
 from hesse.errors import check_at_least
 from hesse.networks.layout import check_ids
 from hesse.networks.network import Network
@@ -13,7 +14,7 @@ SAMPLES = 128  # to calibrate on, unless a command says otherwise
 PROBE_TOKENS = 1024  # for the diagonals of output factors, and again for the check; at least two samples each
 
 
-Data = str | Path | list[list[int]] | None  # a file or a data set id, token ids, or None for the shipped text
+Data = str | Path | TokenData | None  # files or a data set id, token ids, or None for the shipped text
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Calibration:
     length: int | None = None  # tokens per sample; None: the model's positions, at most DEFAULT_LENGTH
     seed: int = 0  # for the choice of samples and for sampled labels
     batch_size: int | None = None  # samples that go through the model together; no result depends on it
+    bos: bool | None = None  # text starts with BOS, or not; None: as the tokenizer adds it
 
     def __post_init__(self) -> None:
         check_at_least("--samples", self.samples, 1)
@@ -68,10 +70,11 @@ def select_samples(
         purpose="calibration",
         limit=network.input_limit,
         reserve=_count(PROBE_TOKENS, length),
+        bos=calibration.bos,
     )
     check_ids(network.model, samples.batches(1))
     probes, check = (samples.first(_count(tokens, len(samples.ids[0]))) for tokens in (probe_tokens, PROBE_TOKENS))
-    notes, asked = [], calibration.length
+    notes, asked = list(samples.notes), calibration.length
     if asked is not None and asked > length and not samples.exact:
         notes.append(f"samples have {length} tokens, not {asked}: the model has no more positions")
     return Selection(samples, probes, reserved if reserved.ids else check, bool(reserved.ids), notes)

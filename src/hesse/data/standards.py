@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hesse.data.offline import without_network
+from hesse.data.records import Content
 from hesse.data.samples import Samples
-from hesse.data.sources import dataset_texts, is_dataset_id, read_content
+from hesse.data.sources import dataset_content, is_dataset_id, read_sources
 from hesse.data.tokenizer import load_tokenizer, usable_tokenizer
 from hesse.errors import DataError, OptionError, naming
 
@@ -78,8 +79,15 @@ def _read_rows(name: str, standard: Standard, data: str | Path | None) -> tuple[
         with suppress(ImportError):  # a missing package has a message of its own
             import datasets  # noqa: F401 - its settings exist once it is imported
         with without_network(), naming(f"nothing is downloaded for --standard {name}"):
-            return str(chosen), dataset_texts(str(chosen), "evaluation")
-    source, content = read_content(chosen, "evaluation")
-    if isinstance(content, dict):
-        raise DataError(f"{source} holds token ids: --standard {name} needs the text itself")
-    return source, content
+            return str(chosen), _texts(name, str(chosen), dataset_content(str(chosen), "evaluation"))
+    (source, *others) = read_sources(chosen, "evaluation")
+    if others:
+        raise DataError(f"{chosen} is a mixture: --standard {name} needs one text")
+    return source.name, _texts(name, source.name, source.content)
+
+
+def _texts(name: str, source: str, content: Content) -> list[str]:
+    if content.samples or content.chats:
+        kind = "token ids" if content.samples else "chats"
+        raise DataError(f"{source} holds {kind}: --standard {name} needs the text itself")
+    return content.texts

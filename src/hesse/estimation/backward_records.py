@@ -7,6 +7,7 @@ from typing import Any
 from hesse.checkpoints.journal import Journal
 from hesse.networks.network import Network
 from hesse.passes.backward import BackwardPass, BackwardState
+from hesse.passes.block_state import recall_states, record_states
 from hesse.processes import ALONE, Processes
 
 
@@ -16,7 +17,7 @@ def record_backward(
     """Record that the pass `name` has finished a block, with `content` and the `files` that belong to it."""
     reached = walk.state.reached
     journal.record(f"{name}-{reached}", content, files)
-    journal.record_tensors(f"{name}-gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
+    record_states(journal, f"{name}-gradient-{reached}", walk.state.gradients, {"scale": walk.scale})
     journal.forget(f"{name}-gradient-{reached + 2}")
 
 
@@ -33,7 +34,7 @@ def recall_backward(
         contents.append(content)
         reached -= 1
     numbers = range(reached, last)
-    kept = {number: journal.recall_tensors(f"{name}-gradient-{number}", network.device) for number in numbers}
+    kept = {number: recall_states(journal, f"{name}-gradient-{number}", network.device) for number in numbers}
     reached = next((number for number in numbers if kept[number] is not None), last)
     reached = last - processes.all_reduce_min(last - reached)
     recalled = kept.get(reached)

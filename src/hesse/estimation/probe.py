@@ -13,6 +13,7 @@ from hesse.estimation.calibrated import StatisticReaders
 from hesse.estimation.statistics import BackwardCollection, Needs, needs_samples
 from hesse.networks.network import Network, each_loaded
 from hesse.passes.backward import BackwardPass
+from hesse.passes.block_state import BlockState, recall_states, record_states
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, evaluation_batch, start, take_up
 from hesse.processes import ALONE, Processes
 from hesse.progress import Clock
@@ -96,7 +97,7 @@ def forward_walk(
     clock: Clock,
     step: Callable[[], None],
     journal: Journal | None = None,
-) -> list[list[StoredTensor]]:
+) -> list[list[BlockState]]:
     """Pass `flows` through all blocks; return the inputs of each block for the flows in `kept`.
 
     With a `journal` they continue after the last block that they passed before.
@@ -115,19 +116,19 @@ def forward_walk(
             with clock.phase("probe"):
                 advance(flows, block.module, index, block.name)
             if journal is not None:
-                journal.record_tensors(f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
+                record_states(journal, f"{name}-{index + 1}", [flow.waiting for flow in flows], {})
                 if not kept:
                     journal.forget(f"{name}-{index - 1}")
             step()
     return inputs
 
 
-def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[int, list[StoredTensor]]:
-    """Return the flows' recorded hidden states by number of passed blocks, after `every` block or the last one only."""
-    found: dict[int, list[StoredTensor]] = {}
+def _passed(journal: Journal, name: str, network: Network, every: bool) -> dict[int, list[BlockState]]:
+    """Return the flows' recorded states by number of passed blocks, after `every` block or the last one only."""
+    found: dict[int, list[BlockState]] = {}
     numbers = range(1, len(network.blocks) + 1)
     for number in numbers if every else reversed(numbers):
-        recalled = journal.recall_tensors(f"{name}-{number}", network.device)
+        recalled = recall_states(journal, f"{name}-{number}", network.device)
         if recalled is not None:
             found[number] = recalled[0]
         if (recalled is None) == every:

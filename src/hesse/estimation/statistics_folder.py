@@ -18,7 +18,13 @@ from hesse.estimation.storage import load_curvature
 
 INDEX_FILE = "statistics.json"
 OUTPUT_FACTORS_FILE = "output_factors.safetensors"
-SAMPLES = {"data": str | None, "samples": int, "length": int, "seed": int}  # the samples' entries in an index
+SAMPLES = {
+    "data": str | None,
+    "samples": int,
+    "length": int,
+    "seed": int,
+    "bos": bool | None,
+}  # the samples' entries in an index
 StoredCurvature = TypeVar("StoredCurvature", bound=Curvature)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
+from hesse.curvature.losses import input_ids
 from hesse.data import Samples, load_tokenizer, usable_tokenizer
 from hesse.errors import DataError
 from hesse.evaluation.measurements import Continuation
@@ -52,7 +53,7 @@ def continuations(
 def _prompts(check: Samples, limit: int | None) -> list[Tensor]:
     """Return pieces (tokens,) of the samples: all beginnings, then all middles, with room for the continuation."""
     room = PROMPT_TOKENS if limit is None else min(PROMPT_TOKENS, max(limit - GENERATED_TOKENS, 1))
-    halves = [(ids, len(ids) // 2) for ids in check.ids]
+    halves = [(input_ids(ids), len(ids) // 2) for ids in check.ids]
     pieces = [ids[part * half :][: min(room, half)] for part in (0, 1) for ids, half in halves]
     return pieces[:PROMPTS]
 

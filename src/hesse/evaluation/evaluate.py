@@ -121,6 +121,7 @@ def evaluate(
     samples: int | None = None,
     length: int | None = None,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Result[EvaluationReport]:
@@ -136,9 +137,10 @@ def evaluate(
         tasks: names of lm-evaluation-harness's tasks, or YAML files of tasks, to run on the model and the reference in
             this process. The harness loads the whole model with transformers; the tasks' data must be on this machine.
         data: as for `compress`; None for the shipped held-out text.
-        samples: number of windows, from the start of the text; None for all.
+        samples: number of windows, from the start of the text, or fewer if the text has fewer; None for all.
         length: tokens per window; None for 2048 or the model's positions, whichever is less.
         batch_size: number of windows per batch.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         progress: receives each phase and step.
 
@@ -157,7 +159,7 @@ def evaluate(
     network = CheckpointNetwork(checkpoint, torch.float32, place)
     if merge_adapter is not None:
         checkpoint = AdaptedCheckpoint(folder, Path(merge_adapter), layer_paths(network))
-    chosen, notes = _samples(standard, data, folder, network, samples, length)
+    chosen, notes = _samples(standard, data, folder, network, samples, length, bos)
     batches = chosen.batches(batch_size or evaluation_batch(network, chosen.longest))
     other = None if reference is None else locate(reference)
     dense = None if other is None else open_checkpoint(other)
@@ -169,17 +171,27 @@ def evaluate(
 
 
 def _samples(
-    standard: str | None, data: Data, folder: Path, network: CheckpointNetwork, count: int | None, length: int | None
+    standard: str | None,
+    data: Data,
+    folder: Path,
+    network: CheckpointNetwork,
+    count: int | None,
+    length: int | None,
+    bos: bool | None,
 ) -> tuple[Samples, list[str]]:
     """Return the samples to evaluate on, and notes on them."""
     limit = network.input_limit
     if standard is None:
         length = sample_length(network, length)
-        chosen, _ = read_samples(data, folder, count=count, length=length, seed=0, purpose="evaluation", limit=limit)
-        return chosen, []
+        chosen, _ = read_samples(
+            data, folder, count=count, length=length, seed=0, purpose="evaluation", limit=limit, bos=bos
+        )
+        return chosen, list(chosen.notes)
     if network.kind == "encoder":
         raise OptionError(f"an encoder has no perplexity: leave out --standard {standard}, and give --data")
-    if isinstance(data, list):
+    if bos is not None:
+        raise OptionError(f"--standard {standard} has the special tokens that papers use: leave out --bos and --no-bos")
+    if data is not None and not isinstance(data, str | Path):
         raise OptionError(f"--standard {standard} takes a text, not token ids: give the file of the split")
     return standard_samples(standard, data, folder, count, length, limit)
 
@@ -241,7 +253,7 @@ def compare(
             result, expected = finish(network, model, flow), None
             if other is not None and reference_model is not None and dense is not None:
                 expected = finish(other, reference_model, dense[number])
-            totals.add(result, flow.ids, expected)
+            totals.add(result, flow.targets, expected)
             progress.advance()
     parameters = sum(p.numel() for p in network.model.parameters())
     return Evaluation(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.tensor_store import TensorStore
+from hesse.curvature.losses import next_tokens
 from hesse.data import Samples
 from hesse.evaluation.continuations import continuations
 from hesse.evaluation.measurements import (
@@ -80,6 +81,8 @@ class LayerwiseComparison:
         self._compressed = CheckpointNetwork(compressed, torch.float32, network.device).tensors
         size = evaluation_batch(network, check.longest)
         few = [ids[: max(TOKENS_ALONE // len(check.ids), 2)] for ids in check.ids]
+        if not any(bool((next_tokens(ids[None]) >= 0).any()) for ids in few):  # nothing of the beginnings is scored
+            few = list(check.ids)
         self._dense = {
             "check": start(network, check.batches(size), TensorStore(folder, "measured")),
             "seen": [] if seen is None else start(network, seen.batches(size), TensorStore(folder, "seen")),
@@ -142,7 +145,7 @@ class LayerwiseComparison:
                 for number, dense in enumerate(self._dense[kind]):
                     expected = finish(self._network, model, dense)
                     for key, flows in several.items():
-                        differences[key].add(finish(self._network, model, flows[number]), dense.ids, expected)
+                        differences[key].add(finish(self._network, model, flows[number]), dense.targets, expected)
         return differences
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hesse.evaluation.measurements import MeasuredMean
 from hesse.networks.network import Network
 
+IGNORED = -100  # a target that is not scored
 TOKENS_PER_STEP = 128  # tokens per step: their log-probabilities stay in the caches, and the whole matrix is never held
 
 
@@ -22,8 +23,8 @@ class Totals(ABC):
     divergence_square: float = 0.0
 
     @abstractmethod
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        """Add the `output` of a model for the token ids `ids` (samples, tokens), and that of the reference."""
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """Add the `output` of a model that is to predict `targets` (samples, tokens), and the reference's."""
 
     @abstractmethod
     def quality(self) -> dict[str, float]:
@@ -50,14 +51,12 @@ class PredictionTotals(Totals):
     top5_agreement: float = 0.0
     compared: bool = False  # with a reference
 
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
-        labels = torch.split(ids[:, 1:].flatten(), TOKENS_PER_STEP)
-        predicted = torch.split(output[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
-        dense: tuple[Tensor | None, ...] = (None,) * len(labels)
-        if reference is not None:
-            dense = torch.split(reference[:, :-1].flatten(0, 1), TOKENS_PER_STEP)
-        for rows in zip(predicted, labels, dense, strict=True):
-            self._add(*rows)
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        labels, logits = targets.flatten(), output.flatten(0, 1)
+        dense = None if reference is None else reference.flatten(0, 1)
+        scored = (labels != IGNORED).nonzero().flatten()
+        for some in torch.split(scored, TOKENS_PER_STEP) if len(scored) else ():
+            self._add(logits[some], labels[some], None if dense is None else dense[some])
 
     def quality(self) -> dict[str, float]:
         loss = self.loss / self.tokens
@@ -90,7 +89,7 @@ class HiddenTotals(Totals):
     reference_square: float = 0.0
     cosine: float = 0.0
 
-    def add(self, output: Tensor, ids: Tensor, reference: Tensor | None) -> None:
+    def add(self, output: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         assert reference is not None, "an encoder is only compared"
         h, r = (t.double().flatten(0, 1) for t in (output, reference))
         self.tokens += len(h)

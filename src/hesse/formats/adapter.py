@@ -19,6 +19,7 @@ from hesse.networks.families import is_expert
 from hesse.networks.network import Network
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}  # of PEFT
 PREFIX = "base_model.model."  # PEFT puts this before the model's own module names
 # Settings under which the update is not a multiple of B A; an adapter with one of them is refused.
 UNSUPPORTED_SETTINGS = (
@@ -77,7 +78,7 @@ def write_adapter(
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if network.kind == "causal-lm" else None,
+        "task_type": TASK_TYPES.get(network.kind),
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,  # so that B A is added with factor 1

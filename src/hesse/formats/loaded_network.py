@@ -29,8 +29,9 @@ from transformers.utils.generic import ContextManagers
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import reason
-from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
-from hesse.networks.network import Block, Layer, forget
+from hesse.networks.encoder_decoder import DecoderEntry
+from hesse.networks.layout import NetworkKind, input_limit, kind_of
+from hesse.networks.network import Block, Network, forget, list_blocks
 
 
 @contextmanager
@@ -60,7 +61,7 @@ class StoredTensors(Protocol):
         """Return the type of a tensor."""
 
 
-class LoadedNetwork:
+class LoadedNetwork(Network):
     """Network of the model that transformers makes of a folder, with no weights in memory until they are asked for.
 
     No reader of Hesse takes part: transformers' quantizer builds the layers, and its conversions fill them. What comes
@@ -86,9 +87,7 @@ class LoadedNetwork:
         self.model: PreTrainedModel = model.eval()
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
-        self.blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
-        name, modules = find_blocks(model)
-        self.blocks = [Block(f"{name}.{index}", module, ()) for index, module in enumerate(modules)]
+        self.blocks = list_blocks(model, lambda name, module: Block(name, module, ()))  # no layers: they are only run
         self._loading = LoadStateDictConfig(
             dtype=stored,
             dtype_plan=model._get_dtype_plan(stored),
@@ -110,11 +109,6 @@ class LoadedNetwork:
                 target, _ = rename_source_key(key, [], [], prefix, expected)
             targets[key] = target
         return targets
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Return no layers: this network is only run."""
-        return []
 
     @property
     def input_limit(self) -> int | None:
@@ -145,6 +139,10 @@ class LoadedNetwork:
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:
         """Yield the block with its weights in memory; the block's own module stays without."""
+        if isinstance(block.module, DecoderEntry):
+            with self.surroundings():
+                yield block.module
+            return
         module = copy.deepcopy(block.module)
         self._place(block.name, module)
         try:
@@ -176,8 +174,10 @@ class LoadedNetwork:
         convert_and_load_state_dict_in_model(self.model, self.checkpoint.read_stored(names), self._loading)
         if not prefix:
             self.model.tie_weights()
-        for child in self.model.modules():
-            cast(Any, child)._is_hf_initialized = child not in own  # those with the mark keep their buffers
+        parts = prefix.split(".")
+        unmarked = own | {self.model.get_submodule(".".join(parts[:length])) for length in range(len(parts))}
+        for child in self.model.modules():  # those with the mark keep their buffers; some are computed by a parent
+            cast(Any, child)._is_hf_initialized = child not in unmarked
         for child in own:
             child._apply(self._off_meta, recurse=False)  # type: ignore[no-untyped-call]
         self.model.initialize_weights()  # type: ignore[no-untyped-call]

@@ -19,7 +19,8 @@ from hesse.networks.families import EXPERT_REGEX, is_expert
 from hesse.networks.network import CheckpointNetwork
 
 EXPERTS = f"re:{EXPERT_REGEX}"
-# transformers reads packed layers with unpacked experts only if some float scheme exists; this one matches nothing.
+# transformers converts dense tensors beside packed ones, such as experts, only if its first scheme for experts is of
+# floats; this one matches nothing.
 NO_EXPERTS = {
     "targets": ["re:^no experts$"],
     "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
@@ -238,7 +239,7 @@ class PackedFormat(DenseFormat):
         for layer in self.packed.values():
             schemes.setdefault(f"{self._scheme(layer)} {layer.input_bits}", []).append(layer)
         groups = [self._group(layers, alone=len(schemes) == 1) for layers in schemes.values()]
-        if any(x.is_expert and x.name not in self._wide for x in self.layers.values()) and not self._expert_widths:
+        if self._converts_dense():
             groups.append(NO_EXPERTS)
         if sum(any("experts" in target for target in group["targets"]) for group in groups) > 1:
             # transformers gives the routed experts the first group that speaks of experts.
@@ -281,6 +282,15 @@ class PackedFormat(DenseFormat):
         # Either all experts are packed or none, and there are too many to name each.
         patterns = [EXPERTS if is_expert(name) else self._pattern(name) if "." in name else name for name in linear]
         return list(dict.fromkeys([*patterns, *(rf"re:(.*\.)?{re.escape(x)}\..*" for x in self._unread())]))
+
+    def _converts_dense(self) -> bool:
+        """True if transformers joins or splits weights that are not packed, as it does with experts."""
+        tensors = self.network.tensors
+        for keys in tensors.converted_weights():
+            parts = [part for key in keys for part in tensors.by_key.get(key, ())]
+            if not any(self.stands_alone(part.removesuffix(".weight")) for part in parts):
+                return True
+        return False
 
     def _unread(self) -> list[str]:
         """Return the modules on disk that transformers does not build, such as heads that predict further tokens."""

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from hesse.checkpoints.locate import locate
 from hesse.curvature import CrossEntropy, Curvature, GaussNewton, Hessian, Identity, Objective
-from hesse.curvature.losses import next_tokens
+from hesse.curvature.losses import input_ids, next_tokens
 from hesse.data import Samples, read_samples
 from hesse.data.selection import Data
-from hesse.errors import UnsupportedModelError, check_at_least
+from hesse.errors import DataError, UnsupportedModelError, check_at_least
 from hesse.estimation import Estimates, Statistics, eigen_kronecker, estimate_curvatures
 from hesse.estimation.estimates import Name
 from hesse.evaluation.metrics import PredictionTotals
@@ -69,6 +69,7 @@ def inspect(
     samples: int = 4,
     length: int = 256,
     seed: int = 0,
+    bos: bool | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Result[Inspection]:
@@ -84,6 +85,7 @@ def inspect(
         samples: number of windows.
         length: tokens per window, at most the model's positions.
         seed: for the choice of samples, sampled labels and random vectors.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         progress: receives each phase and step.
 
@@ -112,7 +114,10 @@ def inspect(
             seed=seed,
             purpose="calibration",
             limit=limit,
+            bos=bos,
         )
+        if len(chosen.ids) < 2:
+            raise DataError(f"{chosen.source} gives one sample, and the spread of two is needed: use more text")
         check_ids(network.model, chosen.batches(1))
     with network.whole() as whole:
         return Result(_Inspector(network, whole, str(model), stored, chosen, seed, clock, progress).run())
@@ -134,16 +139,16 @@ class _Inspector:
     ) -> None:
         self.statistics, self.device = statistics, network.device
         self.name, self.seed, self.clock, self.progress = name, seed, clock, progress
-        self.batches = samples.batches(1)
+        self.batches = [(input_ids(ids), next_tokens(ids)) for ids in samples.batches(1)]
+        self.notes = list(samples.notes)
         self.model = model
         self.layers = {layer.name: layer for block in network.blocks for layer in block.layers}
         modules = {module: path for path, module in model.named_modules()}
         self.parameters = {name: f"{modules[layer.module]}.weight" for name, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.parameter.requires_grad_(True)
-        data = [(ids, next_tokens(ids)) for ids in self.batches]
         weights = list(self.parameters.values())
-        self.objective = Objective.of(model, CrossEntropy(), data, weights, forward=_logits)
+        self.objective = Objective.of(model, CrossEntropy(), self.batches, weights, forward=_logits)
 
     def run(self) -> Inspection:
         """Run all parts of the inspection."""
@@ -167,7 +172,7 @@ class _Inspector:
             verb="inspect",
             model=self.name,
             samples=len(self.batches),
-            tokens=sum(ids.numel() for ids in self.batches),
+            tokens=sum(ids.numel() for ids, _ in self.batches),
             parameters=objective.size,
             statistics=None if self.statistics is None else str(self.statistics.folder),
             model_loss=objective.value(),
@@ -178,18 +183,19 @@ class _Inspector:
             trace=(float(trace.value), float(trace.standard_error)),
             layers=layers,
             rank_correlations=rank_correlations(layers),
+            notes=self.notes,
             seconds={"total": self.clock.total, **self.clock.seconds},
             versions=versions(),
         )
 
     def _layers(self, estimates: Estimates, eigen_corrected: dict[str, Any], scale: float) -> list[LayerInspection]:
         """Change each layer that the data reaches, one at a time."""
-        dense = [self._predict(ids) for ids in self.batches]
+        dense = [self._predict(ids) for ids, _ in self.batches]
 
         def measure() -> tuple[float, float]:
             totals = PredictionTotals()
-            for ids, expected in zip(self.batches, dense, strict=True):
-                totals.add(self._predict(ids), ids, expected)
+            for (ids, targets), expected in zip(self.batches, dense, strict=True):
+                totals.add(self._predict(ids), targets, expected)
             mean = totals.mean_divergence()
             return mean.value, mean.standard_error
 

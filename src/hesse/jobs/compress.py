@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hesse.checkpoints.locate import locate
 from hesse.curvature import Loss
-from hesse.data.batches import token_ids
+from hesse.data.batches import token_records
 from hesse.data.selection import SAMPLES, Calibration
 from hesse.errors import OptionError
 from hesse.estimation import Statistics
@@ -57,6 +57,7 @@ def compress(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     format: str = "auto",
     size: str | int | None = None,
@@ -97,6 +98,7 @@ def compress(
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
         batch_size: samples per batch; it changes memory and time, not the result.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         format: `auto`, `pack-quantized`, `int-quantized`, `dense` or `low-rank`.
         size: a budget for the weights' files, such as "40%" of the dense ones, "5MB", or a number of bytes. With this,
@@ -137,9 +139,9 @@ def compress(
         raise OptionError("a model on disk needs a folder to write: give out")
     if tuple(layers) != ("*",) or loss_function is not None or forward is not None or kind != "sampled":
         raise OptionError("layers, loss_function, forward and kind are for modules: give a recipe for other layers")
-    if data is not None and not isinstance(data, str | Path) and (ids := token_ids(data)) is not None:
-        data = ids  # of a datasets.Dataset too
-    calibration = Calibration(data, samples, length, seed, batch_size)
+    if "input_ids" in (getattr(data, "column_names", None) or ()):
+        data = token_records(data)
+    calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, memory, overwrite, restart, dry_run, progress)
     budgeted = any(given is not None for given in (size, mean_bits, loss))
     aim: Recipe | BudgetRequest

@@ -157,7 +157,7 @@ class Compression:
             for key in setup.checkpoint.stored_names()
             if not any(name.removesuffix(".weight") in digests for name in by_key.get(key, [key]))
         ]
-        job.notes = [*self.plan["notes"], *setup.notes, *self.result.notes, *job.notes]
+        job.notes = list(dict.fromkeys([*self.plan["notes"], *setup.notes, *self.result.notes, *job.notes]))
         return CompressionReport(
             **job.head(before.file_bytes, after.file_bytes, loss),
             method=setup.recipe.method,

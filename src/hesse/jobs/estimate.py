@@ -56,6 +56,7 @@ def estimate(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
@@ -79,6 +80,7 @@ def estimate(
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
         batch_size: samples per batch.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace the statistics at `out`.
         restart: discard the work of an interrupted run to `out` instead of resuming it.
@@ -97,7 +99,7 @@ def estimate(
     if data is not None and not isinstance(data, str | Path):
         raise OptionError("statistics name their data, so that it can be read again: give a file, not token ids")
     kinds = [kind for kind in KINDS if kind in curvatures]
-    calibration = Calibration(data, samples, length, seed, batch_size)
+    calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, None, overwrite, restart, dry_run, progress)
     request = {"curvatures": " ".join(kinds)}
     return run_task(

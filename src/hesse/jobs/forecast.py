@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hesse.data import Samples
 from hesse.errors import HesseError
@@ -13,6 +13,8 @@ from hesse.estimation.calibrated import LayerStatistics, calibrated_blocks
 from hesse.jobs.job import Job
 from hesse.jobs.memory import bound_of, parameters
 from hesse.networks.network import CheckpointNetwork, Layer
+from hesse.passes.block_calls import independent
+from hesse.passes.block_state import BlockState
 from hesse.passes.stream import StreamBatch, advance, calibration_batch, start
 from hesse.result import ForecastReport
 
@@ -55,15 +57,16 @@ def _seconds(
     size = batch_size or calibration_batch(samples.longest)
     batches = start(network, samples.batches(size)[:1])
     index = len(network.blocks) // 2  # most blocks are of its kind
-    block, tokens, hidden = network.blocks[index], batches[0].ids.numel(), batches[0].hidden
+    index = index if independent(batches[0].calls[index]) else 0
+    block, tokens, state = network.blocks[index], batches[0].ids.numel(), batches[0].waiting
     begun = time.perf_counter()
     with network.loaded(block) as module:
         read = time.perf_counter() - begun
-        _forward(batches[0], module, index, hidden)  # compiles and fills caches
+        _forward(batches[0], module, index, state)  # compiles and fills caches
         begun = time.perf_counter()
-        _forward(batches[0], module, index, hidden)
+        _forward(batches[0], module, index, state)
         forward = time.perf_counter() - begun
-    batches[0].hidden = hidden
+    batches[0].waiting = state
     needs = {layer.name: ("inputs",) for layer in block.layers}
     solving, notes = dict[torch.Size, float](), list[str]()
     begun = time.perf_counter()
@@ -86,8 +89,8 @@ def _seconds(
     return total + sum(_of_shape(shape, solving) for shape in work.layers.values()), notes
 
 
-def _forward(batch: StreamBatch, module: nn.Module, index: int, hidden: Tensor) -> None:
-    batch.hidden = hidden
+def _forward(batch: StreamBatch, module: nn.Module, index: int, state: BlockState) -> None:
+    batch.waiting = state
     advance([batch], module, index)
 
 

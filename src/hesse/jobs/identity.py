@@ -11,7 +11,8 @@ import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.checkpoints.files import file_digest
-from hesse.data.selection import Calibration
+from hesse.data.selection import Calibration, Data
+from hesse.data.sources import data_files
 from hesse.version import versions
 
 # The numbers of a calibration by their names in error messages.
@@ -40,11 +41,14 @@ def identity(
     }
 
 
-def _data(data: str | Path | list[list[int]] | None) -> Any:
-    """Return the data's digest where the data is a local file, else the ids or the name."""
-    if isinstance(data, str | Path) and Path(data).is_file():
-        return file_digest(Path(data))
-    return data if data is None or isinstance(data, list) else str(data)
+def _data(data: Data) -> Any:
+    """Return the digest of a local file, or the name and the digests of several ones; else the ids or the name."""
+    if data is None or not isinstance(data, str | Path):
+        return data
+    files = [file_digest(path) for path in data_files(data)]
+    if Path(data).is_file():
+        return files[0]
+    return [str(data), *files] if files else str(data)
 
 
 def _digest(content: Any) -> str:

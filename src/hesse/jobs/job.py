@@ -24,6 +24,7 @@ from hesse.jobs.loader_check import check_loads
 from hesse.jobs.model_card import CARD_FILE, model_card
 from hesse.jobs.options import RunOptions
 from hesse.networks.network import CheckpointNetwork
+from hesse.passes.block_state import recall_states, record_states
 from hesse.passes.stream import StreamBatch, evaluation_batch, take_up
 from hesse.processes import join_process_group
 from hesse.progress import Clock, Silence
@@ -245,9 +246,9 @@ class BlockSteps:
             notes.append(note)
         count = job.processes.all_reduce_min(len(notes))
         while count and self._flows:
-            hidden = journal.recall_tensors(self._hidden(count), network.device)
-            if job.processes.all_reduce_min(hidden is not None) and hidden is not None:
-                take_up(self._flows, hidden[0], count)
+            states = recall_states(journal, self._hidden(count), network.device)
+            if job.processes.all_reduce_min(states is not None) and states is not None:
+                take_up(self._flows, states[0], count)
                 break
             count -= 1
         for number, note in enumerate(notes[:count]):
@@ -271,7 +272,7 @@ class BlockSteps:
         with job.clock.phase("write"):
             part = None if tensors is None else job.write(tensors, index)
             if self._flows:
-                journal.record_tensors(self._hidden(index + 1), [flow.waiting for flow in self._flows], {})
+                record_states(journal, self._hidden(index + 1), [flow.waiting for flow in self._flows], {})
             own = part is not None and job.processes.writer(index) == job.processes.rank
             record = {
                 "content": content,

@@ -127,7 +127,7 @@ def comparison_phases(dense: CheckpointNetwork, length: int, tokens: int | None 
     Samples have at most `length` tokens, and batches `tokens`; None for those of a measurement.
     """
     outside, evaluated = _outside(dense), evaluated_tokens(dense, length)
-    logits = 4 * evaluated * vocabulary(dense.model) if dense.kind == "causal-lm" else 0
+    logits = 4 * evaluated * vocabulary(dense.model) if dense.kind != "encoder" else 0
     phases = {COMPARING: 2 * 4 * outside + _stored(dense) * outside + LOGITS_HELD * logits}
     for block in dense.blocks:
         passed = activations(dense, block, evaluated if tokens is None else tokens, 4)

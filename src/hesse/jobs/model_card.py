@@ -9,7 +9,7 @@ import yaml
 
 from hesse.checkpoints.files import belongs
 from hesse.checkpoints.locate import DEFAULT, HUB_ID
-from hesse.data.sources import is_dataset_id
+from hesse.data.sources import is_dataset_id, source_names
 from hesse.result import Report
 
 CARD_FILE = "README.md"
@@ -40,8 +40,9 @@ def model_card(report: Report, base: Path, config: dict[str, Any], data: object,
         metadata["base_model_relation"] = "quantized"
     metadata["library_name"] = "transformers"
     metadata |= {key: inherited[key] for key in INHERITED if key in inherited}
-    if isinstance(data, str) and is_dataset_id(data):
-        metadata["datasets"] = [data.split(":")[0]]
+    names = source_names(data) if isinstance(data, str) else []
+    if ids := [each.split(":")[0] for each in names if is_dataset_id(each)]:
+        metadata["datasets"] = ids
     metadata["tags"] = [TAG, report.verb, *([str(config["quantization_config"]["quant_method"])] if quantized else [])]
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{_text(report, name or _plain_name(report.model), config, code)}"
@@ -94,8 +95,8 @@ def _text(report: Report, base: str, config: dict[str, Any], code: bool) -> str:
     rows = [("method", report.method), ("scheme", _scheme(report))]
     calibration = getattr(report, "calibration", None)
     if calibration is not None:
-        source = str(calibration["source"])
-        source = source if is_dataset_id(source) or "/" not in source else Path(source).name
+        parts = str(calibration["source"]).split(", ")
+        source = ", ".join(part if is_dataset_id(part) or "/" not in part else Path(part).name for part in parts)
         rows.append(("calibration", f"{calibration['samples']} samples of {calibration['length']} tokens: {source}"))
     for label, before, after in (
         ("bytes of weights", report.bytes_before, report.bytes_after),

@@ -35,6 +35,7 @@ def prune(
     samples: int | None = None,
     length: int | None = None,
     batch_size: int | None = None,
+    bos: bool | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -73,6 +74,7 @@ def prune(
         samples: on disk, calibration samples; None for 16 that blocks are judged by, or 128.
         length: on disk, tokens per sample; None for 2048 or the positions of the model, if less.
         batch_size: on disk, samples that go through the model together.
+        bos: on disk, start windows of text with BOS, or not; None for what the tokenizer does.
         seed: seed of random choices and of sampled labels.
         device: on disk, `auto`, `cpu`, or `cuda`.
         overwrite: on disk, replace a model folder at `out`.
@@ -95,6 +97,7 @@ def prune(
             "samples": samples,
             "length": length,
             "batch_size": batch_size,
+            "bos": bos,
             "overwrite": overwrite or None,
             "restart": restart or None,
             "dry_run": dry_run or None,
@@ -130,7 +133,7 @@ def prune(
     strategy = build_strategy(kind, method or DEFAULTS[kind], options)
     strategy.check()
     samples = samples if samples is not None else 16 if kind == "blocks" else 128
-    calibration = Calibration(data, samples, length, seed, batch_size)
+    calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, None, overwrite, restart, dry_run, progress)
     run_on = prune_blocks if kind == "blocks" else prune_hidden
     return run_on(model, Path(out), strategy, calibration, run)

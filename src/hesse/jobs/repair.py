@@ -50,6 +50,7 @@ def repair(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
@@ -79,6 +80,7 @@ def repair(
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the choice of samples and of sampled labels.
         batch_size: samples per batch.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace an adapter or a model folder at `out`.
         restart: discard the work of an interrupted run to `out` instead of resuming it.
@@ -92,7 +94,7 @@ def repair(
         HesseError: the subclass and message say what is wrong and what to do; nothing is left at `out`.
     """
     request = RepairRequest(rank, curvature, format, damping, tuple(ignore))
-    calibration = Calibration(data, samples, length, seed, batch_size)
+    calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, None, overwrite, restart, dry_run, progress)
     mark = CONFIG if format == "adapter" else "config.json"
     options = {"options": repr(request)}

@@ -38,6 +38,7 @@ def rotate(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
@@ -58,6 +59,7 @@ def rotate(
         length: tokens per sample; None for 2048 or the model's positions, whichever is less.
         seed: seed of the random rotations and of the choice of samples.
         batch_size: samples per batch.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
         device: `auto`, `cpu`, or `cuda`.
         overwrite: replace a model folder at `out`.
         restart: discard the work of an interrupted run to `out` instead of resuming it.
@@ -70,7 +72,7 @@ def rotate(
     check_model(model)
     if kind not in ROTATIONS:
         raise OptionError(f"there is no rotation {kind!r}; there are {', '.join(ROTATIONS)}")
-    calibration = Calibration(data, samples, length, seed, batch_size)
+    calibration = Calibration(data, samples, length, seed, batch_size, bos)
     run = run_options(device, None, overwrite, restart, dry_run, progress)
     return run_task("rotate", [model], Path(out), calibration, run, {"kind": kind}, lambda job: _Rotation(job, kind))
 

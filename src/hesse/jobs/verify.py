@@ -57,7 +57,7 @@ def read_back(
         VerificationError: a weight differs from what was solved, by its fingerprint in `digests`.
     """
     progress.begin("verify", len(written.blocks))
-    flows = start(written, [flow.ids for flow in dense])
+    flows = start(written, [flow.given for flow in dense])
     for index, block in each_loaded(written):
         for layer in block.layers:
             if layer.name in digests and digest(layer.weight) != digests[layer.name]:

@@ -47,6 +47,7 @@ def compress_in_memory(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
 ) -> Result[ModuleReport]:
     """Prune, quantise or factorise the layers of any `torch.nn.Module`; `model` itself is left as it is.
 
@@ -82,6 +83,7 @@ def compress_in_memory(
         length: tokens per sample of these; None for 2048 or the model's positions, whichever is less.
         seed: of the choice of samples and of sampled labels.
         batch_size: samples of token ids that go through the model together.
+        bos: start windows of text with BOS, or not; None for what the tokenizer does.
 
     Returns:
         The changed copy, what was done to each layer, and the loss before, predicted and measured.
@@ -111,10 +113,10 @@ def compress_in_memory(
         chosen = [layer for layer in found if rules[layer.name] is not None]
         if tokens:
             assert isinstance(copy, PreTrainedModel)
-            calibration = Calibration(data, SAMPLES if samples is None else samples, length, seed, batch_size)
+            calibration = Calibration(data, SAMPLES if samples is None else samples, length, seed, batch_size, bos)
             stream = TokenStream(copy, chosen, calibration, statistics_needed(rules), clock)
             return _compress(stream, chosen, rules, wanted, notes, clock)
-        for name, value in {"samples": samples, "length": length, "batch_size": batch_size}.items():
+        for name, value in {"samples": samples, "length": length, "batch_size": batch_size, "bos": bos}.items():
             if value is not None:
                 raise OptionError(f"{name} is for text and token ids: leave it out, batches are taken as given")
         with layers_objective(copy, chosen, data, loss_function, forward) as objective:

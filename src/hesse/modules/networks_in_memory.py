@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hesse.checkpoints.tensor_store import InMemory
 from hesse.curvature import CrossEntropy, Objective
-from hesse.curvature.losses import next_tokens
+from hesse.curvature.losses import input_ids, next_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation.calibrated import KnownStatistics
@@ -74,7 +74,7 @@ class TokenStream:
             for ids in check.batches(evaluation_batch(self._network, check.longest)):
                 ids = ids.to(self._network.device)
                 targets = next_tokens(ids)
-                logits = self.model(input_ids=ids, use_cache=False).logits.float()
+                logits = self.model(input_ids=input_ids(ids), use_cache=False).logits.float()
                 total += float(loss.terms(logits, targets).double().sum())
                 count += loss.count(targets) or 0
         return total / count

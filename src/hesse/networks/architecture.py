@@ -1,5 +1,6 @@
 """Build transformers' modules from config.json, without weights; code in the model folder is never run."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,13 @@ def build(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(settings))
         factory = find_architecture(checkpoint.folder, settings)
+        _check_takes_ids(factory)
         attention = "sdpa" if factory._supports_sdpa else None
         with _bounded_parameters(checkpoint.folder, len(stored)):
             with torch.device("meta"):
                 model: PreTrainedModel = factory._from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
             model.eval()  # type: ignore[no-untyped-call]
+            _make_buffers(model, set(stored))
             _compute_buffers(model, LARGEST_BUFFERS + checkpoint.stored_bytes)
     except HesseError:
         raise
@@ -67,6 +70,25 @@ def find_architecture(folder: Path, config: dict[str, Any]) -> type[PreTrainedMo
             "not have: a newer transformers may"
         )
     return factory
+
+
+def _check_takes_ids(factory: type[PreTrainedModel]) -> None:
+    """Raise UnsupportedModelError for a model of images or sounds, which calibration text does not give."""
+    if "input_ids" not in inspect.signature(factory.forward).parameters:
+        raise UnsupportedModelError(
+            f"{factory.__name__} takes {factory.main_input_name}, not token ids: load it in Python, and give "
+            "hesse.compress the model and a DataLoader of dictionaries of its inputs"
+        )
+
+
+def _make_buffers(model: PreTrainedModel, stored: set[str]) -> None:
+    """Make buffers of the parameters that transformers computes and never saves: Marian's positions."""
+    for full in set(getattr(model, "_keys_to_ignore_on_save", None) or ()) - stored:
+        path, _, name = full.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters.pop(name, None)
+        if parameter is not None:
+            module.register_buffer(name, parameter.detach(), persistent=False)
 
 
 def _compute_buffers(model: PreTrainedModel, most: int) -> None:

@@ -7,21 +7,22 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from hesse.curvature.losses import input_ids
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.networks.families import family_of
 from hesse.networks.towers import text_model, towers
 
-NetworkKind = Literal["causal-lm", "encoder"]
+NetworkKind = Literal["causal-lm", "seq2seq-lm", "encoder"]
 
 
 def kind_of(model: PreTrainedModel) -> NetworkKind:
     """Return the kind of a model: a language model generates tokens by a head over its vocabulary."""
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder:
         return "causal-lm"
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    head = model.get_output_embeddings() if model.can_generate() else None  # type: ignore[no-untyped-call]
+    if head is None:
         return "encoder"
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return "encoder" if head is None else "causal-lm"
+    return "seq2seq-lm" if model.config.is_encoder_decoder else "causal-lm"
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -29,12 +30,31 @@ def is_language_model(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
 
 
+def find_stacks(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists of blocks with their names, in order: of an encoder-decoder its encoder's and its decoder's.
+
+    Raises:
+        UnsupportedModelError: a list has no linear layers, or there is none.
+    """
+    if not model.config.is_encoder_decoder:
+        return [find_blocks(model)]
+    halves = model.get_encoder(), model.get_decoder()  # type: ignore[no-untyped-call]
+    if any(half is model or half is model.base_model for half in halves):
+        raise UnsupportedModelError(f"{type(model).__name__} has no encoder and decoder by the usual names")
+    return [_largest_list(model, half) for half in halves]
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the blocks and their name: of the lists in the text model, the one with the most parameters.
 
     Lists of experts have fewer; those of towers for images or audio do not count.
     """
-    text = {id(module) for module in text_model(model).modules()}
+    return _largest_list(model, text_model(model))
+
+
+def _largest_list(model: PreTrainedModel, part: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the list of modules in a `part` of a model that has the most parameters, and its name."""
+    text = {id(module) for module in part.modules()}
     text -= {id(module) for tower in towers(model).values() for module in tower.modules()}
     lists = [
         (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and id(m) in text
@@ -64,13 +84,23 @@ def input_limit(model: PreTrainedModel, config_file: str) -> int | None:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of token ids that a model knows."""
-    return len(model.get_input_embeddings().get_parameter("weight"))
+    """Return the number of token ids that a model knows.
+
+    Raises:
+        UnsupportedModelError: transformers does not say which of the model's modules embeds token ids.
+    """
+    try:
+        return len(model.get_input_embeddings().get_parameter("weight"))
+    except (AttributeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not embed token ids by one matrix: load it in Python, and give "
+            "hesse.compress the model and a DataLoader of dictionaries of its inputs"
+        ) from error
 
 
 def check_ids(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """Raise DataError for a token id outside a model's vocabulary."""
-    largest = max(int(ids.max()) for ids in batches)
+    largest = max(int(input_ids(ids).max()) for ids in batches)
     if largest >= vocabulary(model):
         raise DataError(
             f"the data holds the token id {largest}, but the model knows {vocabulary(model)}: "

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hesse.curvature import Objective
-from hesse.networks.layout import find_blocks, input_limit, kind_of
-from hesse.networks.network import Block, Blocks, Layer, Network
+from hesse.networks.layout import input_limit, kind_of
+from hesse.networks.network import Block, Blocks, Layer, Network, list_blocks
 
 
 class ModuleNetwork(Network):
@@ -27,8 +28,7 @@ class ModuleNetwork(Network):
         self.dtype, self.device = weight.dtype, weight.device
         # Not inference mode: the model remains the user's, and may keep tensors that it computes.
         self.gradients_off = torch.no_grad
-        name, blocks = find_blocks(model)
-        self.blocks = [_block(f"{name}.{number}", block, layers) for number, block in enumerate(blocks)]
+        self.blocks = list_blocks(model, partial(_block, layers))
 
     @property
     def input_limit(self) -> int | None:
@@ -59,7 +59,7 @@ class SingleBlock(Blocks):
         yield block.module
 
 
-def _block(name: str, module: nn.Module, layers: Sequence[Layer]) -> Block:
+def _block(layers: Sequence[Layer], name: str, module: nn.Module) -> Block:
     inside = set(module.modules())
     return Block(name, module, tuple(layer for layer in layers if layer.module in inside))
 

@@ -18,9 +18,11 @@ from hesse.errors import CheckpointError, DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.allocator import give_back_memory
 from hesse.networks.architecture import build, unfilled_buffers
+from hesse.networks.encoder_decoder import DecoderEntry
 from hesse.networks.experts import LinearExperts
 from hesse.networks.families import ROUTERS
-from hesse.networks.layout import NetworkKind, find_blocks, input_limit, kind_of
+from hesse.networks.layout import NetworkKind, find_stacks, input_limit, kind_of
+from hesse.networks.output_form import OutputForm
 from hesse.networks.sources import Sources, check_shape
 from hesse.networks.towers import towers
 
@@ -93,7 +95,7 @@ class Network(Blocks, Protocol):
     kind: NetworkKind
     dtype: torch.dtype
     device: torch.device
-    blocks_return_tuples: bool | None = None  # settled when the first batch is recorded
+    output_forms: list[OutputForm] | None = None  # of the blocks; settled when the first batch is recorded
 
     @property
     def layers(self) -> list[Layer]:
@@ -101,11 +103,29 @@ class Network(Blocks, Protocol):
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
+    def decoder_entry(self) -> int | None:
+        """Return the number of the block between an encoder's and a decoder's; None for one list of blocks."""
+        entries = (n for n, block in enumerate(self.blocks) if isinstance(block.module, DecoderEntry))
+        return next(entries, None)
+
+    @property
     def input_limit(self) -> int | None:
         """Return the largest number of tokens of a sample; None without a limit."""
 
     def surroundings(self) -> AbstractContextManager[PreTrainedModel]:
         """Return a context in which everything except the blocks is in memory."""
+
+
+def list_blocks(model: PreTrainedModel, block: Callable[[str, nn.Module], Block]) -> list[Block]:
+    """Return the blocks of a model, each made by `block` of its name and module, in the order of its forward.
+
+    Between an encoder's blocks and a decoder's stands a block without layers, a DecoderEntry.
+    """
+    stacks = [[block(f"{name}.{i}", module) for i, module in enumerate(own)] for name, own in find_stacks(model)]
+    first, *others = stacks
+    for other in others:
+        first += [Block("the decoder's entry", DecoderEntry(), ()), *other]
+    return first
 
 
 def each_loaded(network: Blocks, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Block]]:
@@ -141,9 +161,8 @@ class CheckpointNetwork(Network):
             for name, source in reversed(self.sources.items())
             if name.endswith(".weight")
         }
-        name, blocks = find_blocks(self.model)
-        self.blocks = [self._block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
-        self._check_complete(name)
+        self.blocks = list_blocks(self.model, self._block)
+        self._check_complete()
         for path, module in self.model.named_modules():
             source = self.sources.get(f"{path}.weight", "")
             rounding = checkpoint.input_rounding(source.removesuffix(".weight"))
@@ -172,10 +191,11 @@ class CheckpointNetwork(Network):
                 layers.append(layer)
         return Block(name, module, tuple(layers))
 
-    def _check_complete(self, blocks: str) -> None:
+    def _check_complete(self) -> None:
+        blocks = tuple(f"{block.name}." for block in self.blocks)
         for name, _ in self.model.named_parameters():
             source = self.sources.get(name)
-            if source is None and name.startswith(f"{blocks}."):
+            if source is None and name.startswith(blocks):
                 raise CheckpointError(
                     f"{self.checkpoint.folder} has no tensor for {name} of {type(self.model).__name__}: the folder is "
                     "incomplete, or transformers converts this architecture in a way that Hesse does not support"
@@ -208,6 +228,10 @@ class CheckpointNetwork(Network):
 
         During the computation the next block is read from disk: blocks are expected in order, in either direction.
         """
+        if isinstance(block.module, DecoderEntry):
+            with self.surroundings():
+                yield block.module
+            return
         with self._holding_weights(block.name, block.module, block.name):
             self._announce_next(block)
             yield block.module
@@ -242,7 +266,7 @@ class CheckpointNetwork(Network):
         with _empty(towers(self.model).values(), self.device) as absent:
             inside = {id(p) for block in self.blocks for p in (*block.module.parameters(), *block.module.buffers())}
             inside |= absent
-            outside = self.model if self.kind == "causal-lm" else self.model.base_model
+            outside = self.model.base_model if self.kind == "encoder" else self.model
             prefix = next((name for name, module in self.model.named_modules() if module is outside), "")
             with self._holding_weights("the embeddings and the head", outside, prefix, leave=inside):
                 yield self.model

@@ -157,6 +157,7 @@ class Sources:
                 whole[name] = key
             elif conversion is not None or place.parameter in stored:
                 whole[name], self._slices[name] = name, place
+        self._batched = tuple(f"{path}." for path, own in model.named_modules() if isinstance(own, BatchedExperts))
         built = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.unread = [key for key in self.unread if key not in built]
         built |= {name for name, _ in model.named_buffers()}
@@ -286,12 +287,18 @@ class Sources:
         parameter, pattern = self.built.place(name)
         return parameter == place.parameter and pattern is not None and pattern.endswith(".weight")
 
+    def converted_weights(self) -> list[tuple[str, ...]]:
+        """Return the stored tensors of each conversion of weights of layers."""
+        conversions = {id(own): own for own in self._converted.values()}
+        return [
+            own.all_keys()
+            for own in conversions.values()
+            if all(pattern.endswith(".weight") for pattern in own.converter.source_patterns)
+        ]
+
     def becomes_modules(self, name: str) -> bool:
         """True if transformers makes a module of the expert's matrix `name` when it loads compressed weights."""
-        place = self._slices.get(name)
-        return place is not None and isinstance(
-            self.model.get_submodule(place.parameter.rpartition(".")[0]), BatchedExperts
-        )
+        return name in self._slices and name.startswith(self._batched)
 
     @property
     def folder(self) -> Path:

@@ -1,19 +1,19 @@
 """Backpropagate the final loss through a streamed model: from the last block to the first, one in memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.checkpoints.tensor_store import TensorStore
 from hesse.curvature import CrossEntropy, Origin
-from hesse.curvature.losses import next_tokens
 from hesse.curvature.objective import label_generator
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.network import Block, Layer, Network, each_loaded
+from hesse.passes.block_state import BlockState, Shared
 from hesse.passes.parts import ParameterPart
 from hesse.passes.recorded_batch import RecordedBatch, Recorder
 from hesse.passes.stream import StreamBatch, finish
@@ -28,13 +28,13 @@ class BackwardState:
 
     reached: int  # the gradients are at the input of this block; the number of blocks at the start
     scale: float  # the factor that turns sums over all flows into nats per token
-    gradients: list[StoredTensor]  # of the summed loss, one per flow
+    gradients: list[BlockState]  # of the summed loss, one per flow
 
 
 class BackwardPass:
     """Backward pass that yields each block's recorded inputs and gradients for the true Fisher, last block first.
 
-    `flows` have passed all blocks; `inputs[k]` are the inputs of block k, one tensor per flow. The loss is the summed
+    `flows` have passed all blocks; `inputs[k]` are the inputs of block k, one state per flow. The loss is the summed
     cross-entropy of labels sampled from the model, the same for the same `seed`; for an encoder it is ½‖h - h₀‖² of the
     last hidden states, which are the nats of a unit-variance Gaussian. Memory: one block, and its activations for one
     flow; gradients and hidden states are kept in `shelf`, or in memory.
@@ -53,7 +53,7 @@ class BackwardPass:
         self,
         network: Network,
         flows: list[StreamBatch],
-        inputs: list[list[StoredTensor]],
+        inputs: list[list[BlockState]],
         seed: int,
         apart: bool = False,
         shelf: TensorStore | None = None,
@@ -78,10 +78,10 @@ class BackwardPass:
             self._noise(ids, generator)
         with self.network.surroundings() as model:
             for flow in self.flows:
-                hidden = flow.hidden.detach().requires_grad_()
-                loss, count = self._sampled_loss(finish(self.network, model, flow, hidden), flow.ids, generator)
-                (gradient,) = torch.autograd.grad(loss, hidden)
-                gradients.append(self._shelf.keep(gradient, last))
+                hidden, shared = _leaves(flow.waiting)
+                output = finish(self.network, model, flow, hidden, shared)
+                loss, count = self._sampled_loss(output, flow.targets, generator)
+                gradients.append(self._keep([loss], None, hidden, shared, [], last)[0])
                 terms += count
         terms = self.processes.all_reduce_sum(terms)
         if not terms:
@@ -98,24 +98,46 @@ class BackwardPass:
     def _passages(self, block: Block, index: int) -> Iterator[RecordedBatch]:
         """Yield each flow's recorded batch; after the last one the gradients are at the block's input."""
         modules = {layer.name: layer.module for layer in block.layers}
-        found: list[StoredTensor] = []
+        found: list[BlockState] = []
         copied: set[str] = set()  # layers whose outputs the block changes in place
         for flow, waiting, gradient in zip(self.flows, self.inputs[index], self.state.gradients, strict=True):
-            hidden = waiting.tensor().detach().requires_grad_()
-            output, recorder = _recorded(flow, hidden, block, index, modules, copied)
+            hidden, shared = _leaves(waiting)
+            (output, passed), recorder = _recorded(flow, hidden, shared, block, index, modules, copied)
             if recorder.changed:
                 copied |= recorder.changed
-                output, recorder = _recorded(flow, hidden, block, index, modules, copied)
-            wanted = [hidden, *recorder.outputs]
-            back, *slopes = torch.autograd.grad(output, wanted, gradient.tensor(), allow_unused=True)
+                (output, passed), recorder = _recorded(flow, hidden, shared, block, index, modules, copied)
+            ends, given = [output], [gradient.tensor()]
+            for key, slope in gradient.shared_tensors().items():
+                if passed[key].requires_grad:
+                    ends, given = [*ends, passed[key]], [*given, slope]
+            kept, slopes = self._keep(ends, given, hidden, shared, recorder.outputs, index)
             mixed = not recorder.leading(len(flow.ids), output.ndim)
             if mixed and self.apart and len(flow.ids) > 1:
                 raise UnsupportedModelError(f"{block.name} mixes the samples of a batch: use batches of one sample")
-            found.append(self._shelf.keep(back, index))
+            found.append(kept)
             yield RecordedBatch(recorder.rows(slopes, flat=mixed), len(flow.ids))
         self.state = BackwardState(index, self.scale, found)
 
-    def _sampled_loss(self, output: Tensor, ids: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    def _keep(
+        self,
+        ends: list[Tensor],
+        slopes: list[Tensor] | None,
+        hidden: Tensor,
+        shared: Shared,
+        outputs: list[Tensor],
+        index: int,
+    ) -> tuple[BlockState, Sequence[Tensor | None]]:
+        """Keep the gradients at the input of block `index`; return them, and those at the `outputs` of its layers.
+
+        `slopes` are the gradients at `ends`.
+        """
+        leaves = {key: value for key, value in shared.items() if value.requires_grad}
+        back, *others = torch.autograd.grad(ends, [hidden, *leaves.values(), *outputs], slopes, allow_unused=True)
+        beside = dict(zip(leaves, others, strict=False))
+        kept = {key: slope for key, slope in beside.items() if slope is not None}
+        return BlockState.keep(self._shelf, index, back, kept), others[len(leaves) :]
+
+    def _sampled_loss(self, output: Tensor, targets: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """Return the summed loss of labels sampled from the model, and the number of tokens in the sum."""
         output = output.float()
         if not all_finite(output):
@@ -124,10 +146,10 @@ class BackwardPass:
                 "overflows on this data"
             )
         if self.network.kind == "encoder":
-            noise = self._noise(ids, generator)
+            noise = self._noise(targets, generator)
             return (output * noise.to(output.device)).sum(), output.shape[0] * output.shape[1]
         loss = CrossEntropy()
-        labels = loss.sample_targets(output, next_tokens(ids), generator)
+        labels = loss.sample_targets(output, targets, generator)
         return loss.terms(output, labels).sum(), loss.count(labels) or 0
 
     def _noise(self, ids: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -138,11 +160,26 @@ class BackwardPass:
         return torch.rand(ids.shape, dtype=torch.float64, generator=generator)
 
 
+def _leaves(state: BlockState) -> tuple[Tensor, Shared]:
+    """Return hidden states and the tensors beside them, as leaves of a new graph."""
+    shared = {key: value.detach() for key, value in state.shared_tensors().items()}
+    for value in shared.values():
+        if value.is_floating_point():
+            value.requires_grad_()
+    return state.tensor().detach().requires_grad_(), shared
+
+
 def _recorded(
-    flow: StreamBatch, hidden: Tensor, block: Block, index: int, modules: dict[str, nn.Module], copied: set[str]
-) -> tuple[Tensor, Recorder]:
+    flow: StreamBatch,
+    hidden: Tensor,
+    shared: Shared,
+    block: Block,
+    index: int,
+    modules: dict[str, nn.Module],
+    copied: set[str],
+) -> tuple[tuple[Tensor, Shared], Recorder]:
     with torch.enable_grad(), Recorder(modules, copied) as recorder:
-        return flow.through(block.module, index, hidden), recorder
+        return flow.run(block.module, index, hidden.clone(), shared), recorder  # which blocks may change in place
 
 
 def layer_part(layer: Layer) -> ParameterPart:

@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 
 from hesse.curvature import Objective
 from hesse.curvature.objective import label_generator
-from hesse.errors import DataError, OptionError
+from hesse.errors import DataError, OptionError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.passes.parts import parts_of
 from hesse.passes.recorded_batch import RecordedBatch, Recorder, backward
@@ -84,6 +84,11 @@ class GradientPass:
             if draw is not None:
                 targets = draw(outputs.detach(), targets)
             terms = objective.loss.terms(outputs, targets)
+        if recorder.without_gradients:
+            raise UnsupportedModelError(
+                f"{min(recorder.without_gradients)} is called without gradients inside the model: with gradient "
+                "checkpointing give use_reentrant=False, else leave its parameters out"
+            )
         if recorder.changed:
             self._copied |= recorder.changed
             yield from self._part(inputs, targets, None)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hesse.errors import UnsupportedModelError
 from hesse.passes.layer_stops import patching
 from hesse.passes.parts import ParameterPart, as_rows, fits
 
@@ -92,6 +91,7 @@ class Recorder:
 
     def __init__(self, modules: dict[str, nn.Module], copied: Iterable[str] = ()) -> None:
         self.calls: list[tuple[str, Tensor, Tensor]] = []  # name, input, output
+        self.without_gradients: set[str] = set()  # modules that the network calls where gradients are off
         self._versions: list[int] = []
         self._modules, self._copied = modules, set(copied)
         self._hooks = ExitStack()
@@ -111,10 +111,7 @@ class Recorder:
         if not (isinstance(received, Tensor) and isinstance(output, Tensor) and fits(module, output)):
             return output
         if not torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                f"{name} is called without gradients inside the model: with gradient checkpointing give "
-                "use_reentrant=False, else leave its parameters out"
-            )
+            self.without_gradients.add(name)
         if not output.requires_grad:  # it and everything before it is frozen
             output = output.detach().requires_grad_()
         self.calls.append((name, received.detach(), output))

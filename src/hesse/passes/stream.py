@@ -1,21 +1,35 @@
 """Stream calibration data through a network, block after block."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.checkpoints.tensor_store import TensorStore
+from hesse.curvature.losses import input_ids, next_tokens, scored_tokens
 from hesse.errors import DataError, UnsupportedModelError
 from hesse.finite import all_finite
 from hesse.networks.layout import vocabulary
 from hesse.networks.network import Network
 from hesse.networks.towers import without_cache
+from hesse.passes.block_calls import (
+    ENCODED,
+    Call,
+    CallRecorder,
+    Calls,
+    Constants,
+    Returned,
+    model_inputs,
+    output_forms,
+    replaced,
+    run_base,
+    run_block,
+)
+from hesse.passes.block_state import BlockState, Shared
+from hesse.passes.joint_state import JointState
 
 LOGITS_LIMIT = 1 << 25  # of a batch that is evaluated
 BATCH_TOKENS = 2048  # small enough for the caches of a CPU, large enough for efficient products
@@ -35,34 +49,51 @@ class CalibrationBatch(Protocol):
 class StreamBatch:
     """One batch of samples between two blocks: token ids, hidden states, and the other arguments of each block."""
 
-    ids: Tensor  # (samples, tokens)
-    waiting: StoredTensor  # the hidden states
-    calls: list[dict[str, Any]]  # keyword arguments, one dictionary per block
-    shelf: TensorStore  # where hidden states wait between two blocks
+    given: Tensor  # (samples, tokens): token ids as `start` takes them
+    targets: Tensor  # (samples, tokens): the token that each position predicts, or -100 where none is scored
+    waiting: BlockState  # the hidden states, and what blocks share beside them
+    calls: Calls  # of each block
+    shelf: TensorStore  # where the state waits between two blocks
     step: int = 0  # number of blocks passed
+    joint: JointState | None = None  # of the hidden states inside a decoder that has an encoder
+
+    @property
+    def ids(self) -> Tensor:
+        """Return the token ids (samples, tokens) as the model reads them."""
+        return input_ids(self.given)
 
     @property
     def hidden(self) -> Tensor:
-        """Return the hidden states (samples, tokens, width) from the store."""
+        """Return the hidden states (samples, tokens, width) from the store; inside such a decoder the joint state."""
         return self.waiting.tensor()
-
-    @hidden.setter
-    def hidden(self, hidden: Tensor) -> None:
-        self.step += 1
-        self.waiting = self.shelf.keep(hidden, self.step)
 
     def pass_block(self, module: nn.Module, index: int) -> None:
         """Run block number `index`, which is `module`, on the hidden states, and keep its output for the next."""
-        self.hidden = self.through(module, index)
+        self.keep(*self.run(module, index))
+
+    def keep(self, hidden: Tensor, shared: Shared) -> None:
+        """Keep the output of a block for the next one."""
+        self.step += 1
+        self.waiting = BlockState.keep(self.shelf, self.step, hidden, shared)
 
     def arguments(self, index: int) -> Any:
         """Return the other arguments of block number `index`."""
         return self.calls[index]
 
-    def through(self, module: nn.Module, index: int, hidden: Tensor | None = None) -> Tensor:
-        """Return the output (samples, tokens, width) of block `index`, which is `module`, for the hidden states."""
-        result = module(self.hidden if hidden is None else hidden, **self.calls[index])
-        return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+    def run(
+        self, module: nn.Module, index: int, hidden: Tensor | None = None, shared: Shared | None = None
+    ) -> tuple[Tensor, Shared]:
+        """Return the output (samples, tokens, width) of block `index`, which is `module`, and what blocks share then.
+
+        `hidden` and `shared` replace the waiting ones.
+        """
+        hidden = self.hidden if hidden is None else hidden
+        shared = self.waiting.shared_tensors() if shared is None else shared
+        if self.joint is None or index <= self.joint.entry:
+            return run_block(module, index, self.calls, hidden, shared)
+        own, encoded = self.joint.split(hidden)
+        output, shared = run_block(module, index, self.calls, own, shared, {ENCODED: encoded})
+        return self.joint.join(output, encoded), shared
 
 
 def calibration_batch(length: int) -> int:
@@ -78,35 +109,48 @@ def evaluation_batch(network: Network, length: int) -> int:
 def start(network: Network, batches: Iterable[Tensor], shelf: TensorStore | None = None) -> list[StreamBatch]:
     """Compute the first block's input for each batch of token ids (samples, tokens), and the blocks' other arguments.
 
-    Hidden states are kept in `shelf`, or in memory.
+    Tokens that `hide_from_loss` hid pass like others, but are no targets. Hidden states are kept in `shelf`, or in
+    memory.
     """
     flows: list[StreamBatch] = []
     shelf = TensorStore() if shelf is None else shelf
+    constants: Constants = {}
     with network.surroundings() as model, torch.no_grad():
         for ids in batches:
-            flow = _record(network, model, ids.to(network.device), shelf)
+            flow = _record(network, model, ids.to(network.device), shelf, constants)
             if flows:
                 flow.calls = [_reuse(new, old) for new, old in zip(flow.calls, flows[-1].calls, strict=True)]
             flows.append(flow)
     return flows
 
 
-def finish(network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor | None = None) -> Tensor:
-    """Compute the model's output from a flow's hidden states, or `hidden`, after all blocks, by its own forward.
+def finish(
+    network: Network, model: nn.Module, flow: StreamBatch, hidden: Tensor | None = None, shared: Shared | None = None
+) -> Tensor:
+    """Compute the model's output from a flow's state, or `hidden` and `shared`, after all blocks, by its own forward.
 
     The output is logits (samples, tokens, vocabulary), or an encoder's last hidden states (samples, tokens, width).
     `model` is the model yielded by `network.surroundings()`.
     """
     passed = flow.hidden if hidden is None else hidden
+    if flow.joint is not None:
+        passed, _ = flow.joint.split(passed)
+    shared = flow.waiting.shared_tensors() if shared is None else shared
+    last = max(index for index, call in enumerate(flow.calls) if call is not None)
+    assert network.output_forms is not None
 
-    def inject(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        return passed if index == 0 else hidden
+    def inject(index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+        if index < last:
+            return hidden
+        rest[:] = [shared.get(Returned(last, number).key, value) for number, value in enumerate(rest)]
+        return passed
 
-    with _replaced(network, inject), without_cache(model):
+    inputs = model_inputs(network, model, flow.ids)
+    with replaced(network, network.output_forms, inject), without_cache(model):
         if network.kind == "encoder":
-            result = model.base_model(input_ids=flow.ids).last_hidden_state  # type: ignore[operator]
+            result = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
         else:
-            result = model(input_ids=flow.ids, use_cache=False).logits
+            result = model(**inputs, use_cache=False).logits
     assert isinstance(result, Tensor)
     return result
 
@@ -119,98 +163,62 @@ def advance(flows: Iterable[StreamBatch], module: nn.Module, index: int, block: 
     """
     with torch.no_grad():
         for flow in flows:
-            hidden = flow.through(module, index)
+            hidden, shared = flow.run(module, index)
             if block is not None and not all_finite(hidden):
                 raise DataError(
                     f"the output of {block} holds NaN or infinity: the model overflows on this data, or its weights "
                     "are damaged"
                 )
-            flow.hidden = hidden
+            flow.keep(hidden, shared)
 
 
-def take_up(flows: Iterable[StreamBatch], waiting: Iterable[StoredTensor], step: int) -> None:
-    """Restore flows to their state after `step` blocks, with their hidden states `waiting`."""
-    for flow, hidden in zip(flows, waiting, strict=True):
-        flow.waiting, flow.step = hidden, step
+def take_up(flows: Iterable[StreamBatch], waiting: Iterable[BlockState], step: int) -> None:
+    """Restore flows to their state after `step` blocks, which is `waiting`."""
+    for flow, state in zip(flows, waiting, strict=True):
+        flow.waiting, flow.step = state, step
 
 
-def _record(network: Network, model: nn.Module, ids: Tensor, shelf: TensorStore) -> StreamBatch:
+def _record(network: Network, model: nn.Module, given: Tensor, shelf: TensorStore, constants: Constants) -> StreamBatch:
     """Run the model with blocks that return their input, and record the arguments of each block."""
-    if network.blocks_return_tuples is None:
-        network.blocks_return_tuples = _takes_first_elements(network, model, ids[:1])
-    calls: list[dict[str, Any]] = []
-    first: list[Tensor] = []
-
-    def note(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        if index == 0:
-            calls.clear()
-            first[:] = [hidden]
-        elif hidden.shape != first[0].shape:
-            raise UnsupportedModelError(f"the blocks of {type(model).__name__} change the shape of their input")
-        calls.append(call)
-        return hidden
-
-    with _replaced(network, note):
-        _run_blocks(network, model, ids)
-    return StreamBatch(ids, shelf.keep(first[0], 0), calls, shelf)
-
-
-def _run_blocks(network: Network, model: nn.Module, ids: Tensor) -> None:
-    """Run all of the model except its head."""
-    base = cast(nn.Module, model.base_model)
-    with without_cache(model):
-        base(input_ids=ids, **({"use_cache": False} if network.kind == "causal-lm" else {}))
+    # A decoder that has an encoder predicts the ids themselves.
+    targets = scored_tokens(given) if network.kind == "seq2seq-lm" else next_tokens(given)
+    ids = input_ids(given)
+    if network.output_forms is None:
+        network.output_forms = output_forms(network, model, ids[:1])
+    recorder = CallRecorder(network, constants, ids.shape)
+    with replaced(network, network.output_forms, recorder.note):
+        run_base(network, model, ids)
+    if not recorder.first:
+        raise UnsupportedModelError(f"{type(network.model).__name__} does not call its blocks for token ids")
+    state = BlockState.keep(shelf, 0, next(iter(recorder.first.values())), {})
+    flow = StreamBatch(given, targets, state, recorder.calls, shelf)
+    entry = network.decoder_entry
+    if entry is not None:
+        flow.joint = JointState(entry, recorder.first[entry + 1].shape, recorder.encoded)
+        flow.calls[entry] = {"enter": partial(_enter_decoder, network, ids, flow.joint)}
+    return flow
 
 
-class _Output(Tensor):
-    """A block's output that notes if the model takes its first element, as it does of a tuple."""
+def _enter_decoder(network: Network, ids: Tensor, joint: JointState, hidden: Tensor) -> Tensor:
+    """Return the joint state before a decoder's blocks from the hidden states behind the encoder's, by the model."""
+    found: list[Tensor] = []
+    assert network.output_forms is not None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # gives plain tensors
-    first_taken: list[bool]
+    def pass_by(index: int, state: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+        if index == joint.entry + 1:
+            found[:] = [state, call[ENCODED]]
+        return hidden if index == 0 else state
 
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int) and key == 0:
-            self.first_taken.append(True)
-            return self.as_subclass(Tensor)
-        return super().__getitem__(key)
-
-
-def _takes_first_elements(network: Network, model: nn.Module, ids: Tensor) -> bool:
-    """True if the model takes the first element of what a block returns, so that its blocks have to return tuples."""
-    first_taken: list[bool] = []
-
-    def output(index: int, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-        result = hidden.as_subclass(_Output)
-        result.first_taken = first_taken
-        return result
-
-    with _replaced(network, output):
-        _run_blocks(network, model, ids)
-    return bool(first_taken)
+    with replaced(network, network.output_forms, pass_by):
+        run_base(network, network.model, ids)
+    decoder, encoder = found
+    return joint.join(decoder, encoder)
 
 
-@contextmanager
-def _replaced(network: Network, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-    """Run `forward(index, hidden, keyword arguments)` in place of each block; the modules keep their attributes."""
-
-    def call_instead(index: int, names: list[str], *positional: Any, **call: Any) -> Any:
-        call = {**dict(zip(names, positional, strict=False)), **call}
-        hidden = call.pop(names[0])
-        result = forward(index, hidden, call)
-        return (result,) if network.blocks_return_tuples else result
-
-    for index, block in enumerate(network.blocks):
-        names = list(inspect.signature(type(block.module).forward).parameters)[1:]
-        block.module.forward = partial(call_instead, index, names)
-    try:
-        yield
-    finally:
-        for block in network.blocks:
-            del block.module.forward
-
-
-def _reuse(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+def _reuse(new: Call | None, old: Call | None) -> Call | None:
     """Return `new` with equal values replaced by those of `old`, so that masks and rotations are stored once."""
+    if new is None or old is None:
+        return new
     return {key: old[key] if key in old and _equal(value, old[key]) else value for key, value in new.items()}
 
 

@@ -53,6 +53,7 @@ def plan(
     length: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: bool | None = None,
     device: str = "auto",
     format: str = "auto",
     size: str | int | None = None,
@@ -77,7 +78,7 @@ def plan(
     report = plan_budget(
         model,
         request,
-        Calibration(data, samples, length, seed, batch_size),
+        Calibration(data, samples, length, seed, batch_size, bos),
         None if statistics is None else Statistics(Path(statistics)),
         format=format,
         device=find_device(device),
@@ -124,6 +125,7 @@ def plan_budget(
     meter = CostMeter(menu, sensitivity)
     if statistics is None:
         selected = select_samples(folder, calibration, network, probe_tokens(meter.needs, network.layers, 0))
+        meter.notes += selected.notes
         meter.measure(network, selected, calibration, progress, offload)
     else:
         statistics.check_model(checkpoint)

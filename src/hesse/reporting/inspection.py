@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from hesse.reporting.terminal import number, shown, text_table
+from hesse.reporting.terminal import note_lines, number, shown, text_table
 
 if TYPE_CHECKING:
     from hesse.inspection import Inspection
@@ -17,7 +17,13 @@ SHOWN = ("4 bits", "50 % zeros")  # the schemes in the table of layers
 
 def inspection_summary(inspection: "Inspection") -> RenderableType:
     """Return the summary of an inspection: the loss, the layers, and the most accurate curvature."""
-    return Group(_whole(inspection), _layers(inspection), _trust(inspection), Text(advice(inspection)))
+    return Group(
+        _whole(inspection),
+        _layers(inspection),
+        _trust(inspection),
+        Text(advice(inspection)),
+        *note_lines(inspection.notes),
+    )
 
 
 def facts(inspection: "Inspection") -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
+from hesse.checkpoints.tensor_store import TensorStore
 from hesse.estimation.probe import forward_walk
 from hesse.evaluation.measure import branch
 from hesse.evaluation.measurements import MeasuredMean
@@ -15,6 +15,7 @@ from hesse.evaluation.metrics import totals_of
 from hesse.networks.network import Block, Network, each_loaded
 from hesse.partitions import ParameterSets, Partition
 from hesse.passes.backward import BackwardPass
+from hesse.passes.block_state import BlockState
 from hesse.passes.stream import StreamBatch, advance, finish, start
 from hesse.progress import Clock, Progress
 from hesse.scores.score import BLOCKS, register_score
@@ -76,7 +77,7 @@ class Removals:
             for number, flow in enumerate(self.whole):
                 wanted = finish(self.network, model, flow)
                 for key, flows in walks.items():
-                    found[key].add(finish(self.network, model, flows[number]), flow.ids, wanted)
+                    found[key].add(finish(self.network, model, flows[number]), flow.targets, wanted)
         return {key: difference.mean_divergence() for key, difference in found.items()}
 
     def backward(self) -> Iterator[tuple[Block, BackwardPass]]:
@@ -88,7 +89,7 @@ class Removals:
             yield block, walk
             self._progress.advance()
 
-    def sides(self) -> list[tuple[list[StoredTensor], list[StoredTensor]]]:
+    def sides(self) -> list[tuple[list[BlockState], list[BlockState]]]:
         """Return the hidden states that enter and leave each block, one of each a batch."""
         ends = [*self.inputs, [flow.waiting for flow in self.whole]]
         return list(pairwise(ends))

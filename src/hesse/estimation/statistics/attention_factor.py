@@ -161,7 +161,7 @@ def _calls(
     with ExitStack() as hooks, torch.no_grad():
         for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
-        batch.through(block.module, index, batch.hidden.clone())  # which autograd may keep
+        batch.run(block.module, index, batch.hidden.clone())  # which autograd may keep
     return calls
 
 

@@ -77,7 +77,7 @@ def position_weights(batches: Sequence[StreamBatch], block: Block, index: int) -
     with torch.no_grad():
         for batch in batches:
             with attention_received(block.module) as attention:
-                batch.through(block.module, index)
+                batch.run(block.module, index)
             if not attention:
                 return None
             weights.append(in_range(torch.stack(attention).sum(0)))
