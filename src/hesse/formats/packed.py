@@ -87,7 +87,7 @@ class PackedFormat(DenseFormat):
         self._regrouped.setdefault((grid.group_size, tuple(sorted(widths))), []).append(layer.name)
         if common < SMALLEST_COMMON_GROUP:
             return layer
-        finer, constraint = replace(grid, group_size=common), layer.constraint
+        finer, constraint = replace(cast(Grid, grid), group_size=common), layer.constraint
         return replace(
             layer, constraint=replace(constraint, grid=finer) if isinstance(constraint, SparseGrid) else finer
         )
@@ -215,7 +215,7 @@ class PackedFormat(DenseFormat):
         tensors = self.stored_codes(name, codes.T if layer.transposed else codes)
         tensors[f"{name}.weight_scale"] = scale.T if layer.transposed else scale
         if not grid.symmetric:
-            words = (math.ceil(rows * grid.bits / 32), grid.groups(columns))
+            words = (math.ceil(rows * grid.code_bits / 32), grid.groups(columns))
             block = self._scheme(layer)["strategy"] == "block"
             like = tensors[f"{name}.weight_scale"]
             zeros = like.to(torch.int8) if block else torch.empty(words, dtype=torch.int32, device="meta")
