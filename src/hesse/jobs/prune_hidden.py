@@ -76,6 +76,7 @@ class _Narrowing(Task[HiddenReport]):
 
     def __init__(self, job: Job, keep: float) -> None:
         _, network, _ = open_networks(job.sources[0], job.run.device)
+        network.check_layers_stored()
         super().__init__(job, network)
         self.needed_bytes = 2 * network.checkpoint.file_bytes
         self.needed_bytes += 3 * hidden_bytes(network, tokens_of(self.selected.samples))

@@ -38,6 +38,8 @@ class Pair:
             raise OptionError(f"{dense} is both the dense and the compressed model: give the two")
         source, network, probed = open_networks(dense, device)
         other = CheckpointNetwork(open_checkpoint(compressed), probed.dtype, device)
+        for each in (network, other):
+            each.check_layers_stored()
         pairs = _paired(network, other, dense, compressed)
         known = (name for name, _ in other.model.named_modules())
         check_patterns((layer.name for layer in other.layers), known, ignore)

@@ -213,6 +213,19 @@ class CheckpointNetwork(Network):
         names = dict.fromkeys(self.sources[name] for name in self.sources if name.startswith(f"{block.name}."))
         return list(dict.fromkeys(key for name in names for key in self.tensors.keys(name)))
 
+    def check_layers_stored(self) -> None:
+        """Check that each layer is a tensor of the checkpoint.
+
+        Raises:
+            UnsupportedModelError: a layer is stored as a part of a larger tensor.
+        """
+        for layer in self.layers:
+            if not self.tensors.is_stored(layer.weight_name):
+                raise UnsupportedModelError(
+                    f"{layer.name} is a part of {self.tensors.keys(layer.weight_name)[0]} in {self.checkpoint.folder}: "
+                    "only hesse compress changes parts of tensors"
+                )
+
     @property
     def input_limit(self) -> int | None:
         """Return the largest number of tokens of a sample; None without a limit.
