@@ -9,6 +9,7 @@ import torch
 
 from hesse.constraints import (
     AlongOutputs,
+    BlockTable,
     Codebook,
     Constraint,
     EitherSide,
@@ -18,6 +19,7 @@ from hesse.constraints import (
     Grouped,
     LowRank,
     LowRankCode,
+    Microscaled,
     MixedCode,
     MixedGrid,
     PlusCode,
@@ -103,6 +105,33 @@ class TestTable(GroupedLaws):
 
     def refusals(self) -> Iterator[Callable[[], object]]:
         yield lambda: Table(name="fp5")
+
+
+class TestBlockTable(GroupedLaws):
+    def build(self, dtype: torch.dtype) -> Constraint:
+        return BlockTable("fp8", 8, height=3, dtype=dtype)
+
+    def rivals(self, constraint: Constraint, code: Any, seed: int) -> Iterator[Any]:
+        yield from neighbours(GridCode(code.codes.clamp(-127, 123), code.scales), 8)
+
+    def stored_bits(self, code: GridCode) -> float:
+        return code.codes.numel() * 8 + code.scales.scale[::3].numel() * 16
+
+    def refusals(self) -> Iterator[Callable[[], object]]:
+        yield lambda: BlockTable(height=0)
+
+
+class TestMicroscaled(GroupedLaws):
+    def build(self, dtype: torch.dtype) -> Constraint:
+        return Microscaled("fp4", 8, dtype=dtype)
+
+    def rivals(self, constraint: Constraint, code: Any, seed: int) -> Iterator[Any]:
+        yield from neighbours(GridCode(code.codes.clamp(-7, 5), code.scales), 4)
+
+    def stored_bits(self, code: GridCode) -> float:
+        scale = code.scales.scale
+        assert torch.equal(scale.log2().round().exp2(), scale)
+        return code.codes.numel() * 4 + scale.numel() * 8
 
 
 class TestAlongOutputs(GroupedLaws):

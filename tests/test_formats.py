@@ -21,7 +21,7 @@ from torch import Tensor
 import tiny_models
 from helpers import WEIGHTS, change, skipped_if_too_old
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.constraints import Constraint, Grid, LowRank, Sparse, SparseGrid
+from hesse.constraints import BlockTable, Constraint, Grid, LowRank, Microscaled, Sparse, SparseGrid, Table
 from hesse.errors import CheckpointError, OptionError
 from hesse.formats import DenseFormat, StoredLayer, choose_format, open_checkpoint, packed
 from hesse.networks.network import CheckpointNetwork
@@ -95,6 +95,12 @@ CASES: dict[str, Case] = {
     "dense-int3": llama(Grid(bits=3, group_size=32), format="dense"),
     "dense-experts": Case("mixtral", {"w1": UNEVEN, EXPERTS: Sparse(0.5)}, format="dense"),
     "dense-gpt2": Case("gpt2", {OTHERS: Sparse(0.5)}),
+    **{f"fp8-{family}": Case(family, {OTHERS: Table("fp8", -1)}) for family in ("llama", "llama-tied", "qwen2", "opt")},
+    "fp8-float16": llama(Table("fp8", -1), dtype=torch.float16),
+    "fp8-block": llama(BlockTable()),
+    "fp8-small-blocks": llama(BlockTable("fp8", 40, height=24)),
+    "fp8-attention": Case("llama", {ATTENTION: Table("fp8", -1)}),
+    **{f"mxfp4-{family}": Case(family, {OTHERS: Microscaled()}) for family in ("llama", "qwen2", "opt")},
     "low-rank": llama(LowRank(rank=8)),
     "low-rank-float32": llama(LowRank(rank=8), dtype=torch.float32),
     "low-rank-base-class": llama(LowRank(rank=8), loader=BASE),

@@ -46,6 +46,28 @@ def round_inputs(model: nn.Module, bits: int) -> None:
             module.register_forward_pre_hook(lambda _, given: plainly_rounded(given[0], bits))
 
 
+def rounded_to_float8(inputs: Tensor) -> Tensor:
+    """Each token to FP8 with the largest input at the largest value."""
+    scale = inputs.abs().amax(-1, keepdim=True) / 448
+    return (inputs / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(inputs.dtype) * scale
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8-block"])
+def test_float8_inputs_are_rounded_by_transformers_and_predicted(
+    method: str, family_folder: FolderOf, tmp_path: Path
+) -> None:
+    source, out = family_folder("qwen2"), tmp_path / "out"
+    report = compress(source, out, method=method)
+    assert report.format == "float-quantized"
+    assert 8 < report.bits_per_weight < 9
+    dense = tiny_models.load("qwen2", twin(out, tmp_path / "twin", source))
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, given: rounded_to_float8(given[0]))
+    assert torch.equal(output(tiny_models.load("qwen2", out)), output(dense))
+    assert 0.5 < report.loss.measured / report.loss.predicted < 2
+
+
 @pytest.mark.parametrize(("setting", "half"), [*((name, True) for name in SETTINGS), ("w8a8", False), ("qqq", False)])
 def test_transformers_rounds_inputs_and_hesse_measures_it(
     setting: str, half: bool, family_folder: FolderOf, half_folder: FolderOf, tmp_path: Path

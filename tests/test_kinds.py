@@ -115,3 +115,17 @@ def test_no_cache_is_among_the_arguments_of_blocks(cls: str, model_type: str, bu
     with network.surroundings() as inner, torch.no_grad():
         torch.testing.assert_close(finish(network, inner, flow), expected, atol=1e-5, rtol=1e-5)
     assert all(getattr(m.config, "use_cache", True) for m in network.model.modules() if isinstance(m, type(model)))
+
+
+@pytest.mark.parametrize("method", ["kronecker", "gptq"])
+def test_a_layer_whose_inputs_are_all_zero_is_rounded_to_nearest(method: str, built, tmp_path: Path) -> None:
+    model, _ = built("LlamaForCausalLM", "llama")
+    silent = type(model)(model.config).eval()
+    silent.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        silent.model.layers[1].mlp.up_proj.weight.zero_()
+    silent.save_pretrained(tmp_path / "model")
+    options = hesse.Options(bits=4, group_size=16)
+    result = hesse.compress(tmp_path / "model", tmp_path / "out", method=method, options=options, data=IDS.tolist())
+    name = "model.layers.1.mlp.down_proj"
+    assert any(note.startswith(f"{name}: all its inputs are zero on this data") for note in result.report.notes)

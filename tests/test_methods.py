@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from hesse.constraints import (
+    BlockTable,
     Codebook,
     EitherSide,
     Grid,
     LowRank,
+    Microscaled,
     MixedGrid,
     Plus,
     Rotated,
@@ -48,6 +50,8 @@ PARTS = {
     "low_rank": LowRank,
     "codebook": Codebook,
     "table": Table,
+    "block_table": BlockTable,
+    "microscaled": Microscaled,
     "salient": SalientColumns,
     "sign_rank_one": SignRankOne,
     "vector_codebook": VectorCodebook,

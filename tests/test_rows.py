@@ -16,10 +16,12 @@ import hesse
 from helpers import IDS, write_ids
 from hesse import solvers
 from hesse.constraints import (
+    BlockTable,
     Codebook,
     EitherSide,
     Grid,
     LowRank,
+    Microscaled,
     MixedGrid,
     Plus,
     Rotated,
@@ -56,6 +58,8 @@ CONSTRAINTS: dict[str, type] = {
     "codebook": Codebook,
     "vector_codebook": VectorCodebook,
     "table": Table,
+    "block_table": BlockTable,
+    "microscaled": Microscaled,
     "sparse": Sparse,
     "low_rank": LowRank,
     "outliers": Sparse,

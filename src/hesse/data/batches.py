@@ -14,6 +14,7 @@ from hesse.errors import DataError, OptionError
 
 LABELS = ("labels", "label", "targets")
 IGNORED = -100  # a target that is masked
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def token_ids(data: Any) -> str | Path | TokenData | None:
@@ -81,11 +82,13 @@ class Pairs:
     """Batches of any kind as (inputs, targets), made anew in each walk, so that a DataLoader shuffles as ever.
 
     A batch is such a pair, or a dictionary whose `labels` are the targets and whose other entries are the inputs. For
-    a `language_model` the targets are the tokens after each; without labels they are the ids that are not padded.
+    a `language_model` the targets are the tokens after each; without labels they are the ids that are not padded. For
+    an encoder-decoder the targets are the labels, and `decoder_inputs` of them join the inputs where these have none.
     """
 
     batches: Iterable[Any]
     language_model: bool = False
+    decoder_inputs: Callable[[Tensor], Tensor] | None = None
 
     @property
     def generator(self) -> Any:
@@ -101,6 +104,8 @@ class Pairs:
         """
         for number, batch in enumerate(self.batches):
             inputs, targets = _pair(number, batch, self.language_model)
+            if self.decoder_inputs is not None and isinstance(inputs, dict) and not set(inputs) & set(DECODER_INPUTS):
+                inputs = {**inputs, DECODER_INPUTS[0]: self.decoder_inputs(targets)}
             if any(isinstance(part, Tensor) and part.numel() == 0 for part in (inputs, targets)):
                 raise DataError(f"batch {number} holds no sample: leave it out")
             yield inputs, targets
@@ -121,11 +126,13 @@ def module_objective(
     Raises:
         OptionError: the data cannot be walked, or walked only once, or a name is no parameter that takes a gradient.
     """
-    from hesse.networks.layout import is_language_model  # which needs transformers, and seconds
+    from hesse.networks.encoder_decoder import decoder_inputs_of  # which needs transformers, and seconds
+    from hesse.networks.layout import is_language_model
 
     check_batches(data)
+    shifted = decoder_inputs_of(model)
     objective = Objective.of(model, CrossEntropy() if loss is None else loss, data, names, forward or _outputs)
-    return replace(objective, data=Pairs(data, is_language_model(model)))
+    return replace(objective, data=Pairs(data, shifted is None and is_language_model(model), shifted))
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Tensor:

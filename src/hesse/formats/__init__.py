@@ -3,13 +3,15 @@
 from hesse.constraints import Grid, LowRank, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import DenseFormat, StoredLayer
+from hesse.formats.floats import FloatFormat, MicroscaledFormat
 from hesse.formats.low_rank import LowRankFormat
 from hesse.formats.packed import IntegerFormat, PackedFormat
 from hesse.formats.reading import CompressedCheckpoint, open_checkpoint, open_networks
 from hesse.networks.network import CheckpointNetwork
 
 FORMATS: dict[str, type[DenseFormat]] = {
-    kind.name: kind for kind in (PackedFormat, IntegerFormat, DenseFormat, LowRankFormat)
+    kind.name: kind
+    for kind in (PackedFormat, IntegerFormat, FloatFormat, MicroscaledFormat, DenseFormat, LowRankFormat)
 }
 
 __all__ = [
@@ -39,7 +41,9 @@ def choose_format(requested: str, network: CheckpointNetwork, layers: list[Store
         elif any(isinstance(c, Grid | SparseGrid) for c in constraints):
             requested = IntegerFormat.name if _all_are_bytes(layers) else PackedFormat.name
         else:
-            requested = DenseFormat.name
+            changed = [layer for layer in layers if layer.constraint is not None]
+            floats = (kind for kind in (FloatFormat, MicroscaledFormat) if changed and all(map(kind.accepts, changed)))
+            requested = next(floats, DenseFormat).name
     if requested not in FORMATS:
         raise OptionError(f"there is no format {requested!r}; there are auto, {', '.join(FORMATS)}")
     if requested in (PackedFormat.name, IntegerFormat.name):

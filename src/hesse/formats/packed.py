@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import integrations
 from transformers.pytorch_utils import Conv1D
 
-from hesse.constraints import Grid, GridCode, SparseGrid
+from hesse.constraints import Grid, GridCode, Grouped, SparseGrid
 from hesse.errors import OptionError
 from hesse.formats.base import DenseFormat, StoredLayer
 from hesse.networks.families import EXPERT_REGEX, is_expert
@@ -53,16 +53,18 @@ class PackedFormat(DenseFormat):
         paths = {module: path for path, module in network.model.named_modules()}
         self._paths = {name: paths[module] for name, module in self._modules.items()}  # a loader's names
         self._wide = {x.name for x in layers if not network.tensors.loads_alone(f"{x.name}.weight")}
-        quantised = [layer for layer in layers if _grid(layer) is not None and layer.name not in self._wide]
+        quantised = [layer for layer in layers if self._grid(layer) is not None and layer.name not in self._wide]
         plain = all(type(self._modules[layer.name]) is nn.Linear for layer in quantised)
-        self.unpacks_while_loading = not plain or any(not _grid_of(layer).symmetric for layer in quantised)
+        self.unpacks_while_loading = not plain or any(not self._grid_of(layer).symmetric for layer in quantised)
         # One group size must fit all experts' widths, and all other layers' widths if these share one scheme.
         self._expert_widths = {layer.shape[1] for layer in quantised if layer.is_expert}
         self._other_widths = {layer.shape[1] for layer in quantised if not layer.is_expert}
         super().__init__(network, layers)
         self.notes += [self._note(group, widths, names) for (group, widths), names in self._regrouped.items()]
         self.packed = {
-            name: layer for name, layer in self.layers.items() if _grid(layer) is not None and name not in self._wide
+            name: layer
+            for name, layer in self.layers.items()
+            if self._grid(layer) is not None and name not in self._wide
         }
         self.notes += self._wide_notes()
         self._check_loadable()
@@ -75,7 +77,7 @@ class PackedFormat(DenseFormat):
 
     def _storable(self, layer: StoredLayer) -> StoredLayer:
         layer = super()._storable(layer)
-        grid = _grid(layer)
+        grid = self._grid(layer)
         if grid is None or grid.group_size == -1 or layer.name in self._wide:
             return layer
         widths = self._widths(layer)
@@ -85,7 +87,7 @@ class PackedFormat(DenseFormat):
         self._regrouped.setdefault((grid.group_size, tuple(sorted(widths))), []).append(layer.name)
         if common < SMALLEST_COMMON_GROUP:
             return layer
-        finer, constraint = replace(grid, group_size=common), layer.constraint
+        finer, constraint = replace(cast(Grid, grid), group_size=common), layer.constraint
         return replace(
             layer, constraint=replace(constraint, grid=finer) if isinstance(constraint, SparseGrid) else finer
         )
@@ -131,7 +133,7 @@ class PackedFormat(DenseFormat):
         others = [layer for layer in self.packed.values() if not layer.is_expert]
         all_experts = [layer for layer in self.layers.values() if layer.is_expert and layer.name not in self._wide]
         for layer in experts:
-            if not _grid_of(layer).symmetric:
+            if not self._grid_of(layer).symmetric:
                 raise OptionError(f"{layer.name}: transformers cannot load asymmetric experts; use --symmetric")
         if experts and (len(experts) < len(all_experts) or len({str(self._scheme(e)) for e in experts}) > 1):
             raise OptionError(
@@ -154,14 +156,23 @@ class PackedFormat(DenseFormat):
             "asymmetric grids and the layers of GPT-2 and Falcon load as dense" if self.unpacks_while_loading else None
         )
 
-    def grid(self, name: str) -> Grid:
-        """Return the grid of a quantised layer."""
-        return _grid_of(self.layers[name])
+    def grid(self, name: str) -> Grouped:
+        """Return the grid or the table of a quantised layer."""
+        return self._grid_of(self.layers[name])
+
+    def _grid(self, layer: StoredLayer) -> Grouped | None:
+        """Return the grid or the table of a layer that this format stores as codes; None for all other layers."""
+        constraint = layer.constraint
+        grid = constraint.grid if isinstance(constraint, SparseGrid) else constraint
+        return grid if isinstance(grid, Grid) else None
+
+    def _grid_of(self, layer: StoredLayer) -> Grouped:
+        return cast(Grouped, self._grid(layer))
 
     def _scheme(self, layer: StoredLayer) -> Scheme:
         """Return the quantisation arguments that a loader needs for a layer."""
-        grid = _grid_of(layer)
-        scheme: Scheme = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric}
+        grid = self._grid_of(layer)
+        scheme: Scheme = {"num_bits": grid.code_bits, "type": "int", "symmetric": grid.symmetric}
         if layer.transposed:
             height = WHOLE_COLUMN if grid.group_size == -1 else grid.group_size
             return {**scheme, "strategy": "block", "block_structure": [height, 1]}
@@ -176,7 +187,7 @@ class PackedFormat(DenseFormat):
         if name not in self.packed:
             return super().tensors(name, encoded, weight, bias)
         assert isinstance(encoded, GridCode)
-        grid = _grid_of(layer)
+        grid = self._grid_of(layer)
         codes, scale, zero_point = encoded.codes, encoded.scales.scale.to(grid.dtype), encoded.scales.zero_point
         if layer.transposed:
             codes, scale = codes.T, scale.T
@@ -185,26 +196,26 @@ class PackedFormat(DenseFormat):
             integers = zero_point.to(torch.int8)
             block = self._scheme(layer)["strategy"] == "block"
             stored = (integers.T if layer.transposed else integers).contiguous()
-            stored = stored if block else pack_to_int32(stored, grid.bits, packed_dim=0).contiguous()
+            stored = stored if block else pack_to_int32(stored, grid.code_bits, packed_dim=0).contiguous()
             tensors[f"{name}.weight_zero_point"] = stored
         return tensors if bias is None else {**tensors, f"{name}.bias": bias}
 
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         """Return the tensors that store a layer's codes, in the file's orientation."""
-        packed = pack_to_int32(codes.contiguous(), self.grid(name).bits).contiguous()
+        packed = pack_to_int32(codes.contiguous(), self.grid(name).code_bits).contiguous()
         return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor(codes.shape)}
 
     def stored(self, name: str) -> dict[str, Tensor]:
         if name not in self.packed:
             return super().stored(name)
         layer = self.layers[name]
-        grid, (rows, columns) = _grid_of(layer), layer.shape
+        grid, (rows, columns) = self._grid_of(layer), layer.shape
         scale = torch.empty(rows, grid.groups(columns), dtype=grid.dtype, device="meta")
         codes = torch.empty(layer.shape, dtype=torch.int8, device="meta")
         tensors = self.stored_codes(name, codes.T if layer.transposed else codes)
         tensors[f"{name}.weight_scale"] = scale.T if layer.transposed else scale
         if not grid.symmetric:
-            words = (math.ceil(rows * grid.bits / 32), grid.groups(columns))
+            words = (math.ceil(rows * grid.code_bits / 32), grid.groups(columns))
             block = self._scheme(layer)["strategy"] == "block"
             like = tensors[f"{name}.weight_scale"]
             zeros = like.to(torch.int8) if block else torch.empty(words, dtype=torch.int32, device="meta")
@@ -213,7 +224,7 @@ class PackedFormat(DenseFormat):
 
     def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         """Return the tensors of `codes` on the meta device, in the file's orientation."""
-        words = (codes.shape[0], math.ceil(codes.shape[1] * self.grid(name).bits / 32))
+        words = (codes.shape[0], math.ceil(codes.shape[1] * self.grid(name).code_bits / 32))
         return {
             f"{name}.weight_packed": torch.empty(words, dtype=torch.int32, device="meta"),
             f"{name}.weight_shape": torch.empty(2, dtype=torch.int64, device="meta"),
@@ -254,8 +265,11 @@ class PackedFormat(DenseFormat):
         bits = layers[0].input_bits
         if bits is None:
             return group
-        inputs = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        return {**group, "input_activations": inputs, "format": self.layout}
+        return {**group, "input_activations": self._inputs(bits), "format": self.layout}
+
+    def _inputs(self, bits: int) -> Scheme:
+        """Return the arguments by which a loader rounds each token's inputs."""
+        return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
     def _ignored(self) -> list[str]:
         """Return patterns for linear layers that are not packed; they also match if the base model is loaded alone."""
@@ -316,7 +330,7 @@ class IntegerFormat(PackedFormat):
     def __init__(self, network: CheckpointNetwork, layers: list[StoredLayer]) -> None:
         super().__init__(network, layers)
         for name in self.packed:
-            if (bits := self.grid(name).bits) != 8:
+            if (bits := self.grid(name).code_bits) != 8:
                 raise OptionError(f"{name}: {self.name} stores {bits} bits in a whole byte: use --format auto")
 
     def codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
@@ -324,14 +338,3 @@ class IntegerFormat(PackedFormat):
 
     def stored_codes(self, name: str, codes: Tensor) -> dict[str, Tensor]:
         return {f"{name}.weight": codes.contiguous()}
-
-
-def _grid(layer: StoredLayer) -> Grid | None:
-    constraint = layer.constraint
-    return (
-        constraint.grid if isinstance(constraint, SparseGrid) else constraint if isinstance(constraint, Grid) else None
-    )
-
-
-def _grid_of(layer: StoredLayer) -> Grid:
-    return cast(Grid, _grid(layer))

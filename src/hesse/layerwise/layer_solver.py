@@ -86,8 +86,9 @@ class LayerSolver:
         with naming(name):
             if not rule.kind.needs:
                 return self._solved(problem, rule.solver.build(), 0.0, notes)
-            if gram.tokens == 0:
-                notes.append(f"{name}: saw no calibration tokens; each weight was rounded to the nearest allowed value")
+            if gram.tokens == 0 or not bool(gram.diagonal().any()):
+                reason = "all its inputs are zero on this data" if gram.tokens else "saw no calibration tokens"
+                notes.append(f"{name}: {reason}; each weight was rounded to the nearest allowed value")
                 identity = rule.model_copy(update={"curvature": "identity"})
                 return self._solved(replace(problem, rule=identity), Nearest(), 0.0, notes)
             notes += _gaps(problem)

@@ -1,6 +1,7 @@
 """Solve one layer, put the solution in its place, and report it: the same for a checkpoint and for a module."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hesse.constraints import Constraint, LowRank, Plus
+from hesse.constraints import Constraint, LowRank, Plus, Table
 from hesse.estimation.statistics.output_factor import output_factor
 from hesse.layerwise.layer_solver import LayerProblem, LayerSolver, Solved, effect
 from hesse.methods.recipe import Rule
@@ -77,7 +78,9 @@ def solve_layer(
         report, notes = _report(problem, solved, stored.float(), storage.stored_bits(layer.name))
         if rule.input_bits is not None:
             cost, factor, peak = None, output_factor(problem.statistics), problem.statistics.get("input peaks")
-            if factor is not None and peak is not None:
+            if factor is not None and isinstance(constraint, Table):
+                cost = float_rounding_cost(stored, factor, problem.gram.diagonal())
+            elif factor is not None and peak is not None:
                 cost = rounding_cost(stored, factor, peak, rule.input_bits)
             else:
                 notes.append(f"{layer.name}: the prediction leaves out that its inputs are rounded")
@@ -131,6 +134,19 @@ def rounding_cost(weight: Tensor, output_factor: Tensor, square_peak: float, bit
     weighed = factor @ weight if factor.ndim == 2 else factor[:, None] * weight
     weighted = float(torch.linalg.vecdot(weighed, weight).double().sum())
     return 0.5 * variance * weighted
+
+
+def float_rounding_cost(weight: Tensor, output_factor: Tensor, squares: Tensor) -> float:
+    """Return ½ tr(G W Cov(e) Wᵀ) in nats per token, for inputs rounded to FP8 with three bits of mantissa.
+
+    An input x in [2^k, 2^(k+1)) has the step 2^(k-3), and an error uniform in half a step to either side. If log x is
+    uniform too, E[4^k] = E[x²] · 2 ln 2 / 3. Subnormal inputs, whose errors are larger than that, are few.
+    `weight` is (out, in), `output_factor` is E[ggᵀ] (out, out) or its diagonal (out,), `squares` is E[x²] (in,).
+    """
+    step = 2.0**-6 * 2 * math.log(2) / 3  # E[step²] / E[x²]
+    factor, variance = output_factor.to(weight), step / 12 * squares.to(weight)
+    weighed = factor @ weight if factor.ndim == 2 else factor[:, None] * weight
+    return 0.5 * float(((weighed * weight).sum(0) * variance).double().sum())
 
 
 def digest(weight: Tensor) -> str:

@@ -10,10 +10,12 @@ from hesse.constraints import Constraint, EitherSide, Grid, MixedGrid, Rotated, 
 from hesse.errors import OptionError
 from hesse.methods.constraint_parts import (
     PARTS,
+    BlockTableOptions,
     CodebookOptions,
     ConstraintPart,
     GridOptions,
     LowRankOptions,
+    MicroscaledOptions,
     OutlierOptions,
     SalientOptions,
     SignRankOneOptions,
@@ -59,6 +61,8 @@ class ConstraintOptions(Strict):
     codebook: CodebookOptions | None = None
     vector_codebook: VectorCodebookOptions | None = None
     table: TableOptions | None = None
+    block_table: BlockTableOptions | None = None
+    microscaled: MicroscaledOptions | None = None
     sparse: SparseOptions | None = None
     low_rank: LowRankOptions | None = None
     outliers: OutlierOptions | None = None

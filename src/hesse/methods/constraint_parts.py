@@ -9,10 +9,12 @@ from pydantic import Field, ValidationError
 from typing_extensions import Self
 
 from hesse.constraints import (
+    BlockTable,
     Codebook,
     Constraint,
     Grid,
     LowRank,
+    Microscaled,
     SalientColumns,
     SignRankOne,
     Sparse,
@@ -144,6 +146,29 @@ class TableOptions(ConstraintPart):
         return Table(self.name, self.group_size)
 
 
+class BlockTableOptions(ConstraintPart):
+    """Options of a BlockTable."""
+
+    name: str = "fp8"
+    group_size: Whole = 128
+    height: Whole = 128
+
+    def build(self) -> BlockTable:
+        return BlockTable(self.name, self.group_size, self.height)
+
+
+class MicroscaledOptions(ConstraintPart):
+    """Options of a Microscaled."""
+
+    takes: ClassVar[dict[str, str]] = {"name": "table", "group_size": "group_size"}
+
+    name: str = "fp4"
+    group_size: Whole = 32
+
+    def build(self) -> Microscaled:
+        return Microscaled(self.name, self.group_size)
+
+
 class OutlierOptions(ConstraintPart):
     """Options of outliers: the share of weights that a grid or a codebook leaves unchanged."""
 
@@ -207,6 +232,8 @@ PARTS: Registry[type[ConstraintPart]] = Registry(
         "codebook": CodebookOptions,
         "vector_codebook": VectorCodebookOptions,
         "table": TableOptions,
+        "block_table": BlockTableOptions,
+        "microscaled": MicroscaledOptions,
         "sparse": SparseOptions,
         "low_rank": LowRankOptions,
         "outliers": OutlierOptions,

@@ -253,5 +253,5 @@ class Method:
         return {
             "act_order": SOLVERS[self.solver].ordered,
             "damping": SOLVERS[self.solver].damped,
-            "input_bits": "grid" in there and self.basis == "own",
+            "input_bits": self.basis == "own" and not {"grid", "table", "block_table"}.isdisjoint(there),
         }

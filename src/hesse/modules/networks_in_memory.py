@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hesse.checkpoints.tensor_store import InMemory
 from hesse.curvature import CrossEntropy, Objective
-from hesse.curvature.losses import input_ids, next_tokens
+from hesse.curvature.losses import input_ids, next_tokens, scored_tokens
 from hesse.data.selection import Calibration, sample_length, select_samples
 from hesse.errors import OptionError
 from hesse.estimation.calibrated import KnownStatistics
@@ -27,6 +27,7 @@ from hesse.estimation.statistics import (
 from hesse.networks.families import ROUTERS
 from hesse.networks.module_network import ModuleBatch, ModuleNetwork, SingleBlock
 from hesse.networks.network import Blocks, Layer
+from hesse.passes.block_calls import model_inputs
 from hesse.passes.per_sample import FisherKind, GradientPass
 from hesse.passes.stream import CalibrationBatch, calibration_batch, evaluation_batch, start
 from hesse.progress import Clock
@@ -73,8 +74,9 @@ class TokenStream:
         with torch.no_grad():
             for ids in check.batches(evaluation_batch(self._network, check.longest)):
                 ids = ids.to(self._network.device)
-                targets = next_tokens(ids)
-                logits = self.model(input_ids=input_ids(ids), use_cache=False).logits.float()
+                targets = scored_tokens(ids) if self._network.kind == "seq2seq-lm" else next_tokens(ids)
+                inputs = model_inputs(self._network, self.model, input_ids(ids))
+                logits = self.model(**inputs, use_cache=False).logits.float()
                 total += float(loss.terms(logits, targets).double().sum())
                 count += loss.count(targets) or 0
         return total / count

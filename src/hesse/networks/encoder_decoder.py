@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ class DecoderEntry(nn.Module):
         return enter(hidden)
 
 
+def decoder_inputs_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return `decoder_inputs` of an encoder-decoder that predicts tokens; None for any other module."""
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder or not model.can_generate():
+        return None
+    return partial(decoder_inputs, model)
+
+
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return the token ids (samples, tokens) from which a decoder predicts `labels`: these, one later, by its rule.
 
@@ -26,7 +34,7 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
         return _shift(model, labels)
     except (AttributeError, TypeError, ValueError):  # of settings that config.json lacks
         names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        shifted = labels.roll(1, dims=1)
+        shifted = labels.clamp(min=0).roll(1, dims=1)  # labels below 0 are masked
         shifted[:, 0] = next((value for name in names if (value := _id(model.config, name)) is not None), 0)
         return shifted
 

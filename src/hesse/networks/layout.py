@@ -1,5 +1,6 @@
 """Layout of a transformers model: its kind and sizes, and its list of blocks."""
 
+import inspect
 from typing import Literal
 
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ def kind_of(model: PreTrainedModel) -> NetworkKind:
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Return True if a module is a transformers model that predicts the next token."""
-    return isinstance(model, PreTrainedModel) and kind_of(model) == "causal-lm"
+    """Return True if a module is a transformers model that reads token ids and predicts tokens."""
+    if not isinstance(model, PreTrainedModel) or kind_of(model) == "encoder":
+        return False
+    return "input_ids" in inspect.signature(model.forward).parameters
 
 
 def find_stacks(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
