@@ -108,9 +108,9 @@ def _facts(report: "CompressionReport", measured: "Measurements") -> Iterator[tu
     """Yield (label, dense value, compressed value)."""
     check = measured.check
     yield "bytes on disk", f"{report.bytes_before:,}", f"{report.bytes_after:,}"
-    yield "linear weights compressed", "", percent(report.compressed_share)
     yield "bits per weight, compressed layers", "", number(report.bits_per_weight)
     yield "bits per weight, whole model", "", number(report.bits_per_weight_model)
+    yield "linear weights compressed", "", percent(report.compressed_share)
     weights = [layer.shape[0] * layer.shape[1] for layer in report.layers]
     zeros = sum(layer.sparsity * count for layer, count in zip(report.layers, weights, strict=True))
     yield "zeros, compressed layers", "", percent(zeros / sum(weights))
