@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Element:
-    """Tensor that a block returns beside hidden states."""
+    """Tensor that a block returns next to hidden states."""
 
     shape: torch.Size  # of one sample
     dtype: torch.dtype
@@ -23,7 +23,7 @@ class Element:
 
 @dataclass(frozen=True)
 class OutputForm:
-    """What a block returns: hidden states alone, or first in a tuple with `rest`."""
+    """Form of a block's output: hidden states alone, or first in a tuple with `rest`."""
 
     is_tuple: bool
     rest: tuple[Element | None, ...] = ()  # None for what is no tensor

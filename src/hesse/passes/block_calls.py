@@ -18,13 +18,13 @@ from hesse.networks.encoder_decoder import decoder_inputs
 from hesse.networks.network import Network
 from hesse.networks.output_form import Element, OutputForm
 from hesse.networks.towers import without_cache
-from hesse.passes.block_state import Key, Shared
+from hesse.passes.block_state import Shared, StateKey
 
 RETURNED = "returned"
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 ENCODED = "encoder_hidden_states"  # the argument of a decoder's blocks
-Call = dict[str, Any]  # keyword arguments of a block
-Calls = list[Call | None]  # of each block; None for one that the model does not call
+BlockCall = dict[str, Any]  # keyword arguments of a block
+Calls = list[BlockCall | None]  # of each block; None for one that the model does not call
 Constants = dict[tuple[int, torch.Size], tuple[Any, ...]]  # by block and shape of the ids: what it returns, if constant
 
 
@@ -36,8 +36,8 @@ class Returned:
     element: int
 
     @property
-    def key(self) -> Key:
-        """Return its key among the tensors beside the hidden states."""
+    def key(self) -> StateKey:
+        """Return its key among the tensors next to the hidden states."""
         return RETURNED, self.block, self.element
 
 
@@ -70,7 +70,7 @@ def run_block(
     return cast(Tensor, result[0]), passed
 
 
-def independent(call: Call | None) -> bool:
+def independent(call: BlockCall | None) -> bool:
     """True if a block can run with these arguments without the blocks before it."""
     return not any(isinstance(value, MutableMapping | Returned) for value in (call or {}).values())
 
@@ -107,7 +107,7 @@ def _entries(name: str, filled: MutableMapping[Any, Any], before: MutableMapping
     return found
 
 
-def _is_read(key: Key, calls: Calls, index: int) -> bool:
+def _is_read(key: StateKey, calls: Calls, index: int) -> bool:
     """True if a block behind block `index` gets what an earlier one returned."""
     later = (value for call in calls[index + 1 :] if call is not None for value in call.values())
     return any(isinstance(value, Returned) and value.key == key for value in later)
@@ -124,8 +124,8 @@ class CallRecorder:
         self._model = type(network.model).__name__
         self._made: list[tuple[Tensor, Returned]] = []
 
-    def note(self, index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
-        """Record one call, for which the block is going to return `rest` beside the hidden states.
+    def note(self, index: int, hidden: Tensor, call: BlockCall, rest: list[Tensor | None]) -> Tensor:
+        """Record one call, for which the block is going to return `rest` next to the hidden states.
 
         Raises:
             UnsupportedModelError: the model does more between its blocks than to call one after the other.
@@ -153,7 +153,7 @@ class CallRecorder:
         self.calls[index] = {name: self._described(value) for name, value in call.items()}
         return hidden
 
-    def _fill_constants(self, index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> None:
+    def _fill_constants(self, index: int, hidden: Tensor, call: BlockCall, rest: list[Tensor | None]) -> None:
         """Put arguments that the block passes on, and what it returns for any hidden states, into `rest`."""
         assert self._network.output_forms is not None
         for number, element in enumerate(self._network.output_forms[index].rest):
@@ -180,7 +180,7 @@ class CallRecorder:
 
 @contextmanager
 def replaced(
-    network: Network, forms: list[OutputForm], forward: Callable[[int, Tensor, Call, list[Tensor | None]], Tensor]
+    network: Network, forms: list[OutputForm], forward: Callable[[int, Tensor, BlockCall, list[Tensor | None]], Tensor]
 ) -> Iterator[None]:
     """Run `forward(index, hidden, keyword arguments, rest)` in place of each block; the modules keep their attributes.
 
@@ -270,7 +270,7 @@ def _elements_taken(network: Network, model: nn.Module, ids: Tensor) -> set[tupl
     """Return which elements, as (block, element), the model takes of what blocks return, if they return a tensor."""
     taken: set[tuple[int, int]] = set()
 
-    def output(index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+    def output(index: int, hidden: Tensor, call: BlockCall, rest: list[Tensor | None]) -> Tensor:
         result = hidden.as_subclass(_Output)
         result.block, result.taken = index, taken
         return result
@@ -280,15 +280,15 @@ def _elements_taken(network: Network, model: nn.Module, ids: Tensor) -> set[tupl
     return taken
 
 
-def _element(value: Any, call: Call) -> Element | None:
-    """Return the description of a value that a block returns beside hidden states, when it is called with `call`."""
+def _element(value: Any, call: BlockCall) -> Element | None:
+    """Return the description of a value that a block returns next to hidden states, when it is called with `call`."""
     if not isinstance(value, Tensor):
         return None
     return Element(value.shape, value.dtype, next((name for name, given in call.items() if given is value), None))
 
 
 def _find_constants(
-    rest: list[Element | None], network: Network, index: int, hidden: Tensor, call: Call, output: Any
+    rest: list[Element | None], network: Network, index: int, hidden: Tensor, call: BlockCall, output: Any
 ) -> list[Element | None]:
     """Mark the elements of `output` that are the same for other hidden states, such as positions' biases."""
     if all(element is None or element.argument is not None for element in rest):

@@ -1,4 +1,4 @@
-"""State of samples between two blocks: hidden states, and the tensors beside them that blocks pass on."""
+"""State of samples between two blocks: hidden states, and the tensors next to them that blocks pass on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from torch import Tensor
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.tensor_store import StoredTensor, TensorStore
 
-Key = tuple[str | int, ...]  # an argument of the blocks, and the place in it; or ("returned", block, element)
-Shared = dict[Key, Tensor]  # keys and values, top-k indices, ... that later blocks read
+StateKey = tuple[str | int, ...]  # an argument of the blocks, and the place in it; or ("returned", block, element)
+Shared = dict[StateKey, Tensor]  # keys and values, top-k indices, ... that later blocks read
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class BlockState:
     """Stored state of one batch between two blocks."""
 
     hidden: StoredTensor
-    shared: dict[Key, StoredTensor] = field(default_factory=dict)
+    shared: dict[StateKey, StoredTensor] = field(default_factory=dict)
 
     @classmethod
     def keep(cls, store: TensorStore, step: int, hidden: Tensor, shared: Shared) -> "BlockState":
@@ -31,7 +31,7 @@ class BlockState:
         return self.hidden.tensor()
 
     def shared_tensors(self) -> Shared:
-        """Return the tensors beside the hidden states."""
+        """Return the tensors next to the hidden states."""
         return {key: stored.tensor() for key, stored in self.shared.items()}
 
     @property

@@ -17,7 +17,7 @@ from hesse.networks.network import Network
 from hesse.networks.towers import without_cache
 from hesse.passes.block_calls import (
     ENCODED,
-    Call,
+    BlockCall,
     CallRecorder,
     Calls,
     Constants,
@@ -139,7 +139,7 @@ def finish(
     last = max(index for index, call in enumerate(flow.calls) if call is not None)
     assert network.output_forms is not None
 
-    def inject(index: int, hidden: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+    def inject(index: int, hidden: Tensor, call: BlockCall, rest: list[Tensor | None]) -> Tensor:
         if index < last:
             return hidden
         rest[:] = [shared.get(Returned(last, number).key, value) for number, value in enumerate(rest)]
@@ -204,7 +204,7 @@ def _enter_decoder(network: Network, ids: Tensor, joint: JointState, hidden: Ten
     found: list[Tensor] = []
     assert network.output_forms is not None
 
-    def pass_by(index: int, state: Tensor, call: Call, rest: list[Tensor | None]) -> Tensor:
+    def pass_by(index: int, state: Tensor, call: BlockCall, rest: list[Tensor | None]) -> Tensor:
         if index == joint.entry + 1:
             found[:] = [state, call[ENCODED]]
         return hidden if index == 0 else state
@@ -215,7 +215,7 @@ def _enter_decoder(network: Network, ids: Tensor, joint: JointState, hidden: Ten
     return joint.join(decoder, encoder)
 
 
-def _reuse(new: Call | None, old: Call | None) -> Call | None:
+def _reuse(new: BlockCall | None, old: BlockCall | None) -> BlockCall | None:
     """Return `new` with equal values replaced by those of `old`, so that masks and rotations are stored once."""
     if new is None or old is None:
         return new

@@ -16,7 +16,7 @@ from hesse.formats.reading import CompressedCheckpoint
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceTensor:
     """A tensor of a checkpoint."""
 
     name: str
@@ -48,23 +48,23 @@ def read_config(checkpoint: Checkpoint) -> Any:
         raise UnsupportedModelError(f"{checkpoint.folder}/config.json cannot be used: {reason(error)}") from error
 
 
-def read_sources(checkpoint: Checkpoint) -> list[Source]:
+def describe_sources(checkpoint: Checkpoint) -> list[SourceTensor]:
     """Return the description of each tensor of `checkpoint`, in order."""
     return [_source(checkpoint, name) for name in checkpoint.names()]
 
 
-def _source(checkpoint: Checkpoint, name: str) -> Source:
+def _source(checkpoint: Checkpoint, name: str) -> SourceTensor:
     layer, _, part = name.rpartition(".")
     grid = stored_grid(checkpoint, layer) if part == "weight" else None
     if grid is not None:
         assert isinstance(checkpoint, CompressedCheckpoint)
         stored = checkpoint.code_shape(layer)
-        return Source(name, stored[::-1] if is_transposed(checkpoint, layer) else stored, grid.dtype, grid)
+        return SourceTensor(name, stored[::-1] if is_transposed(checkpoint, layer) else stored, grid.dtype, grid)
     quantised = isinstance(checkpoint, CompressedCheckpoint) and checkpoint.is_quantised(layer)
     if name in checkpoint.shard_of and not (quantised and part == "weight"):
-        return Source(name, checkpoint.shape(name), checkpoint.dtype(name), None)
+        return SourceTensor(name, checkpoint.shape(name), checkpoint.dtype(name), None)
     tensor = checkpoint.read([name])[name]  # codes of another kind
-    return Source(name, tensor.shape, tensor.dtype, None)
+    return SourceTensor(name, tensor.shape, tensor.dtype, None)
 
 
 def head_width(config: Any) -> int:
@@ -78,7 +78,7 @@ def describe_grid(grid: Grid) -> str:
     return f"{grid.bits} bit, {width}, {'symmetric' if grid.symmetric else 'asymmetric'}"
 
 
-def check_some_fit(target: str, sources: list[Source], fitting: int, needs: str) -> None:
+def check_some_fit(target: str, sources: list[SourceTensor], fitting: int, needs: str) -> None:
     """Raise OptionError if the checkpoint has quantised layers and the target can hold none of them exactly."""
     on_grids = [source for source in sources if source.grid is not None]
     if on_grids and not fitting:

@@ -21,7 +21,7 @@ from hesse.formats.codes import read_grid_code
 from hesse.networks.families import GgufFamily, family_of
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
-from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
+from hesse.runtimes.exported_layers import SourceTensor, check_some_fit, describe_grid, describe_sources, read_config
 from hesse.runtimes.gguf_blocks import BLOCK_WEIGHTS, BYTES, block_type, to_blocks
 from hesse.runtimes.gguf_families import context_length, describe, find_family, rotary_factors, row_order
 from hesse.runtimes.gguf_tokenizer import write_tokenizer
@@ -39,7 +39,7 @@ class _Entry:
     """A tensor to write."""
 
     name: str  # in the file
-    source: Source
+    source: SourceTensor
     type: str  # of GGUF
     transposed: bool  # (in, out) on disk
 
@@ -110,7 +110,7 @@ def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_E
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     in_out = family_of(config.model_type).transposed
     entries = []
-    for source in read_sources(checkpoint):
+    for source in describe_sources(checkpoint):
         if source.name.endswith(BUFFERS) or source.name == tied:
             continue
         name = names.get_name(source.name, try_suffixes=(".weight", ".bias"))
@@ -123,7 +123,7 @@ def _entries(checkpoint: Checkpoint, family: GgufFamily, config: Any) -> list[_E
     return entries
 
 
-def _type(source: Source, name: str) -> str:
+def _type(source: SourceTensor, name: str) -> str:
     """Return the GGUF type of a tensor: a block type for codes, else its own; llama.cpp requires vectors in float32."""
     fitting = None if source.grid is None else block_type(source.grid, source.shape[1])
     if fitting is not None:

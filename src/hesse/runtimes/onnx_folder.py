@@ -19,7 +19,7 @@ from hesse.formats.codes import read_grid_code
 from hesse.networks.families import FAMILIES, family_of
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
-from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
+from hesse.runtimes.exported_layers import SourceTensor, check_some_fit, describe_grid, describe_sources, read_config
 from hesse.runtimes.onnx_blocks import block_width, stored_bits, to_nbits
 from hesse.runtimes.onnx_graph import OPSETS, OWN, GraphBuilder, build_graph
 
@@ -41,7 +41,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
     config = read_config(checkpoint)
     _check_family(config)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    sources = [s for s in read_sources(checkpoint) if s.name != tied and not s.name.endswith(".inv_freq")]
+    sources = [s for s in describe_sources(checkpoint) if s.name != tied and not s.name.endswith(".inv_freq")]
     widths = {s.layer: width for s in sources if s.grid and (width := block_width(s.grid, s.shape[1])) is not None}
     check_some_fit("MatMulNBits", sources, len(widths), NEEDS)
     weights = _Weights(checkpoint, {source.name: source for source in sources}, widths)
@@ -67,7 +67,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, name: str, progress: Progre
 class _Weights:
     """Constants of a graph, written one after the other into one file."""
 
-    def __init__(self, checkpoint: Checkpoint, sources: dict[str, Source], widths: dict[str, int]) -> None:
+    def __init__(self, checkpoint: Checkpoint, sources: dict[str, SourceTensor], widths: dict[str, int]) -> None:
         self.checkpoint, self.sources, self.widths = checkpoint, sources, widths
         self.builder = GraphBuilder()
         self.tensors: list[TensorProto] = []
@@ -97,7 +97,7 @@ class _Weights:
             output = self.builder.add("Add", [output, f"{layer}.bias"], f"{layer}.sum")
         return output
 
-    def write(self, source: Source, file: BinaryIO) -> None:
+    def write(self, source: SourceTensor, file: BinaryIO) -> None:
         """Write a tensor of the checkpoint."""
         if source.layer in self.widths and source.name.endswith(".weight"):
             assert source.grid is not None

@@ -22,7 +22,7 @@ from hesse.networks.architecture import find_architecture
 from hesse.networks.families import is_expert
 from hesse.progress import Progress
 from hesse.runtimes.export_report import ExportedLayer, ExportedTensors
-from hesse.runtimes.exported_layers import Source, check_some_fit, describe_grid, read_config, read_sources
+from hesse.runtimes.exported_layers import SourceTensor, check_some_fit, describe_grid, describe_sources, read_config
 
 WEIGHTS = "model.pt"
 KERNEL_GROUPS = (32, 64, 128, 256)  # columns
@@ -39,7 +39,7 @@ def write_torchao(checkpoint: Checkpoint, folder: Path, name: str, progress: Pro
         VerificationError: the files differ from what was to be written.
     """
     config = read_config(checkpoint)
-    sources = read_sources(checkpoint)
+    sources = describe_sources(checkpoint)
     if any(is_expert(source.name) for source in sources):
         raise UnsupportedModelError(f"{config.model_type} has experts, which the torchao exporter does not support")
     kinds = {source.layer: kind for source in sources if (kind := _kind(checkpoint, source)) is not None}
@@ -95,7 +95,7 @@ def load_torchao(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _kind(checkpoint: Checkpoint, source: Source) -> str | None:
+def _kind(checkpoint: Checkpoint, source: SourceTensor) -> str | None:
     """Return the name of the tensor class that holds a layer's codes; None if no class does."""
     grid = source.grid
     if grid is None or is_transposed(checkpoint, source.layer):
