@@ -175,7 +175,9 @@ def check_built(method: Method, built: Built) -> None:
 ON_DISK = [
     name
     for name in rows_of("compress")
-    if METHODS[name].rewrite is not None or METHODS[name].curvature in ("attention", "weighted_gram")
+    if METHODS[name].rewrite is not None
+    or METHODS[name].curvature in ("attention", "weighted_gram")
+    or METHODS[name].defaults.input_bits is not None
 ]
 
 
@@ -192,7 +194,8 @@ def test_rows_of_compress_on_a_checkpoint_build_what_they_print(
 ) -> None:
     method = METHODS[name]
     with recording() as built:
-        result = method.run(half_folder("llama"), tmp_path / "out", options=hesse.Options(group_size=32), data=IDS[:2])
+        options = hesse.Options(group_size=None if method.defaults.input_bits else 32)
+        result = method.run(half_folder("llama"), tmp_path / "out", options=options, data=IDS[:2])
     assert result.report.recipe.get("rewrite") == method.rewrite
     inside = {"attention": {Kronecker}}.get(method.curvature or "", {CURVATURES[method.curvature or ""]})
     assert built.curvatures == inside
