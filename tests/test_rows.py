@@ -200,7 +200,7 @@ def test_rows_of_compress_on_a_checkpoint_build_what_they_print(
     inside = {"attention": {Kronecker}}.get(method.curvature or "", {CURVATURES[method.curvature or ""]})
     assert built.curvatures == inside
     assert built.solvers == {SOLVERS[method.solver]}
-    assert {type(constraint) for constraint in built.constraints} == {Grid}
+    assert {type(constraint) for constraint in built.constraints} == {CONSTRAINTS[part] for part in method.constraints}
 
 
 @pytest.mark.parametrize("name", rows_of("prune_gradually"))
