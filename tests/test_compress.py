@@ -129,7 +129,8 @@ def test_every_method_writes_what_it_says(method: str, half_folder: FolderOf, tm
     options["sparse + low_rank"] = {"sparsity": 0.5, "rank": 8}
     report = compress(source, out, method=method, **options.get(family, {}))
     assert report.method == method
-    assert report.format == {"grid": "pack-quantized", "low_rank": "low-rank"}.get(family if own else "", "dense")
+    formats = {"grid": "pack-quantized", "low_rank": "low-rank", "microscaled": "mxfp4-pack-quantized"}
+    assert report.format == formats.get(family if own else "", "dense")
     assert not [note for note in report.notes if "did not reach" in note]
     before, after = dense_tensors(source), dense_tensors(out)
     rewritten = COMPRESSING[method].rewrite is not None

@@ -456,7 +456,7 @@ MIXED_EXPERTS: Rules = {"layers.0.*experts": INT4, EXPERTS: INT8}
 @pytest.mark.parametrize(
     ("family", "rules", "requested", "message"),
     [
-        ("llama", {OTHERS: INT4}, "gguf", "no format 'gguf'; there are auto, pack-quantized, int-quantized, dense"),
+        ("llama", {OTHERS: INT4}, "gguf", "no format 'gguf'; there are auto, pack-quantized, int-quantized, .*dense"),
         ("llama", {OTHERS: LowRank(rank=8)}, "pack-quantized", r"layers\.0\.self_attn\.q_proj.*LowRank.*--format"),
         ("llama", {OTHERS: Sparse(0.5)}, "pack-quantized", r"q_proj: .*not Sparse; use --format auto"),
         ("llama", {OTHERS: INT4}, "low-rank", "no layer is factorised.*--format auto"),
