@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 import transformers
 from compressed_tensors.compressors import decompress_module
+from compressed_tensors.offload import as_single_threaded
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
@@ -36,11 +37,11 @@ from hesse.networks.network import Block, Network, forget, list_blocks
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress bars and tables of transformers and compressed-tensors."""
+    """Hide progress bars and tables of transformers and compressed-tensors, and leave other processes out of loading."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     try:
-        with redirect_stderr(StringIO()):
+        with redirect_stderr(StringIO()), as_single_threaded():  # by itself compressed-tensors shares it with all
             yield
     finally:
         transformers.logging.set_verbosity(before)
