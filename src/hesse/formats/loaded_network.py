@@ -37,7 +37,7 @@ from hesse.networks.network import Block, Network, forget, list_blocks
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide progress bars and tables of transformers and compressed-tensors, and leave other processes out of loading."""
+    """Hide the bars and tables of transformers and compressed-tensors, and leave other processes out of loading."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     try:
