@@ -68,7 +68,9 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 OF_CHECKPOINTS = [
-    name for name, method in COMPRESSING.items() if method.rewrite is not None or method.curvature == "attention"
+    name
+    for name, method in COMPRESSING.items()
+    if method.rewrite is not None or method.curvature == "attention" or method.defaults.input_bits is not None
 ]
 
 

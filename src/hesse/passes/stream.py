@@ -148,10 +148,14 @@ def finish(
     inputs = model_inputs(network, model, flow.ids)
     with replaced(network, network.output_forms, inject), without_cache(model):
         if network.kind == "encoder":
-            result = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
+            result = getattr(model.base_model(**inputs), "last_hidden_state", None)  # type: ignore[operator]
         else:
             result = model(**inputs, use_cache=False).logits
-    assert isinstance(result, Tensor)
+    if not isinstance(result, Tensor):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns neither logits nor last hidden states: give hesse.compress the module "
+            "from Python, with a loss_function"
+        )
     return result
 
 
