@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hesse
+from helpers import kill_after
 from hesse.checkpoints.checkpoint import Checkpoint
-from hesse.checkpoints.journal import Journal
 from hesse.curvature import CrossEntropy
 from hesse.curvature.objective import label_generator
 from hesse.networks.network import CheckpointNetwork, each_loaded
@@ -132,15 +131,7 @@ def test_gradients_reach_every_layer_of_both_halves_as_autograd_says(name: str, 
 def compress_and_die(folder: Path, out: Path, die_after: int | None) -> None:
     """Compress, and kill this process once `die_after` steps are recorded."""
     torch.set_num_threads(1)
-    record, left = Journal.record, [die_after or -1]
-
-    def counted(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
-        record(self, step, content, files)
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Journal.record = counted  # type: ignore[method-assign]
+    kill_after(die_after)
     options = hesse.Options(bits=4, group_size=16)
     hesse.compress(folder, out, method="kronecker", options=options, data=SAMPLES, device="cpu")
 

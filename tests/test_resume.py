@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tiny_models
-from helpers import IDS, CommandLine, change, compress, fast_first, left_over, write_ids
+from helpers import IDS, CommandLine, change, compress, fast_first, kill_after, left_over, write_ids
 from hesse.checkpoints import tensor_store, work_folder
 from hesse.checkpoints.journal import Journal
 from hesse.errors import OptionError, OutputError
@@ -55,16 +55,7 @@ def files(out: Path) -> dict[str, bytes]:
 def in_a_process(source: Path, out: Path, name: str, die_after: int | None) -> None:
     """Compress, and kill this process like the system would once `die_after` steps are noted."""
     torch.set_num_threads(1)
-    if die_after is not None:
-        record, left = Journal.record, [die_after]
-
-        def counted(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
-            record(self, step, content, files)
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.record = counted  # type: ignore[method-assign]
+    kill_after(die_after)
     compress(source, out, **settings(name))
 
 

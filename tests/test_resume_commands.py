@@ -16,7 +16,7 @@ import torch
 
 import hesse
 import tiny_models
-from helpers import IDS, compress, left_over, write_ids
+from helpers import IDS, compress, kill_after, left_over, write_ids
 from hesse.checkpoints import work_folder
 from hesse.checkpoints.journal import Journal
 from hesse.checkpoints.work_folder import WorkFolder
@@ -68,16 +68,7 @@ def run(name: str, folders: Sources, out: Path, **changed: Any) -> Any:
 def killed(name: str, folders: Sources, out: Path, die_after: int | None) -> None:
     """Run a command, and kill this process like the system would once `die_after` steps are noted."""
     torch.set_num_threads(1)
-    if die_after is not None:
-        record, left = Journal.record, [die_after]
-
-        def counted(self: Journal, step: str, content: dict[str, Any], files: Any = ()) -> None:
-            record(self, step, content, files)
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.record = counted  # type: ignore[method-assign]
+    kill_after(die_after)
     run(name, folders, out)
 
 
