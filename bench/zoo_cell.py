@@ -211,7 +211,7 @@ def _as_in_model(source: Any, result: Any, tensors: dict[str, Tensor]) -> dict[s
     found = {name: tensors[name] for name in source.checkpoint.names() if name in tensors}
     for name in source.checkpoint.names():
         if name not in found:
-            found |= source.joined(name, result.read(source.by_key[name]))
+            found |= source.join_changed(name, result.read(source.by_key[name]))
     return found
 
 

@@ -17,13 +17,7 @@ from compressed_tensors.offload import as_single_threaded
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.generic import ContextManagers
@@ -33,6 +27,7 @@ from hesse.errors import reason
 from hesse.networks.encoder_decoder import DecoderEntry
 from hesse.networks.layout import NetworkKind, input_limit, kind_of
 from hesse.networks.network import Block, Network, forget, list_blocks
+from hesse.networks.sources import Names
 
 
 @contextmanager
@@ -89,27 +84,16 @@ class LoadedNetwork(Network):
         self.kind: NetworkKind = kind_of(model)
         self.gradients_off: Callable[[], AbstractContextManager[object]] = torch.inference_mode
         self.blocks = list_blocks(model, lambda name, module: Block(name, module, ()))  # no layers: they are only run
+        names = Names(model, quantizer)
         self._loading = LoadStateDictConfig(
             dtype=stored,
             dtype_plan=model._get_dtype_plan(stored),
             hf_quantizer=quantizer,
-            weight_mapping=cast(Any, get_model_conversion_mapping(model, None, quantizer)),
+            weight_mapping=cast(Any, names.mapping),
             device_map={"": str(device)},
         )
-        self._places = self._targets()
-
-    def _targets(self) -> dict[str, str]:
-        """Return the parameter, or the first of several, that each stored tensor fills."""
-        mapping = self._loading.weight_mapping or []
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        expected, prefix, targets = self.model.state_dict(), self.model.base_model_prefix, {}
-        for key in self.checkpoint.stored_names():
-            target, _ = rename_source_key(key, renamings, converters, prefix, expected)
-            if target not in expected and key in expected:
-                target, _ = rename_source_key(key, [], [], prefix, expected)
-            targets[key] = target
-        return targets
+        # The parameter, or the first of several, that each stored tensor fills.
+        self._places = {key: names.place(key)[0] for key in checkpoint.stored_names()}
 
     @property
     def input_limit(self) -> int | None:
@@ -200,15 +184,16 @@ def needs_code(config: Mapping[str, Any]) -> bool:
     return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
 
 
-def obstacle(written: StoredTensors, source: Checkpoint, device: torch.device) -> str | None:
-    """Return the reason why transformers does not load `written` whole; None if it does.
+def open_loaded(written: StoredTensors, source: Checkpoint, device: torch.device) -> LoadedNetwork | str:
+    """Return the float32 network that transformers makes of `written`, or the reason why it does not load it whole.
 
     What transformers does not read, or misses, of the `source` either is no obstacle: layers that predict further
     tokens, heads without weights.
     """
     with quiet():
         try:
-            found = LoadedNetwork(written, torch.float32, device).unmatched()
+            loaded = LoadedNetwork(written, torch.float32, device)
+            found = loaded.unmatched()
             if any(found.values()):
                 known = LoadedNetwork(source, torch.float32, device).unmatched()
                 tolerated = {(what, _unnumbered(name)) for what, names in known.items() for name in names}
@@ -219,7 +204,7 @@ def obstacle(written: StoredTensors, source: Checkpoint, device: torch.device) -
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return f"transformers {transformers.__version__} {what} {min(names)}{more}"
-    return None
+    return loaded
 
 
 def _unnumbered(name: str) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.formats.base import DenseFormat
-from hesse.formats.loaded_network import needs_code, obstacle
+from hesse.formats.loaded_network import needs_code, open_loaded
 
 
 class PlannedCheckpoint:
@@ -50,4 +50,6 @@ def planned_obstacle(format: DenseFormat) -> str | None:
     if needs_code(format.config()):
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return obstacle(PlannedCheckpoint(format, Path(folder)), format.network.checkpoint, format.network.device)
+        planned = PlannedCheckpoint(format, Path(folder))
+        loaded = open_loaded(planned, format.network.checkpoint, format.network.device)
+    return loaded if isinstance(loaded, str) else None

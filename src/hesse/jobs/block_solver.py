@@ -86,7 +86,7 @@ class BlockSolver:
             missing = [name for name in self._parts(key) if name not in solved and name not in written]
             tensors.update(sources.read(missing))
         elif solved and not sources.is_stored(solved[0]):
-            tensors.update(sources.joined(key, {name: tensors.pop(name) for name in solved}))
+            tensors.update(sources.join_changed(key, {name: tensors.pop(name) for name in solved}))
         else:
             tensors.update(self.setup.checkpoint.read_stored([key]))
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import VerificationError, reason
-from hesse.formats.loaded_network import LoadedNetwork, needs_code, obstacle, quiet
+from hesse.formats.loaded_network import LoadedNetwork, needs_code, open_loaded, quiet
 from hesse.networks.network import CheckpointNetwork
 from hesse.passes.stream import StreamBatch, advance, start
 
@@ -34,16 +34,16 @@ def check_loads(result: CheckpointNetwork, source: Checkpoint, ids: Tensor) -> s
     written = Checkpoint(result.checkpoint.folder)
     if needs_code(written.config):
         return "it comes with code of its own, which is never run here"
-    if (why := obstacle(written, source, result.device)) is not None:
-        raise _refusal(why)
+    loaded = open_loaded(written, source, result.device)
+    if isinstance(loaded, str):
+        raise _refusal(loaded)
     with quiet():
-        _check(written, result, ids[:1, :CHECKED_TOKENS])
+        _check(loaded, result, ids[:1, :CHECKED_TOKENS])
     return None
 
 
-def _check(written: Checkpoint, result: CheckpointNetwork, ids: Tensor) -> None:
+def _check(loaded: LoadedNetwork, result: CheckpointNetwork, ids: Tensor) -> None:
     try:
-        loaded = LoadedNetwork(written, result.dtype, result.device)
         flows = start(result, [ids]), start(loaded, [ids])
     except Exception as error:  # transformers raises many kinds
         raise _refusal(f"transformers {transformers.__version__} cannot load it: {reason(error)}") from error

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.quantizers.base import HfQuantizer
 
 from hesse.checkpoints.checkpoint import Checkpoint
 from hesse.errors import CheckpointError, UnsupportedModelError, reason
@@ -36,13 +37,14 @@ class Names:
 
     Args:
         model: as transformers builds it, on the meta device.
+        quantizer: transformers' quantizer of compressed weights, which adds conversions; None for dense weights.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, quantizer: HfQuantizer | None = None) -> None:
         self.prefix, self.config = model.base_model_prefix, model.config
-        mapping = get_model_conversion_mapping(model)
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.mapping = get_model_conversion_mapping(model, None, quantizer)
+        self.renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         self.expected = model.state_dict()
 
     def place(self, key: str) -> tuple[str, str | None]:
@@ -319,7 +321,7 @@ class Sources:
                 found.setdefault(key, []).append(name)
         return found
 
-    def joined(self, key: str, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join_changed(self, key: str, changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the stored tensors of `key`'s conversion with the dense tensors `changed` in their places.
 
         Raises:
