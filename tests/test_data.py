@@ -48,7 +48,7 @@ def encode(folder: Path) -> Callable[[str], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def join_changed(encode: Callable[[str], list[int]]) -> list[int]:
+def joined(encode: Callable[[str], list[int]]) -> list[int]:
     """The tokens of DOCUMENTS with the end-of-sequence token, 0, between them."""
     first, second, third = map(encode, DOCUMENTS)
     return [*first, 0, *second, 0, *third]
